@@ -1,0 +1,407 @@
+"""The recipe: one YAML file that describes a whole run, read into frozen, fully checked models.
+
+    python -m ochat_train.recipe RECIPE [key=value ...]     print the resolved recipe
+    python -m ochat_train.recipe RECIPE --key optim.lr      print one value
+    python -m ochat_train.recipe --schema                   print the JSON schema, for editors
+
+Every key is documented on its field below; `docs/recipes.md` shows them all with examples.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import orjson
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Scalar = str | int | float | bool | None
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, without unknown keys, and without silent conversions ("3" is not 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class SourceSection(Section):
+    """Where conversations come from, and what they are worth."""
+
+    name: str = Field(min_length=1, description="Name in tables and metrics.")
+    path: str | tuple[str, ...] = Field(description="File, glob, or a list of them.")
+    condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
+    weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
+    where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict, description="Record fields that must equal the value (or one of the list)."
+    )
+    where_not: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict, description="Record fields that must not equal the value (or any of the list)."
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The source's paths and globs, as written."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class DataSection(Section):
+    """What preprocessing reads and writes."""
+
+    store: str = Field(description="Folder of the token store: preprocess writes it, training reads it.")
+    sources: tuple[SourceSection, ...] = Field(min_length=1, description="Each record matches exactly one.")
+    max_tokens: int = Field(4096, ge=8, description="Longest example, in tokens.")
+    overlong: Literal["truncate", "drop"] = Field(
+        "truncate",
+        description="Conversations above max_tokens: cut behind the last answer that fits, or drop.",
+    )
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of conversations held out of training.")
+
+    @model_validator(mode="after")
+    def _names_are_unique_and_something_is_trained(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are named {twice[0]!r}; give each its own name")
+        if all(source.weight == 0 for source in self.sources):
+            raise ValueError("every source has weight 0, so nothing would be trained; give one a weight above 0")
+        return self
+
+
+class ModelSection(Section):
+    """The model: a pretrained `base`, or a `config` to train from scratch."""
+
+    base: str | None = Field(
+        None, description="Hugging Face id, folder, .gguf file, or package:NAME/FILE for a file in a package."
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="transformers configuration (with model_type) of a model trained from scratch."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in forward and backward.")
+    attention: Literal["auto", "flash_attn", "torch", "sdpa"] = Field("auto", description="Varlen backend.")
+    checkpointing: Literal["full", "none"] = Field("full", description="Activation checkpointing.")
+
+    @model_validator(mode="after")
+    def _exactly_one_origin(self) -> Self:
+        if (self.base is None) == (self.config is None):
+            raise ValueError("give either base (a pretrained model) or config (a model from scratch), not both")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs model_type, such as llama")
+        return self
+
+
+class PackingSection(Section):
+    """How examples fill micro-batches."""
+
+    tokens_per_gpu: int = Field(ge=8, description="Capacity of one micro-batch, in tokens.")
+    grad_accum: int = Field(1, ge=1, description="Micro-batches a step on each GPU.")
+
+
+class OptimSection(Section):
+    """The optimizer and its schedule; the defaults are OpenChat's published ones."""
+
+    algorithm: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd for exactness tests.")
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        "auto", description="Peak learning rate; auto: OpenChat's published rule."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's.")
+    eps: float = Field(1e-5, gt=0, description="AdamW's.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; vectors (norms, biases) have none.")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the examples of the run with linear warm-up.")
+    min_lr: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of lr.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each beta must be at least 0 and below 1")
+        return betas
+
+
+class ZeroSection(Section):
+    """DeepSpeed's ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = Field(2, description="0: replicas; 1, 2, 3: optimizer, gradients, weights split.")
+    offload: Literal["none", "optimizer"] = Field("none", description="Keep optimizer states in host memory.")
+
+    @model_validator(mode="after")
+    def _offload_needs_a_split_optimizer(self) -> Self:
+        if self.offload == "optimizer" and self.stage == 0:
+            raise ValueError("offload: optimizer needs stage 1, 2 or 3")
+        return self
+
+
+class TrainSection(Section):
+    """How long."""
+
+    epochs: int = Field(ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the data order and of weights made from scratch.")
+
+
+class CheckpointSection(Section):
+    """What is saved, and what a new run begins with."""
+
+    dir: str = Field(description="Folder of the run: checkpoints, metrics, the exported model.")
+    every_epochs: int | None = Field(1, ge=1, description="Save at the end of every N-th epoch; null: only at the end.")
+    every_steps: int | None = Field(None, ge=1, description="Also save every N steps.")
+    keep: int = Field(2, ge=1, description="How many newest checkpoints stay.")
+    resume: str = Field("auto", description="auto: from the newest complete one; never; or a checkpoint's path.")
+
+
+class WandbSection(Section):
+    """Weights & Biases, when asked."""
+
+    project: str = Field(description="wandb project.")
+    entity: str | None = Field(None, description="wandb team or user.")
+    mode: Literal["online", "offline"] = Field("online", description="offline writes files for `wandb sync`.")
+
+
+class LogSection(Section):
+    """What a run tells. JSON lines are always written to checkpoint.dir/metrics.jsonl."""
+
+    wandb: WandbSection | None = Field(None, description="null: no wandb.")
+    question: str = Field(
+        "Who are you, and what can you help me with?",
+        min_length=1,
+        description="Asked of the exported model under each condition when the run ends.",
+    )
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(min_length=1, description="Name of the run and of its model.")
+    data: DataSection
+    template: Literal["openchat_v3.2", "openchat_v3.1", "openchat_v3.2_mistral", "openchat_3.6", "chatml"] = Field(
+        description="Chat template."
+    )
+    tokenizer: str | None = Field(None, description="Hugging Face id or folder; null: the base model's.")
+    model: ModelSection
+    packing: PackingSection
+    optim: OptimSection = OptimSection()
+    zero: ZeroSection = ZeroSection()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="Extra DeepSpeed configuration, passed through as it is."
+    )
+    train: TrainSection
+    checkpoint: CheckpointSection
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.data.max_tokens > self.packing.tokens_per_gpu:
+            raise ValueError(
+                f"data.max_tokens {self.data.max_tokens:,} is above packing.tokens_per_gpu "
+                f"{self.packing.tokens_per_gpu:,}: an example would fit no micro-batch; raise the second or lower "
+                "the first"
+            )
+        if self.model.config is not None and self.tokenizer is None:
+            raise ValueError("model.config has no tokenizer of its own; name one in tokenizer")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two of its traps: a key given twice, and 1e-5 read as text."""
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice; keep one")
+    mapping: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `key=value` overrides applied.
+
+    `key` is a dotted path (`optim.lr`, `data.sources.0.weight`), `value` is YAML. Raises ValueError with every
+    wrong key's path, value, what is allowed and the nearest known key.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ValueError(f"no recipe at {path}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a recipe: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a recipe: its top level must be keys, such as name: and data:")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        # Through JSON, because pydantic's strict mode then takes a list for a tuple and still nothing else.
+        return Recipe.model_validate_json(orjson.dumps(tree))
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ValueError("\n  ".join([f"{path} has {len(lines)} mistake(s):", *lines])) from None
+    except TypeError as error:  # a YAML date, a mapping with keys that are not text
+        raise ValueError(f"{path} is not a recipe: {error}") from None
+
+
+def to_json(section: BaseModel) -> dict[str, Any]:
+    """The section as plain JSON values; equal sections give equal values."""
+    plain: dict[str, Any] = orjson.loads(section.model_dump_json())
+    return plain
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for every leaf that differs between two recipes as JSON: `optim.lr: 0.1 -> 0.2`."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list) and tree:
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not of the form key=value, such as optim.lr=1e-5")
+    *parents, last = key.split(".")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {error}") from None
+    here: Any = tree
+    for part in parents:
+        here = _child(here, part, override)
+    if isinstance(here, list):
+        here[_index(here, last, override)] = value
+    else:
+        here[last] = value
+
+
+def _child(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list):
+        child = here[_index(here, part, override)]
+    else:
+        child = here.get(part)
+        if child is None:  # a section that the file leaves out, or sets to null
+            child = here[part] = {}
+    if not isinstance(child, dict | list):
+        raise ValueError(f"override {override!r}: {part} is the value {child!r}, it has no keys of its own")
+    return child
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise ValueError(f"override {override!r}: {part!r} must be a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+# ------------------------------------------------------------------------------------------ error messages
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a recipe, list positions written as N: `data.sources.N.weight`."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key
+        for section, is_list in _sections_in(field.annotation):
+            yield from known_keys(section, f"{key}.N." if is_list else f"{key}.")
+
+
+def _sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, False
+    elif typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            for section, _ in _sections_in(inner):
+                yield section, typing.get_origin(annotation) is tuple
+
+
+def _explain(detail: Any) -> str:
+    location = list(detail["loc"])
+    known = set(known_keys())
+    parts: list[str] = []  # union members stand in pydantic's location too; keep what is a key or a position
+    for part in location:
+        generic = ".".join("N" if piece.isdecimal() else piece for piece in [*parts, str(part)])
+        is_open = any(generic.startswith(f"{key}.") for key in ("model.config", "deepspeed"))
+        if isinstance(part, int) or generic in known or is_open or detail["type"] == "extra_forbidden":
+            parts.append(str(part))
+    key = ".".join(parts)
+    if detail["type"] == "extra_forbidden":
+        wrong = ".".join("N" if part.isdecimal() else part for part in parts)
+        return f"{key}: unknown key (value {_short(detail['input'])}){_nearest(wrong, known)}"
+    if detail["type"] == "missing":
+        return f"{key}: missing; the recipe must give it"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(detail["input"], dict) else f" (value {_short(detail['input'])})"
+    return f"{key + ': ' if key else ''}{message}{value}"
+
+
+def _nearest(wrong: str, known: set[str]) -> str:
+    last = wrong.rpartition(".")[2]
+    same_name = sorted(key for key in known if key.rpartition(".")[2] == last)
+    close = same_name or difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)
+    return f"; the nearest known key is {close[0]}" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every entry point shares: RECIPE [key=value ...]."""
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe's YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override of any key: optim.lr=1e-5")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the schema, or one resolved recipe as YAML."""
+    if "--schema" in (sys.argv[1:] if arguments is None else arguments):
+        print(orjson.dumps(Recipe.model_json_schema(), option=orjson.OPT_INDENT_2).decode())
+        return
+    parser = argparse.ArgumentParser(prog="python -m ochat_train.recipe", description="Check and print a recipe.")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
+    parser.add_argument("--key", help="print only the value of this key, such as checkpoint.dir")
+    recipe_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if options.key is None:
+        print(yaml.safe_dump(to_json(recipe), sort_keys=False, allow_unicode=True), end="")
+        return
+    values = dict(_leaves(to_json(recipe)))
+    if options.key not in values:
+        sys.exit(f"error: {options.key} is no key with a single value{_nearest(options.key, set(known_keys()))}")
+    print(values[options.key])
+
+
+if __name__ == "__main__":
+    main()
