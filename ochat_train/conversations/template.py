@@ -1,0 +1,241 @@
+"""Chat templates: how a conversation becomes pieces of text and special tokens, each with a loss weight.
+
+A template is data, not code, so that its two readers cannot drift apart: `segments` (training) walks it in
+Python, `jinja` (serving) writes it out as the chat template of the exported tokenizer.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ochat_train.conversations.schema import Conversation, Message, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece that is encoded on its own: one special token, or text that never yields a special token.
+
+    `ends_answer` marks the last segment of an assistant turn, behind which a conversation may be cut.
+    """
+
+    text: str
+    weight: float
+    is_special: bool
+    ends_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a header; `{role}` in its text stands for the role's name with its condition."""
+
+    text: str
+    is_special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """One chat format.
+
+    A conversation is `bos`, the condition as a first piece where `condition_first`, then for the system text and
+    each turn: header, text, `end_token`, `after_end`. `addable` special tokens are added to a tokenizer that lacks
+    them; a tokenizer that lacks any other is refused.
+    """
+
+    name: str
+    bos: str
+    end_token: str
+    header: tuple[Piece, ...]
+    system_header: tuple[Piece, ...]
+    after_end: tuple[Piece, ...]
+    role_names: Mapping[Role, str]
+    addable: tuple[str, ...]
+    inference_condition: str
+    condition_first: bool = False
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Every special token of the template, each once, in a fixed order."""
+        pieces = (*self.header, *self.system_header, *self.after_end)
+        found = [self.bos, self.end_token, *(piece.text for piece in pieces if piece.is_special)]
+        return tuple(dict.fromkeys(token for token in found if token))
+
+    def segments(self, conversation: Conversation, *, for_reply: bool = False) -> Iterator[Segment]:
+        """The conversation's pieces in order; with `for_reply`, up to where the assistant would begin to answer.
+
+        The text and the end token of a turn carry its weight (a weight of None is 0 here: sources have been
+        assigned before); everything else carries 0.
+        """
+        condition = conversation.condition
+        if self.bos:
+            yield Segment(self.bos, 0.0, True)
+        if self.condition_first and condition:
+            yield Segment(f"Assistant is {condition}", 0.0, False)
+            yield Segment(self.end_token, 0.0, True)
+        if conversation.system:
+            yield from self._turn(Message("system", conversation.system), condition)
+        for message in conversation.messages:
+            yield from self._turn(message, condition)
+        if for_reply:
+            yield from self._header("assistant", condition)
+
+    def _header(self, role: Role, condition: str) -> Iterator[Segment]:
+        if role == "system":
+            pieces, name = self.system_header, self.role_names[role]
+        else:
+            shown = "" if self.condition_first else condition
+            pieces, name = self.header, f"{shown} {self.role_names[role]}".strip()
+        for piece in pieces:
+            yield Segment(piece.text.replace("{role}", name), 0.0, piece.is_special)
+
+    def _turn(self, message: Message, condition: str) -> Iterator[Segment]:
+        weight = message.weight or 0.0
+        is_answer = message.role == "assistant"
+        yield from self._header(message.role, condition)
+        yield Segment(message.text, weight, False)
+        yield Segment(self.end_token, weight, True, is_answer and not self.after_end)
+        for position, piece in enumerate(self.after_end, start=1):
+            yield Segment(piece.text, 0.0, piece.is_special, is_answer and position == len(self.after_end))
+
+    def jinja(self, inference_condition: str, *, joint: "Joint") -> str:
+        """The template in Jinja, for `tokenizer.apply_chat_template(messages, condition=...)`.
+
+        `condition` defaults to `inference_condition`. Training encodes pieces one by one, a Jinja template yields
+        one string: `joint` says what must stand between two pieces so that the tokenizer splits it again there.
+        """
+        after_turn = self.after_end[-1].is_special if self.after_end else True
+        header, system_header = self._jinja_pieces(self.header, after_turn, joint), ""
+        if self.system_header:
+            system_header = self._jinja_pieces(self.system_header, after_turn, joint)
+        text_after_header = joint.before_text(self.header[-1].is_special)
+        text_after_system = joint.before_text(self.system_header[-1].is_special if self.system_header else True)
+        end = _literal(self.end_token) + "".join(f" + {_literal(piece.text)}" for piece in self.after_end)
+        role = "role" if self.condition_first else "(condition + ' ' + role) | trim"
+        names = ", ".join(f"'{key}': {_literal(name)}" for key, name in self.role_names.items() if key != "system")
+        first = (
+            "{%- if condition -%}{{- "
+            f"{_literal(joint.before_text(True) + 'Assistant is ')} + condition + {_literal(self.end_token)}"
+            " -}}{%- endif -%}"
+        )
+        return "".join(
+            [
+                "{%- if condition is not defined -%}",
+                "{%- set condition = " + _literal(inference_condition) + " -%}{%- endif -%}",
+                "{%- set names = {" + names + "} -%}",
+                "{{- " + _literal(self.bos) + " -}}" if self.bos else "",
+                first if self.condition_first else "",
+                "{%- for message in messages -%}",
+                "{%- if message['role'] == 'system' -%}",
+                "{%- set role = " + _literal(self.role_names["system"]) + " -%}" if system_header else "",
+                "{{- " + system_header + " -}}" if system_header else "",
+                "{{- " + _literal(text_after_system) + " -}}" if text_after_system else "",
+                "{%- elif message['role'] in names -%}",
+                "{%- set role = names[message['role']] -%}{%- set role = " + role + " -%}",
+                "{{- " + header + " -}}",
+                "{{- " + _literal(text_after_header) + " -}}" if text_after_header else "",
+                "{%- else -%}{{- raise_exception('unknown role: ' + message['role']) -}}{%- endif -%}",
+                "{{- message['content'] + " + end + " -}}",
+                "{%- endfor -%}",
+                "{%- if add_generation_prompt -%}{%- set role = names['assistant'] -%}{%- set role = " + role + " -%}",
+                "{{- " + header + " -}}{%- endif -%}",
+            ]
+        )
+
+    @staticmethod
+    def _jinja_pieces(pieces: tuple[Piece, ...], after_special: bool, joint: "Joint") -> str:
+        parts: list[str] = []
+        for piece in pieces:
+            if not piece.is_special and (lead := joint.before_text(after_special)):
+                parts.append(_literal(lead))
+            parts += [_literal(text) if text else "role" for text in _around_role(piece.text)]
+            after_special = piece.is_special
+        return " + ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What a tokenizer needs in front of a text piece to encode it as if it stood alone.
+
+    A SentencePiece-like tokenizer puts a space in front of a text that stands alone (`Hello` -> `▁Hello`), so behind
+    another text that space must be written; behind a special token most of them add it themselves.
+    """
+
+    after_text: str = ""
+    after_special: str = ""
+
+    def before_text(self, is_after_special: bool) -> str:
+        """The string that stands between a piece and the text behind it."""
+        return self.after_special if is_after_special else self.after_text
+
+
+def _around_role(text: str) -> Iterator[str]:
+    """The parts of a piece's text, an empty string standing for the role: `{role}:` -> "", ":"."""
+    before, has_role, behind = text.partition("{role}")
+    if before:
+        yield before
+    if has_role:
+        yield ""
+    if behind:
+        yield behind
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+_NAMES: Mapping[Role, str] = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
+
+
+def _openchat(name: str, inference_condition: str, *, condition_first: bool = False) -> ChatTemplate:
+    return ChatTemplate(
+        name=name,
+        bos="<s>",
+        end_token="<|end_of_turn|>",
+        header=(Piece("{role}:"),),
+        system_header=(),
+        after_end=(),
+        role_names=_NAMES,
+        addable=("<|end_of_turn|>",),
+        inference_condition=inference_condition,
+        condition_first=condition_first,
+    )
+
+
+_LLAMA_3_HEADER = (
+    Piece("<|start_header_id|>", is_special=True),
+    Piece("{role}"),
+    Piece("<|end_header_id|>", is_special=True),
+    Piece("\n\n"),
+)
+_CHATML_HEADER = (Piece("<|im_start|>", is_special=True), Piece("{role}\n"))
+
+TEMPLATES: Mapping[str, ChatTemplate] = {
+    template.name: template
+    for template in (
+        _openchat("openchat_v3.2", "GPT4"),
+        _openchat("openchat_v3.1", "GPT4", condition_first=True),
+        _openchat("openchat_v3.2_mistral", "GPT4 Correct"),
+        ChatTemplate(
+            name="openchat_3.6",
+            bos="<|begin_of_text|>",
+            end_token="<|eot_id|>",
+            header=_LLAMA_3_HEADER,
+            system_header=_LLAMA_3_HEADER,
+            after_end=(),
+            role_names=_NAMES,
+            addable=("<|eot_id|>",),
+            inference_condition="GPT4 Correct",
+        ),
+        # ChatML knows no condition; it stands in front of the role's name, as in openchat_3.6.
+        ChatTemplate(
+            name="chatml",
+            bos="",
+            end_token="<|im_end|>",
+            header=_CHATML_HEADER,
+            system_header=_CHATML_HEADER,
+            after_end=(Piece("\n"),),
+            role_names={role: name.lower() for role, name in _NAMES.items()},
+            addable=("<|im_start|>", "<|im_end|>"),
+            inference_condition="GPT4",
+        ),
+    )
+}
