@@ -1,0 +1,70 @@
+"""Examples to one packed batch. The only place where labels are shifted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ochat_train.tokens.encode import Example
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences laid end to end, T tokens in B sequences, without padding.
+
+    input_ids i64[T], position_ids i64[T] (from 0 in each sequence), labels i64[T] (the next token of the same
+    sequence; 0 with weight 0 at its end), loss_weights f32[T] (of predicting the label), cu_seqlens i32[B+1] (borders),
+    max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T].
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    condition_ids: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on a device."""
+        moved = {
+            field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "max_seqlen"
+        }
+        return replace(self, **moved)
+
+
+# A rank without examples still takes part in every collective of the step: one token that counts for nothing.
+_NOTHING = Example(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32))
+
+
+def collate(examples: Sequence[Example], condition_ids: Sequence[int]) -> PackedBatch:
+    """One batch of the examples, in order; `condition_ids` has one id an example.
+
+    >>> a = Example(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.float32))
+    >>> batch = collate([a], [0])
+    >>> batch.labels.tolist(), batch.loss_weights.tolist()
+    ([6, 7, 0], [0.0, 1.0, 0.0])
+    """
+    if not examples:
+        examples, condition_ids = [_NOTHING], [0]
+    lengths = [len(example.input_ids) for example in examples]
+    zero = np.zeros(1, dtype=np.int32)
+    labels = [part for example in examples for part in (example.input_ids[1:], zero)]
+    weights = [part for example in examples for part in (example.loss_weights[1:], zero)]
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64)),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        loss_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+        max_seqlen=max(lengths),
+        condition_ids=torch.from_numpy(np.repeat(np.asarray(condition_ids, dtype=np.int32), lengths)),
+    )

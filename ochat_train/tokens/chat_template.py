@@ -1,0 +1,57 @@
+"""The Jinja chat template of an exported tokenizer, proved to give the ids of training."""
+
+from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.template import Joint
+from ochat_train.tokens.encode import encode
+from ochat_train.tokens.tokenizer import ChatTokenizer
+
+
+def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
+    """The Jinja source whose `condition` defaults to `inference_condition`.
+
+    Training encodes each piece on its own, serving encodes one string. The two agree except where a tokenizer merges
+    across the border of two text pieces, such as an answer that begins with a line break behind a header that ends
+    with one. Raises ValueError when they differ even on plain conversations.
+    """
+    template = tokenizer.template
+    source = template.jinja(inference_condition, joint=find_joint(tokenizer))
+    turns = (Message("user", "Hello, who are you?"), Message("assistant", "I am a model.", 1.0))
+    for condition, system in ((inference_condition, ""), ("", ""), ("Other", "You are kind.")):
+        conversation = Conversation("check", "check", condition, system, (*turns, *turns))
+        trained = encode([conversation], template, tokenizer)[0].example.input_ids.tolist()
+        if (served := apply_chat_template(tokenizer, source, conversation)) != trained:
+            raise ValueError(
+                f"template {template.name}: apply_chat_template gives other ids than training with the tokenizer "
+                f"{tokenizer.pretrained.name_or_path}; serve the model with token ids.\n{served}\n{trained}"
+            )
+    return source
+
+
+def apply_chat_template(tokenizer: ChatTokenizer, source: str, conversation: Conversation) -> list[int]:
+    """The conversation's ids through transformers' own `apply_chat_template` with the Jinja template `source`."""
+    messages = [{"role": message.role, "content": message.text} for message in conversation.messages]
+    if conversation.system:
+        messages.insert(0, {"role": "system", "content": conversation.system})
+    return list(
+        tokenizer.pretrained.apply_chat_template(
+            messages, chat_template=source, condition=conversation.condition, tokenize=True, return_dict=False
+        )
+    )
+
+
+def find_joint(tokenizer: ChatTokenizer) -> Joint:
+    """What must stand between two text pieces so that this tokenizer encodes the joined string piece by piece."""
+    header, text = "GPT4 User:", "Hello"
+    header_ids, text_ids = (ids.tolist() for ids in tokenizer.encode_texts([header, text]))
+
+    def first_that_fits(joined: str, expected: list[int]) -> str:
+        """The first of no space and one space which, in place of {}, gives the expected ids; else no space."""
+        for space in ("", " "):
+            if tokenizer.pretrained.encode(joined.replace("{}", space), add_special_tokens=False) == expected:
+                return space
+        return ""
+
+    return Joint(
+        after_text=first_that_fits(f"{header}{{}}{text}", header_ids + text_ids),
+        after_special=first_that_fits(f"{tokenizer.template.end_token}{{}}{header}", [tokenizer.end_id, *header_ids]),
+    )

@@ -1,0 +1,124 @@
+"""A base model's tokenizer, made ready for a chat template: its special tokens are single ids, text never is."""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
+
+from ochat_train.conversations.template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """Where a base model or tokenizer is: what transformers calls its name, and its GGUF file if it is one."""
+
+    name: str
+    gguf_file: str | None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Extra keyword arguments of `from_pretrained`."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def locate_base(base: str) -> BaseFiles:
+    """The files behind a recipe's `base`: a Hugging Face id, a folder, a `.gguf` file, or `package:NAME/FILE`.
+
+    Raises ValueError when a file, or the package that should hold it, is not there.
+    """
+    if base.startswith("package:"):
+        package, _, file = base.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"{base!r}: the Python package {package} is not installed; install it with pip")
+        base = str(Path(spec.origin).parent / file)
+    if not base.endswith(".gguf"):
+        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+            raise ValueError(f"no folder {base}; give a Hugging Face id, a folder or a .gguf file")
+        return BaseFiles(str(Path(base).expanduser()) if base.startswith("~") else base, None)
+    path = Path(base).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model.base: no file {path}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a .gguf file needs the package gguf: pip install 'ochat_train[gguf]'")
+    return BaseFiles(str(path.parent), path.name)
+
+
+class ChatTokenizer:
+    """A tokenizer with a template's special tokens in it.
+
+    `added` holds the ids of the special tokens that the base lacked; a model needs new embeddings for them.
+    Raises ValueError when a special token of the template is not one id and may not be added.
+    """
+
+    def __init__(self, pretrained: Any, template: ChatTemplate) -> None:
+        self.pretrained = pretrained
+        self.template = template
+        vocabulary = pretrained.get_vocab()
+        missing = [token for token in template.special_tokens if token not in vocabulary]
+        if refused := [token for token in missing if token not in template.addable]:
+            raise ValueError(
+                f"template {template.name} needs the special token {refused[0]}, which is not one id of this "
+                f"tokenizer ({pretrained.name_or_path}); choose a template that fits the base model"
+            )
+        # Adding a token that is there already marks it special, so that text which spells it is left alone.
+        special = [AddedToken(token, special=True, normalized=False) for token in template.special_tokens]
+        pretrained.add_tokens(special, special_tokens=True)
+        self.special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
+        self.added = {token: self.special_ids[token] for token in missing}
+        self._plain: Tokenizer = Tokenizer.from_str(pretrained.backend_tokenizer.to_str())
+        self._plain.encode_special_tokens = True  # user text that spells a special token is text
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._refuse_text_that_becomes_control()
+
+    @property
+    def end_id(self) -> int:
+        """The id of the template's end token."""
+        return self.special_ids[self.template.end_token]
+
+    @property
+    def num_ids(self) -> int:
+        """One above the largest id."""
+        return int(max(self.pretrained.get_vocab().values())) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides ids."""
+        return sha256(self._plain.to_str().encode()).hexdigest()
+
+    def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """The ids of each text alone, on all cores. No text yields a special token."""
+        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer, so that `AutoTokenizer.from_pretrained(folder)` gives it back."""
+        self.pretrained.save_pretrained(folder)
+
+    def _refuse_text_that_becomes_control(self) -> None:
+        for token, ids in zip(self.special_ids, self.encode_texts(list(self.special_ids)), strict=True):
+            if self.special_ids[token] in ids:
+                raise ValueError(
+                    f"this tokenizer ({self.pretrained.name_or_path}) reads the text {token!r} as the special token, "
+                    "so users could forge turns; use its fast tokenizer.json, or another base"
+                )
+
+
+def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
+    """The tokenizer of a base model (see `locate_base`), with the template's special tokens."""
+    files = locate_base(name)
+    try:
+        pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+    if not getattr(pretrained, "is_fast", False):
+        raise ValueError(f"{name} has no fast tokenizer (tokenizer.json); convert it with transformers first")
+    return ChatTokenizer(pretrained, template)
