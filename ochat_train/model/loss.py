@@ -1,0 +1,74 @@
+"""Weighted negative log-likelihood over the head, a chunk at a time, as sums."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Tokens whose logits exist at one time: 1024 x 32,000 fp32 logits are 131 MB.
+CHUNK_TOKENS = 1024
+
+
+class LossSums(NamedTuple):
+    """Sums over one micro-batch, never means: ranks and micro-batches add up.
+
+    A named tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples, not in dataclasses.
+
+    nll: scalar f32 with gradient, sum of weight * nll. The rest has no gradient, f32[K] for K conditions:
+    nll_by_condition, weight_by_condition (sum of weights), tokens_by_condition (positions with weight != 0).
+    """
+
+    nll: Tensor
+    nll_by_condition: Tensor
+    weight_by_condition: Tensor
+    tokens_by_condition: Tensor
+
+
+class LossHead(nn.Module):
+    """The language model's head and the loss in one module, so that [T, vocab] never exists.
+
+    It shares the head's parameters (a Parameter may belong to two modules): under ZeRO-3 DeepSpeed then gathers them
+    around this module's forward and backward.
+    """
+
+    def __init__(self, head: nn.Linear, *, softcap: float | None, num_conditions: int) -> None:
+        super().__init__()
+        self.weight = head.weight  # [V, C]
+        self.bias = head.bias
+        self.softcap = softcap
+        self.num_conditions = num_conditions
+
+    def forward(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor, condition_ids: Tensor) -> LossSums:
+        """The sums for hidden [T, C], labels i64[T], loss_weights f32[T], condition_ids i32[T].
+
+        Equal to, with logits = softcapped(hidden @ weight.T + bias) in fp32:
+
+            nll = cross_entropy(logits, labels, reduction="none");  sum(loss_weights * nll)
+        """
+        weighted = loss_weights.nonzero().squeeze(1)  # only positions with a loss go through the head
+        hidden, labels = hidden[weighted], labels[weighted]
+        loss_weights, condition_ids = loss_weights[weighted], condition_ids[weighted].long()
+        parts = [
+            # Logits are recomputed in the backward pass instead of being kept.
+            checkpoint(self._chunk_nll, hidden_chunk, labels_chunk, use_reentrant=False)
+            for hidden_chunk, labels_chunk in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+        ]
+        # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
+        # reduction.
+        nll = torch.cat(parts) * loss_weights
+        zeros = torch.zeros(self.num_conditions, dtype=torch.float32, device=hidden.device)
+        return LossSums(
+            nll=nll.sum(),
+            nll_by_condition=zeros.index_add(0, condition_ids, nll.detach()),
+            weight_by_condition=zeros.index_add(0, condition_ids, loss_weights),
+            tokens_by_condition=zeros.index_add(0, condition_ids, torch.ones_like(loss_weights)),
+        )
+
+    def _chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """f32[t], the negative log-likelihood of each label."""
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return F.cross_entropy(logits, labels, reduction="none")

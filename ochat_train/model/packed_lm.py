@@ -1,0 +1,81 @@
+"""Any transformers causal language model, run on packed batches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
+from ochat_train.model.loss import LossHead, LossSums
+from ochat_train.tokens.batch import PackedBatch
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM whose forward takes a PackedBatch and returns LossSums.
+
+    `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
+    device the model will run on. Raises ValueError for models whose logits we would compute wrongly.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, *, attention: Any, device_type: str, checkpointing: bool, num_conditions: int
+    ) -> None:
+        super().__init__()
+        config = lm.config.get_text_config()
+        _refuse_unknown_logits(config)
+        self.lm = lm
+        self.attention: BackendChoice = choose_backend(attention, _attention_needs(config, lm.dtype, device_type))
+        lm.set_attn_implementation(register(self.attention.backend))
+        if checkpointing:
+            # The first name replaces the second in the course of transformers 5.
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        head = lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{type(lm).__name__} has no linear language-model head")
+        self.loss_head = LossHead(
+            head, softcap=getattr(config, "final_logit_softcapping", None), num_conditions=num_conditions
+        )
+
+    def forward(self, batch: PackedBatch) -> LossSums:
+        """The loss sums of one micro-batch."""
+        return self.loss_head(self.hidden(batch), batch.labels, batch.loss_weights, batch.condition_ids)  # type: ignore[no-any-return]  # nn.Module
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states, [T, C]."""
+        output = self.lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
+        states: Tensor = output.last_hidden_state
+        return states[0]
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """f32[T, V], all at once: for tests and small batches."""
+        logits = self.lm.get_output_embeddings()(self.hidden(batch)).float()
+        softcap = self.loss_head.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return AttentionNeeds(
+        device_type=device_type,
+        dtype=dtype,
+        head_dim=head_dim,
+        has_window=getattr(config, "sliding_window", None) is not None,
+        has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+    )
+
+
+def _refuse_unknown_logits(config: Any) -> None:
+    """Some models scale their logits behind the head; the loss head would leave that out."""
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"models with {name} ({config.model_type}) are not supported yet")
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(f"attention_dropout {config.attention_dropout} is not supported; set it to 0 in the config")

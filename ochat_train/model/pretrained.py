@@ -1,0 +1,84 @@
+"""The model that training starts from: pretrained or from a config, with the template's special tokens in it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ochat_train.tokens.tokenizer import locate_base
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -> Any:
+    """The transformers configuration of the recipe's model. A config from the recipe gets `num_ids` as vocabulary."""
+    if base is not None:
+        files = locate_base(base)
+        return AutoConfig.from_pretrained(files.name, **files.options)
+    assert config is not None
+    return AutoConfig.for_model(**{"vocab_size": num_ids, **config})
+
+
+def load_model(
+    base: str | None, config: dict[str, Any] | None, *, dtype: str, num_ids: int, added_ids: Iterable[int], seed: int
+) -> PreTrainedModel:
+    """The model in `dtype` on the CPU, with an embedding for each of `num_ids` token ids.
+
+    base: see `locate_base`; or config: a model with random weights made from `seed`. The rows of `added_ids`, input and
+    output, are the mean of all rows that were there before. Raises ValueError when the base cannot be loaded.
+    """
+    if base is None:
+        torch.manual_seed(seed)
+        scratch: PreTrainedModel = AutoModelForCausalLM.from_config(
+            load_config(None, config, num_ids), dtype=DTYPES[dtype]
+        )
+        forget_padding(scratch)
+        return scratch
+    files = locate_base(base)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **files.options)
+    except OSError as error:
+        raise ValueError(f"model.base {base}: {error}") from error
+    forget_quantization(model)
+    forget_padding(model)
+    add_token_rows(model, num_ids, sorted(added_ids))
+    return model
+
+
+def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -> None:
+    """Give the model embeddings for `num_ids` ids; those of `added_ids` become the mean of all others.
+
+    Works for tied and untied embeddings, and for a base whose vocabulary is padded beyond its tokenizer.
+    """
+    old = _embedding(model).num_embeddings
+    if num_ids > old:
+        model.resize_token_embeddings(num_ids, mean_resizing=False)
+    if not added_ids:
+        return
+    known = [row for row in range(min(old, num_ids)) if row not in set(added_ids)]
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(module.weight): module.weight for module in embeddings}.values():
+        with torch.no_grad():
+            weight[added_ids] = weight[known].float().mean(dim=0).to(weight.dtype)
+
+
+def forget_padding(model: PreTrainedModel) -> None:
+    """Let the embedding of the padding token learn: packed batches have no padding, and pad may be the end token."""
+    _embedding(model).padding_idx = None
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """A model that was loaded from a quantized GGUF file is a plain one now, and can be saved as such."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    vars(model).pop("is_quantized", None)
