@@ -1,0 +1,174 @@
+"""The process group and the DeepSpeed engine, from plain arguments."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from ochat_train.tokens.batch import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and prints."""
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """The world as the launcher's environment describes it; one process when there was no launcher."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _WORLD_VARIABLES)
+    accelerator = get_accelerator()
+    device = accelerator.device_name() if accelerator.device_name() == "cpu" else accelerator.device_name(local_rank)
+    return World(rank, size, local_rank, torch.device(device))
+
+
+_WORLD_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def join_process_group(world: World) -> None:
+    """Connect to the other ranks: gloo on CPU, the accelerator's own library else."""
+    if "MASTER_ADDR" not in os.environ:  # started without a launcher: a group of one
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {name: os.environ.get(name, default) for name, default in _WORLD_VARIABLES}
+    if world.device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at this point; plain gloo needs no compiler on the machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", verbose=False)
+    else:
+        get_accelerator().set_device(world.local_rank)
+        deepspeed.init_distributed(verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def deepspeed_config(
+    *,
+    stage: int,
+    offload: str,
+    dtype: str,
+    grad_accum: int,
+    grad_clip: float | None,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """DeepSpeed's configuration as a dict; `extra` keys are merged in.
+
+    Raises ValueError when an extra key would change one that the recipe decides, or that exactness needs.
+    """
+    zero: dict[str, Any] = {"stage": stage}
+    if offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # one packed row
+        "gradient_accumulation_steps": grad_accum,
+        "gradient_clipping": grad_clip or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler on the machine
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bfloat16":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    _merge(config, extra, "deepspeed")
+    return config
+
+
+def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
+    for key, value in extra.items():
+        if isinstance(config.get(key), dict) and isinstance(value, dict):
+            _merge(config[key], value, f"{path}.{key}")
+        elif key in config and config[key] != value:
+            raise ValueError(
+                f"{path}.{key}: {value!r} contradicts {config[key]!r}, which the recipe's other sections decide; "
+                "change those"
+            )
+        else:
+            config[key] = value
+
+
+def make_optimizer(
+    model: nn.Module, *, algorithm: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the model's parameters; matrices decay, vectors (norms, biases) do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if algorithm == "sgd":
+        return torch.optim.SGD(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+    """The DeepSpeed engine around the model."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by positions at long contexts.
+    for name, buffer in engine.module.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    return engine
+
+
+def train_step(
+    engine: DeepSpeedEngine, batches: Sequence[PackedBatch], *, weight_sum: float, world_size: int, lr: float
+) -> tuple[Tensor, float]:
+    """One optimizer step over this rank's micro-batches; returns its sums f32[3, K] and the gradient's norm.
+
+    weight_sum is the whole step's, over all ranks and micro-batches. DeepSpeed averages gradients over ranks, so each
+    micro-batch contributes nll_sum * world_size / weight_sum, and the update is that of
+    sum(w * nll) / sum(w) over the step. Rows of the sums: nll, weight, tokens of each of K conditions, on this rank.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    scale = world_size / weight_sum if weight_sum else 0.0
+    totals: list[Tensor] = []
+    norm = None
+    for batch in batches:
+        sums = engine(batch.to(engine.device))
+        engine.backward(sums.nll * scale, scale_wrt_gas=False)
+        if engine.is_gradient_accumulation_boundary() and engine.optimizer is engine.basic_optimizer:
+            norm = _total_norm(engine.module)  # plain fp32 replicas: DeepSpeed clips, but keeps no norm
+        engine.step()
+        totals.append(torch.stack([sums.nll_by_condition, sums.weight_by_condition, sums.tokens_by_condition]))
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return torch.stack(totals).sum(dim=0), float(norm)
+
+
+def _total_norm(module: nn.Module) -> Tensor:
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum over all ranks, on every rank."""
+    dist.all_reduce(values)
+    return values
+
+
+def same_on_all_ranks(value: str) -> bool:
+    """Whether every rank has the same text."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1
