@@ -1,0 +1,352 @@
+"""A token store to checkpoints and an exported model.
+
+    deepspeed [launcher options] --module ochat_train.train RECIPE [key=value ...]
+
+Without a launcher it runs as one process. Rerun after an interruption, it continues from the newest checkpoint.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from ochat_train.conversations.template import TEMPLATES
+from ochat_train.export import export, read_export
+from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.pretrained import load_config, load_model
+from ochat_train.recipe import Recipe, differences, load_recipe, recipe_arguments, to_json
+from ochat_train.tokens.batch import PackedBatch, collate
+from ochat_train.tokens.plan import PlanShape, StepPlan, plan_digest, plan_epoch, quadratic_length
+from ochat_train.tokens.store import Manifest, TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    check_resume,
+    find_resume,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from ochat_train.training.engine import (
+    World,
+    deepspeed_config,
+    join_process_group,
+    make_engine,
+    make_optimizer,
+    read_world,
+    same_on_all_ranks,
+    sum_over_ranks,
+    train_step,
+)
+from ochat_train.training.evaluate import evaluate
+from ochat_train.training.metrics import Metrics, StepReport, describe_run
+from ochat_train.training.schedule import auto_learning_rate, learning_rate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the recipe."""
+    parser = argparse.ArgumentParser(prog="deepspeed --module ochat_train.train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
+    recipe_arguments(parser)
+    options = parser.parse_args(arguments)
+    world = read_world()
+    try:
+        train(load_recipe(options.recipe, options.overrides), world)
+    except ValueError as error:  # the same on every rank: one of them tells
+        sys.exit(f"error: {error}" if world.is_main else 1)
+
+
+def train(recipe: Recipe, world: World) -> None:
+    """Run the recipe to its end, or to train.max_steps, and export the model to checkpoint.dir/model.
+
+    Raises ValueError for a mistake of the recipe, the store or the checkpoint, before anything expensive starts.
+    """
+    run = prepare(recipe, world)
+    if run.resumed is not None and run.is_finished(run.resumed.state):
+        _say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
+        _export(run, world, run.resumed.path)
+        return
+    _use_own_share_of_cores(world)
+    join_process_group(world)
+    try:
+        last = _train(run, world)
+    finally:
+        dist.destroy_process_group()
+    _export(run, world, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that is known before the model is loaded."""
+
+    recipe: Recipe
+    store: TokenStore
+    held_out: TokenStore
+    tokenizer: ChatTokenizer
+    shape: PlanShape
+    peak_lr: float
+    resumed: Checkpoint | None
+
+    @property
+    def dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.checkpoint.dir)
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of all epochs."""
+        return len(self.store) * self.recipe.train.epochs
+
+    def is_finished(self, state: TrainState) -> bool:
+        """Whether nothing is left to train."""
+        max_steps = self.recipe.train.max_steps
+        return state.examples_consumed >= self.total_examples or (max_steps is not None and state.step >= max_steps)
+
+
+def prepare(recipe: Recipe, world: World) -> Run:
+    """Open and check everything that is cheap. Raises ValueError with the remedy."""
+    store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
+    check_store(recipe, store.manifest)
+    tokenizer = load_tokenizer(str(Path(recipe.data.store) / "tokenizer"), TEMPLATES[recipe.template])
+    config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
+    run = Run(
+        recipe=recipe,
+        store=store,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        shape=plan_shape(recipe, world.size, config.hidden_size),
+        peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
+        resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
+    )
+    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if recipe.data.max_tokens > most:
+        raise ValueError(
+            f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
+        )
+    next(plan_epoch(store.lengths, store.weight_sums, run.shape, seed=recipe.train.seed, epoch=0), None)
+    deepspeed_configuration(recipe)
+    if run.resumed is not None:
+        check_resume(run.resumed, recipe=to_json(recipe), store_fingerprint=store.fingerprint, world_size=world.size)
+    return run
+
+
+def check_store(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise ValueError, with every difference, when the store was made for another recipe."""
+    data = to_json(recipe.data)
+    del data["store"]
+    wrong = differences(
+        {"template": manifest.template, "data": manifest.made_from["data"]}, {"template": recipe.template, "data": data}
+    )
+    if wrong:
+        raise ValueError(
+            f"token store {recipe.data.store} was made for another recipe (was -> is):\n  "
+            + "\n  ".join(wrong)
+            + "\nRun python -m ochat_train.preprocess with this recipe first."
+        )
+
+
+def plan_shape(recipe: Recipe, world_size: int, hidden_size: int) -> PlanShape:
+    """The room of one step of the recipe on `world_size` processes."""
+    return PlanShape(
+        capacity=recipe.packing.tokens_per_gpu,
+        num_bins=world_size * recipe.packing.grad_accum,
+        quadratic_length=quadratic_length(hidden_size),
+    )
+
+
+def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
+    """The recipe's learning rate, or the published rule's for `auto`."""
+    if recipe.optim.lr != "auto":
+        return recipe.optim.lr
+    train = manifest.splits["train"]
+    tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
+    return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
+
+
+def deepspeed_configuration(recipe: Recipe) -> dict[str, object]:
+    """The DeepSpeed configuration that the recipe means."""
+    return deepspeed_config(
+        stage=recipe.zero.stage,
+        offload=recipe.zero.offload,
+        dtype=recipe.model.dtype,
+        grad_accum=recipe.packing.grad_accum,
+        grad_clip=recipe.optim.grad_clip,
+        extra=recipe.deepspeed,
+    )
+
+
+def _train(run: Run, world: World) -> Path:
+    """The loop; returns the last checkpoint."""
+    recipe, store = run.recipe, run.store
+    _check_same_plan(run)
+    if world.is_main and (leftovers := remove_leftovers(run.dir)):
+        _say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
+    engine = build_engine(run, world)
+    attention = engine.module.attention
+    _say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
+    about = describe_run(recipe, world.size, f"{attention.backend} ({attention.reason})")
+    state = TrainState(0, 0, 0, 0, store.fingerprint, to_json(recipe))
+    last = run.dir
+    if run.resumed is not None:
+        load_checkpoint(engine, run.resumed, world)
+        state, last = run.resumed.state, run.resumed.path
+        _say(world, f"continuing {last} at step {state.step}, {state.examples_consumed:,} examples consumed")
+    conditions = store.manifest.conditions
+    with Metrics(recipe, run.dir, conditions, total_examples=run.total_examples, is_main=world.is_main) as metrics:
+        if state.step == 0:
+            _evaluate(run, engine, world, metrics, state)
+        started = time.perf_counter()
+        for step_plan in _steps(run, state):
+            state, report = _one_step(run, engine, world, state, step_plan, started)
+            metrics.step(report)
+            if is_epoch_end := state.examples_consumed % len(store) == 0:
+                _evaluate(run, engine, world, metrics, state)
+            if _is_save_due(run, state, is_epoch_end):
+                last = run.dir / f"step-{state.step:08d}"
+                checkpoint = Checkpoint(
+                    path=last,
+                    state=state,
+                    world_size=world.size,
+                    template=recipe.template,
+                    inference_condition=store.manifest.inference_condition,
+                    conditions=conditions,
+                    run=about,
+                )
+                save_checkpoint(engine, checkpoint, world, run.tokenizer, keep=recipe.checkpoint.keep)
+            if run.is_finished(state):
+                break
+            started = time.perf_counter()
+    return last
+
+
+def build_engine(run: Run, world: World) -> DeepSpeedEngine:
+    """The recipe's model in a DeepSpeed engine."""
+    recipe = run.recipe
+    lm = load_model(
+        recipe.model.base,
+        recipe.model.config,
+        dtype=recipe.model.dtype,
+        num_ids=run.tokenizer.num_ids,
+        added_ids=run.store.manifest.added_tokens.values(),
+        seed=recipe.train.seed,
+    )
+    model = PackedCausalLM(
+        lm,
+        attention=recipe.model.attention,
+        device_type=world.device.type,
+        checkpointing=recipe.model.checkpointing == "full",
+        num_conditions=len(run.store.manifest.conditions),
+    )
+    optimizer = make_optimizer(
+        model,
+        algorithm=recipe.optim.algorithm,
+        lr=run.peak_lr,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+    )
+    return make_engine(model, optimizer, deepspeed_configuration(recipe))
+
+
+def _steps(run: Run, state: TrainState) -> Iterator[StepPlan]:
+    """The steps that are left, from the state's position on."""
+    num_examples = len(run.store)
+    first_epoch, start = divmod(state.examples_consumed, num_examples)
+    for epoch in range(first_epoch, run.recipe.train.epochs):
+        yield from plan_epoch(
+            run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed, epoch=epoch, start=start
+        )
+        start = 0
+
+
+def _one_step(
+    run: Run, engine: DeepSpeedEngine, world: World, state: TrainState, plan: StepPlan, started: float
+) -> tuple[TrainState, StepReport]:
+    """Train one step of the plan; returns where the run is then, and what to report."""
+    recipe, consumed = run.recipe, state.examples_consumed + plan.num_examples
+    progress = consumed / run.total_examples
+    lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
+    batches = [make_batch(run.store, positions.tolist()) for positions in plan.bins[world.rank :: world.size]]
+    sums, grad_norm = train_step(engine, batches, weight_sum=plan.weight_sum, world_size=world.size, lr=lr)
+    num_tokens = int(sum(run.store.lengths[positions].sum() for positions in plan.bins))
+    state = TrainState(
+        step=state.step + 1,
+        epoch=(consumed - 1) // len(run.store),
+        examples_consumed=consumed,
+        tokens_seen=state.tokens_seen + num_tokens,
+        store_fingerprint=state.store_fingerprint,
+        recipe=state.recipe,
+    )
+    return state, StepReport(
+        step=state.step,
+        epoch=state.epoch,
+        examples_consumed=consumed,
+        progress=progress,
+        sums=sum_over_ranks(sums.double()).cpu(),
+        lr=lr,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        fill=num_tokens / (run.shape.capacity * run.shape.num_bins),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def make_batch(store: TokenStore, positions: Sequence[int]) -> PackedBatch:
+    """The packed batch of some of the store's examples."""
+    return collate([store[position] for position in positions], [int(store.condition_ids[p]) for p in positions])
+
+
+def _evaluate(run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState) -> None:
+    if not len(run.held_out):
+        return
+    sums = evaluate(engine, run.held_out, run.shape, world, lambda positions: make_batch(run.held_out, positions))
+    metrics.evaluation(state.step, state.epoch, sums.cpu())
+
+
+def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
+    policy = run.recipe.checkpoint
+    by_step = policy.every_steps is not None and state.step % policy.every_steps == 0
+    by_epoch = is_epoch_end and policy.every_epochs is not None and (state.epoch + 1) % policy.every_epochs == 0
+    return by_step or by_epoch or run.is_finished(state)
+
+
+def _check_same_plan(run: Run) -> None:
+    digest = plan_digest(run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed)
+    if not same_on_all_ranks(digest + run.store.fingerprint + repr(to_json(run.recipe))):
+        raise ValueError("the processes disagree on the plan: give every node the same recipe, store and versions")
+
+
+def _export(run: Run, world: World, checkpoint: Path) -> None:
+    """Rank 0 exports while the others are done already."""
+    if not world.is_main:
+        return
+    out = run.dir / "model"
+    metadata = read_export(out)
+    if metadata is None or f"step-{metadata['step']:08d}" != checkpoint.name:
+        export(checkpoint, out)
+    print(f"model: {out} (from {checkpoint.name})", flush=True)
+
+
+def _use_own_share_of_cores(world: World) -> None:
+    """On CPU, processes of one machine share its cores instead of fighting for all of them."""
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
