@@ -1,0 +1,113 @@
+"""The quickstart's data is what its script writes, in the promised shape, and its tokenizer loses nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+RECORDS: list[dict[str, Any]] = json.loads((DATA / "quickstart.json").read_text())
+TOKENIZER = Tokenizer.from_file(str(DATA / "quickstart_tokenizer" / "tokenizer.json"))
+
+
+def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(folder / "make_quickstart.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def messages_after_system(record: dict[str, Any]) -> list[dict[str, str]]:
+    messages: list[dict[str, str]] = record["conversations"]
+    return messages[1:] if messages[0]["from"] == "system" else messages
+
+
+def test_committed_files_are_what_the_script_writes() -> None:
+    result = run_script(DATA, "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_check_names_the_file_that_differs(tmp_path: Path) -> None:
+    shutil.copy(DATA / "make_quickstart.py", tmp_path)
+    assert run_script(tmp_path).returncode == 0
+    assert (tmp_path / "quickstart.json").read_bytes() == (DATA / "quickstart.json").read_bytes()
+    with (tmp_path / "quickstart.json").open("a") as file:
+        file.write("\n")
+    result = run_script(tmp_path, "--check")
+    assert result.returncode == 1
+    assert "quickstart.json" in result.stderr
+    assert "tokenizer.json" not in result.stderr
+
+
+def test_both_sources_have_single_turn_multi_turn_and_system_conversations() -> None:
+    assert len(RECORDS) >= 400
+    shapes = Counter(
+        (record["model"], len(messages_after_system(record)) > 2, record["conversations"][0]["from"])
+        for record in RECORDS
+    )
+    wanted = {
+        (model, multi, first)
+        for model in ("careful", "hasty")
+        for multi in (False, True)
+        for first in ("human", "system")
+    }
+    assert set(shapes) == wanted
+
+
+def test_ids_and_conversations_are_unique() -> None:
+    assert len({record["id"] for record in RECORDS}) == len(RECORDS)
+    assert len({json.dumps(record["conversations"]) for record in RECORDS}) == len(RECORDS)
+
+
+def test_human_and_gpt_alternate_after_an_optional_system_message() -> None:
+    for record in RECORDS:
+        messages = messages_after_system(record)
+        roles = [message["from"] for message in messages]
+        assert roles, record["id"]
+        assert roles == ["human", "gpt"] * (len(roles) // 2), record["id"]
+        assert all(message["value"].strip() and message["value"].isascii() for message in messages), record["id"]
+
+
+def test_a_source_always_gives_the_same_answer_and_the_two_never_agree() -> None:
+    answers: dict[str, dict[str, set[str]]] = {"careful": defaultdict(set), "hasty": defaultdict(set)}
+    for record in RECORDS:
+        messages = messages_after_system(record)
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            answers[record["model"]][question["value"]].add(answer["value"])
+    assert all(len(given) == 1 for by_question in answers.values() for given in by_question.values())
+    shared = answers["careful"].keys() & answers["hasty"].keys()
+    assert len(shared) >= 100
+    assert all(answers["careful"][question] != answers["hasty"][question] for question in shared)
+
+
+@given(st.text())  # st.text() leaves surrogates out
+def test_tokenizer_round_trips_any_text(text: str) -> None:
+    ids = TOKENIZER.encode(text).ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", ["<s>", "</s> <s>", " a  b\n\n\tc ", "na\u00efve \U0001f600 \u65e5\u672c", "\x00"])
+def test_tokenizer_round_trips_awkward_text(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_auto_tokenizer_loads_it_and_adds_nothing() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "quickstart_tokenizer")
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<s>", 0)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 1)
+    assert tokenizer.unk_token is None
+    assert len(tokenizer) == 1024
+    text = "What is the capital of France?"
+    assert tokenizer(text).input_ids == TOKENIZER.encode(text).ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_end_of_turn_is_not_a_token() -> None:
+    assert len(TOKENIZER.encode("<|end_of_turn|>").ids) > 1
