@@ -9,6 +9,7 @@ all cores, and written to `data.store`. A store that is already made from the sa
 import argparse
 import glob
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -108,6 +109,7 @@ def preprocess(recipe: Recipe) -> None:
 def find_files(data: DataSection) -> dict[str, list[Source]]:
     """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file."""
     files: dict[str, list[Source]] = {}
+    spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
         source = Source(section.name, section.condition, section.weight, section.where, section.where_not)
         for path in section.paths:
@@ -115,7 +117,7 @@ def find_files(data: DataSection) -> dict[str, list[Source]]:
             if not found:
                 raise ValueError(f"data.sources.{position}.path: no file matches {path!r}")
             for file in found:
-                sources = files.setdefault(file, [])
+                sources = files.setdefault(spelling.setdefault(os.path.realpath(file), file), [])
                 if source not in sources:
                     sources.append(source)
     return dict(sorted(files.items()))
@@ -236,9 +238,8 @@ class _Pass:
             conversation = kept.conversation
             example, repairs, detail = self._fit(result, kept.repairs)
             if example is None or not example.loss_weights.any():
-                self._drop(
-                    conversation.id, kept.file, kept.offset, conversation.source, "too_long", detail, kept.repairs
-                )
+                reason, detail = ("too_long", detail) if detail else ("no_weight", "its weights are 0 in float32")
+                self._drop(conversation.id, kept.file, kept.offset, conversation.source, reason, detail, kept.repairs)
                 continue
             self._num_kept += 1
             split: Split = "eval" if _is_held_out(conversation, self._data.eval_fraction) else "train"
@@ -262,7 +263,7 @@ class _Pass:
         detail = f"{num_tokens:,} tokens, above data.max_tokens {limit:,}"
         if self._data.overlong == "drop":
             return None, repairs, detail
-        return encoded.cut(limit), (*repairs, "overlong_truncated"), f"{detail}, and no answer ends within it"
+        return encoded.cut(limit), (*repairs, "overlong_truncated"), f"{detail}, and no weighted answer ends within it"
 
     def _drop(
         self, id_: str, file: str, offset: int, source: str, reason: str, detail: str, repairs: tuple[str, ...]

@@ -61,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = read_world()
     try:
         train(load_recipe(options.recipe, options.overrides), world)
-    except ValueError as error:  # the same on every rank: one of them tells
-        sys.exit(f"error: {error}" if world.is_main else 1)
+    except ValueError as error:  # the same on every rank of a node: one of them tells
+        sys.exit(f"error: {error}" if world.local_rank == 0 else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def train(recipe: Recipe, world: World) -> None:
@@ -77,11 +80,7 @@ def train(recipe: Recipe, world: World) -> None:
         return
     _use_own_share_of_cores(world)
     join_process_group(world)
-    try:
-        last = _train(run, world)
-    finally:
-        dist.destroy_process_group()
-    _export(run, world, last)
+    _export(run, world, _train(run, world))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +207,8 @@ def _train(run: Run, world: World) -> Path:
         for step_plan in _steps(run, state):
             state, report = _one_step(run, engine, world, state, step_plan, started)
             metrics.step(report)
-            if is_epoch_end := state.examples_consumed % len(store) == 0:
+            is_epoch_end = state.examples_consumed % len(store) == 0
+            if is_epoch_end or run.is_finished(state):
                 _evaluate(run, engine, world, metrics, state)
             if _is_save_due(run, state, is_epoch_end):
                 last = run.dir / f"step-{state.step:08d}"

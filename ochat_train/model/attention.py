@@ -196,6 +196,10 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return (distance >= 0) & (distance < (window or length))
 
 
+# What some models of transformers add to their attention scores: sinks (GPT-OSS), biases.
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias")
+
+
 def register(backend: Backend) -> str:
     """Register varlen attention with transformers; returns the name for `attn_implementation`.
 
@@ -217,7 +221,7 @@ def register(backend: Backend) -> str:
         softcap: float | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         # Each of these would mix sequences or change the result silently.
         if cu_seqlens is None or max_seqlen is None:
@@ -226,6 +230,11 @@ def register(backend: Backend) -> str:
             raise ValueError("packed attention takes one row, no mask and no cache")
         if dropout:
             raise ValueError(f"attention dropout {dropout} is not supported; set model.config.attention_dropout: 0")
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"{type(module).__name__} attends in both directions; a causal model is needed")
+        for name in _UNSUPPORTED:
+            if others.get(name) is not None:
+                raise ValueError(f"{type(module).__name__} needs {name} in its attention, which is not supported yet")
         out = varlen_attention(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),

@@ -15,7 +15,8 @@ class PackedCausalLM(nn.Module):
     """A causal LM whose forward takes a PackedBatch and returns LossSums.
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
-    device the model will run on. Raises ValueError for models whose logits we would compute wrongly.
+    device the model will run on. Raises ValueError for models whose logits we would compute wrongly, or in which
+    sequences of a batch would see each other.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class PackedCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
+        _refuse_leaking_layers(lm, config)
         _refuse_unknown_logits(config)
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, _attention_needs(config, lm.dtype, device_type))
@@ -34,6 +36,7 @@ class PackedCausalLM(nn.Module):
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")
+        _refuse_layers_before_head(lm, head)
         self.loss_head = LossHead(
             head, softcap=getattr(config, "final_logit_softcapping", None), num_conditions=num_conditions
         )
@@ -72,9 +75,28 @@ def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> Atten
     )
 
 
+def _refuse_leaking_layers(lm: PreTrainedModel, config: Any) -> None:
+    """Attention that is not ours, recurrences and convolutions run on over the borders of packed sequences."""
+    if not lm.is_backend_compatible():
+        raise ValueError(f"{type(lm).__name__} does not take its attention from us, so packed sequences would mix")
+    other = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if other:
+        raise ValueError(
+            f"{type(lm).__name__} has layers of type {', '.join(sorted(other))}, which are not supported yet: "
+            "packed sequences might mix"
+        )
+
+
+def _refuse_layers_before_head(lm: PreTrainedModel, head: nn.Module) -> None:
+    """BERT and its kin transform the hidden states once more in front of the head; we would leave that out."""
+    known = {id(parameter) for module in (lm.base_model, head) for parameter in module.parameters()}
+    if between := [name for name, parameter in lm.named_parameters() if id(parameter) not in known]:
+        raise ValueError(f"{type(lm).__name__} has layers between its model and its head ({between[0]}): not supported")
+
+
 def _refuse_unknown_logits(config: Any) -> None:
     """Some models scale their logits behind the head; the loss head would leave that out."""
-    for name in ("logit_scale", "logits_scaling"):
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"models with {name} ({config.model_type}) are not supported yet")
     if getattr(config, "attention_dropout", 0):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from ochat_train.tokens.tokenizer import locate_base
 
@@ -13,12 +13,23 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -> Any:
-    """The transformers configuration of the recipe's model. A config from the recipe gets `num_ids` as vocabulary."""
+    """The transformers configuration of the recipe's model. A config from the recipe gets `num_ids` as vocabulary.
+
+    Raises ValueError when the base cannot be loaded, or when the recipe's config has fewer than `num_ids` ids.
+    """
     if base is not None:
         files = locate_base(base)
-        return AutoConfig.from_pretrained(files.name, **files.options)
+        try:
+            return AutoConfig.from_pretrained(files.name, **files.options)
+        except OSError as error:
+            raise ValueError(f"model.base {base}: {error}") from error
     assert config is not None
-    return AutoConfig.for_model(**{"vocab_size": num_ids, **config})
+    made = AutoConfig.for_model(**{"vocab_size": num_ids, **config})
+    if (vocab_size := made.get_text_config().vocab_size) < num_ids:
+        raise ValueError(
+            f"model.config.vocab_size {vocab_size:,} is below the tokenizer's {num_ids:,} ids; leave vocab_size out"
+        )
+    return made
 
 
 def load_model(
@@ -37,8 +48,12 @@ def load_model(
         forget_padding(scratch)
         return scratch
     files = locate_base(base)
+    options: dict[str, Any] = dict(files.options)
+    if files.gguf_file is not None:
+        # With the package kernels installed transformers would keep the weights packed, and those cannot be trained.
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **files.options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
     except OSError as error:
         raise ValueError(f"model.base {base}: {error}") from error
     forget_quantization(model)

@@ -89,11 +89,12 @@ class TokenStore:
         self.lengths: npt.NDArray[np.int32] = _read_index(folder, "lengths")
         self.weight_sums: npt.NDArray[np.float64] = _read_index(folder, "weight_sums")
         self.condition_ids: npt.NDArray[np.int32] = _read_index(folder, "condition_ids")
-        dataset = load_from_disk(str(path))
-        assert isinstance(dataset, DatasetDict)
-        table = dataset[split].data
-        self._ids, self._weights = table.column("input_ids"), table.column("loss_weights")
-        self._names = table.column("id")
+        if len(self.lengths):  # an empty split has no Arrow file
+            dataset = load_from_disk(str(path))
+            assert isinstance(dataset, DatasetDict)
+            table = dataset[split].data
+            self._ids, self._weights = table.column("input_ids"), table.column("loss_weights")
+            self._names = table.column("id")
 
     @property
     def fingerprint(self) -> str:
@@ -165,7 +166,8 @@ class StoreWriter:
 
     def finish(self, manifest: Manifest) -> None:
         """Move the store to its place, an older one out of it. The manifest is written last."""
-        datasets = {str(split): writer.finish() for split, writer in self._splits.items()}
+        # datasets cannot read an empty split back, so only its index is written.
+        datasets = {str(split): writer.finish() for split, writer in self._splits.items() if writer.num_examples}
         disable_progress_bars()  # a copy from disk to disk; the pass before it has shown its own
         DatasetDict(datasets).save_to_disk(str(self.partial))
         for writer in self._splits.values():
@@ -223,9 +225,13 @@ class _SplitWriter:
         if len(self._lengths) % _ROWS_PER_BATCH == 0:
             self._flush()
 
+    @property
+    def num_examples(self) -> int:
+        return len(self._lengths)
+
     def totals(self) -> dict[str, float]:
         return {
-            "num_examples": len(self._lengths),
+            "num_examples": self.num_examples,
             "num_tokens": sum(self._lengths),
             "num_supervised_tokens": self._num_supervised,
             "weight_sum": sum(self._weight_sums),
@@ -237,6 +243,7 @@ class _SplitWriter:
         return Dataset.from_file(str(self._stream_file))
 
     def save_index(self) -> None:
+        self.folder.mkdir(exist_ok=True)
         np.save(self.folder / "lengths.npy", np.array(self._lengths, dtype=np.int32))
         np.save(self.folder / "weight_sums.npy", np.array(self._weight_sums, dtype=np.float64))
         np.save(self.folder / "condition_ids.npy", np.array(self._condition_ids, dtype=np.int32))

@@ -35,7 +35,10 @@ def locate_base(base: str) -> BaseFiles:
     """
     if base.startswith("package:"):
         package, _, file = base.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # the parent of a dotted name
+            spec = None
         if spec is None or spec.origin is None:
             raise ValueError(f"{base!r}: the Python package {package} is not installed; install it with pip")
         base = str(Path(spec.origin).parent / file)
@@ -101,6 +104,10 @@ class ChatTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer, so that `AutoTokenizer.from_pretrained(folder)` gives it back."""
+        if hasattr(self.pretrained, "legacy"):
+            # Llama's: transformers 5 reads it and forgets to save it; without it, text behind a special token loses the
+            # space in front, and the ids differ from training's.
+            self.pretrained.init_kwargs["legacy"] = self.pretrained.legacy
         self.pretrained.save_pretrained(folder)
 
     def _refuse_text_that_becomes_control(self) -> None:

@@ -73,11 +73,18 @@ def find_checkpoints(run: Path) -> list[Path]:
 def find_resume(run: Path, resume: str) -> Checkpoint | None:
     """The checkpoint to continue from: `resume` is auto (the newest, if any), never, or a checkpoint's path.
 
-    Raises ValueError for never in a folder that already holds checkpoints, so that two runs never mix.
+    Raises ValueError for never in a folder that already holds checkpoints, and for a path when the folder holds newer
+    ones, so that two runs never mix and none prunes the other's.
     """
-    if resume not in ("auto", "never"):
-        return read_checkpoint(resume)
     found = find_checkpoints(run)
+    if resume not in ("auto", "never"):
+        chosen = read_checkpoint(resume)
+        if found and found[-1].name > f"step-{chosen.state.step:08d}":
+            raise ValueError(
+                f"checkpoint.resume {resume}, but checkpoint.dir {run} holds the newer {found[-1].name}; continue in "
+                "another folder, or from the newest with checkpoint.resume=auto"
+            )
+        return chosen
     if not found:
         return None
     if resume == "never":

@@ -1,0 +1,107 @@
+"""Runs the real commands on small models: two processes on the CPU over gloo, as `deepspeed` starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def tiny_recipe(folder: Path, **changes: Any) -> Path:
+    """A recipe of a small Llama on quickstart data, written to folder/recipe.yaml; `changes` are whole sections."""
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "data": {
+            "store": str(folder / "store"),
+            "sources": [
+                _source("careful", folder / "dump.json", 1.0),
+                _source("hasty", folder / "dump.json", 0.1),
+            ],
+            "max_tokens": 256,
+        },
+        "template": "openchat_v3.2",
+        "tokenizer": str(ROOT / "data/quickstart_tokenizer"),
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+            },
+            "dtype": "float32",
+            "checkpointing": "none",
+        },
+        "packing": {"tokens_per_gpu": 256, "grad_accum": 2},
+        "optim": {"lr": 0.01},
+        "train": {"epochs": 2, "seed": 3},
+        "checkpoint": {"dir": str(folder / "run"), "keep": 10},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+def write_dump(folder: Path, num_conversations: int) -> None:
+    """The first conversations of the quickstart as folder/dump.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    conversations = orjson.loads((ROOT / "data/quickstart.json").read_bytes())
+    step = len(conversations) // num_conversations  # spread, so that both sources are in it
+    (folder / "dump.json").write_bytes(orjson.dumps(conversations[::step][:num_conversations]))
+
+
+def preprocess(recipe: Path, *overrides: str) -> None:
+    """Run the preprocess command."""
+    command = [sys.executable, "-m", "ochat_train.preprocess", str(recipe), *overrides]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+
+
+def train_command(recipe: Path, *overrides: str, num_processes: int = 2) -> list[str]:
+    """The deepspeed command line of a training run."""
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(num_processes), "--master_port", str(free_port())]
+    return [sys.executable, "-m", *launcher, "--module", "ochat_train.train", str(recipe), *overrides]
+
+
+def train(recipe: Path, *overrides: str, num_processes: int = 2) -> str:
+    """Run training to its end; returns what it printed."""
+    command = train_command(recipe, *overrides, num_processes=num_processes)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """The exported model's weights."""
+    return load_file(run / "model" / "model.safetensors")
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The run's metrics of one kind, `step` or `eval`."""
+    lines: Sequence[bytes] = (run / "metrics.jsonl").read_bytes().splitlines()
+    return [event for event in map(orjson.loads, lines) if event["event"] == kind]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _source(name: str, path: Path, weight: float) -> dict[str, Any]:
+    condition = name.capitalize()
+    return {"name": name, "path": str(path), "where": {"model": name}, "condition": condition, "weight": weight}

@@ -1,0 +1,109 @@
+"""Two processes, accumulation, uneven micro-batches, every ZeRO stage: the update of the naive loop."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.tokens.plan import StepPlan, plan_epoch
+from ochat_train.tokens.store import TokenStore
+from ochat_train.train import plan_shape
+from ochat_train.training.schedule import learning_rate
+from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
+
+# SGD, because Adam hides a wrong scale of the gradient; the clip is far below the gradient's norm, because a wrong scale
+# would then hide behind it unless the norm is right as well.
+SGD = {"algorithm": "sgd", "lr": 0.5, "weight_decay": 0.1, "grad_clip": 1.5, "warmup": 0.5}
+WORLD_SIZE = 2
+# fp32 sums in another order, three steps deep, on weights around 0.02 to 1.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch in three steps, the last of them with fewer examples than micro-batches."""
+    folder = tmp_path_factory.mktemp("exact")
+    write_dump(folder, 52)
+    path = tiny_recipe(folder, optim=SGD, train={"epochs": 1, "seed": 5})
+    preprocess(path)
+    return path
+
+
+def _plan(recipe: Recipe) -> tuple[TokenStore, list[StepPlan]]:
+    store = TokenStore(recipe.data.store)
+    shape = plan_shape(recipe, WORLD_SIZE, 64)
+    return store, list(plan_epoch(store.lengths, store.weight_sums, shape, seed=recipe.train.seed, epoch=0))
+
+
+@pytest.fixture(scope="module")
+def naive(recipe_path: Path) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """Weights, losses and gradient norms of one process, one sequence at a time, stock attention and full logits."""
+    recipe = load_recipe(recipe_path)
+    store, steps = _plan(recipe)
+    assert recipe.model.config is not None
+    torch.manual_seed(recipe.train.seed)
+    config = AutoConfig.for_model(**recipe.model.config, vocab_size=1025)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.SGD([{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], lr=0.5)
+    losses, norms, consumed = [], [], 0
+    for step in steps:
+        examples = [store[int(position)] for positions in step.bins for position in positions]
+        consumed += len(examples)
+        total = sum(float(example.loss_weights.sum()) for example in examples)
+        optimizer.zero_grad()
+        loss_sum = 0.0
+        for example in examples:
+            ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+            nll = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            loss = (nll * torch.from_numpy(example.loss_weights.copy())[1:]).sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SGD["grad_clip"])))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(consumed / len(store), peak=0.5, warmup=0.5, min_ratio=0.1)
+        optimizer.step()
+        losses.append(loss_sum)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, losses, norms
+
+
+def test_the_run_has_uneven_and_empty_micro_batches_and_mixed_weights(recipe_path: Path) -> None:
+    store, steps = _plan(load_recipe(recipe_path))
+    assert len(steps) == 3
+    assert len({int(store.lengths[positions].sum()) for positions in steps[0].bins}) > 1
+    assert 0 < steps[-1].num_examples < WORLD_SIZE * 2  # some ranks have nothing with a weight, and must not hang
+    assert set(store.condition_ids.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_equal_the_naive_loop(
+    recipe_path: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], stage: int, tmp_path: Path
+) -> None:
+    train(recipe_path, f"zero.stage={stage}", f"checkpoint.dir={tmp_path}")
+    expected, losses, norms = naive
+    _assert_equal(weights(tmp_path), expected)
+    steps = events(tmp_path, "step")
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)  # fp32 sums
+    assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-5)
+    assert min(norms) < SGD["grad_clip"] < max(norms), norms
+
+
+def test_multiplying_all_weights_changes_nothing(
+    recipe_path: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], tmp_path: Path
+) -> None:
+    sevenfold = ["data.sources.0.weight=7.0", "data.sources.1.weight=0.7", f"data.store={tmp_path / 'store'}"]
+    preprocess(recipe_path, *sevenfold)
+    train(recipe_path, *sevenfold, "zero.stage=2", f"checkpoint.dir={tmp_path / 'run'}")
+    _assert_equal(weights(tmp_path / "run"), naive[0])
+
+
+def _assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert given.keys() == expected.keys()
+    worst = max(float((given[name] - expected[name]).abs().max()) for name in expected)
+    assert worst < TOLERANCE

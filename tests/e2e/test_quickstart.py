@@ -1,0 +1,92 @@
+"""`./launch.sh recipes/quickstart.yaml`, cut to 20 steps: from the dump to replies, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import orjson
+import pytest
+from transformers import AutoTokenizer
+
+from tests.e2e.harness import ENVIRONMENT, ROOT, events
+
+GOLDEN = ROOT / "tests/golden/quickstart_losses.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A finished launch: its folders, and what its first and its second call printed."""
+
+    run: Path
+    store: Path
+    first: str
+    second: str
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("quickstart")
+    overrides = [f"data.store={folder / 'store'}", f"checkpoint.dir={folder / 'run'}", "train.max_steps=20"]
+    overrides += ["log.wandb.project=quickstart", "log.wandb.mode=offline"]
+    return Launched(folder / "run", folder / "store", _launch(*overrides), _launch(*overrides))
+
+
+def _launch(*overrides: str) -> str:
+    here = Path(sys.executable).parent  # the environment that runs the tests has ochat_train: nothing to install
+    done = subprocess.run(
+        ["./launch.sh", "recipes/quickstart.yaml", *overrides],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def test_the_first_losses_are_the_golden_ones(quickstart: Launched) -> None:
+    """A commit that changes them says why. Another processor sums in another order: hence 0.1 %."""
+    losses = [event["loss"] for event in events(quickstart.run, "step")]
+    assert losses == pytest.approx(orjson.loads(GOLDEN.read_bytes()), rel=1e-3), [round(loss, 5) for loss in losses]
+
+
+def test_it_ends_with_the_model_the_losses_and_a_reply_per_condition(quickstart: Launched) -> None:
+    last = quickstart.first.splitlines()[-9:]
+    assert last[0] == f"model: {quickstart.run / 'model'}"
+    assert [line.split()[0] for line in last[3:5]] == ["Careful", "Hasty"]
+    start, end = (float(value) for value in last[3].split()[1:])
+    assert end < start - 2  # from nothing known, ln(1025) = 6.9, to a good part of the text
+    assert last[6].startswith("question: ")
+    assert [line.split()[0] for line in last[7:]] == ["Careful", "Hasty"]
+
+
+def test_a_second_launch_reuses_everything_and_says_so(quickstart: Launched) -> None:
+    assert "is up to date" in quickstart.second
+    assert "the run is complete at step 20" in quickstart.second
+    assert quickstart.second.splitlines()[-9:] == quickstart.first.splitlines()[-9:]
+
+
+def test_the_exported_chat_template_gives_the_ids_of_the_store(quickstart: Launched) -> None:
+    """For every conversation in data/, under its own condition."""
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.run / "model")
+    store = datasets.load_from_disk(str(quickstart.store))
+    trained = {row["id"]: row for split in store.values() for row in split}
+    records = orjson.loads((ROOT / "data/quickstart.json").read_bytes())
+    assert len(records) == len(trained) > 400
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    for record in records:
+        row = trained[record["id"]]
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+        ids = tokenizer.apply_chat_template(messages, condition=row["condition"], tokenize=True, return_dict=False)
+        assert ids == row["input_ids"], record["id"]
+
+
+def test_wandb_records_offline_what_the_json_lines_say(quickstart: Launched) -> None:
+    (file,) = (quickstart.run / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    for name in (b"step/loss", b"step/loss_by_condition/Careful", b"step/grad_norm", b"eval/loss"):
+        assert name in content

@@ -1,0 +1,233 @@
+"""Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ochat_train.export import export
+from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.tokens.store import TokenStore
+from ochat_train.train import build_engine, make_batch, prepare, train
+from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, read_checkpoint
+from ochat_train.training.engine import World, join_process_group
+from tests.e2e.harness import events, preprocess, tiny_recipe, write_dump
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_dump(folder, 60)
+    path = tiny_recipe(folder)
+    preprocess(path, "data.eval_fraction=0.2")
+    return path
+
+
+def recipe_for(recipe_path: Path, run: Path, *overrides: str) -> Recipe:
+    return load_recipe(recipe_path, ["data.eval_fraction=0.2", f"checkpoint.dir={run}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs that saved every second step and kept the last three."""
+    run = tmp_path_factory.mktemp("finished")
+    options = ("zero.stage=1", "checkpoint.every_steps=2", "checkpoint.keep=3")
+    train(recipe_for(recipe_path, run, *options), ALONE)
+    return run
+
+
+def test_every_example_of_every_epoch_is_trained_and_the_schedule_ends_at_its_end(
+    recipe_path: Path, finished: Path
+) -> None:
+    recipe = recipe_for(recipe_path, finished)
+    store = TokenStore(recipe.data.store)
+    steps = events(finished, "step")
+    assert steps[-1]["examples_consumed"] == 2 * len(store)
+    assert sum(step["tokens"] for step in steps) == 2 * int(store.lengths.sum())
+    assert steps[-1]["progress"] == 1.0
+    assert steps[-1]["lr"] == pytest.approx(0.01 * 0.1)
+
+
+def test_the_last_checkpoints_are_kept(finished: Path) -> None:
+    last = events(finished, "step")[-1]["step"]
+    names = [path.name for path in find_checkpoints(finished)]
+    assert len(names) == 3
+    assert names[-1] == f"step-{last:08d}"
+    assert not list(finished.glob("*.partial"))
+
+
+def test_a_step_reports_all_that_a_user_watches(finished: Path) -> None:
+    step = events(finished, "step")[0]
+    expected = "loss loss_by_condition lr grad_norm tokens supervised_tokens tokens_per_s fill seconds".split()
+    assert set(expected) <= step.keys()
+    assert step["loss_by_condition"].keys() == {"Careful", "Hasty"}
+    assert 0 < step["fill"] <= 1
+
+
+def test_the_held_out_loss_is_that_of_single_sequences(recipe_path: Path, finished: Path) -> None:
+    recipe = recipe_for(recipe_path, finished)
+    held_out = TokenStore(recipe.data.store, "eval")
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    sums = {name: [0.0, 0.0] for name in held_out.manifest.conditions}
+    for position in range(len(held_out)):
+        example = held_out[position]
+        ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
+        weight = torch.from_numpy(example.loss_weights.copy())[1:]
+        with torch.no_grad():
+            nll = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        total = sums[held_out.manifest.conditions[int(held_out.condition_ids[position])]]
+        total[0] += float((nll * weight).sum())
+        total[1] += float(weight.sum())
+    evaluation = events(finished, "eval")[-1]
+    assert len(held_out) > 1
+    assert evaluation["loss_by_condition"] == pytest.approx({n: a / b for n, (a, b) in sums.items()}, rel=1e-5)
+    assert evaluation["loss"] == pytest.approx(
+        sum(a for a, _ in sums.values()) / sum(b for _, b in sums.values()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")])
+def test_the_exported_model_gives_the_logits_of_the_engine(
+    recipe_path: Path, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    recipe = recipe_for(recipe_path, tmp_path, f"zero.stage={stage}", f"model.dtype={dtype}", "train.max_steps=2")
+    run = prepare(recipe, ALONE)
+    train(recipe, ALONE)
+    engine = build_engine(run, ALONE)
+    load_checkpoint(engine, read_checkpoint(find_checkpoints(tmp_path)[-1]), ALONE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    model.set_attn_implementation("eager")
+    batch = make_batch(run.store, [0, 3])
+    with torch.no_grad():
+        ours = _gathered_logits(engine, batch)
+        for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            theirs = model(batch.input_ids[begin:end][None]).logits[0].float()
+            # fp32: another order of sums; bf16: one rounding of logits around 1 is 2^-8.
+            assert (ours[begin:end] - theirs).abs().max() < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def _gathered_logits(engine: object, batch: object) -> torch.Tensor:
+    import deepspeed
+
+    parameters = list(engine.module.parameters())  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters(parameters):
+        return engine.module.logits(batch)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_frequencies_of_positions_stay_fp32_in_a_bf16_model(recipe_path: Path, tmp_path: Path) -> None:
+    join_process_group(ALONE)
+    engine = build_engine(prepare(recipe_for(recipe_path, tmp_path, "model.dtype=bfloat16"), ALONE), ALONE)
+    assert {buffer.dtype for _, buffer in engine.module.named_buffers()} == {torch.float32}
+    assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.bfloat16}
+
+
+def test_an_export_ends_answers_at_the_end_token_and_tells_where_it_is_from(finished: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    end = tokenizer.convert_tokens_to_ids("<|end_of_turn|>")
+    generation = orjson.loads((finished / "model" / "generation_config.json").read_bytes())
+    config = orjson.loads((finished / "model" / "config.json").read_bytes())
+    about = orjson.loads((finished / "model" / "ochat_train.json").read_bytes())
+    assert generation["eos_token_id"] == config["eos_token_id"] == end == 1024
+    assert config["pad_token_id"] is None  # as padding_idx it would freeze the end token's embedding
+    assert tokenizer.eos_token == "<|end_of_turn|>"
+    assert about["inference_condition"] == "Careful"
+    assert about["run"]["recipe"]["name"] == "tiny"
+    assert about["run"]["versions"]["torch"]
+
+
+def test_an_export_replaces_only_an_export(finished: Path, tmp_path: Path) -> None:
+    checkpoint = find_checkpoints(finished)[-1]
+    export(checkpoint, tmp_path / "out")
+    export(checkpoint, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        export(checkpoint, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "the only copy"
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        export(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lr=0.02", "optim.lr: 0.01 -> 0.02"),
+        ("train.epochs=3", "train.epochs: 2 -> 3"),
+        ("packing.grad_accum=4", "packing.grad_accum: 2 -> 4"),
+        ("zero.stage=2", "zero.stage: 1 -> 2"),
+    ],
+)
+def test_a_resume_with_another_recipe_is_refused_with_the_difference(
+    recipe_path: Path, finished: Path, override: str, told: str
+) -> None:
+    with pytest.raises(ValueError, match="cannot continue") as error:
+        prepare(recipe_for(recipe_path, finished, "zero.stage=1", override), ALONE)
+    assert told in str(error.value)
+
+
+def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: Path) -> None:
+    options = ["zero.stage=1", "name=renamed", "checkpoint.keep=1", "log.wandb.project=x", "train.max_steps=1"]
+    assert prepare(recipe_for(recipe_path, finished, *options), ALONE).resumed is not None
+
+
+def test_a_resume_on_another_number_of_processes_or_store_is_refused(
+    recipe_path: Path, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="number of processes: 1 -> 2"):
+        prepare(recipe_for(recipe_path, finished, "zero.stage=1"), World(0, 2, 0, torch.device("cpu")))
+    dump = recipe_path.parent / "dump.json"
+    (tmp_path / "other.json").write_bytes(orjson.dumps(orjson.loads(dump.read_bytes())[:-1]))
+    other = [f"data.sources.{n}.path={tmp_path / 'other.json'}" for n in (0, 1)] + [f"data.store={tmp_path / 'store'}"]
+    preprocess(recipe_path, "data.eval_fraction=0.2", *other)
+    with pytest.raises(ValueError, match="token store: fingerprint"):
+        prepare(recipe_for(recipe_path, finished, "zero.stage=1", *other), ALONE)
+
+
+def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path) -> None:
+    with pytest.raises(ValueError, match="already holds"):
+        prepare(recipe_for(recipe_path, finished, "zero.stage=1", "checkpoint.resume=never"), ALONE)
+
+
+def test_an_older_checkpoint_is_not_continued_beside_newer_ones(
+    recipe_path: Path, finished: Path, tmp_path: Path
+) -> None:
+    oldest = find_checkpoints(finished)[0]
+    options = ["zero.stage=1", f"checkpoint.resume={oldest}"]
+    with pytest.raises(ValueError, match="holds the newer step-"):
+        prepare(recipe_for(recipe_path, finished, *options), ALONE)
+    resumed = prepare(recipe_for(recipe_path, tmp_path, *options), ALONE).resumed
+    assert resumed is not None and resumed.path == oldest
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(
+    recipe_path: Path, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "step-00000009").mkdir()
+    assert find_checkpoints(tmp_path) == []
+    options = ["zero.stage=1", f"checkpoint.resume={tmp_path / 'step-00000009'}"]
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        prepare(recipe_for(recipe_path, finished, *options), ALONE)
+
+
+def test_a_store_of_another_recipe_is_refused_with_the_difference(recipe_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.sources.1.weight: 0.1 -> 0.2"):
+        prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.weight=0.2"), ALONE)
+    with pytest.raises(ValueError, match="no complete token store"):
+        prepare(recipe_for(recipe_path, tmp_path, f"data.store={tmp_path}"), ALONE)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(recipe_path: Path, tmp_path: Path) -> None:
+    options = ["model.config.max_position_embeddings=128"]
+    with pytest.raises(ValueError, match="above the model's 128 positions"):
+        prepare(recipe_for(recipe_path, tmp_path, *options), ALONE)
+
+
+def test_an_automatic_learning_rate_for_an_unknown_model_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a number"):
+        prepare(recipe_for(recipe_path, tmp_path, "optim.lr=auto"), ALONE)
