@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
+from datasets import DatasetDict, DatasetInfo, Features, load_from_disk
 
 from ochat_train.tokens.encode import Example
 
@@ -39,6 +39,17 @@ _SCHEMA = pa.schema(
     }
 )
 _ROWS_PER_BATCH = 1000
+_ARROW_FILE = "data-00000-of-00001.arrow"
+# What `Dataset.save_to_disk` writes. We write it ourselves, because that function would copy all the rows once more.
+_DATASET_STATE: dict[str, Any] = {
+    "_data_files": [{"filename": _ARROW_FILE}],
+    "_fingerprint": "ochat_train",
+    "_format_columns": None,
+    "_format_kwargs": {},
+    "_format_type": None,
+    "_output_all_columns": False,
+    "_split": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +177,11 @@ class StoreWriter:
 
     def finish(self, manifest: Manifest) -> None:
         """Move the store to its place, an older one out of it. The manifest is written last."""
-        # datasets cannot read an empty split back, so only its index is written.
-        datasets = {str(split): writer.finish() for split, writer in self._splits.items() if writer.num_examples}
-        disable_progress_bars()  # a copy from disk to disk; the pass before it has shown its own
-        DatasetDict(datasets).save_to_disk(str(self.partial))
+        # datasets cannot read an empty split back, so of that only the index is written.
+        splits = [split for split, writer in self._splits.items() if writer.num_examples]
+        (self.partial / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
-            writer.save_index()
+            writer.finish()
         with open(self.partial / "manifest.json", "wb") as file:
             file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
             file.flush()
@@ -206,8 +216,8 @@ class _SplitWriter:
 
     def __init__(self, root: Path, split: Split) -> None:
         self.folder = root / split
-        self._stream_file = root / f"{split}.stream"
-        self._writer = pa.ipc.new_stream(str(self._stream_file), _SCHEMA)
+        self.folder.mkdir()
+        self._writer = pa.ipc.new_stream(str(self.folder / _ARROW_FILE), _SCHEMA)
         self._rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         self._lengths: list[int] = []
         self._weight_sums: list[float] = []
@@ -237,17 +247,18 @@ class _SplitWriter:
             "weight_sum": sum(self._weight_sums),
         }
 
-    def finish(self) -> Dataset:
+    def finish(self) -> None:
+        """Close the Arrow file and write what `datasets.load_from_disk` and TokenStore want to see beside it."""
         self._flush()
         self.close()
-        return Dataset.from_file(str(self._stream_file))
-
-    def save_index(self) -> None:
-        self.folder.mkdir(exist_ok=True)
         np.save(self.folder / "lengths.npy", np.array(self._lengths, dtype=np.int32))
         np.save(self.folder / "weight_sums.npy", np.array(self._weight_sums, dtype=np.float64))
         np.save(self.folder / "condition_ids.npy", np.array(self._condition_ids, dtype=np.int32))
-        self._stream_file.unlink()
+        if not self.num_examples:
+            (self.folder / _ARROW_FILE).unlink()
+            return
+        DatasetInfo(features=Features.from_arrow_schema(_SCHEMA)).write_to_directory(str(self.folder))
+        (self.folder / "state.json").write_bytes(orjson.dumps(_DATASET_STATE))
 
     def close(self) -> None:
         with suppress(pa.ArrowInvalid):  # closing twice is fine

@@ -16,8 +16,8 @@ from ochat_train.train import plan_shape
 from ochat_train.training.schedule import learning_rate
 from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
 
-# SGD, because Adam hides a wrong scale of the gradient; the clip is far below the gradient's norm, because a wrong scale
-# would then hide behind it unless the norm is right as well.
+# SGD, because Adam hides a wrong scale of the gradient. The clip acts in some steps and not in others: behind a clip a
+# wrong scale hides too.
 SGD = {"algorithm": "sgd", "lr": 0.5, "weight_decay": 0.1, "grad_clip": 1.5, "warmup": 0.5}
 WORLD_SIZE = 2
 # fp32 sums in another order, three steps deep, on weights around 0.02 to 1.

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from ochat_train.training.checkpoint import find_checkpoints
-from tests.e2e.harness import ENVIRONMENT, ROOT, events, preprocess, tiny_recipe, train, train_command, weights, write_dump
+from tests.e2e.harness import (
+    ENVIRONMENT,
+    ROOT,
+    events,
+    preprocess,
+    tiny_recipe,
+    train,
+    train_command,
+    weights,
+    write_dump,
+)
 
 STAGES = (1, 3)
 
