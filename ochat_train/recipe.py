@@ -35,7 +35,7 @@ class Section(BaseModel):
 class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
-    name: str = Field(min_length=1, description="Name in tables and metrics.")
+    name: str = Field(min_length=1, description="Name in tables and the ledger.")
     path: str | tuple[str, ...] = Field(description="File, glob, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
@@ -180,12 +180,12 @@ class LogSection(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(min_length=1, description="Name of the run and of its model.")
+    name: str = Field(min_length=1, description="Name of the run, in wandb and in the exported model's metadata.")
     data: DataSection
     template: Literal["openchat_v3.2", "openchat_v3.1", "openchat_v3.2_mistral", "openchat_3.6", "chatml"] = Field(
         description="Chat template."
     )
-    tokenizer: str | None = Field(None, description="Hugging Face id or folder; null: the base model's.")
+    tokenizer: str | None = Field(None, description="As model.base; null: the base model's.")
     model: ModelSection
     packing: PackingSection
     optim: OptimSection = OptimSection()
@@ -196,6 +196,13 @@ class Recipe(Section):
     train: TrainSection
     checkpoint: CheckpointSection
     log: LogSection = LogSection()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Where the tokenizer comes from: its own key, or the base model."""
+        name = self.tokenizer or self.model.base
+        assert name is not None  # _parts_agree
+        return name
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -406,8 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     values = dict(_leaves(to_json(recipe)))
     if options.key not in values:
-        sys.exit(f"error: {options.key} is no key with a single value{_nearest(options.key, set(known_keys()))}")
-    print(values[options.key])
+        sys.exit(f"error: {options.key} is no key with a single value, such as optim.lr")
+    print(yaml.safe_dump(values[options.key]).removesuffix("...\n").strip())
 
 
 if __name__ == "__main__":

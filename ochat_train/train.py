@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.export import export, read_export
+from ochat_train.export import export, is_export_of
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import load_config, load_model
 from ochat_train.recipe import Recipe, differences, load_recipe, recipe_arguments, to_json
@@ -114,8 +114,8 @@ class Run:
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
     store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
-    check_store(recipe, store.manifest)
-    tokenizer = load_tokenizer(str(Path(recipe.data.store) / "tokenizer"), TEMPLATES[recipe.template])
+    tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
+    check_store(recipe, store.manifest, tokenizer)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
     run = Run(
         recipe=recipe,
@@ -138,13 +138,15 @@ def prepare(recipe: Recipe, world: World) -> Run:
     return run
 
 
-def check_store(recipe: Recipe, manifest: Manifest) -> None:
+def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
     """Raise ValueError, with every difference, when the store was made for another recipe."""
     data = to_json(recipe.data)
     del data["store"]
     wrong = differences(
         {"template": manifest.template, "data": manifest.made_from["data"]}, {"template": recipe.template, "data": data}
     )
+    if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
+        wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
     if wrong:
         raise ValueError(
             f"token store {recipe.data.store} was made for another recipe (was -> is):\n  "
@@ -330,8 +332,7 @@ def _export(run: Run, world: World, checkpoint: Path) -> None:
     if not world.is_main:
         return
     out = run.dir / "model"
-    metadata = read_export(out)
-    if metadata is None or f"step-{metadata['step']:08d}" != checkpoint.name:
+    if not is_export_of(out, checkpoint):
         export(checkpoint, out)
     print(f"model: {out} (from {checkpoint.name})", flush=True)
 

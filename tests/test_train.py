@@ -1,5 +1,6 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
+import shutil
 from pathlib import Path
 
 import orjson
@@ -14,7 +15,7 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.train import build_engine, make_batch, prepare, train
 from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, read_checkpoint
 from ochat_train.training.engine import World, join_process_group
-from tests.e2e.harness import events, preprocess, tiny_recipe, write_dump
+from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -230,6 +231,29 @@ def test_a_store_of_another_recipe_is_refused_with_the_difference(recipe_path: P
         prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.weight=0.2"), ALONE)
     with pytest.raises(ValueError, match="no complete token store"):
         prepare(recipe_for(recipe_path, tmp_path, f"data.store={tmp_path}"), ALONE)
+
+
+def test_a_store_of_another_tokenizer_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    other = AutoTokenizer.from_pretrained(ROOT / "data/quickstart_tokenizer")
+    other.add_tokens(["new"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer .*: digest"):
+        prepare(recipe_for(recipe_path, tmp_path, f"tokenizer={tmp_path / 'tokenizer'}"), ALONE)
+
+
+def test_a_run_made_anew_replaces_the_model_of_the_old_one(recipe_path: Path, tmp_path: Path) -> None:
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=1"), ALONE)
+    old = weights(tmp_path)
+    for checkpoint in find_checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=1", "train.seed=9"), ALONE)
+    assert not torch.equal(old["lm_head.weight"], weights(tmp_path)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("extra", ["deepspeed.fp16.enabled=true", "deepspeed.gradient_clipping=5.0"])
+def test_deepspeed_keys_that_contradict_the_recipe_are_refused(recipe_path: Path, tmp_path: Path, extra: str) -> None:
+    with pytest.raises(ValueError, match="change those"):
+        prepare(recipe_for(recipe_path, tmp_path, extra), ALONE)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(recipe_path: Path, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def _refuse_leaking_layers(lm: PreTrainedModel, config: Any) -> None:
     """Attention that is not ours, recurrences and convolutions run on over the borders of packed sequences."""
     if not lm.is_backend_compatible():
         raise ValueError(f"{type(lm).__name__} does not take its attention from us, so packed sequences would mix")
-    other = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    # Older configurations call it layers_block_type, and their attention just attention.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    other = set(kinds) - {"full_attention", "sliding_attention", "attention"}
     if other:
         raise ValueError(
             f"{type(lm).__name__} has layers of type {', '.join(sorted(other))}, which are not supported yet: "

@@ -56,7 +56,8 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
     except OSError as error:
         raise ValueError(f"model.base {base}: {error}") from error
-    forget_quantization(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"model.base {base} has quantized weights, which cannot be trained; take its unquantized base")
     forget_padding(model)
     add_token_rows(model, num_ids, sorted(added_ids))
     return model
@@ -88,12 +89,3 @@ def _embedding(model: PreTrainedModel) -> nn.Embedding:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding
-
-
-def forget_quantization(model: PreTrainedModel) -> None:
-    """A model that was loaded from a quantized GGUF file is a plain one now, and can be saved as such."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        del model.hf_quantizer
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    vars(model).pop("is_quantized", None)

@@ -24,6 +24,7 @@ import orjson
 import pyarrow as pa
 from datasets import DatasetDict, DatasetInfo, Features, load_from_disk
 
+from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
 
 FORMAT_VERSION = 1
@@ -68,7 +69,6 @@ class Manifest:
     conditions: list[str]
     inference_condition: str
     added_tokens: dict[str, int]
-    max_tokens: int
     splits: dict[str, dict[str, float]]
     counts: dict[str, Any]
     format_version: int = FORMAT_VERSION
@@ -147,9 +147,14 @@ class StoreWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
-        self.partial.mkdir()
-        self._splits: dict[Split, _SplitWriter] = {split: _SplitWriter(self.partial, split) for split in SPLITS}
         self._condition_ids: dict[str, int] = {}
+        self._condition_totals: dict[str, list[float]] = {}  # weight sum and supervised tokens in the train split
+        try:
+            self.partial.mkdir()
+            self._splits: dict[Split, _SplitWriter] = {split: _SplitWriter(self.partial, split) for split in SPLITS}
+        except BaseException:  # Ctrl-C too: nobody calls __exit__ yet
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +174,16 @@ class StoreWriter:
     def add(self, split: Split, id_: str, source: str, condition: str, example: Example) -> None:
         """Append one example to a split."""
         condition_id = self._condition_ids.setdefault(condition, len(self._condition_ids))
-        self._splits[split].add(id_, source, condition, condition_id, example)
+        num_supervised = int(np.count_nonzero(example.loss_weights))
+        self._splits[split].add(id_, source, condition, condition_id, num_supervised, example)
+        if split == "train":
+            totals = self._condition_totals.setdefault(condition, [0.0, 0])
+            totals[0] += example.weight_sum
+            totals[1] += num_supervised
+
+    def trained_condition_weights(self) -> dict[str, float]:
+        """The mean weight of a supervised token under each condition of the train split."""
+        return {condition: weight / num_tokens for condition, (weight, num_tokens) in self._condition_totals.items()}
 
     def split_totals(self) -> dict[str, dict[str, float]]:
         """Of each split: num_examples, num_tokens, num_supervised_tokens, weight_sum."""
@@ -182,10 +196,8 @@ class StoreWriter:
         (self.partial / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
             writer.finish()
-        with open(self.partial / "manifest.json", "wb") as file:
-            file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
-            file.flush()
-            os.fsync(file.fileno())
+        (self.partial / "manifest.json").write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        flush_tree(self.partial)
         if self.path.exists():
             old = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}-old")
             self.path.rename(old)
@@ -224,14 +236,16 @@ class _SplitWriter:
         self._condition_ids: list[int] = []
         self._num_supervised = 0
 
-    def add(self, id_: str, source: str, condition: str, condition_id: int, example: Example) -> None:
+    def add(
+        self, id_: str, source: str, condition: str, condition_id: int, num_supervised: int, example: Example
+    ) -> None:
         row = (id_, source, condition, example.input_ids, example.loss_weights)
         for column, value in zip(self._rows.values(), row, strict=True):
             column.append(value)
         self._lengths.append(len(example.input_ids))
         self._weight_sums.append(example.weight_sum)
         self._condition_ids.append(condition_id)
-        self._num_supervised += int(np.count_nonzero(example.loss_weights))
+        self._num_supervised += num_supervised
         if len(self._lengths) % _ROWS_PER_BATCH == 0:
             self._flush()
 

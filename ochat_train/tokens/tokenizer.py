@@ -48,9 +48,10 @@ def locate_base(base: str) -> BaseFiles:
         return BaseFiles(str(Path(base).expanduser()) if base.startswith("~") else base, None)
     path = Path(base).expanduser()
     if not path.is_file():
-        raise ValueError(f"model.base: no file {path}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading a .gguf file needs the package gguf: pip install 'ochat_train[gguf]'")
+        raise ValueError(f"no file {path}")
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ValueError(f"reading a .gguf file needs the package {needed}: pip install 'ochat_train[gguf]'")
     return BaseFiles(str(path.parent), path.name)
 
 

@@ -7,7 +7,6 @@ RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
 RUN/step-00000120.partial             a save that a crash cut off; the next run removes it
 """
 
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from ochat_train.files import flush, flush_tree
 from ochat_train.recipe import differences
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.engine import World
@@ -137,10 +137,10 @@ def save_checkpoint(
         fields = asdict(checkpoint) | {"format_version": FORMAT_VERSION}
         del fields["path"]
         (partial / "checkpoint.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
-        _flush_tree(partial)
+        flush_tree(partial)
         shutil.rmtree(checkpoint.path, ignore_errors=True)
         partial.rename(checkpoint.path)
-        _flush(checkpoint.path.parent)
+        flush(checkpoint.path.parent)
         for old in find_checkpoints(checkpoint.path.parent)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -172,18 +172,3 @@ def _random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-
-
-def _flush_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            _flush(Path(parent) / file)
-        _flush(Path(parent))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,6 +62,18 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+# Keys of DeepSpeed that would put another precision, optimizer, schedule or scale in place of the recipe's.
+_DECIDED_ELSEWHERE = {
+    "amp",
+    "fp16",
+    "torch_autocast",
+    "optimizer",
+    "scheduler",
+    "prescale_gradients",
+    "train_batch_size",
+}
+
+
 def deepspeed_config(
     *,
     stage: int,
@@ -73,8 +85,10 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict; `extra` keys are merged in.
 
-    Raises ValueError when an extra key would change one that the recipe decides, or that exactness needs.
+    Raises ValueError when an extra key would change one that the recipe's other sections decide.
     """
+    if taken := sorted(_DECIDED_ELSEWHERE & extra.keys()):
+        raise ValueError(f"deepspeed.{taken[0]}: the recipe's model and optim sections decide this; change those")
     zero: dict[str, Any] = {"stage": stage}
     if offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -1,0 +1,369 @@
+"""README and docs/ say what the code does: keys, names, defaults, commands, paths and links."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ochat_train.conversations.clean import RULES
+from ochat_train.conversations.sharegpt import ROLES
+from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
+from ochat_train.recipe import known_keys, load_recipe, to_json
+from ochat_train.tokens.store import Manifest
+from ochat_train.training.checkpoint import FREE_AT_RESUME, Checkpoint, TrainState
+from ochat_train.training.metrics import StepReport
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ochat_train"
+README, DESIGN = ROOT / "README.md", ROOT / "docs/design.md"
+DATA, RECIPES = ROOT / "docs/data.md", ROOT / "docs/recipes.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+# Every name that the ledger can hold. A new one fails `test_every_reason_and_repair_of_the_code_is_listed_here`.
+REPAIRS = {name for name, _ in RULES} | {"invalid_utf8_replaced", "overlong_truncated"}
+REASONS = {
+    "not_json",
+    "truncated_record",
+    "not_an_object",
+    "no_turns",
+    "turn_not_an_object",
+    "unknown_role",
+    "value_not_text",
+    "bad_weight",
+    "bad_condition",
+    "bad_system",
+    "no_answer",
+    "no_weight",
+    "too_long",
+}
+# Where reasons and repairs arise, and what else stands in those files in the same form.
+NAMING_FILES = ("conversations/sharegpt.py", "conversations/clean.py", "preprocess.py", "tokens/encode.py")
+OTHER_NAMES = set(ROLES) | {"num_examples", "num_tokens"}
+
+# Folders that a run makes: what lies in them need not exist.
+MADE_BY_A_RUN = {"runs", "stores", "wandb"}
+
+
+# ---- Reading pages ----
+
+
+def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Header and rows of each table; cells without the backticks around them."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+        yield header, rows
+
+
+def table(page: Path, *header: str) -> list[list[str]]:
+    """The rows of all tables of a page whose first columns are these."""
+    found = [rows for columns, rows in tables(page.read_text()) if columns[: len(header)] == list(header)]
+    assert found, f"{page.name} has no table with the columns {header}"
+    return [row for rows in found for row in rows]
+
+
+def code(cell: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def first_names(rows: list[list[str]]) -> list[str]:
+    """The code spans of all first cells."""
+    return [name for row in rows for name in code(row[0])]
+
+
+def fences(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def indented_blocks(text: str) -> list[str]:
+    """The blocks of code that are indented by four spaces, without them."""
+    blocks = re.findall(r"^(?: {4}.*\n)(?:(?: {4}.*)?\n)*", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The shell commands of a page, as words, up to where an explanation follows behind several spaces."""
+    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(("./launch.sh ", "python -m "))]
+    lines = [line for block in [*fences(text, "sh"), *indented_blocks(text)] for line in block.splitlines()]
+    starts = ("./launch.sh ", "python -m ", "deepspeed ")
+    return [shlex.split(re.split(r" {3,}", line)[0]) for line in [*inline, *lines] if line.startswith(starts)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ---- docs/recipes.md ----
+
+
+def test_the_tables_of_recipes_hold_every_key_once_and_no_other() -> None:
+    assert sorted(first_names(table(RECIPES, "key", "type or values", "default"))) == sorted(known_keys())
+
+
+# The least that a recipe says, and nothing else.
+REQUIRED: dict[str, Any] = {
+    "name": "least",
+    "data": {"store": "stores/least", "sources": [{"name": "all", "path": "dumps/all.json"}]},
+    "template": "chatml",
+    "model": {"base": "some/model"},
+    "packing": {"tokens_per_gpu": 4096},
+    "train": {"epochs": 1},
+    "checkpoint": {"dir": "runs/least"},
+}
+
+
+@pytest.fixture
+def least(tmp_path: Path) -> Path:
+    path = tmp_path / "least.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED))
+    return path
+
+
+def at(tree: Any, key: str) -> Any:
+    for part in key.replace(".N", ".0").split("."):
+        tree = tree[int(part)] if part.isdecimal() else tree[part]
+    return tree
+
+
+@pytest.mark.parametrize("row", table(RECIPES, "key", "type or values", "default"), ids=lambda row: row[0].strip("`"))
+def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> None:
+    key, default = row[0].strip("`"), row[2]
+    with_wandb = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
+    if default == "required":
+        if key == "log.wandb.project":
+            with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):
+                load_recipe(least, ["log.wandb.mode=offline"])
+            return
+        at(REQUIRED, key)
+        parent, _, last = key.replace(".N", ".0").rpartition(".")
+        tree = yaml.safe_load(least.read_text())
+        del (at(tree, parent) if parent else tree)[last]
+        least.write_text(yaml.safe_dump(tree))
+        with pytest.raises(ValueError, match="missing"):
+            load_recipe(least)
+    elif default == "all defaults":
+        assert key not in REQUIRED
+    else:
+        overrides = ["model.base=null", "model.config.model_type=llama", "tokenizer=t"] if key == "model.base" else []
+        assert at(to_json(load_recipe(least, [*with_wandb, *overrides])), key) == yaml.safe_load(default.strip("`"))
+
+
+def test_recipes_lists_what_a_resume_may_change() -> None:
+    section = RECIPES.read_text().partition("## Resuming\n")[2]
+    listed = [line.partition(" (")[0] for line in indented_blocks(section)[0].strip().splitlines()]
+    assert listed == list(FREE_AT_RESUME)
+
+
+def test_recipes_lists_the_fields_of_the_metrics() -> None:
+    report = StepReport(1, 0, 1, 0.5, torch.ones(3, 1), 1e-3, 1.0, 10, 0.5, 1.0)
+    assert sorted(first_names(table(RECIPES, "field", "meaning"))) == sorted(report.to_json(["GPT4"]))
+
+
+def test_recipes_names_the_tokens_that_may_be_added() -> None:
+    section = RECIPES.read_text().partition("### Special tokens\n")[2].partition("\n#")[0]
+    for template in TEMPLATES.values():
+        assert set(template.addable) <= set(code(section))
+
+
+# ---- docs/data.md ----
+
+
+def test_every_reason_and_repair_of_the_code_is_listed_here() -> None:
+    found: set[str] = set()
+    for file in NAMING_FILES:
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(r"^[a-z0-9]+(?:_[a-z0-9]+)+$", node.value))
+    assert found - OTHER_NAMES == REASONS | REPAIRS
+
+
+def test_drop_reasons_and_repairs_are_made_nowhere_else() -> None:
+    makers = re.compile(r"\b(?:Drop|_Refusal|Turns)\(|\.dropped\(")
+    using = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if makers.search(path.read_text())}
+    assert using <= set(NAMING_FILES)
+
+
+def test_data_explains_every_repair_in_the_order_of_the_rules() -> None:
+    listed = first_names(table(DATA, "repair", "meaning"))
+    assert sorted(listed) == sorted(REPAIRS)
+    rules = [name for name, _ in RULES]
+    assert [name for name in listed if name in rules] == rules
+
+
+def test_data_explains_every_drop_reason() -> None:
+    assert sorted(first_names(table(DATA, "reason", "meaning"))) == sorted(REASONS)
+
+
+def test_data_has_the_table_of_roles() -> None:
+    listed = {name: row[1].partition(":")[0] for row in table(DATA, "in the file", "role") for name in code(row[0])}
+    assert listed == ROLES
+
+
+def test_data_has_every_template_with_its_roles_and_condition() -> None:
+    listed = {row[0].strip("`"): (code(row[2]), code(row[3])) for row in table(DATA, "template", "base models")}
+    assert listed == {
+        name: (
+            [template.role_names[role] for role in ("user", "assistant", "tool")],
+            [template.inference_condition],
+        )
+        for name, template in TEMPLATES.items()
+    }
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda template: template.name)
+def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
+    def shown(piece: Piece, role: str) -> str:
+        text = piece.text.replace("{role}", role).replace("\n", "\\n")
+        return f"[{text}]" if piece.is_special else f'"{text}"'
+
+    def line(header: tuple[Piece, ...], role: str) -> str:
+        end = Piece(template.end_token, is_special=True)
+        parts = [shown(piece, role) for piece in header]
+        return " ".join([*parts, "TEXT", *(shown(piece, role) for piece in (end, *template.after_end))])
+
+    blocks = [
+        block for block in re.split(r"\n\n", "\n".join(indented_blocks(DATA.read_text()))) if "beginning" in block
+    ]
+    block = next(block for block in blocks if template.name in re.split(r",? +|\n", block.partition("  ")[0].strip()))
+    lines = dict(re.findall(r"^ +(beginning|system|turn) +(.*)$", block, re.MULTILINE))
+    beginning = f"[{template.bos}]" if template.bos else "nothing"
+    if template.condition_first:
+        beginning += f', and with a condition: "Assistant is {{condition}}" [{template.end_token}]'
+    assert lines == {
+        "beginning": beginning,
+        "system": line(template.system_header, template.role_names["system"]),
+        "turn": line(template.header, "{role}" if template.condition_first else "{condition} {role}"),
+    }
+
+
+# ---- docs/design.md ----
+
+
+def rooms() -> Iterator[tuple[str, str]]:
+    """Every path in the list of rooms, with what is said of it."""
+    block = indented_blocks(DESIGN.read_text().partition("## Rooms\n")[2])[0]
+    files, *lines = block.rstrip().splitlines()
+    yield from ((name, "") for name in files.split())
+    folders: list[str] = []  # the folders around a line, outermost first
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, meaning = line.strip().partition(" ")
+        folders[depth:] = [name]
+        yield "".join(folders), meaning.strip()
+
+
+def test_every_room_exists_unless_it_is_marked_later() -> None:
+    for path, meaning in rooms():
+        place = ROOT / path
+        there = any(place.iterdir()) if place.is_dir() else place.is_file()
+        assert there is not meaning.startswith("later"), f"{path}: {meaning}"
+
+
+def test_every_module_has_its_line_in_the_rooms() -> None:
+    listed = {path for path, _ in rooms()}
+    modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert modules <= listed
+    assert {page.name for page in PAGES[1:]} == set(re.findall(r"\w+\.md", dict(rooms())["docs/"]))
+
+
+@pytest.mark.parametrize("kind", [TrainState, Checkpoint, Manifest], ids=lambda kind: kind.__name__)
+def test_design_names_the_fields_of_what_is_saved(kind: type) -> None:
+    text = DESIGN.read_text()
+    for name in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_the_recipe_in_design_is_the_published_one() -> None:
+    (ours,) = (block for block in indented_blocks(DESIGN.read_text()) if block.startswith("name:"))
+    path = ROOT / "recipes/openchat_v3.2_super_13b.yaml"
+    tree = yaml.safe_load(ours)
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}" for key, value in tree.items()]
+    assert to_json(load_recipe(path, overrides)) == to_json(load_recipe(path))
+
+
+# ---- All pages ----
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert linked.is_relative_to(ROOT)
+        if anchor:
+            assert anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+@each_page
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    folders = {path.name for root in (ROOT, PACKAGE) for path in root.iterdir() if path.is_dir()}
+    folders = {name for name in folders if name.isidentifier()} - MADE_BY_A_RUN
+    text = page.read_text()
+    if page == DESIGN:  # some of its rooms are of later: they have their own test
+        text = re.sub(r"^## Rooms\n\n(?: {4}.*\n)+", "", text, flags=re.MULTILINE)
+    named = re.findall(rf"(?<![\w/.~-])((?:{'|'.join(folders)})/[\w./-]*[\w/]|[\w.]+\.(?:sh|toml|txt))(?![\w-])", text)
+    for path in set(named) - {"tokens/s"}:
+        assert any((root / path).exists() for root in (ROOT, PACKAGE)), f"{page.name} names {path}"
+
+
+MODULE = re.compile(r"(?:-m|--module) (ochat_train\.\w+)")
+
+
+@each_page
+def test_commands_name_modules_that_exist(page: Path) -> None:
+    for name in MODULE.findall(page.read_text()):
+        assert importlib.util.find_spec(name) is not None, f"{page.name} names {name}"
+
+
+@each_page
+def test_recipes_and_overrides_in_commands_are_right(page: Path) -> None:
+    for words in commands(page.read_text()):
+        for position, word in enumerate(words):
+            if word.endswith(".yaml") and word.startswith("recipes/"):
+                load_recipe(ROOT / word, [other for other in words[position + 1 :] if "=" in other])
+
+
+@each_page
+def test_whole_recipes_in_a_page_are_right(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(fences(page.read_text(), "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        load_recipe(path)
+
+
+@each_page
+def test_python_in_a_page_parses(page: Path) -> None:
+    for block in fences(page.read_text(), "python"):
+        ast.parse(block)
+
+
+# ---- README.md ----
+
+
+def test_readme_lists_every_recipe() -> None:
+    recipes = [f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")]
+    assert sorted(first_names(table(README, "recipe", "what it is"))) == sorted(recipes)
+
+
+def test_readme_lists_the_variables_of_launch() -> None:
+    script = (ROOT / "launch.sh").read_text()
+    assert set(first_names(table(README, "variable", "meaning"))) == set(re.findall(r"\$\{([A-Z_]+):-", script))
+
+
+def test_readme_shows_every_command() -> None:
+    entries = {path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()}
+    assert set(MODULE.findall(README.read_text())) == {f"ochat_train.{entry}" for entry in entries}
