@@ -414,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = dict(_leaves(to_json(recipe)))
     if options.key not in values:
         sys.exit(f"error: {options.key} is no key with a single value, such as optim.lr")
-    print(yaml.safe_dump(values[options.key]).removesuffix("...\n").strip())
+    value = values[options.key]
+    print(value if isinstance(value, str) else orjson.dumps(value).decode())  # text as it is, for a shell to use
 
 
 if __name__ == "__main__":

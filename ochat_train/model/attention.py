@@ -26,7 +26,6 @@ class AttentionNeeds:
     device_type: str
     dtype: torch.dtype
     head_dim: int
-    has_window: bool
     has_softcap: bool
 
 

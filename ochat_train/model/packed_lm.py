@@ -70,7 +70,6 @@ def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> Atten
         device_type=device_type,
         dtype=dtype,
         head_dim=head_dim,
-        has_window=getattr(config, "sliding_window", None) is not None,
         has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
     )
 

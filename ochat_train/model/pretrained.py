@@ -64,20 +64,21 @@ def load_model(
 
 
 def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -> None:
-    """Give the model embeddings for `num_ids` ids; those of `added_ids` become the mean of all others.
+    """Give the model embeddings for `num_ids` ids; those of `added_ids`, and new ones, become the mean of all others.
 
     Works for tied and untied embeddings, and for a base whose vocabulary is padded beyond its tokenizer.
     """
     old = _embedding(model).num_embeddings
     if num_ids > old:
         model.resize_token_embeddings(num_ids, mean_resizing=False)
-    if not added_ids:
+    new = sorted({*added_ids, *range(old, num_ids)})
+    if not new:
         return
     known = [row for row in range(min(old, num_ids)) if row not in set(added_ids)]
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     for weight in {id(module.weight): module.weight for module in embeddings}.values():
         with torch.no_grad():
-            weight[added_ids] = weight[known].float().mean(dim=0).to(weight.dtype)
+            weight[new] = weight[known].float().mean(dim=0).to(weight.dtype)
 
 
 def forget_padding(model: PreTrainedModel) -> None:

@@ -28,11 +28,6 @@ class PackedBatch:
     max_seqlen: int
     condition_ids: Tensor
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return len(self.input_ids)
-
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device."""
         moved = {
