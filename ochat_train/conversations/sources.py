@@ -1,12 +1,14 @@
 """Sources: which part of the dumps a record is of, and the condition and loss weight it has from there."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import Repr
 
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.sharegpt import Turns
+
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def assign_source(turns: Turns, source: Source) -> Conversation:
     weighs `source.weight`, times its own weight if it has one; a turn of another role weighs `source.weight`
     times its own weight, and 0.0 without one.
 
-    Raises ValueError if the product is not finite. Worked example: at source weight 0.1, an assistant turn of
+    Raises ValueError if the product is not finite as a float32, which is how weights are stored. Worked example: at source weight 0.1, an assistant turn of
     its own weight 0.5 weighs 0.05, a plain one 0.1.
     """
     return Conversation(
@@ -120,9 +122,9 @@ def _weigh(message: Message, source: Source, id: str) -> Message:
     if own is None:
         own = 1.0 if message.role == "assistant" else 0.0
     weight = float(source.weight * own)
-    if not math.isfinite(weight):
+    if weight > _LARGEST_FLOAT32:
         raise ValueError(
             f"record {id!r}: a turn's weight {own} times the weight {source.weight} of source {source.name} "
-            "is not finite; lower one of them"
+            "is not finite in float32; lower one of them"
         )
     return Message(message.role, message.text, weight)

@@ -9,6 +9,7 @@
 `datasets.load_from_disk(STORE)` opens it too.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -207,7 +208,7 @@ class StoreWriter:
             self.partial.rename(self.path)
 
     def _remove_leftovers(self) -> None:
-        for folder in self.path.parent.glob(f"{self.path.name}.partial-*"):
+        for folder in self.path.parent.glob(f"{glob.escape(self.path.name)}.partial-*"):
             pid = folder.name.removeprefix(f"{self.path.name}.partial-").partition("-")[0]
             if pid.isdecimal() and not _is_running(int(pid)):
                 shutil.rmtree(folder)

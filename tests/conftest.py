@@ -1,0 +1,40 @@
+"""What the tests share: nothing is fetched from the network, and tokenizers are loaded once."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no file fails at once
+
+import pytest
+
+from ochat_train.conversations.template import TEMPLATES
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of files that stand beside the project, not in it; without it their tests are skipped."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the files of {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama2(shared: Path) -> ChatTokenizer:
+    """The Llama 2 tokenizer for openchat_v3.2."""
+    return load_tokenizer(str(shared / "fixtures/llama2-tokenizer"), TEMPLATES["openchat_v3.2"])
+
+
+@pytest.fixture(scope="session")
+def quickstart() -> ChatTokenizer:
+    """The quickstart's tokenizer for openchat_v3.2."""
+    return load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
+
+
+@pytest.fixture(scope="session")
+def quickstart_chatml() -> ChatTokenizer:
+    """The quickstart's tokenizer for chatml."""
+    return load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
