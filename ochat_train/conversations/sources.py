@@ -7,7 +7,6 @@ from reprlib import Repr
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.sharegpt import Turns
 
-
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
@@ -105,8 +104,8 @@ def assign_source(turns: Turns, source: Source) -> Conversation:
     weighs `source.weight`, times its own weight if it has one; a turn of another role weighs `source.weight`
     times its own weight, and 0.0 without one.
 
-    Raises ValueError if the product is not finite as a float32, which is how weights are stored. Worked example: at source weight 0.1, an assistant turn of
-    its own weight 0.5 weighs 0.05, a plain one 0.1.
+    Raises ValueError if the product is above the largest float32, which is how weights are stored. Worked
+    example: at source weight 0.1, an assistant turn of its own weight 0.5 weighs 0.05, a plain one 0.1.
     """
     return Conversation(
         id=turns.id,
