@@ -88,7 +88,7 @@ def _save_model(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) 
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
     dtype = DTYPES[checkpoint.state.recipe["model"]["dtype"]]
-    weights = {name: tensor.to(dtype) for name, tensor in _read_weights(checkpoint).items()}
+    weights = {name: tensor.contiguous().to(dtype) for name, tensor in _read_weights(checkpoint).items()}
     with torch.device("meta"):  # only the names and shapes: the weights are there already
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -101,7 +101,8 @@ def _save_model(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The language model's weights by transformers' names."""
     if checkpoint.state.recipe["zero"]["stage"] == 3:  # split over ranks
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag="deepspeed")
+        # Lazily: a weight is put together when _save_model asks for it.
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag="deepspeed", lazy_mode=True)
     else:
         file = checkpoint.path / "deepspeed" / "mp_rank_00_model_states.pt"
         # DeepSpeed pickles its own classes beside the weights; this is a file that we wrote.
@@ -116,6 +117,10 @@ def _save_generation_config(checkpoint: Checkpoint, tokenizer: ChatTokenizer, fo
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
     # Only here, never in the model's own configuration, where it would freeze the end token's embedding.
     config.pad_token_id = tokenizer.end_id
+    try:
+        config.validate(strict=True)
+    except ValueError:  # some bases give a temperature but not do_sample, and transformers refuses to save that
+        config.do_sample = True
     config.save_pretrained(folder)
 
 

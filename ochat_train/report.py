@@ -75,10 +75,8 @@ def ask(model_dir: Path, question: str, conditions: Sequence[str]) -> list[str]:
 def _loss_table(metrics: Path, conditions: Sequence[str]) -> list[str]:
     """Losses at the start and the end: held-out ones, or the training steps' where nothing was held out."""
     events = [orjson.loads(line) for line in metrics.read_bytes().splitlines()]
-    # A step that was trained again after a crash stands there twice; the later line holds.
-    held_out = list({event["step"]: event for event in events if event["event"] == "eval"}.values())
-    steps = list({event["step"]: event for event in events if event["event"] == "step"}.values())
-    kind, series = ("held-out loss", held_out) if held_out else ("training loss", steps)
+    held_out = [event for event in events if event["event"] == "eval"]
+    kind, series = ("held-out loss", held_out) if held_out else ("training loss", events)
     first, last = series[0]["loss_by_condition"], series[-1]["loss_by_condition"]
     rows = [(kind, f"step {series[0]['step']}", f"step {series[-1]['step']}")]
     rows += [(_name(name), _loss(first.get(name)), _loss(last.get(name))) for name in conditions]

@@ -36,51 +36,21 @@ from ochat_train.training.checkpoint import (
     save_checkpoint,
 )
 from ochat_train.training.engine import (
+    Refused,
     World,
     deepspeed_config,
+    gather_objects,
     join_process_group,
     make_engine,
     make_optimizer,
     read_world,
-    same_on_all_ranks,
     sum_over_ranks,
+    together,
     train_step,
 )
 from ochat_train.training.evaluate import evaluate
 from ochat_train.training.metrics import Metrics, StepReport, describe_run
 from ochat_train.training.schedule import auto_learning_rate, learning_rate
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the recipe."""
-    parser = argparse.ArgumentParser(prog="deepspeed --module ochat_train.train", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
-    recipe_arguments(parser)
-    options = parser.parse_args(arguments)
-    world = read_world()
-    try:
-        train(load_recipe(options.recipe, options.overrides), world)
-    except ValueError as error:  # the same on every rank of a node: one of them tells
-        sys.exit(f"error: {error}" if world.local_rank == 0 else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def train(recipe: Recipe, world: World) -> None:
-    """Run the recipe to its end, or to train.max_steps, and export the model to checkpoint.dir/model.
-
-    Raises ValueError for a mistake of the recipe, the store or the checkpoint, before anything expensive starts.
-    """
-    run = prepare(recipe, world)
-    if run.resumed is not None and run.is_finished(run.resumed.state):
-        _say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
-        _export(run, world, run.resumed.path)
-        return
-    _use_own_share_of_cores(world)
-    join_process_group(world)
-    _export(run, world, _train(run, world))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +79,47 @@ class Run:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
         return state.examples_consumed >= self.total_examples or (max_steps is not None and state.step >= max_steps)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the recipe."""
+    parser = argparse.ArgumentParser(prog="deepspeed --module ochat_train.train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
+    recipe_arguments(parser)
+    options = parser.parse_args(arguments)
+    world = read_world()
+    _use_own_share_of_cores()
+    join_process_group(world)
+    try:
+        run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
+        last = train(run, world)
+    except Refused as error:  # the same on every rank: one of them tells
+        sys.exit(f"error: {error}" if world.is_main else 1)
+    # Only here: a rank that fails must die at once, so that the launcher ends the others, and not wait for them.
+    dist.destroy_process_group()
+    if world.is_main:  # the others need not wait for the export
+        export_model(run, last)
+
+
+def train(run: Run, world: World) -> Path:
+    """Train to the end of the run, or to train.max_steps; returns the last checkpoint.
+
+    All ranks call it together, in one process group. Raises Refused when they disagree, or the model cannot be used.
+    """
+    _check_agreement(run)
+    if run.resumed is not None and run.is_finished(run.resumed.state):
+        _say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
+        return run.resumed.path
+    return _train(run, world)
+
+
+def export_model(run: Run, checkpoint: Path) -> None:
+    """Export the checkpoint to checkpoint.dir/model, unless that is what is there."""
+    out = run.dir / "model"
+    if not is_export_of(out, checkpoint):
+        export(checkpoint, out)
+        print(f"exported {checkpoint} to {out}", flush=True)
 
 
 def prepare(recipe: Recipe, world: World) -> Run:
@@ -188,13 +199,12 @@ def deepspeed_configuration(recipe: Recipe) -> dict[str, object]:
 def _train(run: Run, world: World) -> Path:
     """The loop; returns the last checkpoint."""
     recipe, store = run.recipe, run.store
-    _check_same_plan(run)
     if world.is_main and (leftovers := remove_leftovers(run.dir)):
         _say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
     engine = build_engine(run, world)
     attention = engine.module.attention
     _say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
-    about = describe_run(recipe, world.size, f"{attention.backend} ({attention.reason})")
+    about = describe_run(recipe, world.size, attention.backend) if world.is_main else {}
     state = TrainState(0, 0, 0, 0, store.fingerprint, to_json(recipe))
     last = run.dir
     if run.resumed is not None:
@@ -202,7 +212,9 @@ def _train(run: Run, world: World) -> Path:
         state, last = run.resumed.state, run.resumed.path
         _say(world, f"continuing {last} at step {state.step}, {state.examples_consumed:,} examples consumed")
     conditions = store.manifest.conditions
-    with Metrics(recipe, run.dir, conditions, total_examples=run.total_examples, is_main=world.is_main) as metrics:
+    with Metrics(
+        recipe, run.dir, conditions, start=state.step, total_examples=run.total_examples, is_main=world.is_main
+    ) as metrics:
         if state.step == 0:
             _evaluate(run, engine, world, metrics, state)
         started = time.perf_counter()
@@ -231,23 +243,9 @@ def _train(run: Run, world: World) -> Path:
 
 
 def build_engine(run: Run, world: World) -> DeepSpeedEngine:
-    """The recipe's model in a DeepSpeed engine."""
-    recipe = run.recipe
-    lm = load_model(
-        recipe.model.base,
-        recipe.model.config,
-        dtype=recipe.model.dtype,
-        num_ids=run.tokenizer.num_ids,
-        added_ids=run.store.manifest.added_tokens.values(),
-        seed=recipe.train.seed,
-    )
-    model = PackedCausalLM(
-        lm,
-        attention=recipe.model.attention,
-        device_type=world.device.type,
-        checkpointing=recipe.model.checkpointing == "full",
-        num_conditions=len(run.store.manifest.conditions),
-    )
+    """The recipe's model in a DeepSpeed engine, ready to train. Raises Refused when the model cannot be used."""
+    recipe, model = run.recipe, together(lambda: build_model(run, world))
+    torch.manual_seed(recipe.train.seed + world.rank)  # of dropout, if the model has any
     optimizer = make_optimizer(
         model,
         algorithm=recipe.optim.algorithm,
@@ -257,6 +255,26 @@ def build_engine(run: Run, world: World) -> DeepSpeedEngine:
         weight_decay=recipe.optim.weight_decay,
     )
     return make_engine(model, optimizer, deepspeed_configuration(recipe))
+
+
+def build_model(run: Run, world: World) -> PackedCausalLM:
+    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
+    recipe = run.recipe
+    lm = load_model(
+        recipe.model.base,
+        recipe.model.config,
+        dtype=recipe.model.dtype,
+        num_ids=run.tokenizer.num_ids,
+        added_ids=run.store.manifest.added_tokens.values(),
+        seed=recipe.train.seed,
+    )
+    return PackedCausalLM(
+        lm,
+        attention=recipe.model.attention,
+        device_type=world.device.type,
+        checkpointing=recipe.model.checkpointing == "full",
+        num_conditions=len(run.store.manifest.conditions),
+    )
 
 
 def _steps(run: Run, state: TrainState) -> Iterator[StepPlan]:
@@ -321,25 +339,21 @@ def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
     return by_step or by_epoch or run.is_finished(state)
 
 
-def _check_same_plan(run: Run) -> None:
-    digest = plan_digest(run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed)
-    if not same_on_all_ranks(digest + run.store.fingerprint + repr(to_json(run.recipe))):
-        raise ValueError("the processes disagree on the plan: give every node the same recipe, store and versions")
+def _check_agreement(run: Run) -> None:
+    """Raise Refused unless all ranks have the same plan, store, recipe and checkpoint to continue from."""
+    plan = plan_digest(run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed)
+    position = None if run.resumed is None else (run.resumed.path.name, run.resumed.state.step)
+    views = set(gather_objects((plan, run.store.fingerprint, repr(to_json(run.recipe)), position)))
+    if len(views) > 1:
+        raise Refused(
+            "the processes disagree on the plan, or on the checkpoint to continue from: give every node the same "
+            "recipe, store, versions and run folder"
+        )
 
 
-def _export(run: Run, world: World, checkpoint: Path) -> None:
-    """Rank 0 exports while the others are done already."""
-    if not world.is_main:
-        return
-    out = run.dir / "model"
-    if not is_export_of(out, checkpoint):
-        export(checkpoint, out)
-    print(f"model: {out} (from {checkpoint.name})", flush=True)
-
-
-def _use_own_share_of_cores(world: World) -> None:
-    """On CPU, processes of one machine share its cores instead of fighting for all of them."""
-    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+def _use_own_share_of_cores() -> None:
+    """Processes of one machine share its cores, for training on CPU and for an offloaded optimizer."""
+    if "OMP_NUM_THREADS" not in os.environ:
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
 

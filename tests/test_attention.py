@@ -1,6 +1,8 @@
 """Attention over packed sequences against the written-out formula, and the choice of its backend."""
 
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -224,6 +226,7 @@ def flash_attn_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
             return (find_spec("torch") if present else None) if name == "flash_attn" else find_spec(name, package)
 
         monkeypatch.setattr(importlib.util, "find_spec", find)
+        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
 
     return pretend
 
@@ -272,6 +275,17 @@ def test_auto_takes_the_first_backend_that_can(
     choice = choose_backend("auto", needs(**changes))
     assert choice.backend == backend
     assert reason in choice.reason
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_passed_over(
+    flash_attn_is: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual failure: built for another version of torch."""
+    flash_attn_is(True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
+    choice = choose_backend("auto", needs())
+    assert choice.backend == "torch"
+    assert "flash-attn cannot be imported" in choice.reason
 
 
 REFUSALS: list[tuple[Backend, dict[str, Any], str]] = [

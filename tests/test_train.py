@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ochat_train.export import export
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.store import TokenStore
-from ochat_train.train import build_engine, make_batch, prepare, train
+from ochat_train.train import build_engine, export_model, make_batch, prepare
+from ochat_train.train import train as train_run
 from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, read_checkpoint
 from ochat_train.training.engine import World, join_process_group
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
@@ -27,6 +28,18 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny_recipe(folder)
     preprocess(path, "data.eval_fraction=0.2")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> None:
+    """A group of one, for the whole module: DeepSpeed cannot join a second one in a process."""
+    join_process_group(ALONE)
+
+
+def train(recipe: Recipe, world: World) -> None:
+    """What the command does."""
+    run = prepare(recipe, world)
+    export_model(run, train_run(run, world))
 
 
 def recipe_for(recipe_path: Path, run: Path, *overrides: str) -> Recipe:
@@ -132,7 +145,6 @@ def _gathered_logits(engine: object, batch: object) -> torch.Tensor:
 
 
 def test_frequencies_of_positions_stay_fp32_in_a_bf16_model(recipe_path: Path, tmp_path: Path) -> None:
-    join_process_group(ALONE)
     engine = build_engine(prepare(recipe_for(recipe_path, tmp_path, "model.dtype=bfloat16"), ALONE), ALONE)
     assert {buffer.dtype for _, buffer in engine.module.named_buffers()} == {torch.float32}
     assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.bfloat16}
@@ -198,6 +210,59 @@ def test_a_resume_on_another_number_of_processes_or_store_is_refused(
     preprocess(recipe_path, "data.eval_fraction=0.2", *other)
     with pytest.raises(ValueError, match="token store: fingerprint"):
         prepare(recipe_for(recipe_path, finished, "zero.stage=1", *other), ALONE)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(
+    recipe_path: Path, finished: Path, tmp_path: Path, damage: str
+) -> None:
+    copy = tmp_path / find_checkpoints(finished)[-1].name
+    shutil.copytree(find_checkpoints(finished)[-1], copy)
+    file = next(copy.glob("deepspeed/*optim_states.pt"))
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"damaged: deepspeed/{file.name}"):
+        prepare(recipe_for(recipe_path, tmp_path, "zero.stage=1"), ALONE)
+
+
+def test_metrics_of_steps_that_a_crash_undid_are_put_aside(recipe_path: Path, tmp_path: Path) -> None:
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=2"), ALONE)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:  # trained, but never saved; and a line that was cut off
+        file.write(b'{"event":"step","step":3,"loss":9.0}\n{"event":"st')
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=3"), ALONE)
+    steps = events(tmp_path, "step")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert steps[-1]["loss"] != 9.0
+    assert b'"loss":9.0' in (tmp_path / "metrics.jsonl.old").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_pretrained_model_trains_in_training_mode_without_anything_held_out(
+    recipe_path: Path, finished: Path, tmp_path: Path, stage: int
+) -> None:
+    """transformers loads models in eval mode; there dropout and activation checkpointing are off."""
+    base = ["model.config=null", f"model.base={finished / 'model'}", "model.checkpointing=full", f"zero.stage={stage}"]
+    nothing_held_out = ["data.eval_fraction=0.0", f"data.store={tmp_path / 'store'}", f"checkpoint.dir={tmp_path}"]
+    preprocess(recipe_path, *base, *nothing_held_out)
+    recipe = load_recipe(recipe_path, [*base, *nothing_held_out])
+    engine = build_engine(prepare(recipe, ALONE), ALONE)
+    assert engine.module.lm.training
+    assert all(module.training for module in engine.module.modules())
+
+
+def test_a_base_that_samples_without_saying_so_can_be_exported(finished: Path, tmp_path: Path) -> None:
+    """As the first Llama 2 chat models: a temperature, but no do_sample."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(find_checkpoints(finished)[-1], copy)
+    about = orjson.loads((copy / "checkpoint.json").read_bytes())
+    generation = orjson.dumps({"temperature": 0.6, "top_p": 0.9})
+    (copy / "model" / "generation_config.json").write_bytes(generation)
+    about["files"]["model/generation_config.json"] = len(generation)
+    (copy / "checkpoint.json").write_bytes(orjson.dumps(about))
+    export(copy, tmp_path / "out")
+    assert orjson.loads((tmp_path / "out" / "generation_config.json").read_bytes())["temperature"] == 0.6
 
 
 def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path) -> None:

@@ -4,6 +4,7 @@ Registered with transformers under ATTENTION_NAME, so that any of its models run
 `cu_seqlens` and `max_seqlen` through to us as keyword arguments.
 """
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -60,12 +61,19 @@ def _obstacle(backend: Backend, needs: AttentionNeeds) -> str | None:
         return "the package flash-attn is not installed (pip install 'ochat_train[gpu]')"
     if needs.device_type != "cuda":
         return "needs a CUDA device"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
     if needs.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(needs.dtype).removeprefix('torch.')}"
     if needs.head_dim > 256:
         return f"head size {needs.head_dim} is above 256"
     if backend == "torch" and needs.has_softcap:
         return "no softcap"
+    if backend == "flash_attn":
+        try:
+            importlib.import_module("flash_attn")
+        except ImportError as error:  # mostly a build for another version of torch
+            return f"the package flash-attn cannot be imported: {error}"
     return None
 
 

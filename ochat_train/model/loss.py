@@ -43,7 +43,8 @@ class LossHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor, condition_ids: Tensor) -> LossSums:
         """The sums for hidden [T, C], labels i64[T], loss_weights f32[T], condition_ids i32[T].
 
-        Equal to, with logits = softcapped(hidden @ weight.T + bias) in fp32:
+        Equal to, with logits = softcapped(hidden @ weight.T + bias), the product in the weights' dtype and the rest in
+        fp32:
 
             nll = cross_entropy(logits, labels, reduction="none");  sum(loss_weights * nll)
         """

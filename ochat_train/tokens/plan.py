@@ -91,10 +91,9 @@ def plan_digest(lengths: Lengths, weight_sums: npt.NDArray[np.float64], shape: P
     digest = sha256(repr((shape, seed, len(lengths))).encode())
     digest.update(np.ascontiguousarray(lengths).tobytes())
     digest.update(np.ascontiguousarray(weight_sums).tobytes())
-    for step in plan_epoch(lengths, weight_sums, shape, seed=seed, epoch=0):
-        for positions in step.bins:
-            digest.update(positions.tobytes() + b"|")
-        break
+    first = next(plan_epoch(lengths, weight_sums, shape, seed=seed, epoch=0), None)
+    for positions in first.bins if first is not None else ():
+        digest.update(positions.tobytes() + b"|")
     return digest.hexdigest()
 
 

@@ -55,13 +55,20 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in the folder `path`. Raises ValueError when it is not a complete one."""
+    """The checkpoint in the folder `path`. Raises ValueError when it is not a complete one, naming what is missing."""
     file = Path(path) / "checkpoint.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a complete checkpoint (it has no checkpoint.json)")
     fields = orjson.loads(file.read_bytes())
     if (version := fields.pop("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    for name, size in fields.pop("files").items():
+        found = (Path(path) / name).stat().st_size if (Path(path) / name).is_file() else None
+        if found != size:
+            raise ValueError(
+                f"checkpoint {path} is damaged: {name} has {'no file' if found is None else f'{found:,} bytes'}, "
+                f"not {size:,} bytes; remove the folder, or name an older one in checkpoint.resume"
+            )
     return Checkpoint(path=Path(path), state=TrainState(**fields.pop("state")), **fields)
 
 
@@ -136,24 +143,33 @@ def save_checkpoint(
     if world.is_main:
         fields = asdict(checkpoint) | {"format_version": FORMAT_VERSION}
         del fields["path"]
+        fields["files"] = {str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()}
         (partial / "checkpoint.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
         flush_tree(partial)
-        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        _remove(checkpoint.path)
         partial.rename(checkpoint.path)
         flush(checkpoint.path.parent)
         for old in find_checkpoints(checkpoint.path.parent)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; cut off by a crash, what is left of it does not look complete."""
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World) -> None:
     """Put weights, optimizer and random states of `checkpoint` into the engine and this process."""
-    engine.load_checkpoint(str(checkpoint.path), tag="deepspeed")
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag="deepspeed")
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed did not find its files in {checkpoint.path}")
     states = torch.load(checkpoint.path / f"random-{world.rank:05d}.pt", weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
 
 

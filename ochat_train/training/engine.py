@@ -2,9 +2,9 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -14,6 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ochat_train.tokens.batch import PackedBatch
+
+T = TypeVar("T")
+# What a launcher tells each process, and what holds without a launcher.
+_WORLD_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,6 @@ def read_world() -> World:
     accelerator = get_accelerator()
     device = accelerator.device_name() if accelerator.device_name() == "cpu" else accelerator.device_name(local_rank)
     return World(rank, size, local_rank, torch.device(device))
-
-
-_WORLD_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def join_process_group(world: World) -> None:
@@ -142,6 +143,7 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by positions at long contexts.
     for name, buffer in engine.module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
+    engine.train()  # transformers hands out pretrained models in eval mode, where they skip checkpointing
     return engine
 
 
@@ -164,6 +166,8 @@ def train_step(
         engine.backward(sums.nll * scale, scale_wrt_gas=False)
         if engine.is_gradient_accumulation_boundary() and engine.optimizer is engine.basic_optimizer:
             norm = _total_norm(engine.module)  # plain fp32 replicas: DeepSpeed clips, but keeps no norm
+            if not norm.isfinite():  # the other stages skip such a step
+                raise FloatingPointError(f"the gradient's norm is {float(norm)}; lower optim.lr, or look at the data")
         engine.step()
         totals.append(torch.stack([sums.nll_by_condition, sums.weight_by_condition, sums.tokens_by_condition]))
     norm = engine.get_global_grad_norm() if norm is None else norm
@@ -181,8 +185,29 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def same_on_all_ranks(value: str) -> bool:
-    """Whether every rank has the same text."""
-    values: list[str] = [""] * dist.get_world_size()
+def gather_objects(value: T) -> list[T]:
+    """The value of every rank, in the order of ranks, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return len(set(values)) == 1
+    return values
+
+
+class Refused(ValueError):
+    """A mistake of the user's that was found before training; every rank raises the same."""
+
+
+def together(action: Callable[[], T]) -> T:
+    """This rank's result of `action`, when every rank has one. The action itself must not talk to other ranks.
+
+    Raises Refused on all ranks, with the texts, when it raised ValueError on any: so no rank waits for one that left.
+    """
+    results: list[T] = []
+    mistake = None
+    try:
+        results.append(action())
+    except ValueError as error:
+        mistake = str(error)
+    mistakes = dict.fromkeys(text for text in gather_objects(mistake) if text is not None)
+    if mistakes:
+        raise Refused("\n".join(mistakes))
+    return results[0]

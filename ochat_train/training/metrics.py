@@ -1,5 +1,6 @@
 """What a run tells while it trains: JSON lines always, a progress bar, wandb when asked. Only the main rank tells."""
 
+import math
 import secrets
 import subprocess
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import ochat_train
 from ochat_train.recipe import Recipe, to_json
 
 
@@ -47,6 +49,7 @@ class StepReport:
             **losses(self.sums, conditions),
             "lr": self.lr,
             "grad_norm": self.grad_norm,
+            "skipped": not math.isfinite(self.grad_norm),  # DeepSpeed leaves such a step out
             "tokens": self.num_tokens,
             "supervised_tokens": num_supervised,
             "tokens_per_s": self.num_tokens / self.seconds,
@@ -66,14 +69,22 @@ def losses(sums: Tensor, conditions: list[str]) -> dict[str, Any]:
 class Metrics:
     """Where the main rank's reports go; on other ranks every call does nothing.
 
-    `run_dir/metrics.jsonl` gets a line a report; a resumed run appends, and of two lines with the same event and step
-    the later one holds.
+    `run_dir/metrics.jsonl` gets a line a report. A run that continues from step `start` keeps the lines up to there; if
+    others must go (steps that a crash undid, an earlier run's), the old file stays beside it as metrics.jsonl.old.
     """
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, conditions: list[str], *, total_examples: int, is_main: bool
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        conditions: list[str],
+        *,
+        start: int,
+        total_examples: int,
+        is_main: bool,
     ) -> None:
         self._is_main = is_main
+        self._start = start
         self._conditions = conditions
         self._total_examples = total_examples
         self._recipe, self._run_dir = recipe, run_dir
@@ -83,6 +94,7 @@ class Metrics:
     def __enter__(self) -> Self:
         if self._is_main:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            _keep_lines_until(self._run_dir / "metrics.jsonl", self._start)
             self._file = open(self._run_dir / "metrics.jsonl", "ab")  # closed by __exit__
             self._start_wandb()
         return self
@@ -143,7 +155,7 @@ class Metrics:
         import wandb  # slow to import, and most runs do not ask for it
 
         id_file = self._run_dir / "wandb_id"  # a resumed run goes on in the same wandb run
-        if not id_file.exists():
+        if self._start == 0 or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         self._wandb = wandb.init(
             project=section.project,
@@ -155,6 +167,24 @@ class Metrics:
             dir=str(self._run_dir),
             config=to_json(self._recipe),
         )
+
+
+def _keep_lines_until(file: Path, step: int) -> None:
+    """Leave in a metrics file only whole lines of steps up to `step`; of none, if nothing is continued."""
+    if not file.exists():
+        return
+    old = file.read_bytes()
+    kept = b"".join(line + b"\n" for line in old.splitlines() if step and _step_of(line) <= step)
+    if kept != old:
+        file.rename(file.with_name("metrics.jsonl.old"))
+        file.write_bytes(kept)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(orjson.loads(line)["step"])
+    except orjson.JSONDecodeError:  # a line that a crash cut off
+        return float("inf")
 
 
 def _flat(line: dict[str, Any]) -> dict[str, Any]:
@@ -174,18 +204,12 @@ def describe_run(recipe: Recipe, world_size: int, attention: str) -> dict[str, A
     return {
         "recipe": to_json(recipe),
         "commit": _git_commit(),
-        "versions": {name: metadata.version(name) for name in packages} | {"ochat_train": _own_version()},
+        "versions": {name: metadata.version(name) for name in packages} | {"ochat_train": ochat_train.__version__},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "num_processes": world_size,
         "attention": attention,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _own_version() -> str:
-    import ochat_train
-
-    return ochat_train.__version__
 
 
 def _git_commit() -> str | None:

@@ -15,13 +15,11 @@ def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> float:
     """
     if config.model_type == "mistral":
         divisor = 6.0
-    elif config.model_type == "llama" and config.vocab_size >= 128_000:
-        divisor = 5.3
     elif config.model_type == "llama" and config.hidden_size >= 4096:
-        divisor = 1.0
+        divisor = 5.3 if config.vocab_size >= 128_000 else 1.0
     else:
         raise ValueError(
-            "optim.lr auto is published for Llama 2 (7B and up), Llama 3 and Mistral, not for this "
+            "optim.lr auto is published for Llama 2 and 3 (7B and up) and Mistral, not for this "
             f"{config.model_type} of hidden size {config.hidden_size}; give a number, such as optim.lr=2e-5"
         )
     return _PUBLISHED_BASE_LR / divisor * math.sqrt(supervised_tokens_per_step / _PUBLISHED_TOKENS)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_a_finished_run_is_left_as_it_is(recipe_path: Path, unbroken: dict[int, 
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_mistake_is_told_once_by_all_ranks_together(recipe_path: Path, unbroken: dict[int, Path]) -> None:
+    overrides = ["zero.stage=1", "optim.lr=0.5", f"checkpoint.dir={unbroken[1]}"]
+    command = train_command(recipe_path, *overrides)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: cannot continue") == 1
+    assert "optim.lr: 0.01 -> 0.5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_checkpoint_tells_where_the_run_is(unbroken: dict[int, Path]) -> None:
     (checkpoint,) = find_checkpoints(unbroken[3])[-1:]
     state = orjson.loads((checkpoint / "checkpoint.json").read_bytes())["state"]
@@ -110,3 +121,16 @@ def test_a_checkpoint_tells_where_the_run_is(unbroken: dict[int, Path]) -> None:
     assert state["step"] == 6
     assert state["examples_consumed"] == steps[-1]["examples_consumed"]
     assert state["tokens_seen"] == sum(step["tokens"] for step in steps)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_export_command_gives_the_model_of_the_run_again(
+    unbroken: dict[int, Path], stage: int, tmp_path: Path
+) -> None:
+    """From the files of both ranks, at ZeRO 3 each with a part of every weight."""
+    checkpoint = find_checkpoints(unbroken[stage])[-1]
+    command = [sys.executable, "-m", "ochat_train.export", str(checkpoint), str(tmp_path / "model")]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    ours, theirs = weights(tmp_path), weights(unbroken[stage])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
