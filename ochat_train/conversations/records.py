@@ -1,0 +1,505 @@
+"""Files to records, in two halves: the driver cuts files into chunks of whole records, a worker parses a chunk.
+
+Nothing is lost on the way without a name: a record that cannot be read says by its `damage` why, one that was repaired
+says how, and a file that cannot be read on is a ValueError.
+"""
+
+import glob
+import io
+import mmap
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ochat_train.conversations.containers import (
+    BOMB_BYTES,
+    BOMB_RATIO,
+    SUFFIXES,
+    ByteStream,
+    Unreadable,
+    explain,
+    has_known_suffix,
+    open_streams,
+    unreadable,
+)
+from ochat_train.conversations.json_scan import SPACE, not_valid, parse_json, scan_array
+
+MAX_RECORD_BYTES = 64 << 20
+TURN_LISTS = ("conversations", "items", "messages", "conversation")  # fields that may hold a record's turns
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a file: `file[offset:end]` in bytes, without the space, comma or line end around it.
+
+    `file` is the path, for an archive's member with its name behind: "dump.zip/pages/a.html". Of a compressed file the
+    bytes count after decompression; of parquet and Arrow `offset` is the row's number. `fields` is the parsed value.
+    Where there is none, it is None and `damage` is the reason of its drop: "not_json", "truncated_record",
+    "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was done to its bytes before they
+    could be parsed. `is_page` is whether it is a saved ShareGPT page.
+    """
+
+    file: str
+    offset: int
+    end: int
+    fields: Any
+    damage: str | None = None
+    repairs: tuple[str, ...] = ()
+    is_page: bool = False
+
+
+# ---- Files under a path ----
+
+
+def list_files(path: str) -> list[str]:
+    """The input files that `path` means: the file itself, what lies below a folder, or what a glob matches (`**` too).
+
+    Below a folder, sorted, the files of a known suffix that are not hidden. Next to Arrow and parquet files the small
+    JSON files are left out in which `datasets` describes them. A glob takes files as they are, and folders as above.
+
+    Raises ValueError if nothing is found, or a folder cannot be listed.
+    """
+    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    found: dict[str, None] = {}
+    num_left_out = 0
+    for match in matches:
+        if os.path.isdir(match):
+            known, num_others = _list_folder(match)
+            found.update(dict.fromkeys(known))
+            num_left_out += num_others
+        else:
+            found[match] = None
+    if found:
+        return list(found)
+    if not matches:
+        raise ValueError(f"no file matches {path!r}; check its spelling, from the folder {os.getcwd()!r}")
+    raise ValueError(
+        f"no file to read in {path!r}: {num_left_out:,} are left out, hidden or of another suffix than the known ones "
+        f"({' '.join(SUFFIXES)}); rename them, or name one as the path itself"
+    )
+
+
+_DATASETS_OWN = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
+
+
+def _list_folder(folder: str) -> tuple[list[str], int]:
+    """The files to read below `folder`, sorted, and how many others there are."""
+    files: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; mend that, or leave it out") from None
+
+    for place, _, names in os.walk(folder, onerror=fail):
+        files += (os.path.join(place, name) for name in names)
+    known = sorted(f for f in files if has_known_suffix(os.path.relpath(f, folder)) and os.path.isfile(f))
+    if any(file.lower().endswith((".arrow", ".parquet")) for file in known):
+        known = [file for file in known if os.path.basename(file) not in _DATASETS_OWN]
+    return known, len(files) - len(known)
+
+
+# ---- Chunks ----
+
+
+class _Part(Protocol):
+    """Whole records of one file as they lie there, in the one of its forms."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+    def records(self) -> Iterator[Record]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole records, not parsed yet, to be sent to a worker: of one file, of pages, or of one archive's members.
+
+    `form` says how all of it was found, such as "JSON lines, gzip" or "ShareGPT page in zip". `bytes_read` is how much
+    of the input files on disk was read up to here; the last chunk's is their size together.
+    """
+
+    form: str
+    bytes_read: int
+    parts: tuple[_Part, ...]
+
+    @property
+    def file(self) -> str:
+        """The file of the first record."""
+        return self.parts[0].file
+
+    def records(self) -> Iterator[Record]:
+        """Its records, parsed, in order. Raises ValueError for an array's value that is not valid JSON."""
+        for part in self.parts:
+            yield from part.records()
+
+
+def read_chunks(files: Sequence[str], *, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
+    """All records of `files`, in order, in chunks of about `chunk_bytes`; only their borders are looked for.
+
+    Read are JSON arrays, JSON lines, saved pages, parquet and Arrow files, the first three also in gzip, zstd, zip and
+    tar. The first bytes of a file tell what it is, never its name, but for one thing: what is named .html and is no
+    form at all is a page without data. Byte order marks and blank lines are skipped. Bytes that are not UTF-8 are
+    repaired.
+
+    The same files and `chunk_bytes` give the same chunks, and any `chunk_bytes` the same records. Memory is bounded by
+    a few times `chunk_bytes` or MAX_RECORD_BYTES, and for Arrow by a record batch if its buffers are compressed. A
+    worker needs up to 30 times a record's bytes to parse it.
+
+    A line that is not JSON is a record with `damage`, and so are a page without data, and a line, page or row above
+    MAX_RECORD_BYTES, which is never held. Raises ValueError, with name and byte, while iterating: for a file of another
+    form or without records, for an array that breaks, for lines of which none looks like an object, for a table without
+    turns, for damaged files and for bombs (see `containers.py`).
+
+    Worked example: the file `[{"a": 1},\\n 7]` gives one chunk, of `Record(path, 1, 9, {"a": 1})` and
+    `Record(path, 12, 13, 7)`.
+    """
+    pending: list[_Part] = []
+    num_pending = bytes_read = bytes_before = 0
+    form = group = ""
+    for file in files:
+        for stream in open_streams(file):
+            next_form, parts = _recognise(stream, chunk_bytes)
+            # what is small is packed together: pages, and members of one archive
+            is_loose_page = next_form.startswith(_PAGE) and not stream.is_member
+            next_group = next_form if is_loose_page else f"{next_form} {file}"
+            for part in parts:
+                if pending and (next_group != group or num_pending + len(part.data) > chunk_bytes):
+                    yield Chunk(form, bytes_read, tuple(pending))
+                    pending, num_pending = [], 0
+                pending.append(part)
+                num_pending += len(part.data)
+                form, group = next_form, next_group
+                bytes_read = bytes_before + stream.disk.num_read
+        bytes_before += stream.disk.size
+    if pending:
+        yield Chunk(form, bytes_before, tuple(pending))
+
+
+_PAGE = "ShareGPT page"
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+def _recognise(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Part]]:
+    """The form of what `stream` begins with, and its parts."""
+    head = stream.peek(8)
+    for magic, form, read_batches in (
+        (b"PAR1", "parquet", _read_parquet),
+        (b"ARROW1\0\0", "Arrow file", _read_arrow),
+        (b"\xff\xff\xff\xff", "Arrow stream", _read_arrow),
+    ):
+        if head.startswith(magic):
+            if stream.packing:
+                found = f"{form}{stream.packing} cannot be read"
+                raise unreadable(stream.name, 0, found, "unpack it, and name the file itself")
+            return form, _read_table(stream, read_batches(stream), chunk_bytes)
+    first = _skip_space(stream)
+    if first == b"[":
+        return f"JSON array{stream.packing}", _read_array(stream, chunk_bytes)
+    if first == b"{":
+        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
+    if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
+        return f"{_PAGE}{stream.packing}", _read_page(stream)
+    if not first:
+        raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
+    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow file"
+    raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, save it as UTF-8, or leave it out")
+
+
+def _skip_space(stream: ByteStream) -> bytes:
+    """The first byte that is neither space nor byte order mark, not given out yet; b"" at the end."""
+    if stream.peek(len(_UTF8_BOM)) == _UTF8_BOM:
+        stream.read(len(_UTF8_BOM))
+    while ahead := stream.peek(1 << 16):
+        rest = ahead.lstrip(SPACE)
+        stream.read(len(ahead) - len(rest))
+        if rest:
+            return rest[:1]
+    return b""
+
+
+# ---- JSON lines ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Whole lines of a file, which begin at `offset`; without a line end at their end if the file ends there."""
+
+    file: str
+    offset: int
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        offset = self.offset
+        for line in io.BytesIO(self.data):
+            raw = line.lstrip(SPACE)
+            start = offset + len(line) - len(raw)
+            raw = raw.rstrip(SPACE)
+            end = start + len(raw)
+            has_end = line.endswith(b"\n")
+            if len(line) - has_end > MAX_RECORD_BYTES:
+                yield Record(self.file, offset, offset + len(line) - has_end, None, "record_too_large")
+            elif raw:
+                try:
+                    fields, repairs = parse_json(raw)
+                except ValueError:
+                    damage = "not_json" if has_end else "truncated_record"
+                    yield Record(self.file, start, end, None, damage)
+                else:
+                    yield Record(self.file, start, end, fields, None, repairs)
+            offset += len(line)
+
+
+@dataclass(frozen=True, slots=True)
+class _TooLarge:
+    """A record that is left out for its size."""
+
+    file: str
+    offset: int
+    end: int
+    is_page: bool = False
+    data: bytes = b""
+
+    def records(self) -> Iterator[Record]:
+        yield Record(self.file, self.offset, self.end, None, "record_too_large", is_page=self.is_page)
+
+
+# A pretty-printed object is no line of its own, so it tells lines from one object over many.
+_OBJECT_LINE = re.compile(rb"^[ \t\r]*+\{[^\n]*\}[ \t\r]*+$", re.MULTILINE)
+
+
+def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
+    first_offset = offset = stream.offset
+    has_object = False
+    rest = b""  # of a line whose end was not read yet
+    while block := stream.read(max(chunk_bytes, min(len(rest), MAX_RECORD_BYTES + 1 - len(rest)))):
+        end = block.rfind(b"\n") + 1
+        if not end:
+            rest += block
+            if len(rest) > MAX_RECORD_BYTES:
+                end = offset + len(rest) + _skip_line(stream)
+                yield _TooLarge(stream.name, offset, end)
+                offset, rest, has_object = stream.offset, b"", True
+            continue
+        lines = _Lines(stream.name, offset, b"".join((rest, memoryview(block)[:end])))
+        has_object = has_object or _OBJECT_LINE.search(lines.data) is not None
+        yield lines
+        offset += len(lines.data)
+        rest = block[end:]
+    if rest:
+        has_object = has_object or _OBJECT_LINE.search(rest) is not None
+        yield _Lines(stream.name, offset, rest)
+    if not has_object:
+        remedy = "put each record on one line of its own, or all of them into one JSON array"
+        raise unreadable(stream.name, first_offset, "no line of the file is a JSON object", remedy)
+
+
+def _skip_line(stream: ByteStream) -> int:
+    """How many bytes the line still has; moves behind its end."""
+    num_bytes = 0
+    while ahead := stream.peek(1 << 20):
+        end = ahead.find(b"\n")
+        if end >= 0:
+            stream.read(end + 1)
+            return num_bytes + end
+        num_bytes += len(stream.read(len(ahead)))
+    return num_bytes
+
+
+# ---- JSON arrays ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Values of an array: `data` is one behind the other, without what stands between them."""
+
+    file: str
+    offsets: "array[int]"
+    lengths: "array[int]"
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        at = 0
+        for offset, length in zip(self.offsets, self.lengths, strict=True):
+            try:
+                fields, repairs = parse_json(self.data[at : at + length])
+            except ValueError as error:
+                raise not_valid(self.file, offset, error) from None
+            yield Record(self.file, offset, offset + length, fields, None, repairs)
+            at += length
+
+
+def _read_array(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
+    offsets, lengths = array("q"), array("q")
+    values: list[bytes] = []
+    num_bytes = 0
+    for offset, value in scan_array(stream, max_bytes=MAX_RECORD_BYTES):
+        if values and num_bytes + len(value) > chunk_bytes:
+            yield _Values(stream.name, offsets, lengths, b"".join(values))
+            offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
+        offsets.append(offset)
+        lengths.append(len(value))
+        values.append(value)
+        num_bytes += len(value)
+    yield _Values(stream.name, offsets, lengths, b"".join(values))
+
+
+# ---- Saved ShareGPT pages ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """A saved page of `num_bytes`, without the space before it."""
+
+    file: str
+    num_bytes: int
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        fields, damage, repairs = _parse_page(self.data)
+        yield Record(self.file, 0, self.num_bytes, fields, damage, repairs, is_page=True)
+
+
+def _read_page(stream: ByteStream) -> Iterator[_Part]:
+    data = stream.read(MAX_RECORD_BYTES + 1)
+    while stream.read(1 << 20):
+        pass
+    if len(data) > MAX_RECORD_BYTES:
+        yield _TooLarge(stream.name, 0, stream.offset, is_page=True)
+    else:
+        yield _Page(stream.name, stream.offset, data)
+
+
+# Next.js writes no `<` or `>` into the attributes of this tag.
+_NEXT_DATA = re.compile(rb"""<script\s[^<>]*?\bid\s*=\s*["']?__NEXT_DATA__["']?(?=[\s/>])[^<>]*>""", re.IGNORECASE)
+_SCRIPT_END = re.compile(rb"</script", re.IGNORECASE)
+
+
+def _parse_page(data: bytes) -> tuple[dict[str, Any] | None, str | None, tuple[str, ...]]:
+    """The fields of a saved page, the damage if there are none, and the repairs."""
+    opening = _NEXT_DATA.search(data)
+    if opening is None:
+        return None, "no_next_data", ()
+    closing = _SCRIPT_END.search(data, opening.end())
+    try:
+        page, repairs = parse_json(data[opening.end() : closing.start() if closing else len(data)])
+    except ValueError:
+        return None, "not_json", ()
+    try:
+        page_props = page["props"]["pageProps"]
+        content = page_props["content"]
+    except (KeyError, TypeError):
+        content = None
+    if not isinstance(content, dict):
+        return None, "no_page_content", repairs
+    return {key: page_props[key] for key in ("id", "views") if key in page_props} | content, None, repairs
+
+
+# ---- Parquet and Arrow ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a table from row `first` on, as an Arrow IPC stream of one record batch."""
+
+    file: str
+    first: int
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        import pyarrow  # here, since most workers never need it
+
+        try:
+            rows = pyarrow.ipc.open_stream(self.data).read_next_batch().to_pylist()
+        except Exception as error:  # times out of Python's range, types of other libraries
+            found, remedy = f"a row from here on: {explain(error)}", "write the table again without that column"
+            raise unreadable(self.file, self.first, found, remedy, unit="row") from None
+        for row, fields in enumerate(rows, start=self.first):
+            yield Record(self.file, row, row + 1, fields)
+
+
+def _read_table(stream: ByteStream, batches: Iterator[Any], chunk_bytes: int) -> Iterator[_Part]:
+    import pyarrow  # here, since JSON and pages do without it
+
+    row = num_bytes = 0
+    try:
+        for batch in batches:
+            batch.validate(full=True)  # buffers of a damaged file may point anywhere, and text may be no UTF-8
+            num_bytes += batch.nbytes
+            _refuse_bomb(stream, num_bytes)
+            for rows in _halve(batch, min(chunk_bytes, MAX_RECORD_BYTES)):
+                if rows.nbytes > MAX_RECORD_BYTES:
+                    yield _TooLarge(stream.name, row, row + 1)
+                else:
+                    sink = pyarrow.BufferOutputStream()
+                    with pyarrow.ipc.new_stream(sink, rows.schema) as writer:
+                        writer.write_batch(rows)
+                    yield _Rows(stream.name, row, sink.getvalue().to_pybytes())
+                row += rows.num_rows
+    except Unreadable:
+        raise
+    except Exception as error:  # what Arrow makes of a damaged file is in no list
+        remedy = "the file is damaged: fetch it again"
+        raise unreadable(stream.name, row, f"reading stops here ({explain(error)})", remedy, unit="row") from error
+    if not row:
+        raise unreadable(stream.name, 0, "the table has no rows", "remove it, or fetch it again", unit="row")
+
+
+def _read_parquet(stream: ByteStream) -> Iterator[Any]:
+    import pyarrow.parquet  # as in _read_table
+
+    disk = stream.disk
+    # not the defaults, which hold all columns of a row group
+    file = pyarrow.parquet.ParquetFile(disk.path, pre_buffer=False, buffer_size=1 << 20)
+    _check_columns(stream, file.schema_arrow)
+    num_rows = 0
+    for index in range(file.num_row_groups):
+        group = file.metadata.row_group(index)
+        _refuse_bomb(stream, group.total_byte_size)
+        batch_rows = min(256, max(1, (group.num_rows << 20) // max(1, group.total_byte_size)))  # about 1 MiB
+        for batch in file.iter_batches(batch_size=batch_rows, row_groups=[index], use_threads=False):
+            num_rows += batch.num_rows
+            disk.num_read = disk.size * num_rows // file.metadata.num_rows
+            yield batch
+
+
+def _read_arrow(stream: ByteStream) -> Iterator[Any]:
+    import pyarrow  # as in _read_table
+
+    disk = stream.disk
+    memory = mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ)
+    source = pyarrow.BufferReader(pyarrow.py_buffer(memory))
+    is_file = memory[:6] == b"ARROW1"
+    reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+    _check_columns(stream, reader.schema)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    for index, batch in enumerate(batches, start=1):
+        disk.num_read = disk.size * index // reader.num_record_batches if is_file else source.tell()
+        yield batch
+        memory.madvise(mmap.MADV_DONTNEED)  # or the pages read would count as our memory until the file's end
+
+
+def _check_columns(stream: ByteStream, schema: Any) -> None:
+    if not set(schema.names) & set(TURN_LISTS):
+        found = f"no column is named as turns are; there are: {', '.join(schema.names)[:200] or 'none'}"
+        raise unreadable(stream.name, 0, found, f"rename the right one to one of {', '.join(TURN_LISTS)}", unit="row")
+
+
+def _refuse_bomb(stream: ByteStream, num_bytes: int) -> None:
+    if num_bytes > BOMB_BYTES and num_bytes > BOMB_RATIO * stream.disk.size:
+        found = f"{num_bytes:,} bytes in a file of {stream.disk.size:,}"
+        limit = f"more than {BOMB_BYTES:,} and than {BOMB_RATIO} times as many are taken for a bomb"
+        raise unreadable(stream.name, 0, f"{found}; {limit}", "write it as JSON lines if you trust it", unit="row")
+
+
+def _halve(batch: Any, max_bytes: int) -> Iterator[Any]:
+    """The batch in slices of at most `max_bytes`, or of one row."""
+    if batch.nbytes <= max_bytes or batch.num_rows <= 1:
+        if batch.num_rows:
+            yield batch
+        return
+    middle = batch.num_rows // 2
+    yield from _halve(batch.slice(0, middle), max_bytes)
+    yield from _halve(batch.slice(middle), max_bytes)
