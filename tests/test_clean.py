@@ -1,18 +1,32 @@
-"""Turns are repaired by named rules only, and no text is changed."""
+"""Texts lose what is page noise and nothing else, and turns are repaired by named rules only."""
 
+import time
+from typing import Literal
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ochat_train.conversations import clean
 from ochat_train.conversations.clean import (
     Messages,
+    clean_turns,
+    find_fences,
     join_user_turns,
     lift_leading_system,
+    remove_copy_code,
+    remove_copy_counts,
     remove_empty_turns,
+    remove_glued_buttons,
     remove_leading_answers,
+    remove_page_noise,
+    remove_regenerate_counter,
     remove_unanswered_turns,
     repair_turns,
 )
 from ochat_train.conversations.schema import Message, Role
+from ochat_train.conversations.sharegpt import Drop, Turns
+from tests.test_html import DIV, code_block, watch_examples
 
 ROLE_LETTERS: dict[str, Role] = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
 
@@ -133,3 +147,324 @@ def test_a_conversation_changes_only_by_rules_that_are_named(system: str, messag
         answers = [m.text for m in messages[first:] if m.role == "assistant" and m.text.strip()]
         if all(m.text.strip() for m in messages if m.role == "user"):
             assert [m.text for m in repaired[1] if m.role == "assistant"] == answers
+
+
+# ---- The whole of `clean_turns` ----
+
+Html = Literal["auto", "always", "never"]
+
+
+def record(*messages: tuple[Role, str], is_page: bool = False, system: str = "") -> Turns:
+    texts = tuple(Message(role, text) for role, text in messages)
+    return Turns("id7", "from/value", is_page, "GPT4", system, texts, ("invalid_utf8_replaced",))
+
+
+def expect_clean(turns: Turns, html: Html = "auto") -> tuple[list[str], tuple[str, ...]]:
+    """(texts, repairs that were added)"""
+    cleaned = clean_turns(turns, html=html)
+    assert isinstance(cleaned, Turns)
+    assert (cleaned.id, cleaned.dialect, cleaned.is_page, cleaned.condition) == (
+        "id7",
+        "from/value",
+        turns.is_page,
+        "GPT4",
+    )
+    assert cleaned.repairs[0] == "invalid_utf8_replaced"
+    return texts(cleaned.messages), cleaned.repairs[1:]
+
+
+ANSWER = (
+    '<div class="markdown prose w-full break-words dark:prose-invert light"><p>Use <code>os.remove</code>:</p>'
+    + code_block("import os\n\n\nif True:\n    os.remove('my_file')\n", "python")
+    + "<p>It deletes the file &amp; keeps the folder.</p></div>"
+)
+MARKDOWN = (
+    "Use `os.remove`:\n\n```python\nimport os\n\n\nif True:\n    os.remove('my_file')\n```\n\n"
+    "It deletes the file & keeps the folder."
+)
+COUNTER = (
+    '<div class="text-xs flex items-center justify-center gap-1"><button><svg></svg></button>'
+    '<span class="flex-grow flex-shrink-0">1 / 2</span><button><svg></svg></button></div>'
+)
+
+
+def test_a_saved_page_becomes_markdown() -> None:
+    page = record(
+        ("user", DIV.format("How do I delete my_file in *Python* 3?\n\n  1. if it is &lt; 1 kB\n# 2")),
+        ("assistant", COUNTER + ANSWER),
+        ("user", "and in C++? I&#39;d write vector&lt;int&gt;\n\n\n  too"),
+        ("assistant", "<p>Call <code>remove</code>.</p>"),
+        is_page=True,
+    )
+    assert expect_clean(page) == (
+        [
+            "How do I delete my_file in *Python* 3?\n\n  1. if it is < 1 kB\n# 2",
+            MARKDOWN,
+            "and in C++? I'd write vector<int>\n\n\n  too",
+            "Call `remove`.",
+        ],
+        ("html_converted",),
+    )
+    assert expect_clean(page, "never") == (texts(page.messages), ())
+
+
+def test_a_json_record_is_html_only_by_chatgpts_own_marks() -> None:
+    question = "What is &lt;p&gt;, and <b>?"
+    assert expect_clean(record(("user", question), ("assistant", ANSWER)))[0] == ["What is <p>, and <b>?", MARKDOWN]
+    talk = (("user", "Write <p>1 &lt; 2</p>"), ("assistant", "<p>1 &lt; 2</p>"))
+    assert expect_clean(record(*talk)) == ([text for _, text in talk], ())
+    assert expect_clean(record(("user", ANSWER), ("assistant", "It is HTML."))) == ([ANSWER, "It is HTML."], ())
+
+
+def test_always_converts_every_text_that_has_tags() -> None:
+    turns = record(
+        ("user", "one<br>two"),
+        ("tool", "<b>t</b>"),
+        ("assistant", "Is <i>x</i>"),
+        ("user", "a_b"),
+        ("assistant", "1 &lt; 2"),
+    )
+    assert expect_clean(turns, "always") == (["one\ntwo", "**t**", "Is *x*", "a_b", "1 < 2"], ("html_converted",))
+    cleaned = clean_turns(record(("user", "q"), ("assistant", "a"), system="<p>Be &lt;brief&gt;</p>"), html="always")
+    assert isinstance(cleaned, Turns) and cleaned.system == "Be <brief>"
+
+
+def test_what_a_tool_says_stays_in_a_page_and_keeps_its_noise() -> None:
+    tool = "1 / 2\n\n<p>x</p>\n\nCopy 1 chars / 2 words"
+    page = record(("user", "q"), ("tool", tool), ("assistant", "a"), is_page=True)
+    assert expect_clean(page) == (["q", tool, "a"], ())
+
+
+def test_repairs_are_named_once_and_in_order() -> None:
+    page = record(
+        ("assistant", "<p>Hi</p>"),
+        ("user", "1 / 2\n\none"),
+        ("user", "thanksSave & SubmitCancel"),
+        ("assistant", "<p>Yes</p>"),
+        ("assistant", "<div><button>Copy code</button></div>"),
+        ("user", "more"),
+        is_page=True,
+    )
+    assert expect_clean(page) == (
+        ["one\n\nthanks", "Yes"],
+        (
+            "html_converted",
+            "page_noise_removed",
+            "empty_turn_removed",
+            "leading_answer_removed",
+            "user_turns_joined",
+            "unanswered_turn_removed",
+        ),
+    )
+
+
+def test_a_record_that_cannot_be_used_says_why() -> None:
+    assert clean_turns(record(("system", "s"), ("user", "q")), html="auto") == Drop(
+        "id7", "no_answer", "turns: system user", ("invalid_utf8_replaced",)
+    )
+    many = clean_turns(record(*[("user", "q")] * 9), html="auto")
+    assert isinstance(many, Drop) and many.detail == "turns:" + " user" * 8 + " ..."
+    deep = clean_turns(record(("user", "q"), ("assistant", "<div>" * 9999 + "x"), is_page=True), html="auto")
+    assert isinstance(deep, Drop) and (deep.reason, deep.repairs) == ("html_too_deep", ("invalid_utf8_replaced",))
+    nulls = clean_turns(record(("user", "q"), ("assistant", "<p>" + "\0" * 999), is_page=True), html="auto")
+    assert isinstance(nulls, Drop) and nulls.reason == "html_not_converted"
+
+
+# ---- Page noise ----
+
+RULES_OF_TEXTS = ["remove_copy_code", "remove_copy_counts", "remove_regenerate_counter", "remove_glued_buttons"]
+
+
+@pytest.mark.parametrize("name", RULES_OF_TEXTS)
+def test_every_rule_has_examples_that_hold_of_what_it_removes_and_what_it_leaves(name: str) -> None:
+    calls = watch_examples(clean, name)
+    assert len(calls) >= 2 and {result == text for text, result in calls} == {True, False}
+
+
+def test_the_examples_of_fences_hold() -> None:
+    assert len(watch_examples(clean, "find_fences")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("```\nCopy code\n\n\n  x_y  \n```", "```\n\n\n  x_y  \n```"),
+        ("```\npython\nCopy code\nx\n```", "```python\nx\n```"),
+        ("```python\npythonCopy code\nx\n```", "```python\nx\n```"),
+        ("```\npythonCopy codeimport os\n```", "```python\nimport os\n```"),
+        ("```\nobjective-cCopy codeCopy code\nx\n```", "```objective-c\nx\n```"),
+        ("a\n```Copy code\nx\n```\nb\n~~~\nc++Copy code\ny\n~~~", "a\n```\nx\n```\nb\n~~~c++\ny\n~~~"),
+        ("- a\n\n  ```\n  jsCopy code\n  x\n  ```", "- a\n\n  ```js\n  x\n  ```"),
+        ("1. ```\n   jsCopy codelet x\n   ```", "1. ```js\n   let x\n   ```"),
+        ("> ```\n> jsCopy code\n> x\n> ```", "> ```js\n> x\n> ```"),
+        ("```\r\njsCopy code\r\nx\r\n\r\n```\r\ny", "```js\r\nx\r\n\r\n```\r\ny"),
+        ("```\njsCopy code\nnever closed", "```js\nnever closed"),
+    ],
+)
+def test_captions_of_code_are_removed(text: str, cleaned: str) -> None:
+    assert remove_copy_code(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Copy code",
+        "pythonCopy code\n\n    import os",
+        "```python\nimport os\n```\nCopy code\n",
+        "```\nx\n```\npythonCopy code\n```\ny\n```",
+        "`Copy code` copies ```Copy code``` in line",
+        "```html\n<button>Copy code</button>\n```",
+        "```\nCopy codes from A1 to B1\n```",
+        "```\nCopy code: press here\n```",
+        "```\nHardCopy code\nx\n```",
+        "```\n\nCopy code\nx\n```",
+        "```\nCopy code",
+        "```Copy code",
+        "```pythonCopy code\n```",
+    ],
+)
+def test_copy_code_that_is_no_caption_stays(text: str) -> None:
+    assert remove_copy_code(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a\n\nCopy 10 chars / 2 words\n\nb", "a\n\nb"),
+        ("a\n\nCopy 10 chars / 2 words\nb", "a\n\nb"),
+        ("a\r\nCopy 10 chars / 2 words\r\nb", "a\r\nb"),
+        ("Copy 10 chars / 2 words\n\n  b", "  b"),
+        ("a\n  Copy10 chars / 2 words  \nCopy 1 chars / 1 words", "a"),
+        ("```\nx\n\n\n```\n\nCopy 10 chars / 2 words", "```\nx\n\n\n```"),
+        ("Copy 10 chars / 2 words", ""),
+    ],
+)
+def test_counts_of_copied_text_are_removed(text: str, cleaned: str) -> None:
+    assert remove_copy_counts(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a Copy 10 chars / 2 words",
+        "Copy 10 chars / 2 words is what it says",
+        "`Copy 10 chars / 2 words`",
+        "| Copy 10 chars / 2 words |",
+        "x\n```\nCopy 10 chars / 2 words\n\n\n```\ny",
+        "~~~\nCopy 10 chars / 2 words",
+        "copy 10 chars / 2 words",
+    ],
+)
+def test_counts_that_somebody_wrote_stay(text: str) -> None:
+    assert remove_copy_counts(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("1 / 2\nx", "x"),
+        ("2 / 2\n\n\n    x\n", "    x\n"),
+        ("1 / 1\r\n\r\nx", "x"),
+        ("10 / 12 \nx", "x"),
+        ("1 / 2\n2 / 2\nx", "x"),
+    ],
+)
+def test_counters_of_answers_are_removed(text: str, cleaned: str) -> None:
+    assert remove_regenerate_counter(text, "Why?") == cleaned
+    assert remove_regenerate_counter(text, "Why 2?") == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3 / 4 of them\nx", "3 / 4", "1 / 2\n \n", "0 / 2\nx", "3 / 2\nx", "1/2\nx", " 1 / 2\nx", "x\n1 / 2\ny", "1 / 2x"],
+)
+def test_fractions_stay(text: str) -> None:
+    assert remove_regenerate_counter(text, "") == text
+
+
+def test_a_counter_is_judged_by_the_question_before_it_without_its_own_noise() -> None:
+    def answers(question: str) -> str:
+        return remove_page_noise((Message("user", question), Message("tool", "7"), Message("assistant", "1 / 2\nx")))[
+            2
+        ].text
+
+    assert answers("1 / 3\nWhy?") == "x"
+    assert answers("What is 2/4?") == "1 / 2\nx"
+
+
+def test_captions_of_buttons_behind_typed_text_are_removed() -> None:
+    assert remove_glued_buttons("a\n\n  b.Share PromptSave & SubmitCancel") == "a\n\n  b."
+    notice = clean._ROW_ENDS[2]
+    assert remove_glued_buttons("你好。" + notice) == "你好。"
+    for text in (
+        notice,
+        "I got: " + notice,
+        "What is this?\n\n" + notice,
+        f'"{notice}',
+        "(Share Prompt",
+        "Share Promptx",
+    ):
+        assert remove_glued_buttons(text) == text
+    assert texts(remove_page_noise((Message("assistant", "xShare Prompt"),))) == ["xShare Prompt"]
+
+
+def test_fences_are_found_as_markdown_has_them() -> None:
+    text = "````md\n```\nx\n```\n````\n```a`b\n- ~~~\n  y\n  ```\n  ~~~\nz"
+    assert [text[fence.end() : end] for fence, end in find_fences(text)] == ["\n```\nx\n```\n", "\n  y\n  ```\n"]
+
+
+marks = st.sampled_from(["```", "~~~", "\n", "\n\n", "\r\n", " ", "  ", "    ", "> ", "- ", "`", "."])
+noise = st.sampled_from(
+    ["Copy code", "Copy 12 chars / 3 words", "Copy12 chars / 3 words", "Share Prompt", "1 / 2", "3 / 4"]
+)
+words = st.sampled_from(["x", "é", "s", "2", "Copy", "python", "Save & SubmitCancel"])
+noisy_text = st.lists(st.one_of(marks, noise, words), max_size=14).map("".join)
+
+
+@given(noisy_text, st.sampled_from(["user", "assistant", "system"]))
+def test_removing_noise_twice_removes_no_more(text: str, role: Role) -> None:
+    for rule in (remove_copy_code, remove_copy_counts, remove_glued_buttons):
+        assert rule(rule(text)) == rule(text)
+    once = remove_page_noise((Message("user", "q"), Message(role, text)))
+    assert remove_page_noise(once) == once
+
+
+@given(noisy_text)
+def test_removing_noise_adds_nothing_and_keeps_every_other_word(text: str) -> None:
+    cleaned = remove_page_noise((Message("user", text),))[0].text
+    assert len(cleaned) <= len(text)
+    assert cleaned.count("é") == text.count("é") and cleaned.count("x") == text.count("x")
+    assert cleaned.count("~~~") == text.count("~~~") and cleaned.count("`") == text.count("`")
+
+
+@given(st.text(), st.text("`~\n\r #*_-1.>/ \tab\\<&;"), st.sampled_from(["auto", "never"]))
+def test_text_without_noise_is_left_byte_for_byte(text: str, marked: str, html: Html) -> None:
+    for it in (text, marked, f"x{marked}"):
+        if it.strip() and "Copy" not in it and "/" not in it:
+            assert expect_clean(record(("user", it), ("assistant", it)), html) == ([it, it], ())
+
+
+NOISE_BOMBS = {
+    "ticks": "`" * 1_000_000,
+    "fences": "```\n" * 250_000 + "Copy code chars / ",
+    "captions": "```\n" + "Copy code\n" * 100_000 + "x",
+    "blocks": "```\njsCopy code\nx\n```\n" * 40_000,
+    "glued captions": "```\n" + "xCopy code" * 100_000,
+    "counters": "1 / 1\n" * 160_000 + "x",
+    "counter and line ends": "1 / 1" + "\n" * 1_000_000,
+    "counts": "Copy 1 chars / 1 words\n" * 40_000,
+    "counts in line": "Copy 1 chars / 1 words " * 40_000,
+    "line ends": "\n" * 1_000_000 + "Copy code chars / ",
+    "spaces": "```\n" + " " * 1_000_000 + "Copy code chars / ",
+    "list marks": "- 1. > " * 150_000 + "Copy code chars / ",
+    "info": "```" + " a" * 500_000 + "Copy code\nx",
+    "buttons": "Share Prompt" * 80_000,
+    "tags": "<" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("text", NOISE_BOMBS.values(), ids=NOISE_BOMBS)
+def test_a_megabyte_of_noise_takes_no_longer_than_linear_time(text: str) -> None:
+    started = time.perf_counter()
+    remove_page_noise((Message("user", text), Message("assistant", text)))
+    assert time.perf_counter() - started < 8

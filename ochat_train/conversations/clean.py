@@ -1,17 +1,251 @@
-"""Rules that repair the turns of one conversation: each a small pure function, all applied by `repair_turns`.
+"""Rules that clean the turns of one conversation, all applied by `clean_turns`: first the texts, then their order.
 
-A rule takes turns away or joins them, and its repair name says so in the ledger. No rule trims or otherwise
-changes a text: white space at its ends is the writer's.
+The rules of texts take away what ShareGPT's pages and the tools that converted them left in a text, and only where it
+can be nothing else. The rules of turns take turns away or join them. No rule trims a text or changes it otherwise:
+white space at its ends is the writer's.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import takewhile
+from typing import Literal
 
+from ochat_train.conversations.html import HtmlError, convert_text, is_rendered
 from ochat_train.conversations.schema import Message
+from ochat_train.conversations.sharegpt import Drop, Turns
 
 Messages = tuple[Message, ...]
 
 BLANK_LINE = "\n\n"
+
+
+def clean_turns(turns: Turns, *, html: Literal["auto", "always", "never"]) -> Turns | Drop:
+    """The turns as markdown, without page noise and repaired, or why they cannot be used.
+
+    HTML becomes markdown in saved pages, and in records whose answers are ChatGPT's own HTML (`html` "auto"), in all
+    ("always") or in none ("never"). Names of what changed something are added to `repairs`, in the order in which it
+    was done: "html_converted", "page_noise_removed", then those of `repair_turns`. The drop's reason is "no_answer",
+    "html_too_deep" or "html_not_converted".
+
+    Worked example: user "2 / 2\\n\\n1 &lt; 2?" and assistant "<p>Yes</p>" of a page become user "1 < 2?" and
+    assistant "Yes", (html_converted, page_noise_removed).
+    """
+    repairs = turns.repairs
+    system, messages = turns.system, turns.messages
+    if html == "always" or (html == "auto" and is_html(turns)):
+        try:
+            system, messages = convert_html(system, messages, sure=html == "always")
+        except HtmlError as error:
+            return Drop(turns.id, error.reason, error.detail, repairs)
+        if (system, messages) != (turns.system, turns.messages):
+            repairs += ("html_converted",)
+    clean = remove_page_noise(messages)
+    if clean != messages:
+        repairs += ("page_noise_removed",)
+    repaired = repair_turns(system, clean)
+    if isinstance(repaired, str):
+        roles = " ".join(message.role for message in clean[:8]) + (" ..." if len(clean) > 8 else "")
+        return Drop(turns.id, repaired, f"turns: {roles}", repairs)
+    system, messages, names = repaired
+    return replace(turns, system=system, messages=messages, repairs=repairs + names)
+
+
+# ---- HTML ----
+
+
+def is_html(turns: Turns) -> bool:
+    """Whether the record is a saved page, or one of its answers has ChatGPT's own marks."""
+    return turns.is_page or any(message.role == "assistant" and is_rendered(message.text) for message in turns.messages)
+
+
+def convert_html(system: str, messages: Messages, *, sure: bool) -> tuple[str, Messages]:
+    """(system, messages) as markdown, see `convert_text`. What a tool says is data, and stays unless `sure`."""
+    converted = (
+        message
+        if message.role == "tool" and not sure
+        else replace(message, text=convert_text(message.text, typed=message.role != "assistant", sure=sure))
+        for message in messages
+    )
+    return convert_text(system, typed=True, sure=sure), tuple(converted)
+
+
+# ---- Page noise: the examples of each rule say what it removes and what it leaves ----
+
+
+def remove_page_noise(messages: Messages) -> Messages:
+    """With the rules below applied to every text, but not to what a tool says, which is data."""
+    clean = []
+    question = ""
+    for message in messages:
+        text = remove_glued_buttons(message.text) if message.role == "user" else message.text
+        if message.role != "tool":
+            text = remove_copy_counts(remove_copy_code(text))
+            text = remove_regenerate_counter(text, question if message.role == "assistant" else "")
+        if message.role == "user":
+            question = text
+        clean.append(message if text == message.text else replace(message, text=text))
+    return tuple(clean)
+
+
+_FENCE = re.compile(r"^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+
+
+def find_fences(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    r"""Each fenced block of a text: its opening fence, as (marks, what is behind them), and where its inside ends.
+
+    >>> text = "a\n```py\nx\n```\n`b`\n~~~\ny"
+    >>> [(fence[0], text[fence.end() : end]) for fence, end in find_fences(text)]
+    [('```py', '\nx\n'), ('~~~', '\ny')]
+    >>> list(find_fences("```inline``` and `code`"))
+    []
+    """
+    opening = None
+    for fence in _FENCE.finditer(text):
+        marks, info = fence.groups()
+        if opening is None:
+            opening = None if marks[0] == "`" and "`" in info else fence
+        elif marks[0] == opening[1][0] and len(marks) >= len(opening[1]) and not info.strip():
+            yield opening, fence.start()
+            opening = None
+    if opening is not None:
+        yield opening, len(text)
+
+
+_CAPTION_ON_FENCE = re.compile(r"([ \t]*[\w+#.-]*?)[ \t]*(?:Copy code)+\s*")
+_CAPTION = re.compile(
+    r"(?P<indent>[ \t>]*)"
+    r"(?:(?P<language>[a-z][\w+#.-]{0,19})(?:[ \t]*\r?\n[ \t>]*)?)?"
+    r"(?:Copy code)+"
+    # Alone on its line, or run into the code. "Copy codes" and "Copy code of" are somebody's text.
+    r"(?:[ \t]*(?P<line_end>\r?\n)"
+    r"|(?!(?:s|d|rs?|cs?|bases?|books?|points?|words?)\b)(?=[^\s.,:;!?])(?!.*(?:```|~~~|Copy code)))"
+)
+
+
+def remove_copy_code(text: str) -> str:
+    r"""Without the caption of a code block, a language and Copy code, where it became the block's first line.
+
+    It may run into the first line of the code. The language goes onto the fence, if that has none.
+
+    >>> remove_copy_code("```\npythonCopy code\nimport os\n\n\n```")
+    '```python\nimport os\n\n\n```'
+    >>> remove_copy_code("```\nCopy codeimport os\n```"), remove_copy_code("```cssCopy code\na {}\n```")
+    ('```\nimport os\n```', '```css\na {}\n```')
+    >>> remove_copy_code("pythonCopy code\nPress Copy code to copy.")
+    'pythonCopy code\nPress Copy code to copy.'
+    >>> remove_copy_code("```\nCopy code from a to b\n```"), remove_copy_code("```\nx\nCopy code\n```")
+    ('```\nCopy code from a to b\n```', '```\nx\nCopy code\n```')
+    >>> remove_copy_code("The block says only:\n```\nCopy code\n```")
+    'The block says only:\n```\nCopy code\n```'
+    """
+    if "Copy code" not in text:
+        return text
+    pieces = []
+    at = 0
+    for fence, end in find_fences(text):
+        on_fence = _CAPTION_ON_FENCE.fullmatch(fence[2])
+        info = on_fence[1] if on_fence else fence[2].rstrip("\r")
+        code_at = fence.end() + 1
+        code_end = fence.end() + len(text[fence.end() : end].rstrip())
+        indent = ""
+        while (caption := _CAPTION.match(text, code_at, end)) and caption.end() < code_end:
+            code_at = caption.end()
+            indent += "" if caption["line_end"] else caption["indent"]
+            info = info if info.strip() else caption["language"] or ""
+        if (on_fence and code_end > fence.end()) or code_at > fence.end() + 1:
+            line_end = "\r\n" if fence[2].endswith("\r") else "\n"
+            pieces += [text[at : fence.start(2)], info, line_end, indent]
+            at = code_at
+    return "".join(pieces) + text[at:]
+
+
+_COPY_COUNT = re.compile(r"^(?:[ \t]*Copy ?\d{1,9} chars / \d{1,9} words[ \t]*(?=\r?$)([\r\n]*))+", re.MULTILINE)
+
+
+def remove_copy_counts(text: str) -> str:
+    r"""Without the lines outside of code that only count what a Copy button copies; of the gaps beside one the longer.
+
+    >>> remove_copy_counts("Done.\n\nCopy 123 chars / 45 words"), remove_copy_counts("a\nCopy123 chars / 45 words\n\nb")
+    ('Done.', 'a\n\nb')
+    >>> remove_copy_counts("It said Copy 123 chars / 45 words."), remove_copy_counts("123 chars / 45 words")
+    ('It said Copy 123 chars / 45 words.', '123 chars / 45 words')
+    >>> remove_copy_counts("```\nCopy 1 chars / 1 words\n```")
+    '```\nCopy 1 chars / 1 words\n```'
+    """
+    if " chars / " not in text:
+        return text
+    borders = [0, *(border for fence, end in find_fences(text) for border in (fence.start(), end)), len(text)]
+    pieces: list[str] = []
+    at = 0
+    for start, end in zip(borders[::2], borders[1::2], strict=True):
+        for count in _COPY_COUNT.finditer(text, start, end):
+            before = text[at : count.start()]
+            kept = before.rstrip("\r\n")
+            at = count.end()
+            has_both = (kept or pieces) and at < len(text)
+            pieces += [kept, max(before[len(kept) :], count[1], key=len) if has_both else ""]
+    return "".join(pieces) + text[at:]
+
+
+_COUNTER = re.compile(r"(\d{1,3}) / (\d{1,3})[ \t]*[\r\n]++(?=\s*\S)")
+
+
+def remove_regenerate_counter(text: str, question: str) -> str:
+    r"""Without a first line that says which of the answers this is; `question` is what an answer answers, else empty.
+
+    Where the question has a digit, such a line may be a fraction, and stays.
+
+    >>> remove_regenerate_counter("2 / 3\n\nSure! Here is", "Write a poem")
+    'Sure! Here is'
+    >>> remove_regenerate_counter("3 / 4\nThat is 6/8 in lowest terms.", "What is 6/8?")
+    '3 / 4\nThat is 6/8 in lowest terms.'
+    >>> remove_regenerate_counter("3 / 4 of the people", ""), remove_regenerate_counter("1 / 2", "")
+    ('3 / 4 of the people', '1 / 2')
+    >>> remove_regenerate_counter("4 / 3\nis above one", ""), remove_regenerate_counter("a\n1 / 2\nb", "")
+    ('4 / 3\nis above one', 'a\n1 / 2\nb')
+    """
+    at = 0
+    while (counter := _COUNTER.match(text, at)) and 1 <= int(counter[1]) <= int(counter[2]):
+        at = counter.end()
+    return text if at and any(map(str.isdigit, question)) else text[at:]
+
+
+# What a row of the page holds behind what the user typed, as it runs into it where the row was saved as bare text.
+_ROW_ENDS = (
+    "Save & SubmitCancel",
+    "Share Prompt",
+    "This content may violate our content policy. If you believe this to be in error, please submit your feedback — "
+    "your input will aid our research in this area.",
+)
+_BEFORE_WORDS = "\"'`“«([{<>*_/-:"  # behind one of these the words are the user's own
+_ROW_COUNTER = re.compile(r"\d{1,3} / \d{1,3}(?=[^\s\d])")
+
+
+def remove_glued_buttons(text: str) -> str:
+    """Without the captions of a page's buttons, and its notice, that run into the end of what a user typed.
+
+    Then a counter that runs into the beginning goes too.
+
+    >>> remove_glued_buttons("thanksSave & SubmitCancel"), remove_glued_buttons("1 / 1Write a poem.Share Prompt")
+    ('thanks', 'Write a poem.')
+    >>> remove_glued_buttons("Where is the button Share Prompt"), remove_glued_buttons("Share Prompt")
+    ('Where is the button Share Prompt', 'Share Prompt')
+    >>> remove_glued_buttons("1 / 1Write a poem.")
+    '1 / 1Write a poem.'
+    """
+    if not text.endswith(_ROW_ENDS):
+        return text
+    at = len(text)
+    while row_end := next((row_end for row_end in _ROW_ENDS if text.endswith(row_end, 0, at)), ""):
+        at -= len(row_end)
+    if not at or text[at - 1].isspace() or text[at - 1] in _BEFORE_WORDS:
+        return text
+    counter = _ROW_COUNTER.match(text)
+    return text[counter.end() if counter else 0 : at]
+
+
+# ---- The order of turns ----
 
 
 def repair_turns(system: str, messages: Messages) -> tuple[str, Messages, tuple[str, ...]] | str:
