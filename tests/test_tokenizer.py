@@ -1,7 +1,8 @@
-"""Special tokens are single ids, text never becomes one, and an example is only ever cut behind an answer."""
+"""Special tokens are single ids, text never becomes one, and turns are where the template puts them."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ochat_train.conversations.schema import Conversation, Message, Role
-from ochat_train.conversations.template import TEMPLATES
-from ochat_train.tokens.encode import Encoded, Example, encode
+from ochat_train.conversations.template import TEMPLATES, Segment
+from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,12 @@ def llama3() -> ChatTokenizer:
     return ChatTokenizer(pretrained, TEMPLATES["openchat_3.6"])
 
 
+@pytest.fixture(scope="module")
+def llama2_v3_1(shared: Path) -> ChatTokenizer:
+    """The Llama 2 tokenizer for openchat_v3.1."""
+    return load_tokenizer(str(shared / "fixtures/llama2-tokenizer"), TEMPLATES["openchat_v3.1"])
+
+
 def control_ids(tokenizer: ChatTokenizer) -> set[int]:
     return {*tokenizer.special_ids.values(), *tokenizer.pretrained.all_special_ids}
 
@@ -44,6 +51,16 @@ def control_ids(tokenizer: ChatTokenizer) -> set[int]:
 def talk(*turns: tuple[Role, str], condition: str = "GPT4", system: str = "") -> Conversation:
     messages = tuple(Message(role, text, 1.0 if role == "assistant" else 0.0) for role, text in turns)
     return Conversation("id", "source", condition, system, messages)
+
+
+def naive_ids(tokenizer: ChatTokenizer, segments: Iterable[Segment]) -> list[int]:
+    ids: list[int] = []
+    for segment in segments:
+        if segment.is_special:
+            ids.append(tokenizer.special_ids[segment.text])
+        else:
+            ids += tokenizer.encode_texts([segment.text])[0].tolist()
+    return ids
 
 
 # ---- Text is text ----
@@ -195,83 +212,52 @@ def test_encode_equals_the_naive_loop_over_segments(
 
     ids: list[int] = []
     weights: list[float] = []
-    ends: list[int] = []
     for segment in tokenizer.template.segments(conversation):
-        if segment.is_special:
-            piece = [tokenizer.special_ids[segment.text]]
-        else:
-            piece = tokenizer.encode_texts([segment.text])[0].tolist()
+        piece = naive_ids(tokenizer, [segment])
         ids += piece
         weights += [segment.weight] * len(piece)
-        if segment.ends_answer:
-            ends.append(len(ids))
     assert encoded.example.input_ids.dtype == np.int32
     assert encoded.example.loss_weights.dtype == np.float32
     assert encoded.example.input_ids.tolist() == ids
     assert encoded.example.loss_weights.tolist() == np.array(weights, dtype=np.float32).tolist()
-    assert encoded.answer_ends == tuple(ends)
     assert encoded.example.weight_sum == pytest.approx(sum(weights), rel=1e-6)  # 0.1 is rounded to f32 once a token
+
+
+@pytest.mark.parametrize("name", ["llama2", "quickstart", "quickstart_chatml", "llama3", "llama2_v3_1"])
+@pytest.mark.parametrize("system", ["", "You are kind."])
+def test_prefix_and_turns_are_where_shorter_conversations_end(
+    name: str, system: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: ChatTokenizer = request.getfixturevalue(name)
+    template = tokenizer.template
+    turns: list[tuple[Role, str]] = [
+        ("system", "Be brief, please."),
+        ("user", "Hi"),
+        ("assistant", "Hello there"),
+        ("tool", "{}"),
+        ("assistant", "\n"),
+    ]
+    conversation = talk(*turns, system=system)
+    other = talk(("user", "Hi"), ("assistant", "Hello"))
+    encoded = encode([other, conversation, other], template, tokenizer)[1]
+
+    def length(num_turns: int) -> int:
+        return len(naive_ids(tokenizer, template.segments(talk(*turns[:num_turns], system=system))))
+
+    assert encoded.prefix_length == length(0)
+    assert [turn.role for turn in encoded.turns] == [role for role, _ in turns]
+    for position, (turn, (role, text)) in enumerate(zip(encoded.turns, turns, strict=True)):
+        assert (turn.start, turn.end) == (length(position), length(position + 1))
+        ids = encoded.example.input_ids.tolist()
+        header = list(template.header_segments(role, conversation.condition))
+        assert ids[turn.start : turn.text_start] == naive_ids(tokenizer, header)
+        assert ids[turn.text_start : turn.text_end] == naive_ids(tokenizer, [Segment(text, 0.0, False)])
+        assert ids[turn.text_end] == tokenizer.end_id
+        assert turn.length == turn.frame_length + turn.text_end - turn.text_start == turn.end - turn.start
 
 
 def test_no_conversations_give_no_examples(quickstart: ChatTokenizer) -> None:
     assert encode([], quickstart.template, quickstart) == []
-
-
-# ---- Cutting ----
-
-
-@given(
-    texts=st.lists(st.text(alphabet="ab cdé\n", min_size=1, max_size=20), min_size=2, max_size=10),
-    max_tokens=st.integers(min_value=1, max_value=200),
-)
-@pytest.mark.parametrize("name", ["quickstart", "quickstart_chatml"])
-@settings(max_examples=100, deadline=None)
-def test_a_cut_ends_behind_an_answer_and_within_the_limit(
-    name: str, texts: list[str], max_tokens: int, request: pytest.FixtureRequest
-) -> None:
-    tokenizer: ChatTokenizer = request.getfixturevalue(name)
-    roles: tuple[Role, Role] = ("user", "assistant")
-    conversation = talk(*((roles[position % 2], text) for position, text in enumerate(texts)))
-    (encoded,) = encode([conversation], tokenizer.template, tokenizer)
-    # Where answers end, found from the outside: what the conversation is as long as when it stops there.
-    ends = []
-    for num_turns in range(2, len(texts) + 1, 2):
-        (shorter,) = encode(
-            [talk(*((roles[i % 2], text) for i, text in enumerate(texts[:num_turns])))], tokenizer.template, tokenizer
-        )
-        ends.append(len(shorter.example.input_ids))
-    assert encoded.answer_ends == tuple(ends)
-
-    whole, cut = encoded.example, encoded.cut(max_tokens)
-    if len(whole.input_ids) <= max_tokens:
-        assert cut is whole
-        return
-    fitting = [end for end in ends if end <= max_tokens]
-    if cut is None:
-        assert not fitting
-        return
-    length = len(cut.input_ids)
-    assert length == max(fitting) <= max_tokens
-    assert len(cut.loss_weights) == length
-    assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
-    assert cut.loss_weights.tolist() == whole.loss_weights[:length].tolist()
-    behind_end = sum(len(tokenizer.encode_texts([piece.text])[0]) for piece in tokenizer.template.after_end)
-    assert cut.input_ids[length - 1 - behind_end] == tokenizer.end_id
-    assert cut.loss_weights[length - 1 - behind_end] == 1.0
-
-
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), max_tokens=st.integers(0, 250))
-def test_none_comes_only_where_no_answer_fits(lengths: list[int], max_tokens: int) -> None:
-    ends = tuple(int(end) for end in np.cumsum(lengths))
-    total = ends[-1] + 3  # a turn behind the last answer
-    example = Example(np.arange(total, dtype=np.int32), np.ones(total, dtype=np.float32))
-    cut = Encoded(example, ends).cut(max_tokens)
-    if total <= max_tokens:
-        assert cut is example
-    elif ends[0] > max_tokens:
-        assert cut is None
-    else:
-        assert cut is not None and len(cut.input_ids) == max(end for end in ends if end <= max_tokens)
 
 
 # ---- Where a base model is ----

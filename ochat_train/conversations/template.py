@@ -7,20 +7,16 @@ Python, `jinja` (serving) writes it out as the chat template of the exported tok
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ochat_train.conversations.schema import Conversation, Message, Role
+from ochat_train.conversations.schema import Conversation, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece that is encoded on its own: one special token, or text that never yields a special token.
-
-    `ends_answer` marks the last segment of an assistant turn, behind which a conversation may be cut.
-    """
+    """A piece that is encoded on its own: one special token, or text that never yields a special token."""
 
     text: str
     weight: float
     is_special: bool
-    ends_answer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +61,24 @@ class ChatTemplate:
         assigned before); everything else carries 0.
         """
         condition = conversation.condition
+        yield from self.prefix_segments(condition, conversation.system)
+        for message in conversation.messages:
+            yield from self._turn(message.role, condition, message.text, message.weight or 0.0)
+        if for_reply:
+            yield from self.header_segments("assistant", condition)
+
+    def prefix_segments(self, condition: str, system: str) -> Iterator[Segment]:
+        """What stands before the first turn: the beginning, the condition where it comes first, the system message."""
         if self.bos:
             yield Segment(self.bos, 0.0, True)
         if self.condition_first and condition:
             yield Segment(f"Assistant is {condition}", 0.0, False)
             yield Segment(self.end_token, 0.0, True)
-        if conversation.system:
-            yield from self._turn(Message("system", conversation.system), condition)
-        for message in conversation.messages:
-            yield from self._turn(message, condition)
-        if for_reply:
-            yield from self._header("assistant", condition)
+        if system:
+            yield from self._turn("system", condition, system, 0.0)
 
-    def _header(self, role: Role, condition: str) -> Iterator[Segment]:
+    def header_segments(self, role: Role, condition: str) -> Iterator[Segment]:
+        """What stands before the text of a turn."""
         if role == "system":
             pieces, name = self.system_header, self.role_names[role]
         else:
@@ -86,14 +87,16 @@ class ChatTemplate:
         for piece in pieces:
             yield Segment(piece.text.replace("{role}", name), 0.0, piece.is_special)
 
-    def _turn(self, message: Message, condition: str) -> Iterator[Segment]:
-        weight = message.weight or 0.0
-        is_answer = message.role == "assistant"
-        yield from self._header(message.role, condition)
-        yield Segment(message.text, weight, False)
-        yield Segment(self.end_token, weight, True, is_answer and not self.after_end)
-        for position, piece in enumerate(self.after_end, start=1):
-            yield Segment(piece.text, 0.0, piece.is_special, is_answer and position == len(self.after_end))
+    def after_end_segments(self) -> Iterator[Segment]:
+        """What stands behind the end token of a turn."""
+        for piece in self.after_end:
+            yield Segment(piece.text, 0.0, piece.is_special)
+
+    def _turn(self, role: Role, condition: str, text: str, weight: float) -> Iterator[Segment]:
+        yield from self.header_segments(role, condition)
+        yield Segment(text, weight, False)
+        yield Segment(self.end_token, weight, True)
+        yield from self.after_end_segments()
 
     def jinja(self, inference_condition: str, *, joint: "Joint") -> str:
         """The template in Jinja, for `tokenizer.apply_chat_template(messages, condition=...)`.

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ochat_train.conversations.schema import Conversation
+from ochat_train.conversations.schema import Conversation, Role
 from ochat_train.conversations.template import ChatTemplate, Segment
-from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.tokens.tokenizer import ChatTokenizer, TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,44 +29,112 @@ class Example:
         return float(self.loss_weights.sum(dtype=np.float64))
 
 
+class Turn(NamedTuple):
+    """Where a turn is in an example, in tokens: header, text, then the end token with what stands behind it."""
+
+    role: Role
+    start: int
+    text_start: int
+    text_end: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return self.end - self.start
+
+    @property
+    def frame_length(self) -> int:
+        """The number of tokens besides the text."""
+        return self.length - (self.text_end - self.text_start)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example, and the lengths at which it could be cut behind a whole answer, ascending."""
+    """A whole conversation as one example, and where its turns are.
+
+    edges: i64[1 + 4 N] for N turns: the offset at which the prefix ends (the beginning, the condition where it comes
+    first, and the system message), then for each turn those at which its header, its text, its end token and the turn
+    end. Example: `<s> User: Hi <|end|> Bot: Hello <|end|>`, a token a word, has edges [1, 2, 3, 4, 4, 5, 6, 7, 7].
+    """
 
     example: Example
-    answer_ends: tuple[int, ...]
+    roles: tuple[Role, ...]
+    edges: npt.NDArray[np.int64]
 
-    def cut(self, max_tokens: int) -> Example | None:
-        """The example up to the last whole answer within `max_tokens`; None when not one answer fits."""
-        if len(self.example.input_ids) <= max_tokens:
-            return self.example
-        fitting = [end for end in self.answer_ends if end <= max_tokens]
-        if not fitting:
-            return None
-        return Example(self.example.input_ids[: fitting[-1]], self.example.loss_weights[: fitting[-1]])
+    @property
+    def prefix_length(self) -> int:
+        """The number of tokens before the first turn."""
+        return int(self.edges[0])
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The turns in order; each starts where the one before it ends."""
+        edges = self.edges.tolist()
+        return [
+            Turn(role, *bounds)
+            for role, *bounds in zip(self.roles, edges[::4], edges[1::4], edges[2::4], edges[4::4], strict=False)
+        ]
 
 
-def encode(conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: ChatTokenizer) -> list[Encoded]:
+def encode(
+    conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: ChatTokenizer | TextEncoder
+) -> list[Encoded]:
     """Each conversation as token ids and weights.
 
     Every text piece of the template is encoded on its own, all pieces of the batch at once on all cores; special
-    pieces are looked up. Equal to `tokenizer.encode_texts([segment.text])` segment by segment.
+    pieces are looked up. Equal to `tokenizer.encode_texts([segment.text])` for each of `template.segments`. The arrays
+    are views into those of the whole batch.
     """
-    batch = [list(template.segments(conversation)) for conversation in conversations]
-    # Headers repeat in every turn: each distinct text is encoded once.
-    unique = list(dict.fromkeys(s.text for segments in batch for s in segments if not s.is_special))
-    ids_of = dict(zip(unique, tokenizer.encode_texts(unique), strict=True))
+    if not conversations:
+        return []
+    # What the template adds repeats in every turn: its ids are joined once.
+    prefixes = {key: list(template.prefix_segments(*key)) for key in {(c.condition, c.system) for c in conversations}}
+    headers = {
+        key: list(template.header_segments(*key))
+        for key in {(m.role, c.condition) for c in conversations for m in c.messages}
+    }
+    after_end = list(template.after_end_segments())
+    added = [segment for segments in (*prefixes.values(), *headers.values(), after_end) for segment in segments]
+    texts = [segment.text for segment in added if not segment.is_special]
+    texts = list(dict.fromkeys([*texts, *(message.text for c in conversations for message in c.messages)]))
+    ids_of = dict(zip(texts, tokenizer.encode_texts(texts), strict=True))
     special = {token: np.array([id_], dtype=np.int32) for token, id_ in tokenizer.special_ids.items()}
-    return [
-        _join(segments, [special[s.text] if s.is_special else ids_of[s.text] for s in segments]) for segments in batch
-    ]
+
+    def join(segments: list[Segment]) -> npt.NDArray[np.int32]:
+        pieces = [special[segment.text] if segment.is_special else ids_of[segment.text] for segment in segments]
+        return np.concatenate([np.empty(0, dtype=np.int32), *pieces])
+
+    prefix_ids = {key: join(segments) for key, segments in prefixes.items()}
+    header_ids = {key: join(segments) for key, segments in headers.items()}
+    end_ids, after_end_ids = special[template.end_token], join(after_end)
+
+    pieces: list[npt.NDArray[np.int32]] = []
+    weights: list[float] = []
+    for conversation in conversations:
+        condition = conversation.condition
+        pieces.append(prefix_ids[condition, conversation.system])
+        weights.append(0.0)
+        for message in conversation.messages:
+            weight = message.weight or 0.0
+            pieces += (header_ids[message.role, condition], ids_of[message.text], end_ids, after_end_ids)
+            weights += (0.0, weight, weight, 0.0)
+    lengths = np.array([len(piece) for piece in pieces])
+    batch = Example(np.concatenate(pieces), np.repeat(np.array(weights, dtype=np.float32), lengths))
+    return _divide(batch, np.cumsum(lengths), conversations)
 
 
-def _join(segments: list[Segment], ids: list[npt.NDArray[np.int32]]) -> Encoded:
-    ends = np.cumsum([len(piece) for piece in ids])
-    weights = np.repeat(
-        np.array([segment.weight for segment in segments], dtype=np.float32), [len(piece) for piece in ids]
-    )
-    weights[0] = 0.0
-    answer_ends = tuple(int(end) for end, segment in zip(ends, segments, strict=True) if segment.ends_answer)
-    return Encoded(Example(np.concatenate(ids), weights), answer_ends)
+def _divide(batch: Example, piece_ends: npt.NDArray[np.int64], conversations: Sequence[Conversation]) -> list[Encoded]:
+    """The conversations of a batch, each of which is a prefix and four pieces a turn."""
+    encoded = []
+    start = piece = 0
+    for conversation in conversations:
+        roles = tuple(message.role for message in conversation.messages)
+        behind = piece + 1 + 4 * len(roles)
+        edges = piece_ends[piece:behind] - start
+        end = start + int(edges[-1])
+        example = Example(batch.input_ids[start:end], batch.loss_weights[start:end])
+        example.loss_weights[:1] = 0.0
+        encoded.append(Encoded(example, roles, edges))
+        start, piece = end, behind
+    return encoded
