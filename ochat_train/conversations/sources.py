@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import Repr
+from typing import Literal
 
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.sharegpt import Turns
@@ -16,6 +17,7 @@ class Source:
 
     `where` and `where_not` map a field's name to a value, or to a list that means any of its values.
     `condition` None leaves the condition to the record. `weight` is the loss weight of every assistant token.
+    `html` says whether its texts are HTML.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Source:
     weight: float
     where: Mapping[str, object]
     where_not: Mapping[str, object]
+    html: Literal["auto", "always", "never"] = "auto"
 
 
 def match_source(

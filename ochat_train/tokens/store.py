@@ -2,33 +2,27 @@
 
     STORE/manifest.json             written last; a folder without it is no store
     STORE/tokenizer/                the tokenizer with the template's special tokens
-    STORE/ledger.jsonl              what happened to each record that was not simply kept
+    STORE/ledger.parquet            what happened to each record
     STORE/train/, STORE/eval/       Arrow: id, source, condition, input_ids i32[L], loss_weights f32[L]
     STORE/train/lengths.npy ...     i32[N] lengths, f64[N] weight_sums, i32[N] condition_ids
 
 `datasets.load_from_disk(STORE)` opens it too.
 """
 
-import glob
-import os
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
-from datasets import DatasetDict, DatasetInfo, Features, load_from_disk
+import pyarrow.compute as pc
 
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 _SCHEMA = pa.schema(
@@ -40,7 +34,6 @@ _SCHEMA = pa.schema(
         "loss_weights": pa.list_(pa.float32()),
     }
 )
-_ROWS_PER_BATCH = 1000
 _ARROW_FILE = "data-00000-of-00001.arrow"
 # What `Dataset.save_to_disk` writes. We write it ourselves, because that function would copy all the rows once more.
 _DATASET_STATE: dict[str, Any] = {
@@ -61,7 +54,7 @@ class Manifest:
     fingerprint: hash over `made_from`, which holds the tokenizer's digest, the template, the recipe's data section,
     the code's version and the input files' digests. conditions[i] is the name of condition id i. added_tokens: ids of
     special tokens that the base tokenizer lacked. splits: num_examples, num_tokens, num_supervised_tokens and
-    weight_sum of each. counts: the ledger's.
+    weight_sum of each. counts: the ledger's. overlong: shard.py's OVERLONG_COLUMNS.
     """
 
     fingerprint: str
@@ -72,6 +65,7 @@ class Manifest:
     added_tokens: dict[str, int]
     splits: dict[str, dict[str, float]]
     counts: dict[str, Any]
+    overlong: dict[str, int]
     format_version: int = FORMAT_VERSION
 
 
@@ -102,6 +96,8 @@ class TokenStore:
         self.weight_sums: npt.NDArray[np.float64] = _read_index(folder, "weight_sums")
         self.condition_ids: npt.NDArray[np.int32] = _read_index(folder, "condition_ids")
         if len(self.lengths):  # an empty split has no Arrow file
+            from datasets import DatasetDict, load_from_disk  # slow to import, and writing does without
+
             dataset = load_from_disk(str(path))
             assert isinstance(dataset, DatasetDict)
             table = dataset[split].data
@@ -131,159 +127,127 @@ def _read_index(folder: Path, name: str) -> npt.NDArray[Any]:
     return array
 
 
+def check_store_path(path: Path) -> None:
+    """Raises ValueError when `path` holds something that is not a store, so that nothing of anybody's is lost."""
+    if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"data.store {path} exists and is not a token store; name another folder")
+
+
 class StoreWriter:
-    """Writes a store beside its place and moves it there when it is complete.
+    """Writes a store into `staging`, an empty folder on the disk of its later place; `finish` moves it there."""
 
-    Use as a context manager: leaving it without `finish` (an error, Ctrl-C) removes what was written. A crash leaves
-    only a folder NAME.partial-PID, which the next writer removes. Raises ValueError when `path` holds something that
-    is not a store, so that nothing of anybody's is overwritten.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.exists() and not (self.path / "manifest.json").is_file():
-            if not self.path.is_dir() or any(self.path.iterdir()):
-                raise ValueError(f"data.store {self.path} exists and is not a token store; name another folder")
-            self.path.rmdir()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        self.partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
+    def __init__(self, staging: Path) -> None:
+        self.staging = staging
         self._condition_ids: dict[str, int] = {}
-        self._condition_totals: dict[str, list[float]] = {}  # weight sum and supervised tokens in the train split
-        try:
-            self.partial.mkdir()
-            self._splits: dict[Split, _SplitWriter] = {split: _SplitWriter(self.partial, split) for split in SPLITS}
-        except BaseException:  # Ctrl-C too: nobody calls __exit__ yet
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for writer in self._splits.values():
-            writer.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._condition_totals = np.zeros((0, 2))  # of the train split by condition: weight sum, supervised tokens
+        self._splits: dict[Split, _SplitWriter] = {split: _SplitWriter(staging / split) for split in SPLITS}
 
     @property
     def conditions(self) -> list[str]:
         """The conditions met so far; a condition's position is its id."""
         return list(self._condition_ids)
 
-    def add(self, split: Split, id_: str, source: str, condition: str, example: Example) -> None:
-        """Append one example to a split."""
-        condition_id = self._condition_ids.setdefault(condition, len(self._condition_ids))
-        num_supervised = int(np.count_nonzero(example.loss_weights))
-        self._splits[split].add(id_, source, condition, condition_id, num_supervised, example)
+    def add(self, split: Split, rows: pa.Table) -> None:
+        """Append examples to a split: a table with the columns of a store."""
+        if not rows.num_rows:
+            return
+        for condition in pc.unique(rows["condition"]).to_pylist():
+            self._condition_ids.setdefault(condition, len(self._condition_ids))
+        condition_ids = pc.index_in(rows["condition"], value_set=pa.array(self.conditions)).to_numpy().astype(np.int32)
+        totals = self._splits[split].add(rows.select(_SCHEMA.names), condition_ids)
         if split == "train":
-            totals = self._condition_totals.setdefault(condition, [0.0, 0])
-            totals[0] += example.weight_sum
-            totals[1] += num_supervised
+            grown = np.zeros((len(self._condition_ids), 2))
+            grown[: len(self._condition_totals)] = self._condition_totals
+            np.add.at(grown, condition_ids, totals)
+            self._condition_totals = grown
 
     def trained_condition_weights(self) -> dict[str, float]:
         """The mean weight of a supervised token under each condition of the train split."""
-        return {condition: weight / num_tokens for condition, (weight, num_tokens) in self._condition_totals.items()}
+        return {
+            condition: float(weight / num_tokens)
+            for condition, (weight, num_tokens) in zip(self.conditions, self._condition_totals, strict=False)
+            if num_tokens
+        }
 
     def split_totals(self) -> dict[str, dict[str, float]]:
         """Of each split: num_examples, num_tokens, num_supervised_tokens, weight_sum."""
-        return {split: writer.totals() for split, writer in self._splits.items()}
+        return {split: dict(writer.totals) for split, writer in self._splits.items()}
 
-    def finish(self, manifest: Manifest) -> None:
-        """Move the store to its place, an older one out of it. The manifest is written last."""
+    def finish(self, manifest: Manifest, path: Path) -> None:
+        """Move the store to `path`, an older one out of it. The manifest is written last."""
         # datasets cannot read an empty split back, so of that only the index is written.
-        splits = [split for split, writer in self._splits.items() if writer.num_examples]
-        (self.partial / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
+        splits = [split for split, writer in self._splits.items() if writer.totals["num_examples"]]
+        (self.staging / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
             writer.finish()
-        (self.partial / "manifest.json").write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
-        flush_tree(self.partial)
-        if self.path.exists():
-            old = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}-old")
-            self.path.rename(old)
-            self.partial.rename(self.path)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.path)
-
-    def _remove_leftovers(self) -> None:
-        for folder in self.path.parent.glob(f"{glob.escape(self.path.name)}.partial-*"):
-            pid = folder.name.removeprefix(f"{self.path.name}.partial-").partition("-")[0]
-            if pid.isdecimal() and not _is_running(int(pid)):
-                shutil.rmtree(folder)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+        (self.staging / "manifest.json").write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        flush_tree(self.staging)
+        if path.exists():
+            path.rename(self.staging.with_name("old"))
+        self.staging.rename(path)
 
 
 class _SplitWriter:
-    """One split on its way to disk: rows go to an Arrow stream a batch at a time, the index stays in memory."""
+    """One split on its way to disk; nothing of it stays in memory."""
 
-    def __init__(self, root: Path, split: Split) -> None:
-        self.folder = root / split
-        self.folder.mkdir()
-        self._writer = pa.ipc.new_stream(str(self.folder / _ARROW_FILE), _SCHEMA)
-        self._rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self._lengths: list[int] = []
-        self._weight_sums: list[float] = []
-        self._condition_ids: list[int] = []
-        self._num_supervised = 0
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.totals = {"num_examples": 0, "num_tokens": 0, "num_supervised_tokens": 0, "weight_sum": 0.0}
+        self._arrow = pa.ipc.new_stream(str(folder / _ARROW_FILE), _SCHEMA)
+        self._lengths = _Column(folder / "lengths.npy", np.dtype(np.int32))
+        self._weight_sums = _Column(folder / "weight_sums.npy", np.dtype(np.float64))
+        self._condition_ids = _Column(folder / "condition_ids.npy", np.dtype(np.int32))
 
-    def add(
-        self, id_: str, source: str, condition: str, condition_id: int, num_supervised: int, example: Example
-    ) -> None:
-        row = (id_, source, condition, example.input_ids, example.loss_weights)
-        for column, value in zip(self._rows.values(), row, strict=True):
-            column.append(value)
-        self._lengths.append(len(example.input_ids))
-        self._weight_sums.append(example.weight_sum)
-        self._condition_ids.append(condition_id)
-        self._num_supervised += num_supervised
-        if len(self._lengths) % _ROWS_PER_BATCH == 0:
-            self._flush()
-
-    @property
-    def num_examples(self) -> int:
-        return len(self._lengths)
-
-    def totals(self) -> dict[str, float]:
-        return {
-            "num_examples": self.num_examples,
-            "num_tokens": sum(self._lengths),
-            "num_supervised_tokens": self._num_supervised,
-            "weight_sum": sum(self._weight_sums),
-        }
+    def add(self, rows: pa.Table, condition_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Append the rows; f64[rows, 2], the weight sum and the number of supervised tokens of each."""
+        self._arrow.write_table(rows)
+        lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+        weights = pc.list_flatten(rows["loss_weights"]).to_numpy()
+        ends = np.cumsum(lengths, dtype=np.int64)
+        starts = ends - lengths  # no example is empty, which reduceat could not tell from one token
+        weight_sums = np.add.reduceat(weights, starts, dtype=np.float64)
+        num_supervised = np.add.reduceat(weights != 0, starts, dtype=np.int64)
+        self._lengths.append(lengths)
+        self._weight_sums.append(weight_sums)
+        self._condition_ids.append(condition_ids)
+        self.totals["num_examples"] += len(lengths)
+        self.totals["num_tokens"] += int(ends[-1])
+        self.totals["num_supervised_tokens"] += int(num_supervised.sum())
+        self.totals["weight_sum"] += float(weight_sums.sum())
+        return np.stack([weight_sums, num_supervised.astype(np.float64)], axis=1)
 
     def finish(self) -> None:
-        """Close the Arrow file and write what `datasets.load_from_disk` and TokenStore want to see beside it."""
-        self._flush()
-        self.close()
-        np.save(self.folder / "lengths.npy", np.array(self._lengths, dtype=np.int32))
-        np.save(self.folder / "weight_sums.npy", np.array(self._weight_sums, dtype=np.float64))
-        np.save(self.folder / "condition_ids.npy", np.array(self._condition_ids, dtype=np.int32))
-        if not self.num_examples:
+        """Close the files and write what `datasets.load_from_disk` and TokenStore want to see beside them."""
+        self._arrow.close()
+        for column in (self._lengths, self._weight_sums, self._condition_ids):
+            column.close()
+        if not self.totals["num_examples"]:
             (self.folder / _ARROW_FILE).unlink()
             return
+        from datasets import DatasetInfo, Features  # slow to import
+
         DatasetInfo(features=Features.from_arrow_schema(_SCHEMA)).write_to_directory(str(self.folder))
         (self.folder / "state.json").write_bytes(orjson.dumps(_DATASET_STATE))
 
-    def close(self) -> None:
-        with suppress(pa.ArrowInvalid):  # closing twice is fine
-            self._writer.close()
 
-    def _flush(self) -> None:
-        if self._rows["id"]:
-            arrays: Sequence[pa.Array] = [
-                pa.array(column, type=field.type) for field, column in zip(_SCHEMA, self._rows.values(), strict=True)
-            ]
-            self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-            for column in self._rows.values():
-                column.clear()
+class _Column:
+    """A one-dimensional .npy file that grows; its header is written again when its length is known."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._file = path.open("wb")
+        self._dtype, self._length = dtype, 0
+        self._write_header()
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(values.astype(self._dtype, copy=False).tobytes())
+        self._length += len(values)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()  # numpy pads headers, so that one of any length takes the same room
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
 
 from ochat_train.conversations.template import ChatTemplate
 
@@ -55,6 +54,34 @@ def locate_base(base: str) -> BaseFiles:
     return BaseFiles(str(path.parent), path.name)
 
 
+class TextEncoder:
+    """What encoding needs of a tokenizer, and no more: small to send to another process, and quick to load there.
+
+    `special_ids` are the ids of a template's special tokens.
+    """
+
+    def __init__(self, tokenizer_json: str, special_ids: dict[str, int]) -> None:
+        self.special_ids = special_ids
+        self._json = tokenizer_json
+        self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.encode_special_tokens = True  # user text that spells a special token is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int]]]:
+        return type(self), (self._json, self.special_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides ids."""
+        return sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """The ids of each text alone, on all cores. No text yields a special token."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
 class ChatTokenizer:
     """A tokenizer with a template's special tokens in it.
 
@@ -75,12 +102,9 @@ class ChatTokenizer:
         # Adding a token that is there already marks it special, so that text which spells it is left alone.
         special = [AddedToken(token, special=True, normalized=False) for token in template.special_tokens]
         pretrained.add_tokens(special, special_tokens=True)
-        self.special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
-        self.added = {token: self.special_ids[token] for token in missing}
-        self._plain: Tokenizer = Tokenizer.from_str(pretrained.backend_tokenizer.to_str())
-        self._plain.encode_special_tokens = True  # user text that spells a special token is text
-        self._plain.no_truncation()
-        self._plain.no_padding()
+        special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
+        self.added = {token: special_ids[token] for token in missing}
+        self.text = TextEncoder(pretrained.backend_tokenizer.to_str(), special_ids)
         self._refuse_text_that_becomes_control()
 
     @property
@@ -93,15 +117,19 @@ class ChatTokenizer:
         """One above the largest id."""
         return int(max(self.pretrained.get_vocab().values())) + 1
 
-    @cached_property
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the template's special tokens."""
+        return self.text.special_ids
+
+    @property
     def digest(self) -> str:
         """SHA-256 of everything that decides ids."""
-        return sha256(self._plain.to_str().encode()).hexdigest()
+        return self.text.digest
 
     def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """The ids of each text alone, on all cores. No text yields a special token."""
-        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return self.text.encode_texts(texts)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer, so that `AutoTokenizer.from_pretrained(folder)` gives it back."""
@@ -122,6 +150,8 @@ class ChatTokenizer:
 
 def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
     """The tokenizer of a base model (see `locate_base`), with the template's special tokens."""
+    from transformers import AutoTokenizer  # slow to import, and processes that only encode need none of it
+
     files = locate_base(name)
     try:
         pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)

@@ -1,0 +1,154 @@
+"""What preprocessing does to one record, stage by stage: `python -m ochat_train.preprocess --explain ID RECIPE`."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from ochat_train.conversations.filters import judge
+from ochat_train.conversations.ledger import read_entries
+from ochat_train.conversations.records import Record, read_chunks
+from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.sharegpt import Drop
+from ochat_train.conversations.sources import Source, assign_source
+from ochat_train.preprocess import Plan, describe_origin, fingerprint_of, make_plan
+from ochat_train.recipe import Recipe
+from ochat_train.tokens.encode import Example, encode
+from ochat_train.tokens.overlong import fit
+from ochat_train.tokens.shard import clean, find_source, has_weight, parse
+from ochat_train.tokens.store import read_manifest
+
+_MAX_TEXT = 2000  # characters shown of one text
+
+
+def explain(recipe: Recipe, id: str) -> None:
+    """Print what happens to every record of this id. Raises ValueError when there is none."""
+    plan = make_plan(recipe)
+    entries = _ledger_entries(recipe, plan, id)
+    if entries is None:
+        print("no store is made from this recipe and these files yet, so the files are searched for the record;")
+        print("whether it is a duplicate, and of what, is decided only when the store is made\n")
+    found = False
+    for record, sources in _find_records(plan, id, entries):
+        found = True
+        print("\n".join(_explain_record(plan, record, sources)))
+        for entry in entries or ():
+            if (entry["file"], entry["offset"]) == (record.file, record.offset):
+                print("\n".join(_outcome(entry)))
+    if not found:
+        where = "the store's ledger" if entries is not None else "the input files"
+        raise ValueError(f"no record has the id {id!r} in {where}; a record without one has FILE:OFFSET for it")
+
+
+def _ledger_entries(recipe: Recipe, plan: Plan, id: str) -> list[dict[str, Any]] | None:
+    """The ledger's rows of this id; None if there is no store, or one made from something else."""
+    store = Path(recipe.data.store)
+    manifest = read_manifest(store)
+    if manifest is None or manifest.fingerprint != fingerprint_of(describe_origin(recipe, plan)):
+        return None
+    return read_entries(str(store / "ledger.parquet"), id)
+
+
+def _find_records(
+    plan: Plan, id: str, entries: list[dict[str, Any]] | None
+) -> Iterator[tuple[Record, tuple[Source, ...]]]:
+    """The records of this id: of the files that the ledger names, or of all if there is none."""
+    wanted = None if entries is None else {(entry["file"], entry["offset"]) for entry in entries}
+    for file, sources in plan.files.items():
+        # A ledger's file may be a member of an archive, whose name stands behind the archive's.
+        if wanted is not None and not any(name == file or name.startswith(f"{file}/") for name, _ in wanted):
+            continue
+        for chunk in read_chunks([file]):
+            for record in chunk.records():
+                if (record.file, record.offset) in wanted if wanted is not None else parse(record).id == id:
+                    yield record, sources
+
+
+def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> Iterator[str]:
+    yield f"== {record.file}, offset {record.offset:,}"
+    yield orjson.dumps(_shorten(record.fields), option=orjson.OPT_INDENT_2, default=str).decode()
+    parsed = parse(record)
+    if isinstance(parsed, Drop):
+        yield f"-- read: dropped, {parsed.reason}: {parsed.detail}"
+        return
+    yield f"-- read as {parsed.dialect}{_actions(parsed.repairs)}"
+    yield from _turns(parsed.system, parsed.messages)
+    source = find_source(record, parsed.id, sources)
+    assert source is not None  # only a record that is no object, which is a Drop, belongs to none
+    cleaned = clean(parsed, source)
+    if isinstance(cleaned, Drop):
+        yield f"-- cleaned: dropped, {cleaned.reason}: {cleaned.detail}{_actions(cleaned.repairs)}"
+        return
+    yield f"-- cleaned{_actions(cleaned.repairs[len(parsed.repairs) :])}"
+    if (cleaned.system, cleaned.messages) != (parsed.system, parsed.messages):
+        yield from _turns(cleaned.system, cleaned.messages)
+    conversation = assign_source(cleaned, source)
+    yield f"-- source {source.name}, condition {conversation.condition!r}"
+    judgement = judge([conversation], plan.settings.filters)[0]
+    if judgement.reason is not None:
+        yield f"-- filtered: dropped, {judgement.reason}: {judgement.detail}"
+        return
+    yield f"-- filtered{_actions(judgement.actions)}"
+    yield from _turns(judgement.conversation.system, judgement.conversation.messages, with_text=False)
+    if not has_weight(judgement.conversation):
+        yield "   dropped, no_weight: every turn has weight 0"
+        return
+    yield from _explain_tokens(plan, judgement.conversation)
+
+
+def _explain_tokens(plan: Plan, conversation: Conversation) -> Iterator[str]:
+    settings = plan.settings
+    encoded = encode([conversation], settings.template, settings.encoder)[0]
+    fitted = fit(
+        encoded,
+        max_tokens=settings.max_tokens,
+        overlong=settings.overlong,
+        context_tokens=settings.overlong_context,
+    )
+    yield f"-- tokens: {len(encoded.example.input_ids):,}, limit {settings.max_tokens:,}{_actions(fitted.actions)}"
+    if fitted.reason is not None:
+        yield f"   dropped, {fitted.reason}: {fitted.detail}"
+    for number, example in enumerate(fitted.examples, start=1):
+        num_supervised = int(np.count_nonzero(example.loss_weights))
+        yield f"   example {number}: {len(example.input_ids):,} tokens, {num_supervised:,} with a loss"
+        yield from _weighted_tokens(plan, example)
+
+
+def _weighted_tokens(plan: Plan, example: Example) -> Iterator[str]:
+    """A line for each run of tokens of one weight: the weight, then the tokens as the vocabulary spells them."""
+    tokens = plan.tokenizer.pretrained.convert_ids_to_tokens(example.input_ids.tolist())
+    weighted = zip(example.loss_weights.tolist(), tokens, strict=True)
+    for weight, run in groupby(weighted, key=lambda pair: pair[0]):
+        yield f"   {weight:8.4f}  {' '.join(token for _, token in run)}"
+
+
+def _outcome(entry: dict[str, Any]) -> Iterator[str]:
+    if entry["reason"] is None:
+        yield f"== in the store: {entry['num_examples']:,} example(s), {entry['num_tokens']:,} tokens"
+    else:
+        yield f"== not in the store: {entry['reason']}: {entry['detail']}"
+
+
+def _turns(system: str, messages: tuple[Message, ...], *, with_text: bool = True) -> Iterator[str]:
+    if system and with_text:
+        yield f"   system: {_shorten(system)!r}"
+    for number, message in enumerate(messages, start=1):
+        weight = "" if message.weight is None else f", weight {message.weight:g}"
+        text = f": {_shorten(message.text)!r}" if with_text else ""
+        yield f"   {number} {message.role}{weight}{text}"
+
+
+def _actions(actions: tuple[str, ...]) -> str:
+    return f" ({', '.join(actions)})" if actions else ""
+
+
+def _shorten(value: Any) -> Any:
+    """The value with long texts in it cut for a screen."""
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        return f"{value[:_MAX_TEXT]}… ({len(value):,} characters)"
+    if isinstance(value, dict):
+        return {key: _shorten(inner) for key, inner in value.items()}
+    return [_shorten(inner) for inner in value] if isinstance(value, list) else value
