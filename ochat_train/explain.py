@@ -1,5 +1,6 @@
 """What preprocessing does to one record, stage by stage: `python -m ochat_train.preprocess --explain ID RECIPE`."""
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ from ochat_train.tokens.shard import clean, find_source, has_weight, parse
 from ochat_train.tokens.store import read_manifest
 
 _MAX_TEXT = 2000  # characters shown of one text
+_MAX_DEPTH = 32
 
 
 def explain(recipe: Recipe, id: str) -> None:
@@ -39,6 +41,8 @@ def explain(recipe: Recipe, id: str) -> None:
             if (entry["file"], entry["offset"]) == (record.file, record.offset):
                 print("\n".join(_outcome(entry)))
     if not found:
+        if part := re.fullmatch(r"(.*)#\d+", id, re.DOTALL):  # an example's name in the store
+            return explain(recipe, part[1])
         where = "the store's ledger" if entries is not None else "the input files"
         raise ValueError(f"no record has the id {id!r} in {where}; a record without one has FILE:OFFSET for it")
 
@@ -145,10 +149,12 @@ def _actions(actions: tuple[str, ...]) -> str:
     return f" ({', '.join(actions)})" if actions else ""
 
 
-def _shorten(value: Any) -> Any:
-    """The value with long texts in it cut for a screen."""
+def _shorten(value: Any, depth: int = 0) -> Any:
+    """The value with long texts in it, and what is nested deeply, cut for a screen."""
+    if depth > _MAX_DEPTH:
+        return "…"
     if isinstance(value, str) and len(value) > _MAX_TEXT:
         return f"{value[:_MAX_TEXT]}… ({len(value):,} characters)"
     if isinstance(value, dict):
-        return {key: _shorten(inner) for key, inner in value.items()}
-    return [_shorten(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _shorten(inner, depth + 1) for key, inner in value.items()}
+    return [_shorten(inner, depth + 1) for inner in value] if isinstance(value, list) else value

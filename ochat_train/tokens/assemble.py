@@ -22,9 +22,13 @@ from ochat_train.tokens.work import WorkFolder
 class Totals:
     """Over all shards. overlong: i64[len(OVERLONG_COLUMNS)]. dialects: as of a Shard."""
 
-    num_records: int = 0
     overlong: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(OVERLONG_COLUMNS), dtype=np.int64))
     dialects: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    @property
+    def num_records(self) -> int:
+        """The records that were read."""
+        return self.dialects.total()
 
 
 def assemble(
@@ -48,7 +52,6 @@ def assemble(
         is_counted = [reason in (None, "too_long") for reason in records["reason"].to_pylist()]
         totals.overlong += shard.overlong[np.array(is_counted, dtype=bool)].sum(axis=0)
         totals.dialects += shard.dialects
-        totals.num_records += shard.records.num_rows
     return totals
 
 

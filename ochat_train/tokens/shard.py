@@ -7,7 +7,7 @@ machines make the same ones.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ OVERLONG_COLUMNS = (
     *(f"{kind}{tokens}" for kind in ("", "split_", "truncate_", "drop_") for tokens in ("tokens", "supervised_tokens")),
 )
 UNREADABLE = "(unreadable)"  # the source of a record that could be of several and says nothing
-_BATCH_RECORDS = 512  # judged and tokenized at once
+_BATCH_CONVERSATIONS = 256  # tokenized at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class Shard:
 
     rows: E rows of ROW_SCHEMA. records: R rows of LEDGER_SCHEMA. keys: of the N records. key_records: i32[N], their
     positions among the R. overlong: i64[R, len(OVERLONG_COLUMNS)], 0 where a conversation was not above max_tokens.
-    dialects: how many records of which (file, form, dialect).
+    dialects: how many records of which (file, form, dialect); they are counted as they are read, before anything is
+    done to them, so their sum must be R.
     """
 
     rows: pa.Table
@@ -88,9 +89,15 @@ class Shard:
 def make_shard(settings: ShardSettings, task: Task) -> Shard:
     """The shard of one chunk. Raises ValueError for a chunk that cannot be read, or a record of no or two sources."""
     maker = _ShardMaker(settings, task)
-    records = iter(task.chunk.records())
-    while batch := list(islice(records, _BATCH_RECORDS)):
-        maker.add(batch)
+    received = [
+        (position, conversation)
+        for position, record in enumerate(task.chunk.records())
+        if (conversation := maker.receive(record)) is not None
+    ]
+    # All at once, because the patterns are compiled for each call; the rest in batches, since tokens need much memory.
+    judged = maker.judge(received)
+    for start in range(0, len(judged), _BATCH_CONVERSATIONS):
+        maker.encode(judged[start : start + _BATCH_CONVERSATIONS])
     return maker.finish()
 
 
@@ -117,8 +124,11 @@ def has_weight(conversation: Conversation) -> bool:
     return any(message.weight for message in conversation.messages)
 
 
+Numbered = tuple[int, Conversation]  # with the position of its record
+
+
 class _ShardMaker:
-    """Collects what a shard holds, batch by batch."""
+    """Collects what a shard holds: first all records are received, then they are judged, then encoded."""
 
     def __init__(self, settings: ShardSettings, task: Task) -> None:
         self._settings, self._task = settings, task
@@ -129,24 +139,46 @@ class _ShardMaker:
         self._rows: list[pa.RecordBatch] = []
         self._dialects: Counter[tuple[str, str, str]] = Counter()
 
-    def add(self, records: Sequence[Record]) -> None:
-        """Take a batch of records through all stages."""
-        settings, first = self._settings, len(self._entries)
-        received = [self._receive(record) for record in records]
-        positions = [first + index for index, conversation in enumerate(received) if conversation is not None]
-        judged = []
-        for position, judgement in zip(
-            positions, judge([c for c in received if c is not None], settings.filters), strict=True
-        ):
-            conversation = judgement.conversation
+    def receive(self, record: Record) -> Conversation | None:
+        """The record's conversation; None when it has none, and its entry says why."""
+        chunk = self._task.chunk
+        parsed = parse(record)
+        dialect = parsed.dialect if isinstance(parsed, Turns) else "not read"
+        self._dialects["" if record.is_page else record.file, chunk.form, dialect] += 1
+        source = find_source(record, parsed.id, self._task.sources)
+        name = source.name if source is not None else UNREADABLE
+        if isinstance(parsed, Turns):
+            assert source is not None  # only a record that is no object, which is a Drop, belongs to none
+            parsed = clean(parsed, source)
+        self._entries.append(Entry(parsed.id, record.file, record.offset, name, parsed.repairs))
+        self._overlong.append((0,) * len(OVERLONG_COLUMNS))
+        if isinstance(parsed, Drop):
+            self._drop(len(self._entries) - 1, parsed.reason, parsed.detail)
+            return None
+        assert source is not None
+        try:
+            return assign_source(parsed, source)
+        except ValueError as error:  # a weight that is too large
+            self._drop(len(self._entries) - 1, "bad_weight", str(error))
+            return None
+
+    def judge(self, received: Sequence[Numbered]) -> list[Numbered]:
+        """The conversations that pass the filters, some of their answers masked."""
+        judgements = judge([conversation for _, conversation in received], self._settings.filters)
+        passed = []
+        for (position, _), judgement in zip(received, judgements, strict=True):
             self._act(position, judgement.actions)
             if judgement.reason is not None:
                 self._drop(position, judgement.reason, judgement.detail)
-            elif not has_weight(conversation):
+            elif not has_weight(judgement.conversation):
                 self._drop(position, "no_weight", "every turn has weight 0")
             else:
-                judged.append((position, conversation))
+                passed.append((position, judgement.conversation))
+        return passed
 
+    def encode(self, judged: Sequence[Numbered]) -> None:
+        """Make the examples and the keys of some conversations."""
+        settings = self._settings
         encoded = encode([conversation for _, conversation in judged], settings.template, settings.encoder)
         examples, kept = [], []
         for (position, conversation), whole in zip(judged, encoded, strict=True):
@@ -184,25 +216,6 @@ class _ShardMaker:
             dialects=self._dialects,
         )
 
-    def _receive(self, record: Record) -> Conversation | None:
-        """The record's conversation; None when it has none, and its entry says why."""
-        chunk = self._task.chunk
-        parsed = parse(record)
-        dialect = parsed.dialect if isinstance(parsed, Turns) else "not read"
-        self._dialects["" if record.is_page else record.file, chunk.form, dialect] += 1
-        source = find_source(record, parsed.id, self._task.sources)
-        name = source.name if source is not None else UNREADABLE
-        if isinstance(parsed, Turns):
-            assert source is not None  # only a record that is no object, which is a Drop, belongs to none
-            parsed = clean(parsed, source)
-        self._entries.append(Entry(parsed.id, record.file, record.offset, name, parsed.repairs))
-        self._overlong.append((0,) * len(OVERLONG_COLUMNS))
-        if isinstance(parsed, Drop):
-            self._drop(len(self._entries) - 1, parsed.reason, parsed.detail)
-            return None
-        assert source is not None
-        return assign_source(parsed, source)
-
     def _act(self, position: int, actions: tuple[str, ...]) -> None:
         if actions:
             entry = self._entries[position]
@@ -221,7 +234,7 @@ class _ShardMaker:
         )
 
 
-def _rows(kept: Sequence[tuple[int, Conversation]], examples_of: Sequence[Sequence[Example]]) -> pa.RecordBatch:
+def _rows(kept: Sequence[Numbered], examples_of: Sequence[Sequence[Example]]) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = {name: [] for name in ROW_SCHEMA.names}
     for (position, conversation), examples in zip(kept, examples_of, strict=True):
         for number, example in enumerate(examples, start=1):

@@ -71,11 +71,18 @@ class Manifest:
 
 def read_manifest(path: str | Path) -> Manifest | None:
     """The manifest of the store at `path`; None when there is no complete store of this version."""
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
+    fields = _read_manifest_fields(Path(path))
+    return Manifest(**fields) if fields is not None and fields["format_version"] == FORMAT_VERSION else None
+
+
+def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
+    """What manifest.json holds, of whatever version; None if it is not there, or not the manifest of a token store."""
+    try:
+        fields = orjson.loads((path / "manifest.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
         return None
-    fields = orjson.loads(file.read_bytes())
-    return Manifest(**fields) if fields.get("format_version") == FORMAT_VERSION else None
+    is_ours = isinstance(fields, dict) and {"format_version", "fingerprint", "made_from"} <= fields.keys()
+    return fields if is_ours else None
 
 
 class TokenStore:
@@ -129,7 +136,9 @@ def _read_index(folder: Path, name: str) -> npt.NDArray[Any]:
 
 def check_store_path(path: Path) -> None:
     """Raises ValueError when `path` holds something that is not a store, so that nothing of anybody's is lost."""
-    if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_mount():  # it could not be moved to its place
+        raise ValueError(f"data.store {path} is where a disk is mounted; name a folder below it")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_manifest_fields(path) is None:
         raise ValueError(f"data.store {path} exists and is not a token store; name another folder")
 
 

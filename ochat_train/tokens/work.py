@@ -6,7 +6,7 @@ STORE.partial-FINGERPRINT/...              what the run writes besides: the dupl
 """
 
 import fcntl
-import glob
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -32,12 +32,8 @@ class WorkFolder:
 
     @classmethod
     def beside(cls, store: Path, fingerprint: str) -> Self:
-        """The folder in which the store of this fingerprint is made; what older runs for `store` left is removed."""
-        path = store.with_name(f"{store.name}.partial-{fingerprint[:12]}")
-        for other in map(Path, glob.glob(f"{glob.escape(str(store))}.partial-*")):
-            if other != path and _is_free(other):
-                shutil.rmtree(other)
-        return cls(path)
+        """The folder in which the store of this fingerprint is made."""
+        return cls(store.with_name(f"{store.name}.partial-{fingerprint[:12]}"))
 
     def __enter__(self) -> Self:
         try:
@@ -107,11 +103,16 @@ class WorkFolder:
         )
 
 
+def find_leftovers(store: Path) -> list[Path]:
+    """The work folders beside a store in which no process works."""
+    name = re.compile(re.escape(store.name) + r"\.partial-[0-9a-f]{12}")
+    folders = store.parent.iterdir() if store.parent.is_dir() else ()
+    ours = (path for path in folders if name.fullmatch(path.name) and (path / "lock").is_file())
+    return sorted(filter(_is_free, ours))
+
+
 def _is_free(folder: Path) -> bool:
-    lock = folder / "lock"
-    if not lock.is_file():
-        return True
-    with lock.open("wb") as file:
+    with (folder / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
