@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ochat_train.conversations.containers import escape_name
 from ochat_train.conversations.filters import judge
 from ochat_train.conversations.ledger import read_entries
 from ochat_train.conversations.records import Record, read_chunks
@@ -63,7 +64,8 @@ def _find_records(
     wanted = None if entries is None else {(entry["file"], entry["offset"]) for entry in entries}
     for file, sources in plan.files.items():
         # A ledger's file may be a member of an archive, whose name stands behind the archive's.
-        if wanted is not None and not any(name == file or name.startswith(f"{file}/") for name, _ in wanted):
+        shown = escape_name(file)
+        if wanted is not None and not any(name == shown or name.startswith(f"{shown}/") for name, _ in wanted):
             continue
         for chunk in read_chunks([file]):
             for record in chunk.records():
@@ -73,7 +75,10 @@ def _find_records(
 
 def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> Iterator[str]:
     yield f"== {record.file}, offset {record.offset:,}"
-    yield orjson.dumps(_shorten(record.fields), option=orjson.OPT_INDENT_2, default=str).decode()
+    if record.raw is not None:
+        yield record.raw
+    else:
+        yield orjson.dumps(_shorten(record.fields), option=orjson.OPT_INDENT_2, default=str).decode()
     parsed = parse(record)
     if isinstance(parsed, Drop):
         yield f"-- read: dropped, {parsed.reason}: {parsed.detail}"

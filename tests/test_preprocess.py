@@ -1,29 +1,48 @@
 """Dumps become a store in which every record is accounted for; a store is made once, and never by halves."""
 
+import errno
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-import yaml
 from transformers import AutoTokenizer
 
+import ochat_train.conversations.records
+from ochat_train.conversations.ledger import Ledger
 from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.preprocess import main, preprocess
-from ochat_train.recipe import load_recipe
+from ochat_train.preprocess import main
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.store import TokenStore, read_manifest
+from ochat_train.tokens.shard import Shard
+from ochat_train.tokens.store import StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.tokens.work import WorkFolder
+from tests.dumps import (
+    ROOT,
+    chat,
+    contents,
+    failure,
+    ids_in,
+    ledger_of,
+    make,
+    manifest_of,
+    page,
+    prose,
+    reasons_in,
+    source,
+    write_lines,
+    write_recipe,
+)
+from tests.test_docs import REASONS
 
-ROOT = Path(__file__).resolve().parents[1]
+KEEP_COPIES = {"exact": False, "prefix": False}
 
 
 @pytest.fixture(autouse=True)
@@ -34,159 +53,264 @@ def keep_signal_handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def source(name: str, path: Path | str, **fields: Any) -> dict[str, Any]:
-    return {"name": name, "path": str(path), "condition": "GPT4", **fields}
-
-
-def write_recipe(folder: Path, sources: Sequence[dict[str, Any]], *, store: str | None = None, **data: Any) -> Path:
-    """A recipe in folder/recipe.yaml whose store is folder/store."""
-    recipe = {
-        "name": "test",
-        "data": {"store": store or str(folder / "store"), "sources": list(sources), "max_tokens": 512, **data},
-        "template": "openchat_v3.2",
-        "tokenizer": str(ROOT / "data/quickstart_tokenizer"),
-        "model": {"config": {"model_type": "llama"}},
-        "packing": {"tokens_per_gpu": 4096},
-        "train": {"epochs": 1},
-        "checkpoint": {"dir": str(folder / "run")},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def make(recipe: Path, *overrides: str) -> Path:
-    """Preprocess in this process; returns the store's path."""
-    loaded = load_recipe(recipe, overrides)
-    preprocess(loaded)
-    return Path(loaded.data.store)
-
-
-def failure(recipe: Path, *overrides: str) -> str:
-    """The message with which the command ends."""
-    with pytest.raises(SystemExit) as error:
-        main([str(recipe), *overrides])
-    assert isinstance(error.value.code, str)
-    return error.value.code
-
-
-def chat(id: str, *texts: str, **fields: Any) -> dict[str, Any]:
-    """A ShareGPT record in which human and gpt take turns."""
-    turns = [{"from": ("human", "gpt")[position % 2], "value": text} for position, text in enumerate(texts)]
-    return {"id": id, "conversations": turns, **fields}
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def ledger_of(store: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (store / "ledger.jsonl").read_text().splitlines()]
-
-
-def ids_in(store: Path, split: str = "train") -> list[str]:
-    opened = datasets.load_from_disk(str(store))
-    return list(opened[split]["id"][:]) if split in opened else []
-
-
-def counts_of(store: Path) -> dict[str, Any]:
-    manifest = read_manifest(store)
-    assert manifest is not None
-    return manifest.counts
-
-
-def nothing_is_left(folder: Path, *kept: str) -> bool:
-    """Whether there is neither a store nor a half one in the folder."""
-    return {path.name for path in folder.iterdir()} == {"recipe.yaml", *kept}
+def no_store_is_made(folder: Path, *kept: str) -> bool:
+    """Whether the folder holds only these files and maybe shards, which the next run uses or removes."""
+    left = {path.name for path in folder.iterdir() if not re.fullmatch(r"store\.partial-[0-9a-f]{12}", path.name)}
+    return left == {"recipe.yaml", *kept}
 
 
 # ---- Every record is accounted for ----
 
-
-def bad_turns(*turns: Any) -> list[Any]:
-    return [turn if isinstance(turn, dict) else {"from": turn[0], "value": turn[1]} for turn in turns]
+LONG = prose(0, 150)
 
 
-BAD_RECORDS: dict[str, tuple[Any, str | None, list[str]]] = {  # the record, why it is dropped, how it is repaired
-    "no turns": ({"conversations": []}, "no_turns", []),
-    "no list": ({"text": "Hi"}, "no_turns", []),
-    "unknown role": ({"conversations": bad_turns(("narrator", "x"), ("gpt", "y"))}, "unknown_role", []),
-    "value no text": ({"conversations": bad_turns(("human", 5), ("gpt", "y"))}, "value_not_text", []),
-    "turn no object": ({"conversations": ["Hi", "Hello"]}, "turn_not_an_object", []),
-    "bad weight": (
-        {"items": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": -1}]},
-        "bad_weight",
-        [],
-    ),
-    "bad condition": ({**chat("", "a", "b"), "condition": 4}, "bad_condition", []),
-    "no answer": ({"conversations": bad_turns(("human", "x"), ("human", "y"))}, "no_answer", []),
-    "empty text": (
-        {"conversations": bad_turns(("human", "a"), ("gpt", " "), ("gpt", "b"))},
-        None,
-        ["empty_turn_removed"],
-    ),
-    "two users": (
-        {"conversations": bad_turns(("human", "a"), ("human", "b"), ("gpt", "c"))},
-        None,
-        ["user_turns_joined"],
-    ),
-    "unanswered": (
-        {"conversations": bad_turns(("human", "a"), ("gpt", "b"), ("human", "c"))},
-        None,
-        ["unanswered_turn_removed"],
-    ),
-    "leading answer": (
-        {"conversations": bad_turns(("gpt", "z"), ("human", "a"), ("gpt", "b"))},
-        None,
-        ["leading_answer_removed"],
-    ),
+def talk(seed: int, num_answers: int = 2) -> list[str]:
+    """Texts of turns in turn, none like any other seed's."""
+    return [prose(100 * seed + turn, 40) for turn in range(2 * num_answers)]
+
+
+def said(id: str, *turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"id": id, "messages": [{"role": role, "content": content} for role, content in turns], **fields}
+
+
+REFUSAL = "I'm sorry, but as an AI language model, I cannot do that."
+FRENCH = "Bonjour, pouvez-vous me dire comment préparer une bonne soupe aux légumes pour toute la famille ce soir ?"
+UNLIKE = [("user", prose(90, 30)), ("assistant", prose(91, 30)), ("user", prose(92, 30)), ("assistant", prose(93, 30))]
+
+# The ids say why each is dropped.
+DROPPED: list[dict[str, Any]] = [
+    {"id": "no_turns", "text": "Hi"},
+    {"id": "turn_not_an_object", "conversations": ["Hi", "Hello"]},
+    said("unknown_role", ("narrator", "x"), ("assistant", "y")),
+    {"id": "bad_pair", "conversation": [{"human": "x", "user": "y", "assistant": "z"}]},
+    said("value_not_text", ("user", 5), ("assistant", "y")),
+    said("not_text_part", ("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "y")),
+    {"id": "bad_weight", "items": [{"role": "user", "content": "a", "weight": -1}]},
+    chat("bad_condition", "a", "b", condition=4),
+    chat("bad_system", "a", "b", system=["x"]),
+    said("no_answer", ("user", "x"), ("user", "y")),
+    chat("too_few_answers", "What is it?", "It is a test."),
+    chat("other_language", *[f"{FRENCH} {number}" for number in range(4)]),
+    chat("refusal", prose(80, 20), REFUSAL, *talk(8)),
+    chat("repeated_answer", prose(81, 20), prose(82, 30), prose(83, 20), prose(82, 30)),
+    {
+        "id": "no_weight",
+        "items": [{"role": role, "content": text, "weight": 0} for role, text in UNLIKE],
+    },
+    chat("too_long", *[prose(400 + turn, 400) for turn in range(4)]),
+    chat("exact_duplicate", *[f" {text.replace(' ', '  ')}\n" for text in talk(1)]),
+    chat("earlier_snapshot", *talk(2, 3)[:4]),
+    chat("near_duplicate", *talk(3)[:3], talk(3)[3].rsplit(" ", 1)[0]),
+]
+KEPT = [
+    chat("original", *talk(1), model="strong"),
+    chat("longest", *talk(2, 3)),
+    chat("near original", *talk(3)),
+    said("blank", ("system", "You are kind."), *UNLIKE[:2], ("user", " "), ("user", "And?"), UNLIKE[3]),
+    said("two users", ("user", prose(70, 9)), ("user", prose(71, 9)), *UNLIKE[1:3], ("assistant", prose(72, 30))),
+    chat("unanswered", *talk(6), "And?"),
+    said("greeting", ("assistant", "Welcome!"), *[(role, text[9:]) for role, text in UNLIKE]),
+    chat("latin 1", *talk(7)[:3], "caf\udce9"),
+]
+ACTIONS = {
+    "blank": ["empty_turn_removed"],
+    "two users": ["user_turns_joined"],
+    "unanswered": ["unanswered_turn_removed"],
+    "greeting": ["leading_answer_removed"],
+    "latin 1": ["invalid_utf8_replaced"],
+    "page": ["html_converted"],
+}
+BAD_HTML = {"html_too_deep": "<blockquote>" * 99, "html_not_converted": "<table><td colspan=999>x</table>"}
+REASON_OF_PLACE = {  # of those that have no id
+    "a.jsonl:{not_json}": "not_json",
+    "a.jsonl:{not_an_object}": "not_an_object",
+    "a.jsonl:{too_large}": "record_too_large",
+    "a.jsonl:{truncated}": "truncated_record",
+    "pages/no_content.html:0": "no_page_content",
+    "pages/no_script.html:0": "no_next_data",
+}
+DUPLICATE_OF = {
+    "exact_duplicate": "of original",
+    "earlier_snapshot": "of longest",
+    "near_duplicate": "of near original",
 }
 
 
-def test_every_kind_of_bad_record_is_counted_under_its_name_with_its_id(tmp_path: Path) -> None:
-    dump = tmp_path / "dump.jsonl"
-    good = chat("good", "Hi", "Hello")
-    lines = [json.dumps(good).encode()]
-    lines += [json.dumps(fields | {"id": name}).encode() for name, (fields, _, _) in BAD_RECORDS.items()]
-    lines += [b'{"id": "no JSON", "conversations": [', b'"just text"']
-    lines += [json.dumps(chat("latin 1", "caf\u00e9?", "yes"), ensure_ascii=False).encode("latin-1")]
-    start = sum(len(line) + 1 for line in lines)
-    dump.write_bytes(b"\n".join([*lines, json.dumps(chat("cut", "Hi", "Hello")).encode()[:-9]]))
-    store = make(write_recipe(tmp_path, [source("s", dump)]))
+@dataclass(frozen=True)
+class Messy:
+    """A store of messy input: what was printed, and the reason of each record by its id."""
 
-    not_json = f"{dump}:{sum(len(line) + 1 for line in lines[:-3])}"
-    not_object = f"{dump}:{sum(len(line) + 1 for line in lines[:-2])}"
-    expected = {name: (reason, repairs) for name, (_, reason, repairs) in BAD_RECORDS.items()} | {
-        not_json: ("not_json", []),
-        not_object: ("not_an_object", []),
-        "latin 1": (None, ["invalid_utf8_replaced"]),
-        f"{dump}:{start}": ("truncated_record", []),
-    }
-    ledger = ledger_of(store)
-    assert {line["id"]: (line["reason"], line["repairs"]) for line in ledger} == expected
-    assert len(ledger) == len(expected)
-    assert all(line["outcome"] == ("dropped" if line["reason"] else "kept") for line in ledger)
-    assert all(line["file"] == str(dump) and line["source"] == "s" for line in ledger)
-    raw = dump.read_bytes()
-    assert all(raw[: line["offset"]].endswith(b"\n") for line in ledger)
-
-    reasons = [reason for reason, _ in expected.values() if reason]
-    counts = counts_of(store)["s"]
-    assert counts["in"] == len(lines) + 1 == counts["kept"] + sum(counts["dropped"].values())
-    assert counts["dropped"] == {reason: reasons.count(reason) for reason in reasons}
-    assert counts["repaired"] == {repair: 1 for _, repairs in expected.values() for repair in repairs}
-    kept = ["good", *(name for name, (reason, _) in expected.items() if not reason)]
-    assert ids_in(store) == kept
-    assert counts["kept"] == len(kept)
-    assert counts["tokens"] == int(TokenStore(store).lengths.sum())
+    folder: Path
+    store: Path
+    printed: str
+    expected: dict[str, str | None]
 
 
-def test_bytes_that_are_no_utf8_are_marked_in_the_text(tmp_path: Path, quickstart: ChatTokenizer) -> None:
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory) -> Messy:
+    folder = tmp_path_factory.mktemp("messy")
+    records = (json.dumps(record, ensure_ascii=False) for record in (*KEPT, *DROPPED))
+    lines = [record.encode("utf-8", "surrogateescape") for record in records]
+    raw = {"not_json": b'{"id": "x", "conversations": [', "not_an_object": b'"just text"', "too_large": b"7" * 60_000}
+    raw["truncated"] = json.dumps(chat("cut", "Hi", "Hello")).encode()[:-9]
+    (folder / "a.jsonl").write_bytes(b"\n".join([*lines, *raw.values()]))
+    offsets, offset = {}, sum(len(line) + 1 for line in lines)
+    for name, line in raw.items():
+        offsets[name] = offset
+        offset += len(line) + 1
+    (folder / "pages").mkdir()
+    (folder / "pages/good.html").write_text(page(chat("page", *[f"<p>{text}</p>" for text in talk(5)])))
+    for id, html in BAD_HTML.items():
+        (folder / f"pages/{id}.html").write_text(page(chat(id, "Hi", html)))
+    (folder / "pages/no_content.html").write_text('<html><script id="__NEXT_DATA__">{"props": {}}</script>')
+    (folder / "pages/no_script.html").write_text("<html><body>Please log in.</body></html>")
+    sources = [
+        source("strong", folder / "a.jsonl", where={"model": "strong"}),
+        source("other", folder / "a.jsonl", where_not={"model": "strong"}, weight=0.25),
+        source("pages", folder / "pages", weight=0.1),
+    ]
+    filters = {"languages": ["en"], "refusals": "drop", "repeated_answers": "drop", "min_answers": 2}
+    options: dict[str, Any] = {"filters": filters, "dedupe": {"near": 0.8}, "overlong": "drop", "eval_fraction": 0.2}
+    recipe = write_recipe(folder, sources, max_tokens=1024, **options)
+    expected: dict[str, str | None] = {record["id"]: None for record in (*KEPT, {"id": "page"})}
+    expected |= {record["id"]: record["id"] for record in DROPPED}
+    expected |= {id: id for id in BAD_HTML}
+    expected |= {f"{folder}/{place.format(**offsets)}": reason for place, reason in REASON_OF_PLACE.items()}
+    printed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ochat_train.conversations.records, "MAX_RECORD_BYTES", 50_000)
+        patch.setattr("builtins.print", printed.append)
+        store = make(recipe, num_workers=1)  # other processes would not see the smaller limit
+    return Messy(folder, store, "\n".join(printed), expected)
+
+
+def test_every_record_is_kept_or_dropped_under_the_name_of_its_reason(messy: Messy) -> None:
+    rows = ledger_of(messy.store)
+    assert {row["id"]: row["reason"] for row in rows} == messy.expected
+    assert len(rows) == len(messy.expected)
+    assert {reason for reason in messy.expected.values() if reason} == REASONS  # all that there are
+    assert all(row["outcome"] == ("dropped" if row["reason"] else "kept") for row in rows)
+    assert all(row["detail"] for row in rows if row["reason"])
+    assert {row["id"]: row["detail"] for row in rows if row["id"] in DUPLICATE_OF} == DUPLICATE_OF
+    assert {row["id"]: row["actions"] for row in rows if row["actions"]} == ACTIONS
+
+
+def test_the_ledger_has_the_place_of_every_record_in_the_order_of_the_input(messy: Messy) -> None:
+    rows = ledger_of(messy.store)
+    places = [(row["file"], row["offset"]) for row in rows]
+    assert places == sorted(set(places))
+    raw = (messy.folder / "a.jsonl").read_bytes()
+    starts = [offset for file, offset in places if file == f"{messy.folder}/a.jsonl"]
+    assert starts == [0, *(match.end() for match in re.finditer(b"\n", raw))]
+    for row in rows:
+        if f'"id": "{row["id"]}"'.encode() in raw:
+            assert raw[row["offset"] :].startswith(f'{{"id": "{row["id"]}"'.encode())
+
+
+def test_the_records_in_are_those_kept_and_those_dropped_by_reason_for_each_source(messy: Messy) -> None:
+    counts = manifest_of(messy.store).counts
+    num_lines = (messy.folder / "a.jsonl").read_bytes().count(b"\n") + 1
+    records_in = {name: of_source["in"] for name, of_source in counts.items()}
+    # What is no object may be of either source of its file; what cannot be read of a page is of its only one.
+    assert records_in == {"strong": 1, "other": num_lines - 5, "(unreadable)": 4, "pages": 5}
+    rows = ledger_of(messy.store)
+    for name, of_source in counts.items():
+        mine = [row for row in rows if row["source"] == name]
+        reasons = Counter(row["reason"] for row in mine if row["reason"])
+        assert of_source["dropped"] == reasons
+        assert of_source["in"] == len(mine) == of_source["kept"] + reasons.total()
+        assert of_source["actions"] == Counter(action for row in mine for action in row["actions"])
+
+
+def test_the_numbers_of_the_ledger_are_those_of_the_store(messy: Messy) -> None:
+    in_store: dict[str, list[float]] = {}
+    for split in ("train", "eval"):
+        store = TokenStore(messy.store, split)
+        for position in range(len(store)):
+            weights = store[position].loss_weights
+            numbers = [1, len(weights), int((weights > 0).sum()), weights.sum(dtype=np.float64)]
+            in_store[store.name(position)] = numbers
+    columns = ("num_examples", "num_tokens", "num_supervised_tokens", "weight_sum")
+    rows = ledger_of(messy.store)
+    assert {row["id"]: [row[name] for name in columns] for row in rows if not row["reason"]} == in_store
+    assert {row[name] for row in rows if row["reason"] for name in columns} == {0}
+    manifest = manifest_of(messy.store)
+    for name, column in zip(("examples", "tokens", "supervised_tokens", "weight_sum"), columns, strict=True):
+        of_splits = sum(totals["num_" + name if name != "weight_sum" else name] for totals in manifest.splits.values())
+        assert sum(of_source[name] for of_source in manifest.counts.values()) == pytest.approx(of_splits, rel=1e-12)
+        assert of_splits == pytest.approx(sum(row[column] for row in rows), rel=1e-12)
+
+
+def test_the_table_shows_the_forms_the_reasons_and_some_ids(messy: Messy) -> None:
+    lines = [" ".join(line.split()) for line in messy.printed.splitlines()]
+    assert f"{messy.folder}/a.jsonl: JSON lines, from/value: 13 records" in lines
+    assert f"{messy.folder}/a.jsonl: JSON lines, role/content: 5 records" in lines
+    assert f"{messy.folder}/a.jsonl: JSON lines, not read: 13 records" in lines
+    assert "ShareGPT page, from/value: 3 records" in lines
+    assert any(line.startswith("strong 1 1 0 1 ") for line in lines)
+    assert any(line.startswith(f"total {len(messy.expected)} 9 {len(messy.expected) - 9} 9 ") for line in lines)
+    assert any("no_turns 1 (no_turns), turn_not_an_object 1 (turn_not_an_object)" in line for line in lines)
+    assert any("empty_turn_removed 1 (blank)" in line for line in lines)
+
+
+def test_many_files_are_shown_together_by_their_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(25):
+        write_lines(tmp_path / f"{number}.jsonl", chat(f"{number}", f"Hi {number}", "Hello"), {"id": "x"})
+        (tmp_path / f"{number}.json").write_text(json.dumps([chat(f"a {number}", f"Hi! {number}", "Hello")]))
+    make(write_recipe(tmp_path, [source("s", tmp_path / "*.json*")]))
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "read:\n"
+        "  JSON array, from/value: 25 records\n"
+        "  JSON lines, from/value: 25 records\n"
+        "  JSON lines, not read: 25 records\n\n"
+    )
+
+
+def test_a_row_that_gets_lost_stops_the_command_and_no_store_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", *(chat(str(number), prose(number, 9), "Yes.") for number in range(5)))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+    add = Ledger.add
+    monkeypatch.setattr(Ledger, "add", lambda self, table: add(self, table.slice(1)))
+    with pytest.raises(RuntimeError, match="total: 5 records in, but 4 kept and 0 dropped"):
+        main([str(recipe)])
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_example_that_gets_lost_stops_the_command_and_no_store_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", *(chat(str(number), prose(number, 9), "Yes.") for number in range(5)))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+    add = StoreWriter.add
+    monkeypatch.setattr(StoreWriter, "add", lambda self, split, rows: add(self, split, rows.slice(1)))
+    with pytest.raises(RuntimeError, match="num_examples: 4 in the store, but 5 of the records kept"):
+        main([str(recipe)])
+    assert not (tmp_path / "store").exists()
+
+
+def test_bytes_that_are_no_utf8_are_marked_in_the_text_and_the_ledger(
+    tmp_path: Path, quickstart: ChatTokenizer
+) -> None:
     dump = tmp_path / "dump.jsonl"
     dump.write_bytes(b'{"conversations": [{"from": "human", "value": "a\xff"}, {"from": "gpt", "value": "b"}]}\n')
-    store = TokenStore(make(write_recipe(tmp_path, [source("s", dump)])))
-    assert "GPT4 User:a\ufffd<|end_of_turn|>" in quickstart.pretrained.decode(store[0].input_ids)
+    path = make(write_recipe(tmp_path, [source("s", dump)]))
+    assert "GPT4 User:a\ufffd<|end_of_turn|>" in quickstart.pretrained.decode(TokenStore(path)[0].input_ids)
+    assert [row["actions"] for row in ledger_of(path)] == [["invalid_utf8_replaced"]]
+
+
+def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(tmp_path: Path) -> None:
+    name = tmp_path / b"caf\xe9.jsonl".decode("utf-8", "surrogateescape")
+    write_lines(name, {"conversations": chat("", "Hi", "Hello")["conversations"]}, {"conversations": []})
+    store = make(write_recipe(tmp_path, [source("s", tmp_path / "*.jsonl")]))
+    shown = f"{tmp_path}/caf\\xe9.jsonl"
+    assert ids_in(store) == [f"{shown}:0"]
+    assert [row["file"] for row in ledger_of(store)] == [shown, shown]
+
+
+# ---- Input that stops the run ----
 
 
 @pytest.mark.parametrize(
@@ -194,9 +318,10 @@ def test_bytes_that_are_no_utf8_are_marked_in_the_text(tmp_path: Path, quickstar
     [
         (b'[{"conversations": []},\n {"conversations": [', 25),
         (b'[{"id": "a"} {"id": "b"}]', 13),
+        (b'[{"id": "a"}, {"id": tru}]', 14),
         (b"", 0),
         (b"  \n", 3),
-        (b"<html>", 0),
+        (b"plain text", 0),
         (b"\x1f\x8b\x08compressed", 0),
         (b'{\n "conversations": []\n}\n', 0),
     ],
@@ -209,21 +334,29 @@ def test_a_file_that_is_unreadable_as_a_whole_ends_the_run_and_leaves_no_store(
     bad.write_bytes(content)
     recipe = write_recipe(tmp_path, [source("s", tmp_path / "[ab].json*")])
     assert failure(recipe).startswith(f"error: {bad}, byte {offset}: ")
-    assert nothing_is_left(tmp_path, good.name, bad.name)
+    assert no_store_is_made(tmp_path, good.name, bad.name)
 
 
 @pytest.mark.parametrize("path", ["none.json", "none/*.jsonl"])
 def test_a_path_that_matches_no_file_is_named(path: str, tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     recipe = write_recipe(tmp_path, [source("a", dump), source("b", path)])
-    assert failure(recipe) == f"error: data.sources.1.path: no file matches {path!r}"
-    assert nothing_is_left(tmp_path, dump.name)
+    assert failure(recipe).startswith(f"error: data.sources.1.path: no file matches {path!r}")
+    assert no_store_is_made(tmp_path, dump.name)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_files_to_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "dumps/more").mkdir(parents=True)
-    message = failure(write_recipe(tmp_path, [source("s", tmp_path / "dumps/*")]))
-    assert f"{tmp_path / 'dumps/more'} cannot be read" in message
+    (tmp_path / "dumps/notes.txt").write_text("x")
+    message = failure(write_recipe(tmp_path, [source("s", tmp_path / "dumps")]))
+    assert message.startswith(f"error: data.sources.0.path: no file to read in {str(tmp_path / 'dumps')!r}: 1 ")
+
+
+def test_a_language_that_nobody_knows_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    broken = tmp_path / "dump.json"
+    broken.write_bytes(b"")
+    recipe = write_recipe(tmp_path, [source("s", broken)], filters={"languages": ["en", "dee"]})
+    assert "'dee' is no language that the model knows" in failure(recipe)
 
 
 def test_a_place_that_holds_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -231,7 +364,59 @@ def test_a_place_that_holds_something_else_is_refused_and_untouched(tmp_path: Pa
     (tmp_path / "store").mkdir()
     (tmp_path / "store/thesis.txt").write_text("dear")
     assert "exists and is not a token store" in failure(write_recipe(tmp_path, [source("s", dump)]))
-    assert [path.name for path in (tmp_path / "store").iterdir()] == ["thesis.txt"]
+    assert contents(tmp_path / "store") == {"thesis.txt": b"dear"}
+
+
+def test_a_store_among_the_dumps_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", tmp_path / "**/*.json*")])
+    make(recipe, f"data.sources.0.path={tmp_path}/dump.jsonl")
+    message = failure(recipe)
+    assert f"{tmp_path}/store/dataset_dict.json lies in data.store {tmp_path}/store" in message
+
+
+@pytest.mark.parametrize("then", ["complete", "as before"])
+def test_a_file_that_changes_while_it_is_read_stops_the_run_and_nothing_of_it_is_used(
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quickstart: ChatTokenizer
+) -> None:
+    """Whether the change stays or goes."""
+    dumps = [write_lines(tmp_path / f"{n}.jsonl", chat(f"{n}", f"Hi {n}", "Hello")) for n in range(4)]
+    recipe = write_recipe(tmp_path, [source("s", tmp_path / "*.jsonl")])
+    before = dumps[3].read_text()
+    finish = WorkFolder.save
+
+    def save(self: WorkFolder, number: int, shard: Shard) -> None:
+        finish(self, number, shard)
+        write_lines(dumps[3], chat("3", "Hi 3", "Changed"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", save)
+        assert failure(recipe, "--workers", "1").startswith(f"error: {dumps[3]} was changed while it was read")
+    assert no_store_is_made(tmp_path, *(dump.name for dump in dumps))
+    if then == "as before":
+        dumps[3].write_text(before)
+    text = quickstart.pretrained.decode(TokenStore(make(recipe))[3].input_ids)
+    assert text.endswith(f"Assistant:{'Hello' if then == 'as before' else 'Changed'}<|end_of_turn|>")
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+
+    def save(self: WorkFolder, number: int, shard: Shard) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", save)
+        assert failure(recipe).startswith("error: [Errno 28] No space left on device; mend it and run the same command")
+    assert ids_in(make(recipe)) == ["1"]
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_workers_at_all_are_refused(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipe.yaml", "--workers", number])
+    assert f"--workers {number}: at least 1" in capsys.readouterr().err
 
 
 # ---- Sources ----
@@ -249,7 +434,7 @@ def test_a_record_of_no_source_or_of_two_is_named(tmp_path: Path) -> None:
     third = source("bard", dump, where={"model": ["Bard", "GPT-4"]})
     message = failure(write_recipe(tmp_path, [strong, other, third]))
     assert "record 'GPT-4' matches 2 sources (strong, bard)" in message
-    assert nothing_is_left(tmp_path, dump.name)
+    assert no_store_is_made(tmp_path, dump.name)
 
 
 def test_two_sources_without_a_filter_cannot_share_a_file_however_they_spell_it(tmp_path: Path) -> None:
@@ -263,14 +448,19 @@ def test_two_sources_without_a_filter_cannot_share_a_file_however_they_spell_it(
 def test_a_file_that_one_source_names_twice_is_read_once(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     section = source("s", dump) | {"path": [str(dump), str(tmp_path / "*.jsonl"), f"{tmp_path}/./dump.jsonl"]}
-    assert ids_in(make(write_recipe(tmp_path, [section]))) == ["1"]
+    store = make(write_recipe(tmp_path, [section], dedupe=KEEP_COPIES))
+    assert ids_in(store) == ["1"]
+    assert len(ledger_of(store)) == 1
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
-        write_lines(tmp_path / f"{name}.jsonl", chat(f"{name}1", "Hi", "Hello"), chat(f"{name}2", "Hi", "Hello"))
+        write_lines(tmp_path / f"{name}.jsonl", chat(f"{name}1", name, "Hello"), chat(f"{name}2", "Hi", name))
     sources = [source("two", tmp_path / "[bc].jsonl"), source("one", tmp_path / "a.jsonl")]
-    assert ids_in(make(write_recipe(tmp_path, sources))) == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    store = make(write_recipe(tmp_path, sources))
+    assert ids_in(store) == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    made_from = manifest_of(store).made_from["inputs"]
+    assert made_from["num_files"] == 3 and re.fullmatch("[0-9a-f]{64}", made_from["digest"])
 
 
 # ---- Weights and conditions ----
@@ -283,7 +473,7 @@ def test_the_weights_of_sources_arrive_exactly(tmp_path: Path, quickstart: ChatT
         source("a", dump, where={"model": "a"}, weight=1.0),
         source("b", dump, where={"model": "b"}, weight=0.1, condition="GPT3"),
     ]
-    store = TokenStore(make(write_recipe(tmp_path, sources)))
+    store = TokenStore(make(write_recipe(tmp_path, sources, dedupe=KEEP_COPIES)))
     num_answer_tokens = sum(len(ids) + 1 for ids in quickstart.encode_texts([turns[1], turns[3]]))
     for position, weight in enumerate((1.0, 0.1)):
         example = store[position]
@@ -311,7 +501,7 @@ def test_the_weights_of_sources_arrive_exactly(tmp_path: Path, quickstart: ChatT
 def test_a_model_is_asked_under_a_condition_that_it_was_trained_on(
     weights: dict[str, float], expected: str, tmp_path: Path
 ) -> None:
-    dump = write_lines(tmp_path / "dump.jsonl", *(chat(name, "Hi", "Hello", model=name) for name in weights))
+    dump = write_lines(tmp_path / "dump.jsonl", *(chat(name, f"Hi {name}", "Hello", model=name) for name in weights))
     sources = [
         source(name or "plain", dump, where={"model": name}, weight=weight) | {"condition": name}
         for name, weight in weights.items()
@@ -322,7 +512,7 @@ def test_a_model_is_asked_under_a_condition_that_it_was_trained_on(
 def test_the_ids_are_those_of_the_template(tmp_path: Path, quickstart: ChatTokenizer) -> None:
     records = json.loads((ROOT / "data/quickstart.json").read_text())[:40]
     dump = write_lines(tmp_path / "dump.jsonl", *records)
-    store = TokenStore(make(write_recipe(tmp_path, [source("s", dump, weight=0.5)])))
+    store = TokenStore(make(write_recipe(tmp_path, [source("s", dump, weight=0.5)], dedupe=KEEP_COPIES)))
     for position, record in enumerate(records):
         turns, system = record["conversations"], ""
         if turns[0]["from"] == "system":
@@ -349,7 +539,8 @@ def test_openchats_own_lines_bring_weight_condition_and_system_of_their_own(
 
     records = [record("GPT4", None, 0.5), record("GPT3", 1.0, None), record(None, 0.0, 0.0), record("", 2.0, 0.0)]
     dump = write_lines(tmp_path / "dump.jsonl", *records)
-    path = make(write_recipe(tmp_path, [source("s", dump, weight=0.1) | {"condition": None}]))
+    sources = [source("s", dump, weight=0.1) | {"condition": None}]
+    path = make(write_recipe(tmp_path, sources, dedupe=KEEP_COPIES))
     store = TokenStore(path)
     assert store.manifest.conditions == ["GPT4", "GPT3", ""]
 
@@ -371,7 +562,7 @@ def test_openchats_own_lines_bring_weight_condition_and_system_of_their_own(
             expected += [] if words.endswith(":") else [weight]  # the end token
         weights = store[position].loss_weights
         assert weights.tolist() == np.array([0.0, *expected], dtype=np.float32).tolist()
-    assert [line["reason"] for line in ledger_of(path)] == ["no_weight"]
+    assert [row["reason"] for row in ledger_of(path)] == [None, None, "no_weight", None]
 
 
 def test_a_source_of_weight_0_is_dropped_by_name(tmp_path: Path) -> None:
@@ -384,24 +575,33 @@ def test_a_source_of_weight_0_is_dropped_by_name(tmp_path: Path) -> None:
     ]
     store = make(write_recipe(tmp_path, sources))
     assert ids_in(store) == ["a"]
-    assert [(line["id"], line["source"], line["reason"]) for line in ledger_of(store)] == [("b", "bad", "no_weight")]
-    counts = counts_of(store)["bad"]
+    assert [(row["reason"], row["detail"]) for row in ledger_of(store)] == [
+        (None, None),
+        ("no_weight", "every turn has weight 0"),
+    ]
+    counts = manifest_of(store).counts["bad"]
     assert (counts["in"], counts["kept"], counts["dropped"]) == (1, 0, {"no_weight": 1})
 
 
 def test_a_weight_that_vanishes_in_float32_is_no_weight(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("a", "Hi", "Hello", w=1), chat("b", "Hi", "Hello", w=0))
     sources = [source("a", dump, where={"w": 1}), source("b", dump, where={"w": 0}, weight=1e-60)]
-    store = make(write_recipe(tmp_path, sources))
-    assert [(line["id"], line["reason"]) for line in ledger_of(store)] == [("b", "no_weight")]
+    assert reasons_in(make(write_recipe(tmp_path, sources))) == {"a": None, "b": "no_weight"}
 
 
-def test_nothing_left_to_train_on_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_left_to_train_on_is_an_error_that_says_why(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", {"conversations": []}, chat("b", "Hi"))
-    assert "no conversation is left to train on" in failure(write_recipe(tmp_path, [source("s", dump)]))
-    assert nothing_is_left(tmp_path, dump.name)
-    printed = capsys.readouterr().out
-    assert "no_turns 1" in printed and "no_answer 1 (b)" in printed
+    message = failure(write_recipe(tmp_path, [source("s", dump)]))
+    assert "no conversation is left to train on" in message
+    assert "no_turns 1" in message and "no_answer 1 (b)" in message
+    assert no_store_is_made(tmp_path, dump.name)
+
+
+def test_nothing_but_held_out_conversations_is_an_error_too(tmp_path: Path) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("a", "Hi", "Hello"))
+    message = failure(write_recipe(tmp_path, [source("s", dump)], eval_fraction=0.999999))
+    assert message.endswith("no conversation is left to train on: all of it is held out by data.eval_fraction")
+    assert no_store_is_made(tmp_path, dump.name)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +619,57 @@ def test_text_that_spells_special_tokens_stays_text(template: str, num_special: 
     assert tokenizer.decode(ids).count(spelled) == 2
 
 
+# ---- Cleaning and filters reach the store ----
+
+
+def test_a_source_says_whether_its_texts_are_html(tmp_path: Path, quickstart: ChatTokenizer) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "<p>Read <strong>this</strong> &amp; that.</p>"))
+    (tmp_path / "page.html").write_text(page(chat("2", "Hi!", "<p>Read <strong>this</strong> &amp; that.</p>")))
+    recipe = write_recipe(tmp_path, [source("s", dump), source("p", tmp_path / "page.html")])
+    markdown, html = "Read **this** & that.", "<p>Read <strong>this</strong> &amp; that.</p>"
+
+    def answers(*overrides: str) -> list[str]:
+        store = TokenStore(make(recipe, *overrides))
+        texts: list[str] = [quickstart.pretrained.decode(store[position].input_ids) for position in range(2)]
+        return [text.rsplit("Assistant:")[-1].removesuffix("<|end_of_turn|>") for text in texts]
+
+    assert answers("data.sources.0.html=always", "data.sources.1.html=always") == [markdown, markdown]
+    assert answers("data.sources.0.html=never", "data.sources.1.html=never") == [html, html]
+    assert answers("data.sources.0.html=never")[1] == markdown  # a page is HTML, and auto knows
+
+
+def test_an_answer_that_is_masked_has_zero_weights_in_the_store_and_its_action_in_the_ledger(
+    tmp_path: Path, quickstart: ChatTokenizer
+) -> None:
+    twice = prose(1, 30)
+    dump = write_lines(
+        tmp_path / "dump.jsonl",
+        chat("refuses", "Do it.", REFUSAL, "Please.", "Done."),
+        chat("repeats", "Tell.", twice, "More.", twice, "More!", "No."),
+        chat("only refuses", "Do that.", REFUSAL),
+    )
+    path = make(write_recipe(tmp_path, [source("s", dump, weight=0.5)]))
+    store = TokenStore(path)
+
+    def trained(position: int) -> list[str]:
+        example = store[position]
+        assert set(example.loss_weights.tolist()) == {0.0, 0.5}
+        text: str = quickstart.pretrained.decode(example.input_ids[example.loss_weights > 0])
+        return text.split("<|end_of_turn|>")[:-1]
+
+    assert trained(0) == ["Done."]
+    assert trained(1) == [twice, "No."]
+    assert REFUSAL in quickstart.pretrained.decode(store[0].input_ids)
+    assert [(row["id"], row["reason"], row["actions"]) for row in ledger_of(path)] == [
+        ("refuses", None, ["refusal_masked"]),
+        ("repeats", None, ["repeated_answer_masked"]),
+        ("only refuses", "no_weight", ["refusal_masked"]),
+    ]
+    kept = make(write_recipe(tmp_path, [source("s", dump)], filters={"refusals": "keep", "repeated_answers": "keep"}))
+    assert set(reasons_in(kept).values()) == {None}
+    assert all(row["actions"] == [] for row in ledger_of(kept))
+
+
 # ---- Length ----
 
 
@@ -427,16 +678,16 @@ def long_dump(folder: Path) -> Path:
     return write_lines(
         folder / "dump.jsonl",
         chat("short", "Hi", "Hello"),
-        chat("long", *["Go on.", answer] * 8),
-        chat("one", "Tell me everything.", answer * 20),
-        chat("late", "Tell me everything. " * 50, "No."),
+        chat("long", *[text for number in range(8) for text in (f"Go on {number}.", answer + str(number))]),
+        chat("one", "Tell me everything.", prose(1, 300)),
+        chat("late", prose(2, 200), "No."),
     )
 
 
 def test_over_long_conversations_are_cut_behind_the_last_answer_that_fits(
     tmp_path: Path, quickstart: ChatTokenizer
 ) -> None:
-    recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128)
+    recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128, overlong="truncate")
     path = make(recipe)
     store = TokenStore(path)
     assert ids_in(path) == ["short", "long"]
@@ -453,13 +704,14 @@ def test_over_long_conversations_are_cut_behind_the_last_answer_that_fits(
     assert len(ends) == 8
     assert length == ends[ends <= 128].max()
 
-    outcomes = {line["id"]: (line["outcome"], line["reason"], line["repairs"]) for line in ledger_of(path)}
+    outcomes = {row["id"]: (row["outcome"], row["reason"], row["actions"]) for row in ledger_of(path)}
     assert outcomes == {
+        "short": ("kept", None, []),
         "long": ("kept", None, ["overlong_truncated"]),
         "one": ("dropped", "too_long", []),
         "late": ("dropped", "too_long", []),
     }
-    detail = next(line["detail"] for line in ledger_of(path) if line["id"] == "one")
+    detail = next(row["detail"] for row in ledger_of(path) if row["id"] == "one")
     assert "above data.max_tokens 128" in detail
 
 
@@ -467,10 +719,113 @@ def test_over_long_conversations_are_dropped_where_the_recipe_says_so(tmp_path: 
     recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128, overlong="drop")
     store = make(recipe)
     assert ids_in(store) == ["short"]
-    assert {line["id"]: line["reason"] for line in ledger_of(store)} == dict.fromkeys(
-        ("long", "one", "late"), "too_long"
+    assert reasons_in(store) == {"short": None, **dict.fromkeys(("long", "one", "late"), "too_long")}
+    assert manifest_of(store).counts["s"]["dropped"] == {"too_long": 3}
+
+
+def test_over_long_conversations_are_split_into_numbered_examples_that_train_every_answer_once(
+    tmp_path: Path, quickstart: ChatTokenizer
+) -> None:
+    recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128, overlong_context=32)
+    path = make(recipe)
+    store = TokenStore(path)
+    assert store.lengths.max() <= 128
+    ids = ids_in(path)
+    parts = Counter(id.partition("#")[0] for id in ids)
+    expected = [f"{id}#{number + 1}" for id in ("long", "one", "late") for number in range(parts[id])]
+    assert ids == ["short", *[id.replace("late#1", "late") if parts["late"] == 1 else id for id in expected]]
+    assert parts["long"] > 2 and parts["one"] > 2
+
+    whole = TokenStore(make(recipe, "data.max_tokens=4096", f"data.store={tmp_path / 'whole'}"))
+    for position, id in enumerate(("short", "long", "one", "late")):
+        of_parts = [store[part] for part, name in enumerate(ids) if name.partition("#")[0] == id]
+        trained = [example.input_ids[example.loss_weights > 0] for example in of_parts]
+        answers = whole[position].input_ids[whole[position].loss_weights > 0]
+        assert np.concatenate(trained).tolist() == answers.tolist()
+
+    rows = {row["id"]: row for row in ledger_of(path)}
+    assert rows["long"]["actions"] == ["overlong_split"]
+    assert rows["one"]["actions"] == ["overlong_split", "answer_windowed"]
+    assert rows["late"]["actions"] == ["overlong_split", "question_cut"]
+    assert {id: row["num_examples"] for id, row in rows.items()} == parts
+
+
+def test_the_table_says_what_each_choice_for_long_conversations_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128, overlong_context=32)
+    whole = {row["id"]: row for row in ledger_of(make(recipe, "data.max_tokens=4096"))}
+    assert "above data.max_tokens" not in capsys.readouterr().out
+    long = [row for id, row in whole.items() if id != "short"]
+    num_tokens, num_supervised = (sum(row[name] for row in long) for name in ("num_tokens", "num_supervised_tokens"))
+    lines, kept = [], {}
+    for choice in ("split", "truncate", "drop"):
+        store = make(recipe, f"data.overlong={choice}")
+        in_table = [line for line in capsys.readouterr().out.splitlines() if "above data.max_tokens" in line]
+        lines += [line.replace(f"data.overlong is {choice}", "data.overlong is ?") for line in in_table]
+        kept[choice] = sum(row["num_supervised_tokens"] for row in ledger_of(store) if row["id"] != "short")
+        overlong = manifest_of(store).overlong
+        assert (overlong["conversations"], overlong["tokens"]) == (3, num_tokens)
+        assert overlong[f"{choice}_supervised_tokens"] == kept[choice]
+    shares = ", ".join(f"{choice} {100 * tokens / num_supervised:.1f} %" for choice, tokens in kept.items())
+    assert lines == [
+        f"above data.max_tokens 128: 3 conversations of {num_tokens:,} tokens, {num_supervised:,} supervised; of these "
+        f"would be kept by {shares} (data.overlong is ?)"
+    ] * len(kept)
+    assert kept["split"] == num_supervised > kept["truncate"] > kept["drop"] == 0
+
+
+def test_a_long_copy_is_not_counted_among_what_could_be_kept(tmp_path: Path) -> None:
+    with long_dump(tmp_path).open("a") as dump:
+        dump.write(json.dumps(chat("copy of one", "Tell me everything.", prose(1, 300))) + "\n")
+    store = make(write_recipe(tmp_path, [source("s", dump.name)], max_tokens=128))
+    assert sorted(filter(None, reasons_in(store).values())) == ["exact_duplicate"]
+    assert manifest_of(store).overlong["conversations"] == 3
+
+
+# ---- Duplicates ----
+
+
+def test_the_copy_of_the_largest_weight_stays_whatever_comes_first(tmp_path: Path) -> None:
+    dump = write_lines(
+        tmp_path / "dump.jsonl",
+        chat("weak", "Hi", "Hello", model="weak"),
+        chat("strong", " Hi", "Hello\n", model="strong"),
+        chat("other", "Hi", "Hello!", model="weak"),
     )
-    assert counts_of(store)["s"]["dropped"] == {"too_long": 3}
+    sources = [
+        source("weak", dump, where={"model": "weak"}, weight=0.1, condition="GPT3"),
+        source("strong", dump, where={"model": "strong"}),
+    ]
+    store = make(write_recipe(tmp_path, sources))
+    assert ids_in(store) == ["strong", "other"]
+    assert [(row["reason"], row["detail"]) for row in ledger_of(store)] == [
+        ("exact_duplicate", "of strong"),
+        (None, None),
+        (None, None),
+    ]
+
+
+def test_copies_stay_where_the_recipe_keeps_them(tmp_path: Path) -> None:
+    *most, last = talk(1)
+    near = chat("near", *most, last.rsplit(" ", 1)[0])
+    copies = [chat("short", *most[:2]), chat("long", *most, last), chat("copy", *most, last), near]
+    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "dump.jsonl", *copies))])
+
+    def dropped(*overrides: str) -> dict[str, str]:
+        return {id: reason for id, reason in reasons_in(make(recipe, *overrides)).items() if reason}
+
+    assert dropped("data.dedupe={exact: false, prefix: false}") == {}
+    assert dropped("data.dedupe={exact: false}") == {"short": "earlier_snapshot"}
+    assert list(dropped("data.dedupe={prefix: false}").values()) == ["exact_duplicate"]
+    assert sorted(dropped().values()) == ["earlier_snapshot", "exact_duplicate"]
+    assert sorted(dropped("data.dedupe={near: 0.8}").values()) == [
+        "earlier_snapshot",
+        "exact_duplicate",
+        "near_duplicate",
+    ]
+    only_near = dropped("data.dedupe={exact: false, prefix: false, near: 0.8}")
+    assert len(only_near) == 2 and set(only_near.values()) == {"near_duplicate"}
 
 
 # ---- Made once ----
@@ -480,11 +835,11 @@ def test_a_second_run_says_up_to_date_and_changes_nothing(tmp_path: Path, capsys
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     recipe = write_recipe(tmp_path, [source("s", dump)])
     store = make(recipe)
-    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     main([str(recipe), "train.epochs=9", "optim.lr=1e-3"])  # what is not of the data does not make it stale
-    assert "is up to date" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+    assert f"token store {store} is up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -492,8 +847,10 @@ def test_a_second_run_says_up_to_date_and_changes_nothing(tmp_path: Path, capsys
     [
         ("input", "an input file"),
         ("more input", "an input file"),
+        ("another name", "an input file"),
         ("data.sources.0.weight=0.5", "the recipe's data section"),
         ("data.max_tokens=256", "the recipe's data section"),
+        ("data.filters.refusals=keep", "the recipe's data section"),
         ("template=openchat_v3.1", "the template"),
         ("tokenizer", "the tokenizer"),
     ],
@@ -512,6 +869,8 @@ def test_a_change_makes_the_store_stale_and_it_is_made_anew(
         os.utime(dump, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size and time: only the content tells
     elif change == "more input":
         write_lines(tmp_path / "dump2.jsonl", chat("2", "Hi", "Hello"))
+    elif change == "another name":  # it is in the ledger
+        dump.rename(tmp_path / "renamed.jsonl")
     elif change == "tokenizer":
         folder = tmp_path / "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/quickstart_tokenizer")
@@ -523,31 +882,49 @@ def test_a_change_makes_the_store_stale_and_it_is_made_anew(
     capsys.readouterr()
     make(recipe, *overrides)
     printed = capsys.readouterr().out
-    assert f"is stale ({named}" in printed
+    assert f"is stale ({named} changed)" in printed
     new = TokenStore(store)
     assert new.fingerprint != old.fingerprint
-    assert {path.name for path in tmp_path.iterdir()} >= {"store"}
-    assert not list(tmp_path.glob("store.partial*"))
+    assert not list(tmp_path.glob("store?*"))
     make(recipe, *overrides)
     assert "is up to date" in capsys.readouterr().out
 
 
-def test_equal_runs_in_different_folders_make_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files: list[dict[str, bytes]] = []
-    fingerprints = set()
+def test_a_link_to_a_store_stays_and_what_it_leads_to_is_made_anew(tmp_path: Path) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "store").symlink_to(tmp_path / "disk/deep")
+    make(recipe)
+    make(recipe, "data.max_tokens=256")
+    assert (tmp_path / "store").is_symlink()
+    assert ids_in(tmp_path / "store") == ["1"]
+    assert os.listdir(tmp_path / "disk") == ["deep"]
+
+
+def test_a_store_of_an_older_format_is_replaced(tmp_path: Path) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+    store = make(recipe)
+    (store / "manifest.json").write_text('{"format_version": 1, "fingerprint": "", "made_from": {}}')
+    (store / "ledger.jsonl").write_text("")
+    make(recipe)
+    assert ids_in(store) == ["1"]
+    assert not (store / "ledger.jsonl").exists()
+    assert not list(tmp_path.glob("store?*"))
+
+
+def test_equal_runs_in_different_folders_make_equal_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
     for name, store_name in (("a", "store"), ("b/deeper", "stores/other")):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "quickstart.json").write_bytes((ROOT / "data/quickstart.json").read_bytes())
         monkeypatch.chdir(folder)
         recipe = write_recipe(folder, [source("s", "quickstart.json")], store=store_name, eval_fraction=0.2)
-        store = make(recipe)
-        fingerprints.add(TokenStore(store).fingerprint)
-        written = [path for pattern in ("*.arrow", "*.npy", "ledger.jsonl") for path in store.rglob(pattern)]
-        files.append({str(path.relative_to(store)): path.read_bytes() for path in written})
-    assert len(fingerprints) == 1
-    assert len(files[0]) == 2 + 6 + 1
-    assert files[0] == files[1]
+        stores.append(contents(make(recipe)))
+    assert {"manifest.json", "ledger.parquet", "train/lengths.npy", "eval/lengths.npy"} < stores[0].keys()
+    assert stores[0] == stores[1]
 
 
 def test_the_store_opens_and_trains_with_its_own_tokenizer(tmp_path: Path, quickstart: ChatTokenizer) -> None:
@@ -556,6 +933,46 @@ def test_the_store_opens_and_trains_with_its_own_tokenizer(tmp_path: Path, quick
     saved = load_tokenizer(str(store / "tokenizer"), quickstart.template)
     assert saved.digest == quickstart.digest == TokenStore(store).manifest.made_from["tokenizer"]
     assert TokenStore(store).manifest.added_tokens == {"<|end_of_turn|>": quickstart.end_id}
+
+
+# ---- Dry run ----
+
+
+def test_a_dry_run_prints_the_table_of_the_real_run_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    dump = long_dump(folder)
+    with dump.open("a") as file:
+        file.write(json.dumps(chat("copy", "Hi", " Hello")) + "\nnot JSON\n")
+    recipe = write_recipe(folder, [source("s", dump)], max_tokens=128, eval_fraction=0.3)
+
+    def listing() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = listing()
+    main(["--dry-run", str(recipe)])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == "dry run: nothing was written"
+    assert listing() == before
+
+    store = make(recipe)
+    assert capsys.readouterr().out.splitlines()[:-1] == table
+    assert any("exact_duplicate 1 (" in line for line in table) and any("not_json 1 (" in line for line in table)
+
+    before = listing()
+    main(["--dry-run", str(recipe)])  # though the store is up to date
+    assert capsys.readouterr().out.splitlines() == [*table, last]
+    assert listing() == before
+    assert len(TokenStore(store)) > 0
+
+
+def test_a_dry_run_says_what_is_wrong_with_the_input(tmp_path: Path) -> None:
+    dump = tmp_path / "dump.json"
+    dump.write_text('[{"id": 1},')
+    assert failure("--dry-run", write_recipe(tmp_path, [source("s", dump)])).startswith(f"error: {dump}, byte ")
+    assert no_store_is_made(tmp_path, dump.name)
 
 
 # ---- Held out ----
@@ -570,11 +987,12 @@ def test_the_held_out_split_is_disjoint_complete_and_the_same_every_time(tmp_pat
         recipe = write_recipe(tmp_path, [source("s", dump)], eval_fraction=0.2, store=str(tmp_path / f"{name} store"))
         store = make(recipe)
         train, held_out = ids_in(store), ids_in(store, "eval")
-        assert sorted(train + held_out) == sorted(record["id"] for record in order)
-        splits.append(set(held_out))
+        kept = [id for id, reason in reasons_in(store).items() if reason is None]
+        assert sorted(train + held_out) == sorted(kept)
+        splits.append((set(train), set(held_out)))
     assert splits[0] == splits[1]
-    # A share of 0.2 of the distinct texts; five standard deviations of a fair draw of 400 are 0.1.
-    assert 0.1 < len(splits[0]) / len(records) < 0.3
+    # A share of 0.2 of the groups of like texts; five standard deviations of a fair draw of 400 are 0.1.
+    assert 0.1 < len(splits[0][1]) / len(records) < 0.3
 
 
 def test_a_larger_held_out_share_contains_the_smaller_one(tmp_path: Path) -> None:
@@ -583,101 +1001,37 @@ def test_a_larger_held_out_share_contains_the_smaller_one(tmp_path: Path) -> Non
     assert small < large
 
 
-def test_equal_texts_land_in_the_same_split_whatever_their_id_source_and_condition(tmp_path: Path) -> None:
-    turns = [(f"What is {number} plus 1?", f"It is {number + 1}.") for number in range(100)]
-    dump = write_lines(
-        tmp_path / "dump.jsonl",
-        *(chat(f"a{number}", *texts, model="a") for number, texts in enumerate(turns)),
-        *(chat(f"b{number}", *texts, model="b") for number, texts in enumerate(turns)),
-    )
+def test_like_texts_and_the_parts_of_one_land_in_the_same_split(tmp_path: Path) -> None:
+    """Equal texts of two sources, near-duplicates, chats that begin alike, and what a long one was split into."""
+    groups = 60
+    records = []
+    for group in range(groups):
+        question, answer = prose(10 * group, 60), prose(10 * group + 1, 120)
+        records += [
+            chat(f"{group} original", question, answer, model="a"),
+            chat(f"{group} copy", question, answer, model="b"),
+            chat(f"{group} near", f"Please: {question}", answer, model="a"),
+            chat(f"{group} begin", question, answer, prose(10 * group + 2, 200), "No.", model="b"),
+        ]
+    np.random.default_rng(0).shuffle(records)
+    dump = write_lines(tmp_path / "dump.jsonl", *records)
     sources = [
         source("a", dump, where={"model": "a"}),
         source("b", dump, where={"model": "b"}, condition="GPT3", weight=0.1),
     ]
-    store = make(write_recipe(tmp_path, sources, eval_fraction=0.3))
-    held_out = ids_in(store, "eval")
-    by_source = [{id_[1:] for id_ in held_out if id_[0] == name} for name in "ab"]
-    assert by_source[0] == by_source[1]
-    assert 0 < len(by_source[0]) < 100
+    recipe = write_recipe(tmp_path, sources, max_tokens=256, overlong_context=0, eval_fraction=0.3, dedupe=KEEP_COPIES)
+    store = make(recipe)
+    of_split = {split: ids_in(store, split) for split in ("train", "eval")}
+    assert any("#2" in id for id in of_split["eval"])
+    members = {split: {id.partition("#")[0] for id in ids} for split, ids in of_split.items()}
+    assert len(members["train"]) + len(members["eval"]) == len(records)
+    by_group = {split: {id.partition(" ")[0] for id in ids} for split, ids in members.items()}
+    assert not by_group["train"] & by_group["eval"]
+    # Five standard deviations of a fair draw of 60 are 0.3.
+    assert 0 < len(by_group["eval"]) / groups < 0.6
 
 
 def test_without_a_share_nothing_is_held_out(tmp_path: Path) -> None:
     store = make(write_recipe(tmp_path, [source("s", ROOT / "data/quickstart.json")]))
     assert len(TokenStore(store, "eval")) == 0
-    assert counts_of(store)["s"]["kept"] == len(TokenStore(store))
-
-
-# ---- Stopped in the middle ----
-
-
-@pytest.fixture(scope="module")
-def large_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 20 MB of text: some seconds of work, so that a signal meets it."""
-    path = tmp_path_factory.mktemp("dump") / "large.jsonl"
-    random = np.random.default_rng(0)
-    with path.open("w") as file:
-        for number in range(25_000):
-            words = " ".join(f"word{word}" for word in random.integers(0, 10**6, 65).tolist())
-            file.write(json.dumps(chat(str(number), words[:200], words[200:])) + "\n")
-    assert 18e6 < path.stat().st_size < 22e6
-    return path
-
-
-def stop_in_the_middle(recipe: Path, folder: Path, how: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start the command, and send it the signal as soon as there are examples in its half store."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ochat_train.preprocess", str(recipe)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts what it puts into the background with SIGINT ignored, and pytest may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    half = folder / f"store.partial-{process.pid}"
-    try:
-        deadline = time.monotonic() + 60
-        while sum(path.stat().st_size for path in half.glob("train/*")) < 100_000:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(how)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    return subprocess.CompletedProcess([], process.returncode, out, err)
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_interrupted_leaves_nothing(how: signal.Signals, tmp_path: Path, large_dump: Path) -> None:
-    result = stop_in_the_middle(write_recipe(tmp_path, [source("s", large_dump)]), tmp_path, how)
-    assert result.returncode == 1
-    assert "interrupted; the store was not touched" in result.stderr and "Traceback" not in result.stderr
-    assert nothing_is_left(tmp_path)
-
-
-def test_a_run_that_is_killed_leaves_no_store_and_the_next_one_cleans_up(tmp_path: Path, large_dump: Path) -> None:
-    small = write_lines(tmp_path / "small.jsonl", chat("1", "Hi", "Hello"))
-    recipe = write_recipe(tmp_path, [source("s", large_dump)])
-    result = stop_in_the_middle(recipe, tmp_path, signal.SIGKILL)
-    assert result.returncode == -signal.SIGKILL
-    assert not (tmp_path / "store").exists()
-    (leftover,) = tmp_path.glob("store.partial-*")
-    assert not (leftover / "manifest.json").exists()
-    with pytest.raises(ValueError, match="no complete token store"):
-        TokenStore(tmp_path / "store")
-
-    store = make(recipe, f"data.sources.0.path={small}")
-    assert ids_in(store) == ["1"]
-    assert nothing_is_left(tmp_path, "store", small.name)
-
-
-def test_an_older_store_survives_a_run_that_is_interrupted(tmp_path: Path, large_dump: Path) -> None:
-    small = write_lines(tmp_path / "small.jsonl", chat("1", "Hi", "Hello"))
-    recipe = write_recipe(tmp_path, [source("s", large_dump)])
-    store = make(recipe, f"data.sources.0.path={small}")
-    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    assert stop_in_the_middle(recipe, tmp_path, signal.SIGINT).returncode == 1
-    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
-    assert nothing_is_left(tmp_path, "store", small.name)
+    assert manifest_of(store).counts["s"]["kept"] == len(TokenStore(store))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -254,6 +255,47 @@ def test_files_come_in_the_order_given_and_progress_counts_them_all(tmp_path: Pa
     assert progress[-1] == sum(len(data) for data, _ in FORMS.values())
 
 
+def test_small_files_of_one_form_share_a_chunk_and_keep_their_names(tmp_path: Path) -> None:
+    paths = []
+    for number in range(60):
+        paths.append(str(tmp_path / f"{number}.json"))
+        Path(paths[-1]).write_bytes(b'[{"n": %d}]' % number if number < 30 else b'{"n": %d}\n' % number)
+    for chunk_bytes, num_chunks in ((MIB, 2), (80, 8), (1, 60)):
+        chunks = list(read_chunks(paths, chunk_bytes=chunk_bytes))
+        assert abs(len(chunks) - num_chunks) <= 2
+        assert [chunk.form for chunk in chunks] == sorted(chunk.form for chunk in chunks)
+        got = [(record.file, record.offset, record.fields["n"]) for chunk in chunks for record in chunk.records()]
+        assert got == [(path, int(number < 30), number) for number, path in enumerate(paths)]
+        progress = [chunk.bytes_read for chunk in chunks]
+        assert progress == sorted(progress)
+        assert progress[-1] == sum(Path(path).stat().st_size for path in paths)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path: Path, name: str) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"d\xe9.json")
+    with open(path, "wb") as file:
+        file.write(FORMS[name][0])
+    (listed,) = list_files(str(tmp_path))
+    names = {record.file for record in read(listed)}
+    assert {file[: len(str(tmp_path)) + 11] for file in names} == {f"{tmp_path}/d\\xe9.json"}
+    with open(path, "wb") as file:
+        file.write(b"?")
+    assert error_of(listed).startswith(f"{tmp_path}/d\\xe9.json, byte 0: ")
+    os.remove(path)
+    assert error_of(listed).startswith(f"{tmp_path}/d\\xe9.json cannot be read: ")
+
+
+def test_a_member_name_that_is_not_utf8_is_escaped(write: Write) -> None:
+    path = write(tar_of({"d\udce9.json": b"[1]", "é.json": b"[2]"}, tarfile.GNU_FORMAT))
+    assert [record.file for record in read(path)] == [f"{path}/d\\xe9.json", f"{path}/é.json"]
+    path = write(tar_of({"d\udce9.json": b"?"}, tarfile.GNU_FORMAT))
+    assert error_of(path).startswith(f"{path}/d\\xe9.json, byte 0: ")
+    path = write(zip_of({"dXX.json": b"[1]"}).replace(b"dXX", b"d\xe9\xff"))
+    (record,) = read(path)
+    record.file.encode()
+
+
 def test_a_dataset_that_datasets_saved_is_read(tmp_path: Path) -> None:
     import datasets
 
@@ -320,6 +362,37 @@ def test_bytes_and_surrogates_that_are_no_text_become_replacement_characters(
     assert record.repairs == ("invalid_utf8_replaced",)
 
 
+@pytest.mark.parametrize("form", ["array", "lines"])
+@pytest.mark.parametrize(
+    ("raw", "expected", "repairs"),
+    [
+        (b'{"a": NaN, "b":[Infinity,-Infinity]}', {"a": None, "b": [None, None]}, ("nan_replaced",)),
+        (rb'{"NaN": "NaN \" Infinity", "\\": NaN}', {"NaN": 'NaN " Infinity', "\\": None}, ("nan_replaced",)),
+        (b'{"a": "\xff NaN", "b": NaN}', {"a": "\ufffd NaN", "b": None}, ("invalid_utf8_replaced", "nan_replaced")),
+        (b'{"a": "\xff NaN"}', {"a": "\ufffd NaN"}, ("invalid_utf8_replaced",)),
+        (b'{"a": "NaN"}', {"a": "NaN"}, ()),
+    ],
+)
+def test_numbers_that_json_does_not_have_become_null(
+    write: Write, form: str, raw: bytes, expected: Any, repairs: tuple[str, ...]
+) -> None:
+    (record,) = read(write(b"[" + raw + b"]" if form == "array" else raw))
+    assert (record.fields, record.repairs) == (expected, repairs)
+
+
+@pytest.mark.parametrize("bad", ["NaNs", "xNaN", "1NaN", "-NaN", "--Infinity", "+Infinity", "NaN NaN", "nan"])
+def test_what_only_looks_like_such_a_number_is_not_json(write: Write, bad: str) -> None:
+    assert [record.damage for record in read(write(b'{"a": %s}\n' % bad.encode()))] == ["not_json"]
+
+
+@pytest.mark.parametrize("unit", [b'\\"', b'"', b"NaN", b"-", b"\\"])
+def test_looking_for_them_costs_linear_time(write: Write, unit: bytes) -> None:
+    path = write(b'{"a": NaN, "b": "' + unit * (2 * MIB // len(unit)) + b"}\n")
+    start = time.process_time()
+    assert [record.damage for record in read(path)] == ["not_json"]
+    assert time.process_time() - start < 5
+
+
 def test_whole_surrogate_pairs_and_escaped_backslashes_are_no_repair(write: Write) -> None:
     (record,) = read(write(rb'{"a": "\ud83d\ude00 \\ud83d \u00e9"}'))
     assert record.fields == {"a": "😀 \\ud83d é"}
@@ -328,7 +401,7 @@ def test_whole_surrogate_pairs_and_escaped_backslashes_are_no_repair(write: Writ
 
 @pytest.mark.parametrize("chunk_bytes", [1, 10, MIB])
 def test_a_bad_line_is_damage_and_the_lines_behind_it_are_read(write: Write, chunk_bytes: int) -> None:
-    raw = b'{"a": 1}\n{"a": \n\n{"a": NaN}\n{"a": 2} x\n{"a": 3}\n{"a": "cu'
+    raw = b'{"a": 1}\n{"a": \n\n{"a": nan}\n{"a": 2} x\n{"a": 3}\n{"a": "cu'
     got = read(write(raw), chunk_bytes=chunk_bytes)
     assert [record.fields for record in got] == [{"a": 1}, None, None, None, {"a": 3}, None]
     damages = [None, "not_json", "not_json", "not_json", None, "truncated_record"]
@@ -336,6 +409,13 @@ def test_a_bad_line_is_damage_and_the_lines_behind_it_are_read(write: Write, chu
     places = [raw[record.offset : record.end] for record in got]
     assert places[1] == b'{"a":'
     assert places[5] == b'{"a": "cu'
+    assert [record.raw for record in got] == [None, '{"a":', '{"a": nan}', '{"a": 2} x', None, '{"a": "cu']
+
+
+def test_of_a_bad_line_the_beginning_is_shown_and_never_compared(write: Write) -> None:
+    (_, record) = read(write(b'{"a": 1}\n{"\xff' + b"x" * 5000 + b"\n"))
+    assert record.raw == '{"\\xff' + "x" * 1997
+    assert record == Record(record.file, 9, 9 + 5003, None, "not_json")
 
 
 def test_a_bad_last_line_with_a_line_end_is_not_called_truncated(write: Write) -> None:
@@ -377,7 +457,7 @@ def test_deep_nesting_is_bad_syntax(write: Write) -> None:
         (b'[{"a": 1}}', 9, "instead of ','"),
         (b'[{"a": 1},\n {"a" 1}, {"a": 2}]', 12, "not valid JSON"),
         (b"[1, tru, 2]", 4, "not valid JSON"),
-        (b"[1, NaN]", 4, "not valid JSON"),
+        (b"[1, NaNs]", 4, "not valid JSON"),
         (b'[1, "a\nb"]', 4, "not valid JSON"),
         (b"[1, {]]", 4, "not valid JSON"),
         (b"[1] 2", 4, "follows"),

@@ -251,13 +251,19 @@ def test_a_record_that_cannot_be_used_says_why(fields: Any, reason: str, detail:
     assert detail in parsed.detail
 
 
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), 10**400, True, False, "1", [1]])
-def test_a_weight_is_a_finite_number_of_at_least_0(weight: object) -> None:
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), 3.41e38, 10**39, 10**400, True, False, "1", [1]])
+def test_a_weight_is_a_finite_float32_of_at_least_0(weight: object) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": weight}]
     parsed = parse({"items": turns})
     assert isinstance(parsed, Drop)
     assert parsed.reason == "bad_weight"
     assert "turn 2" in parsed.detail
+
+
+def test_the_largest_float32_is_a_weight() -> None:
+    parsed = parse({"items": [{"role": "assistant", "content": "y", "weight": 3.4028234663852886e38}]})
+    assert isinstance(parsed, Turns)
+    assert parsed.messages[0].weight == 3.4028234663852886e38
 
 
 def test_deeply_nested_values_in_any_place_are_dropped_not_raised() -> None:

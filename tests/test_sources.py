@@ -86,7 +86,7 @@ def test_a_record_that_is_no_object_belongs_to_the_only_candidate_or_to_none(fie
 
 
 def turns_of(*messages: Message, condition: str | None = None) -> Turns:
-    return Turns("rec7", condition, "Be brief.", messages, ())
+    return Turns("rec7", "role/content", False, condition, "Be brief.", messages, ())
 
 
 def test_weights_multiply_and_become_numbers() -> None:

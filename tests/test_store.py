@@ -1,18 +1,19 @@
 """What goes into a store comes out of it, and a store is there as a whole or not at all."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import ochat_train.tokens.store
 from ochat_train.tokens.encode import Example
-from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore, read_manifest
+from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore, check_store_path, read_manifest
+from tests.dumps import contents
 
 CONDITIONS = ("GPT4", "", "größer")
 
@@ -38,6 +39,28 @@ def random_rows(num_rows: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def table_of(rows: Sequence[Row]) -> pa.Table:
+    """The rows as a shard has them: with a column more than a store."""
+    columns = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "source": pa.array([row.source for row in rows], pa.string()),
+        "condition": pa.array([row.condition for row in rows], pa.string()),
+        "input_ids": pa.array([row.example.input_ids for row in rows], pa.list_(pa.int32())),
+        "loss_weights": pa.array([row.example.loss_weights for row in rows], pa.list_(pa.float32())),
+        "record": pa.array(range(len(rows)), pa.int32()),
+    }
+    return pa.table(columns)
+
+
+def add_all(writer: StoreWriter, split: Split, rows: Sequence[Row], sizes: Sequence[int] = (700, 1, 0, 299)) -> None:
+    """Add the rows in tables of these sizes, over and over."""
+    start = number = 0
+    while start < len(rows):
+        size = sizes[number % len(sizes)]
+        writer.add(split, table_of(rows[start : start + size]))
+        start, number = start + size, number + 1
+
+
 def manifest_of(writer: StoreWriter, fingerprint: str = "f" * 64) -> Manifest:
     return Manifest(
         fingerprint=fingerprint,
@@ -48,19 +71,24 @@ def manifest_of(writer: StoreWriter, fingerprint: str = "f" * 64) -> Manifest:
         added_tokens={"<|end_of_turn|>": 32000},
         splits=writer.split_totals(),
         counts={},
+        overlong={},
     )
 
 
-def write(path: Path, train: Sequence[Row], eval_: Sequence[Row] = (), fingerprint: str = "f" * 64) -> None:
-    with StoreWriter(path) as writer:
-        add_all(writer, "train", train)
-        add_all(writer, "eval", eval_)
-        writer.finish(manifest_of(writer, fingerprint))
+def staging_beside(path: Path) -> Path:
+    """The empty folder in which a store for `path` is written, as preprocessing makes it."""
+    staging = path.with_name(f"{path.name}.partial-test") / "store"
+    staging.mkdir(parents=True)
+    return staging
 
 
-def add_all(writer: StoreWriter, split: Split, rows: Sequence[Row]) -> None:
-    for row in rows:
-        writer.add(split, row.id, row.source, row.condition, row.example)
+def write(path: Path, train: Sequence[Row], eval_: Sequence[Row] = (), fingerprint: str = "f" * 64) -> Path:
+    """Write a store, and give back the work folder, which is left to whoever made it."""
+    writer = StoreWriter(staging_beside(path))
+    add_all(writer, "train", train)
+    add_all(writer, "eval", eval_)
+    writer.finish(manifest_of(writer, fingerprint), path)
+    return writer.staging.parent
 
 
 def check_split(path: Path, split: Split, rows: Sequence[Row]) -> None:
@@ -80,28 +108,17 @@ def check_split(path: Path, split: Split, rows: Sequence[Row]) -> None:
         assert store.name(position) == row.id
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 # ---- Round trip ----
 
 
-# Rows are written in batches of 1,000.
 @pytest.mark.parametrize(("num_train", "num_eval"), [(1, 0), (7, 3), (1000, 1), (2345, 1001)])
 def test_every_example_comes_back_as_it_was(num_train: int, num_eval: int, tmp_path: Path) -> None:
     train, eval_ = random_rows(num_train, 1), random_rows(num_eval, 2)
-    path = tmp_path / "deep" / "store"
-    write(path, train, eval_)
+    path = tmp_path / "store"
+    work = write(path, train, eval_)
     check_split(path, "train", train)
     check_split(path, "eval", eval_)
-    assert os.listdir(path.parent) == ["store"]
+    assert os.listdir(work) == []
 
 
 def test_the_manifest_comes_back_with_the_totals_of_each_split(tmp_path: Path) -> None:
@@ -120,6 +137,21 @@ def test_the_manifest_comes_back_with_the_totals_of_each_split(tmp_path: Path) -
             "num_supervised_tokens": int((weights > 0).sum()),
             "weight_sum": pytest.approx(weights.sum(dtype=np.float64), rel=1e-12),  # another order of f64 additions
         }
+
+
+def test_conditions_are_numbered_over_both_splits_and_weighed_in_training_alone(tmp_path: Path) -> None:
+    def row(condition: str, *weights: float) -> Row:
+        return Row("", "", condition, Example(np.zeros(len(weights), np.int32), np.array(weights, np.float32)))
+
+    writer = StoreWriter(staging_beside(tmp_path / "store"))
+    writer.add("train", table_of([row("b", 0, 0.5, 0.5), row("a", 0, 2)]))
+    writer.add("eval", table_of([row("only held out", 0, 1), row("b", 0, 9)]))
+    writer.add("train", table_of([row("unweighted", 0, 0), row("b", 0, 2, 0)]))
+    assert writer.conditions == ["b", "a", "only held out", "unweighted"]
+    assert writer.trained_condition_weights() == {"b": 1.0, "a": 2.0}
+    writer.finish(manifest_of(writer), tmp_path / "store")
+    assert TokenStore(tmp_path / "store").condition_ids.tolist() == [0, 1, 3, 0]
+    assert TokenStore(tmp_path / "store", "eval").condition_ids.tolist() == [2, 0]
 
 
 def test_datasets_opens_it(tmp_path: Path) -> None:
@@ -151,41 +183,74 @@ def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
     rows, eval_ = random_rows(1200), random_rows(20, 3)
     for name in ("a", "b"):
         write(tmp_path / name, rows, eval_)
-    first, second = (
-        {name: data for name, data in contents(tmp_path / folder).items() if name.endswith((".arrow", ".npy"))}
-        for folder in ("a", "b")
-    )
-    assert len(first) == 8
-    assert first == second
+    first = contents(tmp_path / "a")
+    assert {"train/data-00000-of-00001.arrow", "eval/lengths.npy", "manifest.json"} < first.keys()
+    assert first == contents(tmp_path / "b")
 
 
 # ---- All or nothing ----
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_leaving_by_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), StoreWriter(tmp_path / "store") as writer:
-        add_all(writer, "train", random_rows(1500))
-        assert writer.partial.is_dir()
-        raise error
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_is_at_its_place_until_the_store_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    writer = StoreWriter(staging_beside(path))
+    add_all(writer, "train", random_rows(1500))
+    assert not path.exists()
+    assert not (writer.staging / "manifest.json").exists()
+    writer.finish(manifest_of(writer), path)
+    assert len(TokenStore(path)) == 1500
+    assert not writer.staging.exists()
 
 
-def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "store") as writer:
-        add_all(writer, "train", random_rows(3))
-    assert list(tmp_path.iterdir()) == []
+def test_the_manifest_is_written_when_all_else_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = StoreWriter(staging_beside(tmp_path / "store"))
+    add_all(writer, "train", random_rows(30))
+    manifest = manifest_of(writer)
+    write_bytes, names = Path.write_bytes, []
+
+    def fail_at_manifest(self: Path, data: bytes) -> int:
+        names.append(self.name)
+        if self.name == "manifest.json":
+            raise OSError("disk full")
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_at_manifest)
+    with pytest.raises(OSError, match="disk full"):
+        writer.finish(manifest, tmp_path / "store")
+    assert names[-1] == "manifest.json"
+    assert not (tmp_path / "store").exists()
+    monkeypatch.undo()
+    written = set(contents(writer.staging))
+    write(tmp_path / "whole", random_rows(30))
+    assert written == set(contents(tmp_path / "whole")) - {"manifest.json"}
+
+
+def test_all_of_it_is_on_the_disk_before_it_is_moved_to_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushed = tmp_path / "store", []
+    writer = StoreWriter(staging_beside(path))
+    add_all(writer, "train", random_rows(30))
+
+    def flush(folder: Path) -> None:
+        assert not path.exists()
+        flushed.append(contents(folder))
+
+    monkeypatch.setattr(ochat_train.tokens.store, "flush_tree", flush)
+    writer.finish(manifest_of(writer), path)
+    assert flushed == [contents(path)]
 
 
 def test_an_older_store_survives_a_rewrite_that_fails(tmp_path: Path) -> None:
     path, rows = tmp_path / "store", random_rows(30)
     write(path, rows)
     before = contents(path)
-    with pytest.raises(RuntimeError), StoreWriter(path) as writer:
-        add_all(writer, "train", random_rows(2000, 9))
-        raise RuntimeError
+    writer = StoreWriter(staging_beside(tmp_path / "other"))
+    add_all(writer, "train", random_rows(2000, 9))
+    (writer.staging / "manifest.json").mkdir()  # so that it cannot be written
+    with pytest.raises(OSError):
+        writer.finish(manifest_of(writer), path)
     assert contents(path) == before
-    assert os.listdir(tmp_path) == ["store"]
     check_split(path, "train", rows)
 
 
@@ -194,50 +259,38 @@ def test_a_rewrite_replaces_the_older_store_as_a_whole(tmp_path: Path) -> None:
     write(path, random_rows(30), random_rows(4), fingerprint="old")
     opened = TokenStore(path)  # a training run that still reads the old one
     last = opened[29]
-    write(path, rows, fingerprint="new")
+    work = write(path, rows, fingerprint="new")
     check_split(path, "train", rows)
     check_split(path, "eval", [])
     assert TokenStore(path).fingerprint == "new"
-    assert os.listdir(tmp_path) == ["store"]
+    assert read_manifest(work / "old") is not None  # out of the way, for whoever made the work folder to remove
+    assert sorted(os.listdir(tmp_path)) == ["store", work.name]
     assert np.array_equal(opened[29].input_ids, last.input_ids)
 
 
-def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    dead, alive = dead_pid(), os.getppid()
-    for name in (f"store.partial-{dead}", f"store.partial-{dead}-old", f"store.partial-{alive}"):
-        (tmp_path / name / "train").mkdir(parents=True)
-        (tmp_path / name / "train.stream").write_bytes(b"half")
-    untouched = {f"store.partial-{alive}", "store.partial-notes", f"store2.partial-{dead}", f"other-{dead}"}
-    for name in untouched:
-        (tmp_path / name).mkdir(exist_ok=True)
-    write(tmp_path / "store", random_rows(3))
-    assert set(os.listdir(tmp_path)) == {"store", *untouched}
-    assert contents(tmp_path / f"store.partial-{alive}") == {"train.stream": b"half"}
-
-
 @pytest.mark.parametrize("content", ["thesis.txt", "sub/photo.jpg", "dataset_dict.json"])
-def test_a_folder_that_is_no_store_is_refused_and_untouched(tmp_path: Path, content: str) -> None:
+def test_a_folder_that_is_no_store_is_refused(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "mine"
     (folder / content).parent.mkdir(parents=True)
     (folder / content).write_text("dear")
-    with pytest.raises(ValueError, match=f"{folder} exists and is not a token store"):
-        StoreWriter(folder)
-    assert contents(folder) == {content: b"dear"}
-    assert os.listdir(tmp_path) == ["mine"]
+    with pytest.raises(ValueError, match=f"data.store {folder} exists and is not a token store"):
+        check_store_path(folder)
 
 
-def test_a_file_in_the_place_of_the_store_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_store_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine"
     file.write_text("dear")
     with pytest.raises(ValueError, match="is not a token store"):
-        StoreWriter(file)
-    assert contents(tmp_path) == {"mine": b"dear"}
+        check_store_path(file)
 
 
-def test_an_empty_folder_in_the_place_of_the_store_is_used(tmp_path: Path) -> None:
+def test_a_store_no_place_or_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
+    check_store_path(tmp_path / "none")
     (tmp_path / "store").mkdir()
+    check_store_path(tmp_path / "store")
     write(tmp_path / "store", random_rows(2))
     assert len(TokenStore(tmp_path / "store")) == 2
+    check_store_path(tmp_path / "store")
 
 
 # ---- Reading ----
@@ -258,10 +311,13 @@ def test_a_store_of_another_format_is_refused_for_reading_and_may_be_replaced(tm
     path = tmp_path / "store"
     write(path, random_rows(3))
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 0, "more": 1'))
+    text = manifest.read_text()
+    assert '"format_version": 2' in text
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": 1, "more": 1'))
     assert read_manifest(path) is None
     with pytest.raises(ValueError, match="no complete token store"):
         TokenStore(path)
+    check_store_path(path)
     write(path, random_rows(4))
     assert len(TokenStore(path)) == 4
 

@@ -28,7 +28,7 @@ def clean_turns(turns: Turns, *, html: Literal["auto", "always", "never"]) -> Tu
     was done: "html_converted", "page_noise_removed", then those of `repair_turns`. The drop's reason is "no_answer",
     "html_too_deep" or "html_not_converted".
 
-    Worked example: user "2 / 2\\n\\n1 &lt; 2?" and assistant "<p>Yes</p>" of a page become user "1 < 2?" and
+    Worked example: user "2 / 2\\n\\nIs a &lt; b?" and assistant "<p>Yes</p>" of a page become user "Is a < b?" and
     assistant "Yes", (html_converted, page_noise_removed).
     """
     repairs = turns.repairs
@@ -40,7 +40,7 @@ def clean_turns(turns: Turns, *, html: Literal["auto", "always", "never"]) -> Tu
             return Drop(turns.id, error.reason, error.detail, repairs)
         if (system, messages) != (turns.system, turns.messages):
             repairs += ("html_converted",)
-    clean = remove_page_noise(messages)
+    clean = remove_page_noise(messages, is_page=turns.is_page or "html_converted" in repairs)
     if clean != messages:
         repairs += ("page_noise_removed",)
     repaired = repair_turns(system, clean)
@@ -73,18 +73,48 @@ def convert_html(system: str, messages: Messages, *, sure: bool) -> tuple[str, M
 # ---- Page noise: the examples of each rule say what it removes and what it leaves ----
 
 
-def remove_page_noise(messages: Messages) -> Messages:
-    """With the rules below applied to every text, but not to what a tool says, which is data."""
+def remove_page_noise(messages: Messages, *, is_page: bool) -> Messages:
+    r"""With the rules below applied to every text, but not to what a tool says, which is data.
+
+    A first line like 1 / 2 goes only where the record is surely a page's: it was saved as one or was HTML
+    (`is_page`), the other rules found something in it, or `repeats_counter` holds.
+
+    >>> answered = (Message("user", "Hi"), Message("assistant", "1 / 2\n\nHello"))
+    >>> [message.text for message in remove_page_noise(answered, is_page=True)]
+    ['Hi', 'Hello']
+    >>> remove_page_noise(answered, is_page=False) == answered
+    True
+    >>> glued = (Message("user", "HiShare Prompt"), *answered[1:])
+    >>> [message.text for message in remove_page_noise(glued, is_page=False)]
+    ['Hi', 'Hello']
+    """
+    clean = tuple(
+        message if message.role == "tool" else _with_text(message, _remove_captions(message)) for message in messages
+    )
+    counted = _remove_counters(clean)
+    return counted if is_page or clean != messages or repeats_counter(clean, counted) else clean
+
+
+def _with_text(message: Message, text: str) -> Message:
+    return message if text == message.text else replace(message, text=text)
+
+
+def _remove_captions(message: Message) -> str:
+    text = remove_glued_buttons(message.text) if message.role == "user" else message.text
+    return remove_copy_counts(remove_copy_code(text))
+
+
+def _remove_counters(messages: Messages) -> Messages:
     clean = []
     question = ""
     for message in messages:
-        text = remove_glued_buttons(message.text) if message.role == "user" else message.text
         if message.role != "tool":
-            text = remove_copy_counts(remove_copy_code(text))
-            text = remove_regenerate_counter(text, question if message.role == "assistant" else "")
+            message = _with_text(
+                message, remove_regenerate_counter(message.text, question if message.role == "assistant" else "")
+            )
         if message.role == "user":
-            question = text
-        clean.append(message if text == message.text else replace(message, text=text))
+            question = message.text
+        clean.append(message)
     return tuple(clean)
 
 
@@ -188,27 +218,64 @@ def remove_copy_counts(text: str) -> str:
     return "".join(pieces) + text[at:]
 
 
-_COUNTER = re.compile(r"(\d{1,3}) / (\d{1,3})[ \t]*[\r\n]++(?=\s*\S)")
+_COUNTER = re.compile(r"(\d{1,2}) / (\d{1,2})[ \t]*[\r\n]++(?=\s*\S)")
+MAX_COUNTED = 30  # nobody asks for more answers to one question; 12 / 31 is a date
+_FRACTION_WORD = re.compile(
+    r"[¼½¾]|\b(?:fractions?|decimals?|ratios?|percent\w*|proportions?|hal(?:f|ves)|thirds?|quarters?|"
+    r"(?:four|fif|six|seven|eigh|nin|ten)ths?|divi[ds]\w*|quotients?|numerators?|denominators?|probabilit\w*|odds|"
+    r"chances?|scores?|ratings?|dates?|time signatures?)\b",
+    re.IGNORECASE,
+)
 
 
 def remove_regenerate_counter(text: str, question: str) -> str:
     r"""Without a first line that says which of the answers this is; `question` is what an answer answers, else empty.
 
-    Where the question has a digit, such a line may be a fraction, and stays.
+    Such a line has n <= m <= 30 and more text below it. It may be a fraction, and stays, where the question, or what
+    a user typed below the line, has a digit or a word of fractions. Only `remove_page_noise` knows whether the
+    record is a page's.
 
     >>> remove_regenerate_counter("2 / 3\n\nSure! Here is", "Write a poem")
     'Sure! Here is'
     >>> remove_regenerate_counter("3 / 4\nThat is 6/8 in lowest terms.", "What is 6/8?")
     '3 / 4\nThat is 6/8 in lowest terms.'
+    >>> remove_regenerate_counter("3 / 4\n\nis the answer.", "What is three quarters as a fraction?")
+    '3 / 4\n\nis the answer.'
+    >>> remove_regenerate_counter("1 / 2\nWrite a poem", ""), remove_regenerate_counter("3 / 4\nas a decimal", "")
+    ('Write a poem', '3 / 4\nas a decimal')
     >>> remove_regenerate_counter("3 / 4 of the people", ""), remove_regenerate_counter("1 / 2", "")
     ('3 / 4 of the people', '1 / 2')
-    >>> remove_regenerate_counter("4 / 3\nis above one", ""), remove_regenerate_counter("a\n1 / 2\nb", "")
-    ('4 / 3\nis above one', 'a\n1 / 2\nb')
+    >>> remove_regenerate_counter("4 / 3\nis above one", ""), remove_regenerate_counter("12 / 31\nParty plan", "")
+    ('4 / 3\nis above one', '12 / 31\nParty plan')
     """
     at = 0
-    while (counter := _COUNTER.match(text, at)) and 1 <= int(counter[1]) <= int(counter[2]):
+    while (counter := _COUNTER.match(text, at)) and 1 <= int(counter[1]) <= int(counter[2]) <= MAX_COUNTED:
         at = counter.end()
-    return text if at and any(map(str.isdigit, question)) else text[at:]
+    if not at:
+        return text
+    judged = question or text[at:]
+    return text if any(map(str.isdigit, judged)) or _FRACTION_WORD.search(judged) else text[at:]
+
+
+def repeats_counter(messages: Messages, counted: Messages) -> bool:
+    r"""Whether two turns of one role begin with the same counter; `counted` is them without what may be one.
+
+    Parts of a long text are counted too, but then each has a number of its own.
+
+    >>> def repeats(first, second):
+    ...     turns = Message("user", first), Message("user", second)
+    ...     return repeats_counter(turns, _remove_counters(turns))
+    >>> repeats("1 / 1\nWrite a poem", "1 / 1\nLonger"), repeats("1 / 2\nFirst part", "2 / 2\nSecond part")
+    (True, False)
+    >>> repeats("3 / 4\nas a decimal", "3 / 4\nin percent")
+    False
+    """
+    counters = [
+        (before.role, *before.text.split(maxsplit=3)[:3])
+        for before, after in zip(messages, counted, strict=True)
+        if before.text != after.text
+    ]
+    return len(set(counters)) < len(counters)
 
 
 # What a row of the page holds behind what the user typed, as it runs into it where the row was saved as bare text.

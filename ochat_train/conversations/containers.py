@@ -40,6 +40,15 @@ def explain(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def escape_name(name: str) -> str:
+    """The name as text that can be written anywhere: each byte of it that is not UTF-8 becomes its escape.
+
+    Worked example: `"d\\udce9"`, Python's name for the file b"d\\xe9", gives `r"d\\xe9"`. A name that is UTF-8 is given
+    as it is.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def has_known_suffix(name: str) -> bool:
     """Whether a file of a folder or an archive is meant to be read: of a known suffix, and not hidden.
 
@@ -87,8 +96,9 @@ class _Swelling:
 class ByteStream:
     """The bytes of a file or of an archive's member, once from front to back.
 
-    `name` is the path of the file on disk, with a member's name behind it: "dump.zip/pages/a.html". `packing` says how
-    it is packed, such as ", gzip in zip". `offset` counts the bytes that were given out.
+    `name` is the path of the file on disk, with a member's name behind it: "dump.zip/pages/a.html", both as
+    `escape_name` gives them. `packing` says how it is packed, such as ", gzip in zip". `offset` counts the bytes that
+    were given out.
 
     Reading raises ValueError, with name and byte, for whatever a library says of a damaged file, and for a file out of
     which comes more than BOMB_BYTES and more than BOMB_RATIO times what was read of it.
@@ -104,11 +114,6 @@ class ByteStream:
         self._read = read
         self._swelling = swelling
         self._ahead = b""
-
-    @property
-    def is_member(self) -> bool:
-        """Whether it lies in an archive."""
-        return self.name != self.disk.path
 
     def close(self) -> None:
         """Arrow asks for it; the file on disk is closed by `open_streams`."""
@@ -155,17 +160,18 @@ def open_streams(path: str) -> Iterator[ByteStream]:
     Raises ValueError while iterating: for a file that cannot be opened, an archive that is broken or holds no member to
     read, a zip inside gzip or zstd, and a member that is encrypted or packed by another method than deflate.
     """
+    name = escape_name(path)
     try:
         disk = DiskFile(path)
     except OSError as error:
-        raise Unreadable(f"{path} cannot be read: {error.strerror}; mend that, or leave it out") from None
+        raise Unreadable(f"{name} cannot be read: {error.strerror}; mend that, or leave it out") from None
     with disk:
-        stream = _decompress(ByteStream(path, "", disk.read, _Swelling(disk)), _Swelling(disk))
+        stream = _decompress(ByteStream(name, "", disk.read, _Swelling(disk)), _Swelling(disk))
         head = stream.peek(tarfile.BLOCKSIZE)
         if head.startswith((b"PK\3\4", b"PK\5\6")):
             if stream.packing:
-                raise unreadable(path, 0, f"a zip file{stream.packing}", "decompress it to the zip file first")
-            kind, members = "zip", _open_zip(disk)
+                raise unreadable(name, 0, f"a zip file{stream.packing}", "decompress it to the zip file first")
+            kind, members = "zip", _open_zip(disk, name)
         elif _is_tar(head):
             kind, members = "tar", _open_tar(stream)
         else:
@@ -173,12 +179,12 @@ def open_streams(path: str) -> Iterator[ByteStream]:
             return
         outer, inner = _Swelling(disk), _Swelling(disk)
         num_members = 0
-        for name, read in members:
+        for member, read in members:
             num_members += 1
-            yield _decompress(ByteStream(f"{path}/{name}", f" in {kind}{stream.packing}", read, outer), inner)
+            yield _decompress(ByteStream(f"{name}/{member}", f" in {kind}{stream.packing}", read, outer), inner)
         if not num_members:
             remedy = f"known suffixes are {' '.join(SUFFIXES)}"
-            raise unreadable(path, 0, "the archive holds no file with a known suffix", remedy)
+            raise unreadable(name, 0, "the archive holds no file with a known suffix", remedy)
 
 
 def _decompress(stream: ByteStream, swelling: _Swelling) -> ByteStream:
@@ -196,15 +202,15 @@ def _decompress(stream: ByteStream, swelling: _Swelling) -> ByteStream:
     return ByteStream(stream.name, f", {codec}{stream.packing}", source.read, swelling)
 
 
-def _open_zip(disk: DiskFile) -> Iterator[tuple[str, Callable[[int], bytes]]]:
+def _open_zip(disk: DiskFile, path: str) -> Iterator[tuple[str, Callable[[int], bytes]]]:
     try:
         archive = zipfile.ZipFile(disk)
     except Exception as error:  # as in ByteStream
-        raise unreadable(disk.path, 0, f"not a whole zip file ({explain(error)})", _FETCH_AGAIN) from error
+        raise unreadable(path, 0, f"not a whole zip file ({explain(error)})", _FETCH_AGAIN) from error
     for info in archive.infolist():
         if not has_known_suffix(info.filename):
             continue
-        name = f"{disk.path}/{info.filename}"
+        name = f"{path}/{info.filename}"
         if info.flag_bits & 1:
             raise unreadable(name, 0, "the member is encrypted", "unpack the archive with its password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -237,7 +243,7 @@ def _open_tar(stream: ByteStream) -> Iterator[tuple[str, Callable[[int], bytes]]
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep them all
             if info.isreg() and has_known_suffix(info.name):
-                yield info.name, archive.extractfile(info).read
+                yield escape_name(info.name), archive.extractfile(info).read
     except Unreadable:
         raise
     except Exception as error:  # as in ByteStream

@@ -9,8 +9,8 @@ chance that any two different texts are taken for equal is below 0.2 %.
 
 Bytes for a million conversations of three answers each:
 
-    TextKeys of all shards                 52 MB, with MinHash 308 MB
-    scratch files, neither near nor eval  110 MB
+    TextKeys of all shards                 60 MB, with MinHash 316 MB
+    scratch files, neither near nor eval  120 MB
     scratch files at a threshold of 0.8   690 MB: of these, signatures 256 MB and 18 bands 288 MB
     memory                                0.5 GB at most, however many conversations
 
@@ -19,12 +19,13 @@ BLOCK_SIZE conversations. The scratch files are mapped: the system keeps of them
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self, TypeVar
@@ -45,6 +46,7 @@ DROP_REASONS = {EXACT: "exact_duplicate", PREFIX: "earlier_snapshot", NEAR: "nea
 
 NUM_HASHES = 128  # MinHash values of a signature: an estimate is off by 0.035 at a similarity of 0.8
 SHINGLE_WORDS = 5
+MIN_QUESTION_WORDS = 5  # a shorter first question alone does not make conversations one group
 BAND_RECALL = 0.98  # of the pairs exactly at the threshold; more of those above it
 MAX_LEADERS = 64  # entries of one run of equal band keys that are compared with all others of the run
 BUCKET_SIZE = 1 << 22  # keys sorted at once
@@ -55,13 +57,16 @@ BLOCK_SIZE = 1 << 16  # conversations, or pairs of them, looked at at once
 class TextKeys:
     """What is remembered of N conversations to tell duplicates.
 
-    own: u64[N], a hash of the whole conversation: its system text and each message's role and text, in NFKC and with
-    every run of white space as one space.
+    own: u64[N], a hash of the whole conversation: its system text and each message's role, text and whether it has a
+    loss, which is a weight above 0. The texts are in NFKC and with every run of white space as one space.
     num_prefixes: i32[N]. prefixes: u64[sum of num_prefixes], the same hash of the conversation up to each of its
     answers but the last message, in order.
     priority: u64[N, 2], larger is better, the second decides where the first is equal: (largest loss weight as float32
     bits << 32 | characters with a loss), and a hash of source, condition, id, weights and exact texts.
     condition: u64[N], a hash of the condition.
+    question: u64[N], a hash of the first user message's text, so normalised, and nothing else; where it has fewer than
+    5 words, or there is none, of that text and the first answer behind it, so that not all that begin with "Hi" are
+    one group.
     signatures: u16[N, 128], MinHash of the words; u16[N, 0] if it was not asked for.
     """
 
@@ -70,6 +75,7 @@ class TextKeys:
     prefixes: U64
     priority: U64
     condition: U64
+    question: U64
     signatures: Signatures
 
     @classmethod
@@ -121,8 +127,9 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
     a run of ASCII letters and digits and of other characters that are not ASCII, but each Chinese, Japanese or Korean
     character is one. A conversation of fewer words is one shingle; one without any word is like no other.
 
-    Worked example: "Hi" / "Hello, you." / "Bye" / "Bye!" has the own key of " Hi\\n" / "Hello,  you." / "Bye" / "Bye!";
-    its one prefix is the own key of "Hi" / "Hello, you."; its words are hi, hello, you, bye, bye.
+    Worked example: "Hi" / "Hello, you." / "Bye" / "Bye!" has the own key of " Hi\\n" / "Hello,  you." / "Bye" / "Bye!",
+    if the same answers have a loss; its one prefix is then the own key of "Hi" / "Hello, you."; its words are hi,
+    hello, you, bye, bye; its question, of one word, is that of all that begin with "Hi" / "Hello, you.".
     """
     normalised = _normalise(
         [
@@ -131,7 +138,8 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
             for text in (conversation.system, *(message.text for message in conversation.messages))
         ]
     )
-    num_prefixes, own, prefixes, largest, supervised, exact, conditions, turns = [], [], [], [], [], [], [], []
+    num_prefixes, own, prefixes, largest, supervised = [], [], [], [], []
+    exact, conditions, questions, turns = [], [], [], []
     start = 0
     for conversation in conversations:
         end = start + 1 + len(conversation.messages)
@@ -144,6 +152,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         supervised.append(min(sum(length for _, length in weighted), _LARGEST_U32))
         exact.append(_hash_exactly(conversation))
         conditions.append(blake2b(_encode(conversation.condition), digest_size=8).digest())
+        questions.append(_hash_question(conversation, normalised[start + 1 : end]))
         turns.append(_lower(b" ".join(normalised[start + 1 : end])) if minhash else b"")
         start = end
     # The bits of a float32 that is not negative are in the order of its values.
@@ -155,6 +164,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         prefixes=_to_u64(prefixes),
         priority=np.stack([first, _to_u64(exact)], axis=1),
         condition=_to_u64(conditions),
+        question=_to_u64(questions),
         signatures=_sign(turns, keys) if minhash else np.zeros((len(keys), 0), np.uint16),
     )
 
@@ -198,12 +208,28 @@ def _hash_chain(conversation: Conversation, texts: Sequence[bytes]) -> list[byte
     state = blake2b(_frame(texts[0]), digest_size=8)
     chain = []
     for message, text in zip(conversation.messages, texts[1:], strict=True):
-        state.update(message.role.encode() + b" " + _frame(text))
+        # With the loss, so that what goes as a copy trains nothing that the one that stays does not.
+        state.update(b"%b %d %b" % (message.role.encode(), bool(message.weight), _frame(text)))
         if message.role == "assistant":
             chain.append(state.digest())
     if not conversation.messages or conversation.messages[-1].role != "assistant":
         chain.append(state.digest())
     return chain
+
+
+def _hash_question(conversation: Conversation, texts: Sequence[bytes]) -> bytes:
+    """What `TextKeys.question` holds; `texts` are the messages'."""
+    roles = [message.role for message in conversation.messages]
+    asked = roles.index("user") if "user" in roles else -1
+    question = texts[asked] if asked >= 0 else b""
+    data = _frame(question)
+    if len(list(islice(_WORD.finditer(question), MIN_QUESTION_WORDS))) < MIN_QUESTION_WORDS:
+        data += _frame(texts[roles.index("assistant", asked + 1)] if "assistant" in roles[asked + 1 :] else b"")
+    return blake2b(data, digest_size=8).digest()
+
+
+# A word as `text_keys` says. Chinese, Japanese and Korean characters are those of three bytes from E3 to ED.
+_WORD = re.compile(rb"[\xe3-\xed]..|[A-Za-z0-9\x80-\xe2\xee-\xff]+", re.DOTALL)
 
 
 def _hash_exactly(conversation: Conversation) -> bytes:
@@ -319,20 +345,23 @@ def find_duplicates(
     removed. The rules, in their order:
 
     `prefix`: a conversation that another one begins with, up to one of its answers, is PREFIX of the one with most
-    answers that begins so, the best of these by priority. Sources, conditions and weights play no part.
-    `exact`: of conversations with the same own key all but the best are EXACT, also across sources and conditions.
+    answers that begins so, the best of these by priority. Sources and conditions play no part, and of the weights only
+    which are above 0: it begins so only if it has a loss on the same messages.
+    `exact`: of conversations with the same own key, so with a loss on the same messages, all but the best are EXACT,
+    also across sources and conditions. So what these two rules drop is trained in the one that stays.
     `near`: conversations of one condition are looked through best first in each of several bands of their signatures;
     one that shares the band with a better one, and is estimated to be similar to it by at least `near`, is NEAR. The
     similarity is Jaccard's: shared shingles / all shingles of the two. A pair exactly at `near` shares a band with a
     chance of at least 0.98 (at 0.8, a pair at 0.9: 0.99999). Among more than 64 that share a band, and are not similar
     to one another, only the best 64 are compared with all the others; the rest stay.
-    `eval_fraction` above 0: conversations that stay are grouped over all conditions, where the first exchange is the
-    same or the estimated similarity is at least `near`, or `group_near` where that is None, and on from one to the
-    next; where more than 64 share a band, the rest are in one group. A group is held out if a hash of its smallest own
-    key says so, which it does for a share `eval_fraction` of all keys.
+    `eval_fraction` above 0: conversations that stay are grouped over all conditions, where the first question is the
+    same (below 5 words: it and its answer), whatever the system text and the rest, or the estimated similarity is at
+    least `near`, or `group_near` where that is None, and on from one to the next; where more than 64 share a band, the
+    rest are in one group. A group is held out if a hash of its smallest own key says so, which it does for a share
+    `eval_fraction` of all keys.
 
     Raises ValueError for a threshold outside (0, 1] and a fraction outside [0, 1). Worked example, all rules on: of
-    A "Hi" / "Hello", a longer B "Hi" / "Hello" / "Bye" / "Bye!", and C as B with a lower weight, in this order, status
+    A "Hi" / "Hello", a longer B "Hi" / "Hello" / "Bye" / "Bye!", and C as B with weight 0.1, in this order, status
     is PREFIX, KEEP, EXACT and of is 1, -1, 1.
     """
     threshold = group_near if near is None else near
@@ -576,20 +605,16 @@ def _hold_out(
     num_conversations = len(keys.own)
     parents = _zeros(folder / "parents", num_conversations, np.int64)
     smallest = _zeros(folder / "smallest", num_conversations, np.uint64)
-    exchanges = _Buckets(folder / "exchange_buckets", num_conversations)
-    for block, prefixes in _blocks(keys):
+    questions = _Buckets(folder / "question_buckets", num_conversations)
+    for block, _ in _blocks(keys):
         parents[block] = np.arange(block.start, block.stop)
         smallest[block] = np.iinfo(np.uint64).max
-        counts = keys.num_prefixes[block]
-        first_exchange = keys.own[block].copy()
-        starts = prefixes.start + np.cumsum(counts, dtype=np.int64) - counts
-        first_exchange[counts > 0] = keys.prefixes[starts[counts > 0]]
         stays = decisions.status[block] == KEEP
-        exchanges.add(first_exchange[stays], parents[block][stays])
+        questions.add(keys.question[block][stays], parents[block][stays])
 
-    for exchange_keys, positions in exchanges:
-        exchange_keys, positions = _sort_shared(exchange_keys, positions, keys.priority)
-        _unite(parents, _leaders(exchange_keys, positions), positions)
+    for question_keys, positions in questions:
+        question_keys, positions = _sort_shared(question_keys, positions, keys.priority)
+        _unite(parents, _leaders(question_keys, positions), positions)
     for band in bands:
         for band_keys, positions in band:
             stays = decisions.status[positions] == KEEP

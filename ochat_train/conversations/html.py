@@ -28,7 +28,8 @@ MAX_INDENT = 12  # lists, quotes and tables in one another: each writes every li
 
 # ---- What is HTML ----
 
-_TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]*)(?![\w-])[^<>]*>")
+# A > between quotes does not end a tag, unless the quotes are not closed.
+_TAG = re.compile(r"""</?([a-zA-Z][a-zA-Z0-9]*)(?![\w-])(?:(?:"[^"<]*"|'[^'<]*'|[^<>"'])*+|[^<>]*)>""")
 _RENDERED_TAG = re.compile(
     r"</?(?:a|abbr|b|blockquote|br|code|del|details|div|dl|em|figure|h[1-6]|hr|i|img|ins|kbd|mark|ol|p|pre|q|s|section|"
     r"small|span|strong|sub|sup|table|u|ul)(?![\w-])[^<>]*>",
@@ -37,7 +38,7 @@ _RENDERED_TAG = re.compile(
 _WRAPPERS = frozenset(("br", "div", "p", "span"))
 _WRAPPER_TAG = re.compile(r"<(?:div|p|span)(?![\w-])[^<>]*>")
 
-# (?<![\w-]) and (?![\w-]) make it a class name of its own.
+# What is around `markdown` makes it a class name of its own.
 _MARK = re.compile(r"<div\b[^<>]*?\sclass\s*=\s*[\"'][^\"'<>]*(?<![\w-])markdown(?![\w-])", re.IGNORECASE)
 _CODE_BAR = '<pre><div class="bg-black'
 
@@ -93,6 +94,22 @@ def is_wrapped(text: str, *, typed: bool) -> bool:
     return _WRAPPER_TAG.match(text.lstrip()) is not None and text.rstrip().endswith(("</div>", "</p>", "</span>"))
 
 
+_FENCE = re.compile(r"^[ \t]*(?:`{3}|~{3})", re.MULTILINE)
+
+
+def is_fenced(answer: str) -> bool:
+    r"""Whether an answer is markdown, whatever it begins with: it has a fence, which a rendered one has in code only.
+
+    >>> is_fenced("<details>\n\n```py\na  =  1\n```\n</details>")
+    True
+    >>> is_fenced("<p>So:</p><pre><code>\n```py\nx\n```\n</code></pre>"), is_fenced("<p>```</p>")
+    (False, False)
+    """
+    if "```" not in answer and "~~~" not in answer:
+        return False
+    return not is_rendered(answer) and _FENCE.search(remove_elements(answer, "pre")) is not None
+
+
 # ---- The whole way of one text ----
 
 
@@ -100,7 +117,9 @@ def convert_text(text: str, *, typed: bool, sure: bool) -> str:
     r"""The markdown of one text of an HTML record; `typed` by a user, or written and rendered by a model.
 
     A text that is no markup is only freed of entities. Which texts are markup `is_wrapped` says, or, if the whole
-    record is known to be HTML (`sure`), any tag. Raises HtmlError where the library fails or would lose text.
+    record is known to be HTML (`sure`), any tag. An answer that is markdown stays as it is, with its entities, which
+    are the model's own: one that `is_fenced`, and one that is no markup and has back-ticks, unless `sure`. Raises
+    HtmlError where the library fails or would lose text.
 
     >>> convert_text("<p>Use <code>a_b</code> if 1 &lt; 2:</p><ol start='3'><li>so</li></ol>", typed=False, sure=False)
     'Use `a_b` if 1 < 2:\n\n3. so'
@@ -110,11 +129,14 @@ def convert_text(text: str, *, typed: bool, sure: bool) -> str:
     'Is 1 < 2 <br> in\n\n  HTML?'
     >>> convert_text("one<br>two", typed=True, sure=True), convert_text("one<br>two", typed=True, sure=False)
     ('one\ntwo', 'one<br>two')
+    >>> convert_text("Write `&lt;b&gt;` for it.", typed=False, sure=False)
+    'Write `&lt;b&gt;` for it.'
     """
+    if not typed and is_fenced(text):
+        return text
     if not (has_tags(text) if sure else is_wrapped(text, typed=typed)):
-        return unescape_entities(text)
-    html = _COMMENT.sub("", text) if "<!--" in text else text
-    html = simplify_code_blocks(remove_counter(html))
+        return text if "`" in text and not (typed or sure) else unescape_entities(text)
+    html = simplify_code_blocks(remove_counter(_COMMENT.sub("", text) if "<!--" in text else text))
     html = remove_elements(remove_elements(html, "svg"), "button")
     if typed and all(tag[1].lower() in _WRAPPERS for tag in _TAG.finditer(html)):
         return unwrap(html)
@@ -307,8 +329,10 @@ _STAND_INS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # no characters, by 
 _CODE_START = re.compile(r"<pre><code(?: class=\"language-[\w+#.-]+\")?>")
 _CODE_END = "</code></pre>"
 _ESCAPE = re.compile(r"(?<!\S)(\d*)\\(?=[#*+.)>~`-])")
-_NESTED = re.compile(r"<(/?)(blockquote|ol|table|ul)\b[^<>]*>")
-_WIDE_CELL = re.compile(r"<t[dh]\b[^<>]*\b(?:col|row)span\s*=\s*[\"']?\d{3}", re.IGNORECASE)
+_NESTED = re.compile(r"<(/?)((?i:blockquote|ol|table|ul))\b[^<>]*>")
+_ROW_OR_CELL = re.compile(r"<(?i:(tr)|t[dh])\b")
+_SPANNING_CELL = re.compile(r"<(?i:t[dh]\b[^<]*?\b(?:col|row)span)(?:\s*=\s*[\"']?(\d{1,2})(?=[\"'\s>]))?")
+MAX_CELLS = 100_000  # of a table as markdown, or as many as the HTML has characters
 
 
 def render(html: str) -> str:
@@ -381,14 +405,20 @@ def _render(html: str) -> str:
 
 def _refuse_bombs(html: str) -> None:
     """Raises HtmlError for small HTML that would become huge markdown."""
-    if sum(map(html.count, ("<ul", "<ol", "<blockquote", "<table"))) > MAX_INDENT:
-        depth = 0
-        for tag in _NESTED.finditer(html):
-            depth = max(depth - 1, 0) if tag[1] else depth + 1
-            if depth > MAX_INDENT:
-                raise HtmlError("html_too_deep", f"more than {MAX_INDENT} lists, quotes and tables in one another")
-    if "span" in html and _WIDE_CELL.search(html):
-        raise HtmlError("html_not_converted", "a cell spans 100 or more columns or rows")
+    depth = 0
+    for tag in _NESTED.finditer(html):
+        depth = max(depth - 1, 0) if tag[1] else depth + 1
+        if depth > MAX_INDENT:
+            raise HtmlError("html_too_deep", f"more than {MAX_INDENT} lists, quotes and tables in one another")
+    # Markdown writes out each cell that a row lacks, and the library goes up to 1,000 columns.
+    num_rows = num_cells = widest = 0
+    for place in _ROW_OR_CELL.finditer(html):
+        num_rows, num_cells = (num_rows + 1, 0) if place[1] else (num_rows, num_cells + 1)
+        widest = max(widest, num_cells)
+    spans = [int(span[1] or 1000) for span in _SPANNING_CELL.finditer(html)]
+    span = max(spans, default=1)
+    if span >= 100 or num_rows * min(widest * span, 1000) > max(MAX_CELLS, len(html)):
+        raise HtmlError("html_not_converted", f"a table of {num_rows:,} rows would have too many cells")
 
 
 def _convert(html: str) -> str:

@@ -164,21 +164,29 @@ _ESCAPE = re.compile(
     r"(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.",
     re.DOTALL,
 )
+# A string, which is closed unless the text ends in it, or outside of any the words that Python's own `json` writes for
+# numbers that JSON does not have. Possessive, and a string always matches: time is linear.
+_STRING_OR_NAN = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|NaN|-?Infinity', re.DOTALL)
 
 
 def parse_json(raw: bytes) -> tuple[Any, tuple[str, ...]]:
     """The JSON value of `raw` and the repairs it needed; raises ValueError if they do not make it JSON.
 
-    Bytes that are not UTF-8, and surrogates without their other half, become U+FFFD: "invalid_utf8_replaced".
+    Bytes that are not UTF-8, and surrogates without their other half, become U+FFFD: "invalid_utf8_replaced". Then the
+    words NaN, Infinity and -Infinity outside of strings become null: "nan_replaced". The repairs are named in this
+    order.
     """
     try:
         return orjson.loads(raw), ()
     except orjson.JSONDecodeError:
         text = raw.decode("utf-8", "surrogateescape")
-        repaired = _ESCAPED_BYTE.sub("\ufffd", text)
-        repaired = _ESCAPE.sub(lambda escape: "\ufffd" if escape[2] else escape[0], repaired)
-        if repaired == text:
+        valid = _ESCAPED_BYTE.sub("\ufffd", text)
+        valid = _ESCAPE.sub(lambda escape: "\ufffd" if escape[2] else escape[0], valid)
+        # a word that runs on, as in `NaNs`, is no JSON with null in it either
+        repaired = _STRING_OR_NAN.sub(lambda found: found[1] or "null", valid)
+        repairs = ("invalid_utf8_replaced",) * (valid != text) + ("nan_replaced",) * (repaired != valid)
+        if not repairs:
             raise
         # Parsed again rather than walked through, so that one parser decides what JSON is, and no depth of
         # nesting is too much for us that is not for it.
-        return orjson.loads(repaired), ("invalid_utf8_replaced",)
+        return orjson.loads(repaired), repairs

@@ -55,13 +55,11 @@ class Entry:
 
 
 def ledger_table(entries: Sequence[Entry]) -> pa.Table:
-    """The entries as a table of LEDGER_SCHEMA. Lone surrogates, which file names may hold, become escapes."""
+    """The entries as a table of LEDGER_SCHEMA."""
     columns: dict[str, list[Any]] = {name: [] for name in LEDGER_SCHEMA.names}
     for entry in entries:
         for name, column in columns.items():
             column.append(getattr(entry, name))
-    for name in ("id", "file"):
-        columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
     return pa.table(columns, schema=LEDGER_SCHEMA)
 
 
@@ -111,7 +109,9 @@ class SourceCounts:
     def add(self, table: pa.Table) -> None:
         """Count the rows of a ledger table that are all of this source."""
         self.num_in += table.num_rows
-        self.num_kept += pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0
+        # One that is kept without an example is lost: `check` shall notice it.
+        is_kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.greater(table["num_examples"], 0))
+        self.num_kept += pc.sum(is_kept).as_py() or 0
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + (pc.sum(table[name]).as_py() or 0))
         dropped = table.filter(pc.equal(table["outcome"], "dropped"))

@@ -11,7 +11,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ochat_train.conversations.containers import (
@@ -20,6 +20,7 @@ from ochat_train.conversations.containers import (
     SUFFIXES,
     ByteStream,
     Unreadable,
+    escape_name,
     explain,
     has_known_suffix,
     open_streams,
@@ -35,11 +36,12 @@ TURN_LISTS = ("conversations", "items", "messages", "conversation")  # fields th
 class Record:
     """One record of a file: `file[offset:end]` in bytes, without the space, comma or line end around it.
 
-    `file` is the path, for an archive's member with its name behind: "dump.zip/pages/a.html". Of a compressed file the
-    bytes count after decompression; of parquet and Arrow `offset` is the row's number. `fields` is the parsed value.
-    Where there is none, it is None and `damage` is the reason of its drop: "not_json", "truncated_record",
-    "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was done to its bytes before they
-    could be parsed. `is_page` is whether it is a saved ShareGPT page.
+    `file` is the path, for an archive's member with its name behind: "dump.zip/pages/a.html", and with each byte that
+    is not UTF-8 escaped. Of a compressed file the bytes count after decompression; of parquet and Arrow `offset` is the
+    row's number. `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop:
+    "not_json", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was
+    done to its bytes before they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is how a line
+    that is not JSON begins, its first 2,000 bytes, for a person to look at; it is left out of comparisons.
     """
 
     file: str
@@ -49,6 +51,7 @@ class Record:
     damage: str | None = None
     repairs: tuple[str, ...] = ()
     is_page: bool = False
+    raw: str | None = field(default=None, compare=False)
 
 
 # ---- Files under a path ----
@@ -90,7 +93,8 @@ def _list_folder(folder: str) -> tuple[list[str], int]:
     files: list[str] = []
 
     def fail(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; mend that, or leave it out") from None
+        name = escape_name(error.filename)
+        raise ValueError(f"{name} cannot be listed: {error.strerror}; mend that, or leave it out") from None
 
     for place, _, names in os.walk(folder, onerror=fail):
         files += (os.path.join(place, name) for name in names)
@@ -115,7 +119,7 @@ class _Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole records, not parsed yet, to be sent to a worker: of one file, of pages, or of one archive's members.
+    """Whole records, not parsed yet, to be sent to a worker: of one file, or of several of one form.
 
     `form` says how all of it was found, such as "JSON lines, gzip" or "ShareGPT page in zip". `bytes_read` is how much
     of the input files on disk was read up to here; the last chunk's is their size together.
@@ -141,8 +145,8 @@ def read_chunks(files: Sequence[str], *, chunk_bytes: int = 8 << 20) -> Iterator
 
     Read are JSON arrays, JSON lines, saved pages, parquet and Arrow files, the first three also in gzip, zstd, zip and
     tar. The first bytes of a file tell what it is, never its name, but for one thing: what is named .html and is no
-    form at all is a page without data. Byte order marks and blank lines are skipped. Bytes that are not UTF-8 are
-    repaired.
+    form at all is a page without data. Byte order marks and blank lines are skipped. Bytes that are not UTF-8,
+    and numbers such as NaN, are repaired.
 
     The same files and `chunk_bytes` give the same chunks, and any `chunk_bytes` the same records. Memory is bounded by
     a few times `chunk_bytes` or MAX_RECORD_BYTES, and for Arrow by a record batch if its buffers are compressed. A
@@ -158,20 +162,18 @@ def read_chunks(files: Sequence[str], *, chunk_bytes: int = 8 << 20) -> Iterator
     """
     pending: list[_Part] = []
     num_pending = bytes_read = bytes_before = 0
-    form = group = ""
+    form = ""
     for file in files:
         for stream in open_streams(file):
             next_form, parts = _recognise(stream, chunk_bytes)
-            # what is small is packed together: pages, and members of one archive
-            is_loose_page = next_form.startswith(_PAGE) and not stream.is_member
-            next_group = next_form if is_loose_page else f"{next_form} {file}"
             for part in parts:
-                if pending and (next_group != group or num_pending + len(part.data) > chunk_bytes):
+                # what is small is packed together: a shard for each of many files would cost more than they do
+                if pending and (next_form != form or num_pending + len(part.data) > chunk_bytes):
                     yield Chunk(form, bytes_read, tuple(pending))
                     pending, num_pending = [], 0
                 pending.append(part)
                 num_pending += len(part.data)
-                form, group = next_form, next_group
+                form = next_form
                 bytes_read = bytes_before + stream.disk.num_read
         bytes_before += stream.disk.size
     if pending:
@@ -246,7 +248,8 @@ class _Lines:
                     fields, repairs = parse_json(raw)
                 except ValueError:
                     damage = "not_json" if has_end else "truncated_record"
-                    yield Record(self.file, start, end, None, damage)
+                    beginning = raw[:2000].decode("utf-8", "backslashreplace")
+                    yield Record(self.file, start, end, None, damage, raw=beginning)
                 else:
                     yield Record(self.file, start, end, fields, None, repairs)
             offset += len(line)
@@ -452,7 +455,8 @@ def _read_parquet(stream: ByteStream) -> Iterator[Any]:
 
     disk = stream.disk
     # not the defaults, which hold all columns of a row group
-    file = pyarrow.parquet.ParquetFile(disk.path, pre_buffer=False, buffer_size=1 << 20)
+    source = pyarrow.OSFile(os.fsencode(disk.path))  # as text, Arrow would take no name that is not UTF-8
+    file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
     _check_columns(stream, file.schema_arrow)
     num_rows = 0
     for index in range(file.num_row_groups):

@@ -1,6 +1,5 @@
 """Records to turns: the dialects in which chats are written down, and the names that their roles have there."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,7 @@ def parse_record(record: Record, *, default_id: str) -> Turns | Drop:
 
     Reasons of a drop: the record's `damage`; not_an_object; no_turns (no such list); turn_not_an_object; unknown_role
     (not in ROLES); bad_pair (not two sides, or two texts for one side); value_not_text; not_text_part (a part that is
-    no text, such as a picture); bad_weight (not a finite number of at least 0); bad_condition and bad_system (neither
+    no text, such as a picture); bad_weight (not a finite float32 of at least 0); bad_condition and bad_system (neither
     text nor null).
 
     Worked example: `{"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value":
@@ -236,14 +235,12 @@ def _parse_pair(turn: dict[str, Any], number: int) -> list[Message]:
     return messages
 
 
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
 def _is_weight(value: object) -> bool:
     # true and false are numbers to Python, not to the person who wrote them as a weight
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return value >= 0 and math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
-        return False
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_FLOAT32
 
 
 def _kind(value: object) -> str:
