@@ -356,6 +356,7 @@ def test_the_openchat_13b_recipe_has_the_published_learning_rate(openchat: Recip
         added_tokens={},
         splits={"train": {"num_tokens": 100_000_000, "num_supervised_tokens": 60_000_000}},
         counts={},
+        overlong={},
     )
     # 8 GPUs x 32,768 tokens x 0.6 with a loss = 157,286.4; sqrt(157,286.4 / 4e6) = 0.19829675; x 3e-4.
     # Rounded to 8 digits here.
