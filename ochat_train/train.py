@@ -7,9 +7,11 @@ Without a launcher it runs as one process. Rerun after an interruption, it conti
 
 import argparse
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +23,12 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import export, is_export_of
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import load_config, load_model
-from ochat_train.recipe import Recipe, differences, load_recipe, recipe_arguments, to_json
+from ochat_train.recipe import Recipe, load_recipe, recipe_arguments, to_json
 from ochat_train.tokens.batch import PackedBatch, collate
-from ochat_train.tokens.plan import PlanShape, StepPlan, plan_digest, plan_epoch, quadratic_length
+from ochat_train.tokens.order import Indices
+from ochat_train.tokens.plan import StepPlan
+from ochat_train.tokens.plan_ahead import PlanTable, RunPlan, plan_ahead
+from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.checkpoint import (
@@ -44,13 +49,16 @@ from ochat_train.training.engine import (
     make_engine,
     make_optimizer,
     read_world,
-    sum_over_ranks,
+    sum_and_gather,
     together,
     train_step,
 )
 from ochat_train.training.evaluate import evaluate
 from ochat_train.training.metrics import Metrics, StepReport, describe_run
+from ochat_train.training.planning import check_lengths, check_store, make_run_plan
 from ochat_train.training.schedule import auto_learning_rate, learning_rate
+
+_STEPS_AHEAD = 4  # of which the batches are made while the model computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class Run:
     store: TokenStore
     held_out: TokenStore
     tokenizer: ChatTokenizer
-    shape: PlanShape
+    plan: RunPlan
     peak_lr: float
     resumed: Checkpoint | None
 
@@ -71,14 +79,17 @@ class Run:
         return Path(self.recipe.checkpoint.dir)
 
     @property
-    def total_examples(self) -> int:
-        """Examples of all epochs."""
-        return len(self.store) * self.recipe.train.epochs
+    def start(self) -> TrainState:
+        """Where the run begins, or goes on."""
+        if self.resumed is not None:
+            return self.resumed.state
+        return TrainState(0, 0, 0, 0, self.store.fingerprint, to_json(self.recipe))
 
     def is_finished(self, state: TrainState) -> bool:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
-        return state.examples_consumed >= self.total_examples or (max_steps is not None and state.step >= max_steps)
+        is_stopped = max_steps is not None and state.step >= max_steps
+        return is_stopped or state.examples_consumed >= self.plan.total_examples
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,46 +144,15 @@ def prepare(recipe: Recipe, world: World) -> Run:
         store=store,
         held_out=held_out,
         tokenizer=tokenizer,
-        shape=plan_shape(recipe, world.size, config.hidden_size),
+        plan=make_run_plan(recipe, store, config, world.size),
         peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
         resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
     )
-    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if recipe.data.max_tokens > most:
-        raise ValueError(
-            f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
-        )
-    next(plan_epoch(store.lengths, store.weight_sums, run.shape, seed=recipe.train.seed, epoch=0), None)
+    check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     if run.resumed is not None:
         check_resume(run.resumed, recipe=to_json(recipe), store_fingerprint=store.fingerprint, world_size=world.size)
     return run
-
-
-def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
-    """Raise ValueError, with every difference, when the store was made for another recipe."""
-    data = to_json(recipe.data)
-    del data["store"]
-    wrong = differences(
-        {"template": manifest.template, "data": manifest.made_from["data"]}, {"template": recipe.template, "data": data}
-    )
-    if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
-        wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
-    if wrong:
-        raise ValueError(
-            f"token store {recipe.data.store} was made for another recipe (was -> is):\n  "
-            + "\n  ".join(wrong)
-            + "\nRun python -m ochat_train.preprocess with this recipe first."
-        )
-
-
-def plan_shape(recipe: Recipe, world_size: int, hidden_size: int) -> PlanShape:
-    """The room of one step of the recipe on `world_size` processes."""
-    return PlanShape(
-        capacity=recipe.packing.tokens_per_gpu,
-        num_bins=world_size * recipe.packing.grad_accum,
-        quadratic_length=quadratic_length(hidden_size),
-    )
 
 
 def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
@@ -198,30 +178,48 @@ def deepspeed_configuration(recipe: Recipe) -> dict[str, object]:
 
 def _train(run: Run, world: World) -> Path:
     """The loop; returns the last checkpoint."""
-    recipe, store = run.recipe, run.store
+    recipe, store, state, last = run.recipe, run.store, run.start, run.dir
     if world.is_main and (leftovers := remove_leftovers(run.dir)):
         _say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
+    planned = plan_ahead(
+        run.plan,
+        state.examples_consumed,
+        folder=run.dir / "plan" / socket.gethostname(),
+        is_planner=world.local_rank == 0,
+    )
     engine = build_engine(run, world)
     attention = engine.module.attention
     _say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
     about = describe_run(recipe, world.size, attention.backend) if world.is_main else {}
-    state = TrainState(0, 0, 0, 0, store.fingerprint, to_json(recipe))
-    last = run.dir
     if run.resumed is not None:
         load_checkpoint(engine, run.resumed, world)
-        state, last = run.resumed.state, run.resumed.path
+        last = run.resumed.path
         _say(world, f"continuing {last} at step {state.step}, {state.examples_consumed:,} examples consumed")
+    table = _agree_on_steps(planned)
+    num_steps = state.step + table.num_steps
+    _say(world, describe_plan(table, num_steps))
     conditions = store.manifest.conditions
-    with Metrics(
-        recipe, run.dir, conditions, start=state.step, total_examples=run.total_examples, is_main=world.is_main
-    ) as metrics:
+    with (
+        Metrics(
+            recipe,
+            run.dir,
+            conditions,
+            start=state.step,
+            num_steps=num_steps,
+            total_examples=run.plan.total_examples,
+            is_main=world.is_main,
+        ) as metrics,
+        prefetch(
+            _checked_steps(run, table), lambda step: make_batches(store, step, world), num_ahead=_STEPS_AHEAD
+        ) as steps,
+    ):
         if state.step == 0:
             _evaluate(run, engine, world, metrics, state)
         started = time.perf_counter()
-        for step_plan in _steps(run, state):
-            state, report = _one_step(run, engine, world, state, step_plan, started)
+        for ready in steps:
+            state, report = _one_step(run, engine, world, state, ready, started)
             metrics.step(report)
-            is_epoch_end = state.examples_consumed % len(store) == 0
+            is_epoch_end = run.plan.order.seek(state.examples_consumed)[1] == 0
             if is_epoch_end or run.is_finished(state):
                 _evaluate(run, engine, world, metrics, state)
             if _is_save_due(run, state, is_epoch_end):
@@ -277,32 +275,51 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
     )
 
 
-def _steps(run: Run, state: TrainState) -> Iterator[StepPlan]:
-    """The steps that are left, from the state's position on."""
-    num_examples = len(run.store)
-    first_epoch, start = divmod(state.examples_consumed, num_examples)
-    for epoch in range(first_epoch, run.recipe.train.epochs):
-        yield from plan_epoch(
-            run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed, epoch=epoch, start=start
-        )
-        start = 0
+def describe_plan(table: PlanTable, num_steps: int) -> str:
+    """One line about the steps that are left, of `num_steps` in all."""
+    left = "" if table.num_steps == num_steps else f" left of {num_steps:,}"
+    return (
+        f"plan: {table.num_steps:,} steps{left}, {table.num_tokens:,} tokens, weight {table.weight_sum:,.6g}; "
+        f"{100 * table.fill:.1f} % of the micro-batches filled, costs of ranks {100 * table.efficiency:.1f} % balanced"
+    )
+
+
+def _checked_steps(run: Run, table: PlanTable) -> Iterator[StepPlan]:
+    """The steps that are left, each compared with the table that all ranks agreed on."""
+    for number, step in enumerate(run.plan.steps(run.start.examples_consumed)):
+        table.check(number, step)
+        yield step
+
+
+def make_batches(store: TokenStore, step: StepPlan, world: World) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, in memory from which the accelerator copies by itself."""
+    return [make_batch(store, positions).pin() for positions in step.bins[world.rank :: world.size]]
+
+
+def make_batch(store: TokenStore, positions: Indices) -> PackedBatch:
+    """The packed batch of some of the store's examples."""
+    return collate([store[position] for position in positions.tolist()], store.condition_ids[positions])
 
 
 def _one_step(
-    run: Run, engine: DeepSpeedEngine, world: World, state: TrainState, plan: StepPlan, started: float
+    run: Run,
+    engine: DeepSpeedEngine,
+    world: World,
+    state: TrainState,
+    ready: Ready[StepPlan, list[PackedBatch]],
+    started: float,
 ) -> tuple[TrainState, StepReport]:
     """Train one step of the plan; returns where the run is then, and what to report."""
-    recipe, consumed = run.recipe, state.examples_consumed + plan.num_examples
-    progress = consumed / run.total_examples
+    recipe, plan, consumed = run.recipe, ready.item, state.examples_consumed + ready.item.num_examples
+    progress = consumed / run.plan.total_examples
     lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
-    batches = [make_batch(run.store, positions.tolist()) for positions in plan.bins[world.rank :: world.size]]
-    sums, grad_norm = train_step(engine, batches, weight_sum=plan.weight_sum, world_size=world.size, lr=lr)
-    num_tokens = int(sum(run.store.lengths[positions].sum() for positions in plan.bins))
+    sums, grad_norm = train_step(engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr)
+    sums, waits = sum_and_gather(sums.double(), ready.waited_s, world)
     state = TrainState(
         step=state.step + 1,
-        epoch=(consumed - 1) // len(run.store),
+        epoch=run.plan.order.seek(consumed - 1)[0],
         examples_consumed=consumed,
-        tokens_seen=state.tokens_seen + num_tokens,
+        tokens_seen=state.tokens_seen + plan.num_tokens,
         store_fingerprint=state.store_fingerprint,
         recipe=state.recipe,
     )
@@ -311,24 +328,21 @@ def _one_step(
         epoch=state.epoch,
         examples_consumed=consumed,
         progress=progress,
-        sums=sum_over_ranks(sums.double()).cpu(),
+        sums=sums.cpu(),
         lr=lr,
         grad_norm=grad_norm,
-        num_tokens=num_tokens,
-        fill=num_tokens / (run.shape.capacity * run.shape.num_bins),
+        num_tokens=plan.num_tokens,
+        fill=plan.num_tokens / run.plan.shape.num_tokens,
+        num_processes=world.size,
         seconds=time.perf_counter() - started,
+        data_wait_s=float(waits.max()),
     )
-
-
-def make_batch(store: TokenStore, positions: Sequence[int]) -> PackedBatch:
-    """The packed batch of some of the store's examples."""
-    return collate([store[position] for position in positions], [int(store.condition_ids[p]) for p in positions])
 
 
 def _evaluate(run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState) -> None:
     if not len(run.held_out):
         return
-    sums = evaluate(engine, run.held_out, run.shape, world, lambda positions: make_batch(run.held_out, positions))
+    sums = evaluate(engine, run.held_out, run.plan.shape, world, lambda step: make_batches(run.held_out, step, world))
     metrics.evaluation(state.step, state.epoch, sums.cpu())
 
 
@@ -341,14 +355,24 @@ def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
 
 def _check_agreement(run: Run) -> None:
     """Raise Refused unless all ranks have the same plan, store, recipe and checkpoint to continue from."""
-    plan = plan_digest(run.store.lengths, run.store.weight_sums, run.shape, seed=run.recipe.train.seed)
     position = None if run.resumed is None else (run.resumed.path.name, run.resumed.state.step)
-    views = set(gather_objects((plan, run.store.fingerprint, repr(to_json(run.recipe)), position)))
+    views = set(gather_objects((run.plan.digest(), run.store.fingerprint, repr(to_json(run.recipe)), position)))
     if len(views) > 1:
         raise Refused(
             "the processes disagree on the plan, or on the checkpoint to continue from: give every node the same "
             "recipe, store, versions and run folder"
         )
+
+
+def _agree_on_steps(planned: Future[PlanTable]) -> PlanTable:
+    """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
+    table = planned.result()
+    if len(set(gather_objects(table.digest))) > 1:
+        raise Refused(
+            "the processes planned different steps from the same store: give every node the same version of "
+            "ochat_train, and remove the folder plan of checkpoint.dir"
+        )
+    return table
 
 
 def _use_own_share_of_cores() -> None:

@@ -123,6 +123,12 @@ def test_examples_stay_as_they_were_and_the_batch_owns_its_memory() -> None:
     assert sequence.loss_weights.tolist() == [0, 1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there pinning makes a copy; see tests/gpu")
+def test_without_an_accelerator_nothing_is_pinned() -> None:
+    batch = collate([example([5, 6, 7], [0, 0, 1])], [1])
+    assert batch.pin() is batch
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_moving_keeps_every_field(device: str) -> None:
     batch = collate([example([5, 6, 7], [0, 0, 1]), example([8], [0])], [1, 0])

@@ -197,7 +197,7 @@ def test_recipes_lists_what_a_resume_may_change() -> None:
 
 
 def test_recipes_lists_the_fields_of_the_metrics() -> None:
-    report = StepReport(1, 0, 1, 0.5, torch.ones(3, 1), 1e-3, 1.0, 10, 0.5, 1.0)
+    report = StepReport(1, 0, 1, 0.5, torch.ones(3, 1), 1e-3, 1.0, 10, 0.5, 2, 1.0, 0.0)
     assert sorted(first_names(table(RECIPES, "field", "meaning"))) == sorted(report.to_json(["GPT4"]))
 
 

@@ -7,10 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import load_config, load_model
+from ochat_train.model.pretrained import load_config, load_model, quadratic_length_of
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.encode import Example
 
@@ -235,6 +243,43 @@ def test_a_base_that_stays_quantized_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: quantized)
     with pytest.raises(ValueError, match="has quantized weights, which cannot be trained"):
         load(tmp_path, VOCABULARY, [])
+
+
+# ------------------------------------------------------------------------------------ what a sequence costs
+
+
+def test_the_quadratic_length_counts_the_matrices_that_a_token_passes() -> None:
+    # Per layer 2 * 32^2 for queries and outputs, 2 * 32 * 16 for 2 of 4 heads of keys and values, 3 * 32 * 48; the head
+    # 40 * 32, but not the embedding; 2 layers of 4 heads of 8.
+    by_hand = (2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 48) + 40 * 32) / (2 * 32)
+    fields = {name: value for name, value in CONFIG.items() if name != "model_type"}
+    for tied in (False, True):  # a tied matrix is passed as the head
+        config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, **fields)
+        assert quadratic_length_of(config, max_tokens=4096) == round(by_hand) == 260
+
+
+def test_the_quadratic_length_of_llama_2_13b() -> None:
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=5120, intermediate_size=13_824, num_hidden_layers=40, num_attention_heads=40
+    )
+    by_hand = (40 * (4 * 5120**2 + 3 * 5120 * 13_824) + 32_000 * 5120) / (40 * 5120)
+    assert quadratic_length_of(config, max_tokens=4096) == by_hand == 62_752
+
+
+def test_layers_with_a_window_shorter_than_the_sequences_do_not_cost_with_the_square() -> None:
+    windowed = MistralConfig(sliding_window=4096)
+    assert quadratic_length_of(windowed, max_tokens=4096) < 100_000
+    assert quadratic_length_of(windowed, max_tokens=4097) == 10**9
+    assert quadratic_length_of(MistralConfig(sliding_window=None), max_tokens=8192) == quadratic_length_of(
+        windowed, max_tokens=4096
+    )
+    # Every second layer of Gemma 2 has a window of 4,096.
+    half = Gemma2Config(num_hidden_layers=4)
+    full = quadratic_length_of(half, max_tokens=4096)
+    assert quadratic_length_of(half, max_tokens=8192) == pytest.approx(2 * full, abs=1)
+    # Qwen 2 states a window that it does not use.
+    unused = Qwen2Config(num_hidden_layers=2)
+    assert quadratic_length_of(unused, max_tokens=10**6) == quadratic_length_of(unused, max_tokens=16)
 
 
 @pytest.mark.skipif(

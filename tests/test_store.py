@@ -16,6 +16,7 @@ from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore, c
 from tests.dumps import contents
 
 CONDITIONS = ("GPT4", "", "größer")
+SOURCES = ("source 0", "source 1", "source of nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def random_rows(num_rows: int, seed: int = 0) -> list[Row]:
         ids = random.integers(0, 2**31, length).astype(np.int32)
         weights = random.choice(np.array([0, 0.1, 0.3, 1, 2.5], dtype=np.float32), length)
         condition = CONDITIONS[(number + 1) % 3]
-        rows.append(Row(f"id {number} ü", f"source {number % 2}", condition, Example(ids, weights)))
+        rows.append(Row(f"id {number} ü", SOURCES[number % 2], condition, Example(ids, weights)))
     return rows
 
 
@@ -67,6 +68,7 @@ def manifest_of(writer: StoreWriter, fingerprint: str = "f" * 64) -> Manifest:
         made_from={"template": "openchat_v3.2"},
         template="openchat_v3.2",
         conditions=writer.conditions,
+        sources=writer.sources,
         inference_condition="GPT4",
         added_tokens={"<|end_of_turn|>": 32000},
         splits=writer.split_totals(),
@@ -84,7 +86,7 @@ def staging_beside(path: Path) -> Path:
 
 def write(path: Path, train: Sequence[Row], eval_: Sequence[Row] = (), fingerprint: str = "f" * 64) -> Path:
     """Write a store, and give back the work folder, which is left to whoever made it."""
-    writer = StoreWriter(staging_beside(path))
+    writer = StoreWriter(staging_beside(path), SOURCES)
     add_all(writer, "train", train)
     add_all(writer, "eval", eval_)
     writer.finish(manifest_of(writer, fingerprint), path)
@@ -94,12 +96,15 @@ def write(path: Path, train: Sequence[Row], eval_: Sequence[Row] = (), fingerpri
 def check_split(path: Path, split: Split, rows: Sequence[Row]) -> None:
     store = TokenStore(path, split)
     assert len(store) == len(rows)
-    kinds = [array.dtype.name for array in (store.lengths, store.weight_sums, store.condition_ids)]
-    assert kinds == ["int32", "float64", "int32"]
+    kinds = [a.dtype.name for a in (store.lengths, store.weight_sums, store.condition_ids, store.source_ids)]
+    assert kinds == ["int32", "float64", "int32", "int32"]
     assert store.lengths.tolist() == [len(row.example.input_ids) for row in rows]
     # f64 sums of f32 weights: the same additions, so exactly the same numbers
     assert store.weight_sums.tolist() == [float(row.example.loss_weights.sum(dtype=np.float64)) for row in rows]
     assert [store.manifest.conditions[id_] for id_ in store.condition_ids] == [row.condition for row in rows]
+    assert [store.manifest.sources[id_] for id_ in store.source_ids] == [row.source for row in rows]
+    for id_, name in enumerate(SOURCES):
+        assert store.members(id_).tolist() == [number for number, row in enumerate(rows) if row.source == name]
     for position, row in enumerate(rows):
         example = store[position]
         assert (example.input_ids.dtype.name, example.loss_weights.dtype.name) == ("int32", "float32")
@@ -141,9 +146,9 @@ def test_the_manifest_comes_back_with_the_totals_of_each_split(tmp_path: Path) -
 
 def test_conditions_are_numbered_over_both_splits_and_weighed_in_training_alone(tmp_path: Path) -> None:
     def row(condition: str, *weights: float) -> Row:
-        return Row("", "", condition, Example(np.zeros(len(weights), np.int32), np.array(weights, np.float32)))
+        return Row("", SOURCES[0], condition, Example(np.zeros(len(weights), np.int32), np.array(weights, np.float32)))
 
-    writer = StoreWriter(staging_beside(tmp_path / "store"))
+    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES)
     writer.add("train", table_of([row("b", 0, 0.5, 0.5), row("a", 0, 2)]))
     writer.add("eval", table_of([row("only held out", 0, 1), row("b", 0, 9)]))
     writer.add("train", table_of([row("unweighted", 0, 0), row("b", 0, 2, 0)]))
@@ -188,12 +193,20 @@ def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
     assert first == contents(tmp_path / "b")
 
 
+def test_positions_are_sorted_by_source_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ochat_train.tokens.store, "_SORTED_AT_ONCE", 7)
+    rows = random_rows(100)
+    write(tmp_path / "store", rows, rows[:3])
+    check_split(tmp_path / "store", "train", rows)
+    check_split(tmp_path / "store", "eval", rows[:3])
+
+
 # ---- All or nothing ----
 
 
 def test_nothing_is_at_its_place_until_the_store_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    writer = StoreWriter(staging_beside(path))
+    writer = StoreWriter(staging_beside(path), SOURCES)
     add_all(writer, "train", random_rows(1500))
     assert not path.exists()
     assert not (writer.staging / "manifest.json").exists()
@@ -203,7 +216,7 @@ def test_nothing_is_at_its_place_until_the_store_is_complete(tmp_path: Path) -> 
 
 
 def test_the_manifest_is_written_when_all_else_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = StoreWriter(staging_beside(tmp_path / "store"))
+    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES)
     add_all(writer, "train", random_rows(30))
     manifest = manifest_of(writer)
     write_bytes, names = Path.write_bytes, []
@@ -229,7 +242,7 @@ def test_all_of_it_is_on_the_disk_before_it_is_moved_to_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, flushed = tmp_path / "store", []
-    writer = StoreWriter(staging_beside(path))
+    writer = StoreWriter(staging_beside(path), SOURCES)
     add_all(writer, "train", random_rows(30))
 
     def flush(folder: Path) -> None:
@@ -245,7 +258,7 @@ def test_an_older_store_survives_a_rewrite_that_fails(tmp_path: Path) -> None:
     path, rows = tmp_path / "store", random_rows(30)
     write(path, rows)
     before = contents(path)
-    writer = StoreWriter(staging_beside(tmp_path / "other"))
+    writer = StoreWriter(staging_beside(tmp_path / "other"), SOURCES)
     add_all(writer, "train", random_rows(2000, 9))
     (writer.staging / "manifest.json").mkdir()  # so that it cannot be written
     with pytest.raises(OSError):
@@ -312,8 +325,8 @@ def test_a_store_of_another_format_is_refused_for_reading_and_may_be_replaced(tm
     write(path, random_rows(3))
     manifest = path / "manifest.json"
     text = manifest.read_text()
-    assert '"format_version": 2' in text
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": 1, "more": 1'))
+    assert '"format_version": 3' in text
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 1, "more": 1'))
     assert read_manifest(path) is None
     with pytest.raises(ValueError, match="no complete token store"):
         TokenStore(path)

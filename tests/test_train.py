@@ -1,14 +1,20 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
+import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ochat_train.train
 from ochat_train.export import export
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.store import TokenStore
@@ -16,6 +22,7 @@ from ochat_train.train import build_engine, export_model, make_batch, prepare
 from ochat_train.train import train as train_run
 from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, read_checkpoint
 from ochat_train.training.engine import World, join_process_group
+from ochat_train.training.planning import check_lengths
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -67,6 +74,99 @@ def test_every_example_of_every_epoch_is_trained_and_the_schedule_ends_at_its_en
     assert steps[-1]["lr"] == pytest.approx(0.01 * 0.1)
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with the positions of the examples that a run trains, in the order of its steps."""
+    positions: list[int] = []
+    original = ochat_train.train._one_step
+
+    def one_step(run: Any, engine: Any, world: Any, state: Any, ready: Any, started: float) -> Any:
+        for examples, batch in zip(ready.item.bins, ready.made, strict=True):
+            ids = [run.store[position].input_ids for position in examples.tolist()]
+            assert np.array_equal(np.concatenate(ids) if ids else [0], batch.input_ids)
+            positions.extend(examples.tolist())
+        return original(run, engine, world, state, ready, started)
+
+    monkeypatch.setattr(ochat_train.train, "_one_step", one_step)
+    return positions
+
+
+def test_a_resume_with_other_micro_batches_trains_every_remaining_example_once(
+    recipe_path: Path, tmp_path: Path, trained: list[int]
+) -> None:
+    for options in (["train.max_steps=2"], ["packing.tokens_per_gpu=700", "train.max_steps=3"], []):
+        train(recipe_for(recipe_path, tmp_path, *options), ALONE)
+    store, steps = TokenStore(load_recipe(recipe_path).data.store), events(tmp_path, "step")
+    assert steps[1]["tokens"] <= 2 * 256 < steps[2]["tokens"]
+    for epoch in (trained[: len(store)], trained[len(store) :]):
+        assert sorted(epoch) == list(range(len(store)))
+    assert steps[-1]["progress"] == 1.0
+    assert steps[-1]["lr"] == pytest.approx(0.01 * 0.1)
+
+
+def test_sources_are_passed_over_as_often_as_the_recipe_says(
+    recipe_path: Path, tmp_path: Path, trained: list[int]
+) -> None:
+    shares = ["data.sources.0.epochs=0.5", "data.sources.1.epochs=2"]
+    train(recipe_for(recipe_path, tmp_path, *shares, "train.max_steps=3"), ALONE)
+    train(recipe_for(recipe_path, tmp_path, *shares), ALONE)  # goes on in the middle of an epoch
+    store, steps = TokenStore(load_recipe(recipe_path).data.store), events(tmp_path, "step")
+    counts = np.bincount(trained, minlength=len(store))
+    assert set(counts[store.members(0)].tolist()) == {1}  # half of it in each of two epochs
+    assert set(counts[store.members(1)].tolist()) == {4}
+    assert steps[-1]["examples_consumed"] == counts.sum()
+    assert sum(step["tokens"] for step in steps) == int(store.lengths @ counts)
+    assert steps[-1]["progress"] == 1.0
+
+
+def test_a_run_says_how_long_it_waited_for_its_batches(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ochat_train.train.make_batches
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return original(*arguments)
+
+    monkeypatch.setattr(ochat_train.train, "make_batches", slow)
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=6"), ALONE)
+    waits = [step["data_wait_s"] for step in events(tmp_path, "step")]
+    # Two workers make a step every 0.25 s, far longer than training one; some were made ahead of the first.
+    assert 0.1 < max(waits) < 60
+    assert all(step["data_wait_s"] <= step["seconds"] for step in events(tmp_path, "step"))
+
+
+def test_a_store_that_changes_during_the_run_stops_it(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(recipe_for(recipe_path, tmp_path), ALONE)
+    lengths = run.plan.lengths.copy()
+    changed = replace(run, plan=replace(run.plan, lengths=lengths))
+    original = ochat_train.train.describe_plan
+
+    def change_and_describe(*arguments: Any) -> str:
+        lengths[:] = 250
+        return original(*arguments)
+
+    monkeypatch.setattr(ochat_train.train, "describe_plan", change_and_describe)
+    with pytest.raises(RuntimeError, match="step 1 of the plan is not the one agreed on"):
+        train_run(changed, ALONE)
+
+
+def test_an_example_longer_than_a_micro_batch_is_refused_by_name(recipe_path: Path) -> None:
+    store = TokenStore(load_recipe(recipe_path).data.store)
+    longest = int(store.lengths.max())
+    check_lengths(store, longest)
+    name, limit = re.escape(store.name(int(store.lengths.argmax()))), longest - 1
+    with pytest.raises(ValueError, match=rf"conversation {name} has {longest} tokens, above .*tokens_per_gpu {limit}"):
+        check_lengths(store, limit)
+
+
+def test_a_source_of_which_nothing_would_be_trained_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source hasty: epochs 0\.01 of its .* examples is none at all in 2 epochs"):
+        prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.epochs=0.01"), ALONE)
+
+
 def test_the_last_checkpoints_are_kept(finished: Path) -> None:
     last = events(finished, "step")[-1]["step"]
     names = [path.name for path in find_checkpoints(finished)]
@@ -86,9 +186,12 @@ def test_a_step_reports_all_that_a_user_watches(finished: Path) -> None:
         "supervised_tokens",
         "tokens_per_s",
         "fill",
+        "num_processes",
         "seconds",
+        "data_wait_s",
     ]
     assert set(expected) <= step.keys()
+    assert step["num_processes"] == 1
     assert step["loss_by_condition"].keys() == {"Careful", "Hasty"}
     assert 0 < step["fill"] <= 1
 
@@ -127,7 +230,7 @@ def test_the_exported_model_gives_the_logits_of_the_engine(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert model.dtype == getattr(torch, dtype)
     model.set_attn_implementation("eager")
-    batch = make_batch(run.store, [0, 3])
+    batch = make_batch(run.store, np.array([0, 3]))
     with torch.no_grad():
         ours = _gathered_logits(engine, batch)
         for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):

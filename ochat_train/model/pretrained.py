@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from ochat_train.tokens.plan import quadratic_length
 from ochat_train.tokens.tokenizer import locate_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -30,6 +31,30 @@ def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -
             f"model.config.vocab_size {vocab_size:,} is below the tokenizer's {num_ids:,} ids; leave vocab_size out"
         )
     return made
+
+
+def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
+    """The quadratic length (see plan.py) of a model of this configuration, on sequences of up to `max_tokens` tokens.
+
+    config: of transformers. The model is made without memory, so that its matrices can be counted whatever its
+    architecture. All experts of a mixture count as if each token passed them.
+    """
+    config = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        num_weights -= model.get_input_embeddings().weight.numel()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_full = sum(window is None or window >= max_tokens for window in _attention_windows(config))
+    return quadratic_length(num_weights=num_weights, attention_width=num_full * config.num_attention_heads * head_dim)
+
+
+def _attention_windows(config: Any) -> list[int | None]:
+    """How many tokens the attention of each layer sees; None: all before it."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def load_model(

@@ -1,10 +1,11 @@
 """Examples to one packed batch. The only place where labels are shifted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,18 +30,25 @@ class PackedBatch:
     condition_ids: Tensor
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on a device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "max_seqlen"
+        """The batch on a device. From pinned memory it is copied while the host goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Self:
+        """The batch in page-locked memory, where there is an accelerator to copy it from there."""
+        return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {
+            field.name: change(getattr(self, field.name)) for field in fields(self) if field.name != "max_seqlen"
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 # A rank without examples still takes part in every collective of the step: one token that counts for nothing.
 _NOTHING = Example(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32))
 
 
-def collate(examples: Sequence[Example], condition_ids: Sequence[int]) -> PackedBatch:
+def collate(examples: Sequence[Example], condition_ids: npt.ArrayLike) -> PackedBatch:
     """One batch of the examples, in order; `condition_ids` has one id an example.
 
     >>> a = Example(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.float32))

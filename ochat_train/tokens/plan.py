@@ -1,18 +1,27 @@
-"""The epoch plan: which examples make which micro-batch of which rank at which step.
+"""The plan: which examples make which micro-batch of which rank at which step.
 
-A pure function of lengths, weights, seed, epoch and shape: every rank computes the same plan, and a position in it
-is one number, the examples consumed so far.
+A pure function of lengths, weights, shape and order: every rank computes the same plan, bit for bit, a window of the
+data at a time. A position in it is one number, the examples consumed so far.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from itertools import pairwise
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
+from ochat_train.tokens.order import DataOrder, Indices
+from ochat_train.tokens.packing import pack_step
+
 Lengths = npt.NDArray[np.int32]
-Indices = npt.NDArray[np.int64]
+WeightSums = npt.NDArray[np.float64]
+
+_WINDOW = 65_536  # examples read ahead
+_LINEAR = 10**9  # the quadratic length of a model whose costs do not grow with the square: far above any context
+_MAX_COST = 2**62  # of all micro-batches of a step together, so that sums of costs are whole numbers of 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,119 +29,164 @@ class StepPlan:
     """One optimizer step.
 
     bins: i64[...] positions in the store; bins[m * world_size + r] is micro-batch m of rank r, and may be empty.
-    weight_sum: the sum of all loss weights of the step, over all ranks and micro-batches, in f64.
+    weight_sum: the sum of all loss weights of the step, over all ranks and micro-batches, exactly rounded. num_tokens:
+    likewise. costs: i64[num_bins], what each micro-batch costs, times the shape's quadratic length.
     """
 
     bins: tuple[Indices, ...]
     weight_sum: float
+    num_tokens: int
+    costs: npt.NDArray[np.int64]
 
     @property
     def num_examples(self) -> int:
         """Examples in the step."""
         return sum(len(positions) for positions in self.bins)
 
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the bins, borders and order included."""
+        checksum = 0
+        for positions in self.bins:
+            checksum = crc32(positions.astype("<i8").data, crc32(len(positions).to_bytes(8, "little"), checksum))
+        return checksum
+
 
 @dataclass(frozen=True, slots=True)
 class PlanShape:
-    """What a step has room for.
+    """What a step has room for, and what its sequences cost.
 
-    capacity: tokens of one micro-batch. num_bins: world size * gradient accumulation. quadratic_length: the length q
-    at which attention costs as much as everything else, so that a sequence of length L costs L + L^2 / q.
+    capacity: tokens of one micro-batch. world_size: ranks. grad_accum: micro-batches of each rank in a step.
+    quadratic_length: the length q at which attention costs as much as everything else, see `quadratic_length`.
     """
 
     capacity: int
-    num_bins: int
-    quadratic_length: float
+    world_size: int
+    grad_accum: int
+    quadratic_length: int
+
+    def __post_init__(self) -> None:
+        if self.num_bins * self.capacity * (self.quadratic_length + self.capacity) > _MAX_COST:
+            raise ValueError(
+                f"a step of {self.num_bins:,} micro-batches of packing.tokens_per_gpu {self.capacity:,} tokens is too "
+                "large to be planned; lower it"
+            )
+
+    @property
+    def num_bins(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.world_size * self.grad_accum
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a step has room for."""
+        return self.capacity * self.num_bins
+
+    def waits(self, costs: npt.NDArray[np.int64]) -> int:
+        """The modelled time of a step: ranks wait for each other at each micro-batch, so its dearest one counts."""
+        return int(costs.reshape(self.grad_accum, self.world_size).max(axis=1).sum())
 
 
-def quadratic_length(hidden_size: int) -> float:
-    """q in the cost L + L^2 / q of a sequence, for a transformer of this hidden size h.
+def quadratic_length(*, num_weights: int, attention_width: int) -> int:
+    """q, in tokens, of the cost L + L^2 / q of a sequence of L tokens: where attention costs as much as all else.
 
-    A layer multiplies by about 12 h^2 weights per token (24 h^2 FLOP); causal attention adds 4 h * L / 2 FLOP per
-    token for scores and values. Their ratio is L / (12 h).
+    num_weights: entries of all matrices that a token passes, over all layers and the head. attention_width: heads times
+    head size, summed over the layers whose attention sees the whole sequence; 0: there are none.
+
+    A matrix of n entries takes 2 n FLOP a token. Attention multiplies each query of width d with its keys, and the
+    scores with the values, 4 d FLOP a key; a causal query sees L / 2 keys in the mean, so 2 d L FLOP a token. The
+    backward pass doubles both. So a token costs 2 num_weights + 2 attention_width L, and a sequence, in units of
+    2 num_weights FLOP, L + L^2 / q with q = num_weights / attention_width.
+
+    Llama-2-13B: 40 layers of 4 * 5120^2 + 3 * 5120 * 13824 weights, a head of 32000 * 5120, and 40 * 5120 of width give
+    q = 62,752 tokens, close to 12 times the hidden size, which is q for a plain transformer of 12 h^2 weights a layer.
+    A sliding window bounds what its layers cost, so these layers count as linear.
     """
-    return 12.0 * hidden_size
+    return max(1, round(num_weights / attention_width)) if attention_width else _LINEAR
 
 
 def plan_epoch(
-    lengths: Lengths,
-    weight_sums: npt.NDArray[np.float64],
-    shape: PlanShape,
-    *,
-    seed: int | None,
-    epoch: int,
-    start: int = 0,
+    lengths: Lengths, weight_sums: WeightSums, shape: PlanShape, order: DataOrder, *, epoch: int, start: int = 0
 ) -> Iterator[StepPlan]:
-    """The steps of one epoch, from its `start`-th example on.
+    """The steps of one epoch, from the `start`-th example of its order on.
 
-    lengths: i32[N] tokens. weight_sums: f64[N]. Each step takes the next examples of the epoch's permutation (of the
-    store's order when `seed` is None), as many as can be placed; inside the step the longest go first, each to the
-    bin of least cost that has room. Every example is in exactly one step, the last step is as small as it comes, no
-    bin holds more than `shape.capacity` tokens. Raises ValueError when an example is longer than that.
+    lengths: i32[N] tokens. weight_sums: f64[N]. Both may be memory-mapped: what is held is a window of the epoch. Each
+    step takes the next examples of the order, as many as can be placed in its micro-batches, at costs as equal as can
+    be (see packing.py). With accumulation, the micro-batches that ranks run at the same time are those of like cost,
+    and each rank's sum over its own is near the others'. Every example of the epoch is in exactly one step, and the
+    last step is as small as it comes. Raises ValueError when an example is longer than `shape.capacity`.
     """
-    if len(lengths) and (longest := int(lengths.max())) > shape.capacity:
-        raise ValueError(
-            f"example {int(lengths.argmax())} of the store has {longest:,} tokens, above packing.tokens_per_gpu "
-            f"{shape.capacity:,}; raise it, or lower data.max_tokens and preprocess again"
-        )
-    order: Indices = np.arange(len(lengths), dtype=np.int64)
-    if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(order)
-    position = start
-    while position < len(order):
-        bins = _fill_step(order[position:], lengths, shape)
-        step = StepPlan(bins, float(sum(weight_sums[positions].sum() for positions in bins)))
-        position += step.num_examples
+    num_examples = order.num_examples(epoch)
+    window, read, here = np.empty(0, np.int64), start, 0
+    ends = np.zeros(1, np.int64)  # ends[i]: tokens of the window's first i examples
+    while start < num_examples:
+        count = int(np.searchsorted(ends, ends[here] + shape.num_tokens, side="right")) - 1 - here
+        if here + count == len(window) and read < num_examples:
+            ahead = order.examples(epoch, read, min(read + _WINDOW, num_examples))
+            window, read, here = np.concatenate([window[here:], ahead]), read + len(ahead), 0
+            ends = np.concatenate([[0], np.cumsum(lengths[window], dtype=np.int64)])
+            if int(np.diff(ends).max()) > shape.capacity:
+                raise _overlong(lengths, window, shape.capacity)
+            continue
+        step = _fill(window[here : here + count], np.diff(ends[here : here + count + 1]), weight_sums, shape)
+        num_taken = step.num_examples
+        here += num_taken
+        start += num_taken
         yield step
 
 
-def plan_digest(lengths: Lengths, weight_sums: npt.NDArray[np.float64], shape: PlanShape, *, seed: int) -> str:
-    """SHA-256 of everything the plan is a function of, and of its first step as this machine computes it."""
-    digest = sha256(repr((shape, seed, len(lengths))).encode())
-    digest.update(np.ascontiguousarray(lengths).tobytes())
-    digest.update(np.ascontiguousarray(weight_sums).tobytes())
-    first = next(plan_epoch(lengths, weight_sums, shape, seed=seed, epoch=0), None)
-    for positions in first.bins if first is not None else ():
-        digest.update(positions.tobytes() + b"|")
-    return digest.hexdigest()
+def plan_run(
+    lengths: Lengths,
+    weight_sums: WeightSums,
+    shape: PlanShape,
+    order: DataOrder,
+    *,
+    num_epochs: int,
+    consumed: int = 0,
+) -> Iterator[StepPlan]:
+    """The steps of all epochs behind the first `consumed` examples, which any other shape may have planned."""
+    first, start = order.seek(consumed)
+    for epoch in range(first, num_epochs):
+        yield from plan_epoch(lengths, weight_sums, shape, order, epoch=epoch, start=start)
+        start = 0
 
 
-def _fill_step(upcoming: Indices, lengths: Lengths, shape: PlanShape) -> tuple[Indices, ...]:
-    """Bins for the longest run of upcoming examples that can be placed, found by bisection."""
-    # No more can fit than the tokens allow; the shortest sequence has one token.
-    window = upcoming[: shape.num_bins * shape.capacity]
-    tokens = np.cumsum(lengths[window], dtype=np.int64)
-    most = int(np.searchsorted(tokens, shape.num_bins * shape.capacity, side="right"))
-    if (bins := _place(window[:most], lengths, shape)) is not None:
-        return bins
-    placed, failed = 1, most
-    best = _place(window[:1], lengths, shape)
-    assert best is not None
-    while failed - placed > 1:
-        middle = (placed + failed) // 2
-        if (bins := _place(window[:middle], lengths, shape)) is None:
-            failed = middle
-        else:
-            placed, best = middle, bins
-    return best
+def _overlong(lengths: Lengths, positions: Indices, capacity: int) -> ValueError:
+    longest = int(positions[np.argmax(lengths[positions])])
+    return ValueError(
+        f"example {longest} of the store has {int(lengths[longest]):,} tokens, above packing.tokens_per_gpu "
+        f"{capacity:,}; raise it, or lower data.max_tokens and preprocess again"
+    )
 
 
-def _place(examples: Indices, lengths: Lengths, shape: PlanShape) -> tuple[Indices, ...] | None:
-    """Longest first, each into the bin of least cost that has room; None when one finds no room.
+def _fill(upcoming: Indices, lengths: npt.NDArray[np.int64], weight_sums: WeightSums, shape: PlanShape) -> StepPlan:
+    """The step that takes the next examples of `upcoming`, as many as can be placed."""
+    arrivals = np.argsort(-lengths, kind="stable")
+    members, ends, costs = pack_step(
+        lengths[arrivals], arrivals, shape.capacity, shape.num_bins, shape.quadratic_length
+    )
+    placed = upcoming[members]
+    bins = [placed[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+    slots = _arrange(costs, shape)
+    return StepPlan(
+        bins=tuple(bins[bin] for bin in slots.tolist()),
+        weight_sum=math.fsum(weight_sums[placed].tolist()),
+        num_tokens=int(lengths[: len(placed)].sum()),
+        costs=costs[slots],
+    )
 
-    Longest-processing-time scheduling with a capacity.
 
-    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969.
+def _arrange(costs: npt.NDArray[np.int64], shape: PlanShape) -> Indices:
+    """i64[num_bins]: which bin is micro-batch m of rank r, at m * world_size + r.
+
+    The dearest bins run together, then the next; in each such group the dearest goes to the rank of the least sum.
     """
-    by_length = examples[np.argsort(-lengths[examples], kind="stable")]
-    costs = np.zeros(shape.num_bins)
-    rooms = np.full(shape.num_bins, shape.capacity, dtype=np.int64)
-    bin_of = np.empty(len(by_length), dtype=np.int64)
-    for rank, length in enumerate(lengths[by_length].tolist()):
-        target = int(np.argmin(np.where(rooms >= length, costs, np.inf)))
-        if rooms[target] < length:
-            return None
-        bin_of[rank] = target
-        rooms[target] -= length
-        costs[target] += length + length * length / shape.quadratic_length
-    return tuple(by_length[bin_of == bin_] for bin_ in range(shape.num_bins))
+    by_cost = np.argsort(-costs, kind="stable")
+    sums = np.zeros(shape.world_size, np.int64)
+    slots = np.empty_like(by_cost)
+    for group in range(0, shape.num_bins, shape.world_size):
+        bins = by_cost[group : group + shape.world_size]
+        ranks = np.argsort(sums, kind="stable")
+        slots[group + ranks] = bins
+        sums[ranks] += costs[bins]
+    return slots

@@ -4,11 +4,14 @@
     STORE/tokenizer/                the tokenizer with the template's special tokens
     STORE/ledger.parquet            what happened to each record
     STORE/train/, STORE/eval/       Arrow: id, source, condition, input_ids i32[L], loss_weights f32[L]
-    STORE/train/lengths.npy ...     i32[N] lengths, f64[N] weight_sums, i32[N] condition_ids
+    STORE/train/lengths.npy ...     i32[N] lengths, f64[N] weight_sums, i32[N] condition_ids, i32[N] source_ids
+    STORE/train/by_source.npy       i64[N] the positions of the first source, then those of the second, ...
+    STORE/train/source_ends.npy     i64[number of sources] where each ends in by_source
 
 `datasets.load_from_disk(STORE)` opens it too.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +25,7 @@ import pyarrow.compute as pc
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 _SCHEMA = pa.schema(
@@ -34,6 +37,7 @@ _SCHEMA = pa.schema(
         "loss_weights": pa.list_(pa.float32()),
     }
 )
+_SORTED_AT_ONCE = 2**20  # examples
 _ARROW_FILE = "data-00000-of-00001.arrow"
 # What `Dataset.save_to_disk` writes. We write it ourselves, because that function would copy all the rows once more.
 _DATASET_STATE: dict[str, Any] = {
@@ -52,15 +56,17 @@ class Manifest:
     """What a store is made of.
 
     fingerprint: hash over `made_from`, which holds the tokenizer's digest, the template, the recipe's data section,
-    the code's version and the input files' digests. conditions[i] is the name of condition id i. added_tokens: ids of
-    special tokens that the base tokenizer lacked. splits: num_examples, num_tokens, num_supervised_tokens and
-    weight_sum of each. counts: the ledger's. overlong: shard.py's OVERLONG_COLUMNS.
+    the code's version and the input files' digests. conditions[i] is the name of condition id i, sources[i] that of
+    source id i, in the recipe's order. added_tokens: ids of special tokens that the base tokenizer lacked. splits:
+    num_examples, num_tokens, num_supervised_tokens and weight_sum of each. counts: the ledger's. overlong: shard.py's
+    OVERLONG_COLUMNS.
     """
 
     fingerprint: str
     made_from: dict[str, Any]
     template: str
     conditions: list[str]
+    sources: list[str]
     inference_condition: str
     added_tokens: dict[str, int]
     splits: dict[str, dict[str, float]]
@@ -89,8 +95,8 @@ class TokenStore:
     """One split of a store, opened for reading.
 
     lengths: i32[N], tokens of each example. weight_sums: f64[N], sum of its loss weights. condition_ids: i32[N],
-    positions in `manifest.conditions`. `store[i]` is the i-th Example, read from the memory-mapped file.
-    Raises ValueError when `path` holds no complete store.
+    positions in `manifest.conditions`. source_ids: i32[N], positions in `manifest.sources`. `store[i]` is the i-th
+    Example. All of it is read from memory-mapped files. Raises ValueError when `path` holds no complete store.
     """
 
     def __init__(self, path: str | Path, split: Split = "train") -> None:
@@ -102,6 +108,9 @@ class TokenStore:
         self.lengths: npt.NDArray[np.int32] = _read_index(folder, "lengths")
         self.weight_sums: npt.NDArray[np.float64] = _read_index(folder, "weight_sums")
         self.condition_ids: npt.NDArray[np.int32] = _read_index(folder, "condition_ids")
+        self.source_ids: npt.NDArray[np.int32] = _read_index(folder, "source_ids")
+        self._by_source: npt.NDArray[np.int64] = _read_index(folder, "by_source")
+        self._source_ends: list[int] = _read_index(folder, "source_ends").tolist()
         if len(self.lengths):  # an empty split has no Arrow file
             from datasets import DatasetDict, load_from_disk  # slow to import, and writing does without
 
@@ -121,6 +130,11 @@ class TokenStore:
 
     def __getitem__(self, position: int) -> Example:
         return Example(self._ids[position].values.to_numpy(), self._weights[position].values.to_numpy())
+
+    def members(self, source_id: int) -> npt.NDArray[np.int64]:
+        """i64[n]: the positions of one source's examples, ascending."""
+        begin, end = [0, *self._source_ends][source_id : source_id + 2]
+        return self._by_source[begin:end]
 
     def name(self, position: int) -> str:
         """The id of the conversation that the example was made from."""
@@ -143,10 +157,14 @@ def check_store_path(path: Path) -> None:
 
 
 class StoreWriter:
-    """Writes a store into `staging`, an empty folder on the disk of its later place; `finish` moves it there."""
+    """Writes a store into `staging`, an empty folder on the disk of its later place; `finish` moves it there.
 
-    def __init__(self, staging: Path) -> None:
+    sources: the names of all sources; a source's position is its id.
+    """
+
+    def __init__(self, staging: Path, sources: Sequence[str]) -> None:
         self.staging = staging
+        self.sources = list(sources)
         self._condition_ids: dict[str, int] = {}
         self._condition_totals = np.zeros((0, 2))  # of the train split by condition: weight sum, supervised tokens
         self._splits: dict[Split, _SplitWriter] = {split: _SplitWriter(staging / split) for split in SPLITS}
@@ -163,7 +181,8 @@ class StoreWriter:
         for condition in pc.unique(rows["condition"]).to_pylist():
             self._condition_ids.setdefault(condition, len(self._condition_ids))
         condition_ids = pc.index_in(rows["condition"], value_set=pa.array(self.conditions)).to_numpy().astype(np.int32)
-        totals = self._splits[split].add(rows.select(_SCHEMA.names), condition_ids)
+        source_ids = pc.index_in(rows["source"], value_set=pa.array(self.sources)).to_numpy().astype(np.int32)
+        totals = self._splits[split].add(rows.select(_SCHEMA.names), condition_ids, source_ids)
         if split == "train":
             grown = np.zeros((len(self._condition_ids), 2))
             grown[: len(self._condition_totals)] = self._condition_totals
@@ -188,7 +207,7 @@ class StoreWriter:
         splits = [split for split, writer in self._splits.items() if writer.totals["num_examples"]]
         (self.staging / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
-            writer.finish()
+            writer.finish(len(self.sources))
         (self.staging / "manifest.json").write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
         flush_tree(self.staging)
         if path.exists():
@@ -207,8 +226,11 @@ class _SplitWriter:
         self._lengths = _Column(folder / "lengths.npy", np.dtype(np.int32))
         self._weight_sums = _Column(folder / "weight_sums.npy", np.dtype(np.float64))
         self._condition_ids = _Column(folder / "condition_ids.npy", np.dtype(np.int32))
+        self._source_ids = _Column(folder / "source_ids.npy", np.dtype(np.int32))
 
-    def add(self, rows: pa.Table, condition_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    def add(
+        self, rows: pa.Table, condition_ids: npt.NDArray[np.int32], source_ids: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float64]:
         """Append the rows; f64[rows, 2], the weight sum and the number of supervised tokens of each."""
         self._arrow.write_table(rows)
         lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
@@ -220,17 +242,19 @@ class _SplitWriter:
         self._lengths.append(lengths)
         self._weight_sums.append(weight_sums)
         self._condition_ids.append(condition_ids)
+        self._source_ids.append(source_ids)
         self.totals["num_examples"] += len(lengths)
         self.totals["num_tokens"] += int(ends[-1])
         self.totals["num_supervised_tokens"] += int(num_supervised.sum())
         self.totals["weight_sum"] += float(weight_sums.sum())
         return np.stack([weight_sums, num_supervised.astype(np.float64)], axis=1)
 
-    def finish(self) -> None:
+    def finish(self, num_sources: int) -> None:
         """Close the files and write what `datasets.load_from_disk` and TokenStore want to see beside them."""
         self._arrow.close()
-        for column in (self._lengths, self._weight_sums, self._condition_ids):
+        for column in (self._lengths, self._weight_sums, self._condition_ids, self._source_ids):
             column.close()
+        _write_by_source(self.folder, num_sources)
         if not self.totals["num_examples"]:
             (self.folder / _ARROW_FILE).unlink()
             return
@@ -238,6 +262,29 @@ class _SplitWriter:
 
         DatasetInfo(features=Features.from_arrow_schema(_SCHEMA)).write_to_directory(str(self.folder))
         (self.folder / "state.json").write_bytes(orjson.dumps(_DATASET_STATE))
+
+
+def _write_by_source(folder: Path, num_sources: int) -> None:
+    """Sort the positions by source, a part of them in memory at a time."""
+    source_ids = _read_index(folder, "source_ids")
+    parts = range(0, len(source_ids), _SORTED_AT_ONCE)
+    counts = np.zeros(num_sources, np.int64)
+    for part in parts:
+        counts += np.bincount(source_ids[part : part + _SORTED_AT_ONCE], minlength=num_sources)
+    ends = np.cumsum(counts)
+    np.save(folder / "source_ends.npy", ends)
+    if not len(source_ids):
+        np.save(folder / "by_source.npy", np.empty(0, np.int64))
+        return
+    places = (ends - counts).tolist()
+    by_source = np.lib.format.open_memmap(folder / "by_source.npy", "w+", np.dtype(np.int64), source_ids.shape)
+    for part in parts:
+        ids = source_ids[part : part + _SORTED_AT_ONCE]
+        for source in np.unique(ids).tolist():
+            positions = np.flatnonzero(ids == source) + part
+            by_source[places[source] : places[source] + len(positions)] = positions
+            places[source] += len(positions)
+    by_source.flush()
 
 
 class _Column:

@@ -25,8 +25,8 @@ from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.engine import World
 
 FORMAT_VERSION = 1
-# Keys that a resumed run may change: they decide neither the data nor the update of any step.
-FREE_AT_RESUME = ("name", "checkpoint", "log", "train.max_steps", "data.store")
+# Keys that a resumed run may change: they decide neither which examples are left nor what they count.
+FREE_AT_RESUME = ("name", "checkpoint", "log", "train.max_steps", "data.store", "packing.tokens_per_gpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sum_and_gather(values: Tensor, mine: float, world: World) -> tuple[Tensor, Tensor]:
+    """On every rank: the elementwise sum of the f64[...] values over all ranks, and f64[world size], each one's `mine`.
+
+    One collective for both, since at each of them all ranks wait.
+    """
+    both = torch.zeros(values.numel() + world.size, dtype=torch.float64, device=values.device)
+    both[: values.numel()] = values.flatten()
+    both[values.numel() + world.rank] = mine
+    dist.all_reduce(both)
+    return both[: values.numel()].view_as(values), both[values.numel() :]
+
+
 def gather_objects(value: T) -> list[T]:
     """The value of every rank, in the order of ranks, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()

@@ -23,7 +23,8 @@ from ochat_train.recipe import Recipe, to_json
 class StepReport:
     """One step over all ranks. sums: f64[3, K] nll, weight and tokens with a loss of each condition.
 
-    loss is sum(w * nll) / sum(w); seconds is wall time; fill is tokens / room of the step's micro-batches.
+    loss is sum(w * nll) / sum(w); seconds is wall time; fill is tokens / room of the step's micro-batches; data_wait_s
+    is the longest time that a rank waited for its batches.
     """
 
     step: int
@@ -35,7 +36,9 @@ class StepReport:
     grad_norm: float
     num_tokens: int
     fill: float
+    num_processes: int
     seconds: float
+    data_wait_s: float
 
     def to_json(self, conditions: list[str]) -> dict[str, Any]:
         """The line of metrics.jsonl."""
@@ -55,7 +58,9 @@ class StepReport:
             "tokens_per_s": self.num_tokens / self.seconds,
             "supervised_tokens_per_s": num_supervised / self.seconds,
             "fill": self.fill,
+            "num_processes": self.num_processes,
             "seconds": self.seconds,
+            "data_wait_s": self.data_wait_s,
         }
 
 
@@ -80,11 +85,12 @@ class Metrics:
         conditions: list[str],
         *,
         start: int,
+        num_steps: int,
         total_examples: int,
         is_main: bool,
     ) -> None:
         self._is_main = is_main
-        self._start = start
+        self._start, self._num_steps = start, num_steps
         self._conditions = conditions
         self._total_examples = total_examples
         self._recipe, self._run_dir = recipe, run_dir
@@ -125,8 +131,8 @@ class Metrics:
                 mininterval=1.0,
             )
         self._bar.set_postfix_str(
-            f"step {report.step}, epoch {report.epoch}, loss {line['loss'] or 0:.4f}, lr {report.lr:.2e}, "
-            f"{line['tokens_per_s']:,.0f} tokens/s",
+            f"step {report.step}/{self._num_steps}, epoch {report.epoch}, loss {line['loss'] or 0:.4f}, "
+            f"lr {report.lr:.2e}, {line['tokens_per_s']:,.0f} tokens/s",
             refresh=False,
         )
         self._bar.update(report.examples_consumed - self._bar.n)

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.tokens.plan import StepPlan, plan_epoch
+from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
-from ochat_train.train import plan_shape
+from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
 from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
 
@@ -36,8 +36,8 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _plan(recipe: Recipe) -> tuple[TokenStore, list[StepPlan]]:
     store = TokenStore(recipe.data.store)
-    shape = plan_shape(recipe, WORLD_SIZE, 64)
-    return store, list(plan_epoch(store.lengths, store.weight_sums, shape, seed=recipe.train.seed, epoch=0))
+    config = AutoConfig.for_model(**recipe.model.config, vocab_size=1025)  # type: ignore[arg-type]
+    return store, list(make_run_plan(recipe, store, config, WORLD_SIZE).steps())
 
 
 @pytest.fixture(scope="module")

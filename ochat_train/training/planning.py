@@ -1,0 +1,73 @@
+"""The recipe's plan: what its packing, data and train sections mean for the planner."""
+
+import sys
+from typing import Any
+
+from ochat_train.model.pretrained import quadratic_length_of
+from ochat_train.recipe import Recipe, differences
+from ochat_train.tokens.order import DataOrder, SourceShare
+from ochat_train.tokens.plan import PlanShape
+from ochat_train.tokens.plan_ahead import RunPlan
+from ochat_train.tokens.store import Manifest, TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer
+
+
+def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
+    """Raise ValueError, with every difference, when the store was made for another recipe."""
+    wrong = store_differences(recipe, manifest)
+    if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
+        wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
+    if wrong:
+        raise ValueError(
+            f"token store {recipe.data.store} was made for another recipe (was -> is):\n  "
+            + "\n  ".join(wrong)
+            + "\nRun python -m ochat_train.preprocess with this recipe first."
+        )
+
+
+def store_differences(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """One line for each key in which the store was made for another recipe."""
+    return differences(
+        {"template": manifest.template, "data": manifest.made_from["data"]},
+        {"template": recipe.template, "data": recipe.data.of_store()},
+    )
+
+
+def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:
+    """The plan of the recipe's run on `world_size` processes, for a model of this transformers configuration.
+
+    Raises ValueError for more tokens than the model has positions, and, by name, for an example that is longer than a
+    micro-batch.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if recipe.data.max_tokens > most:
+        raise ValueError(
+            f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
+        )
+    check_lengths(store, recipe.packing.tokens_per_gpu)
+    shape = PlanShape(
+        capacity=recipe.packing.tokens_per_gpu,
+        world_size=world_size,
+        grad_accum=recipe.packing.grad_accum,
+        quadratic_length=quadratic_length_of(config, max_tokens=recipe.data.max_tokens),
+    )
+    return RunPlan(store.lengths, store.weight_sums, shape, data_order(recipe, store), recipe.train.epochs)
+
+
+def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
+    """The order of the recipe's examples. Raises ValueError for a source of which nothing would be trained."""
+    epochs = {source.name: source.epochs for source in recipe.data.sources}
+    shares = [SourceShare(name, store.members(id), epochs[name]) for id, name in enumerate(store.manifest.sources)]
+    is_plain = all(share.epochs == 1 for share in shares)
+    return DataOrder(len(store), recipe.train.seed, () if is_plain else shares, num_epochs=recipe.train.epochs)
+
+
+def check_lengths(store: TokenStore, capacity: int) -> None:
+    """Raise ValueError, by name, when an example of the store is longer than `capacity` tokens."""
+    if not len(store) or (longest := int(store.lengths.max())) <= capacity:
+        return
+    name = store.name(int(store.lengths.argmax()))
+    raise ValueError(
+        f"conversation {name} has {longest:,} tokens, above packing.tokens_per_gpu {capacity:,}; raise it, or lower "
+        "data.max_tokens and preprocess again"
+    )

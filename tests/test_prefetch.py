@@ -1,0 +1,99 @@
+"""What is made ahead comes in order, is never more than asked for, and stops when nobody wants it any more."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ochat_train.tokens.prefetch import prefetch
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("num_ahead", [1, 3, 100])
+def test_everything_comes_once_and_in_order(num_workers: int, num_ahead: int) -> None:
+    def make(number: int) -> int:
+        time.sleep(0.001 * (number * 7 % 3))  # so that workers overtake each other
+        return number * number
+
+    with prefetch(range(40), make, num_ahead=num_ahead, num_workers=num_workers) as ready:
+        assert [(item, made) for item, made, _ in ready] == [(number, number * number) for number in range(40)]
+
+
+def test_nothing_to_make_is_nothing_to_get() -> None:
+    with prefetch([], str, num_ahead=2) as ready:
+        assert list(ready) == []
+
+
+def test_work_is_done_while_the_loop_is_busy_and_then_it_does_not_wait() -> None:
+    made = threading.Semaphore(0)
+
+    def make(number: int) -> int:
+        made.release()
+        return number
+
+    with prefetch(range(3), make, num_ahead=3) as ready:
+        for _ in range(3):
+            assert made.acquire(timeout=60)  # before the loop asked for anything
+        time.sleep(0.05)
+        # A step that is ready takes microseconds to hand over; a second allows for a machine that pauses.
+        assert sum(waited for _, _, waited in ready) < 1
+
+
+def test_a_loop_that_waits_is_told_how_long() -> None:
+    with prefetch(range(3), lambda _: time.sleep(0.1), num_ahead=1, num_workers=1) as ready:
+        waits = [waited for _, _, waited in ready]
+    # Three times 0.1 s one behind the other, and the loop does nothing else.
+    assert sum(waits) >= 0.25
+
+
+def test_only_so_much_is_made_ahead() -> None:
+    drawn = itertools.count()
+    with prefetch(drawn, str, num_ahead=3) as ready:
+        time.sleep(0.3)
+        # Three in the queue, and one that the feeder holds in its hand.
+        assert 0 < next(drawn) <= 5
+        assert next(ready).made == "0"
+
+
+@pytest.mark.parametrize("place", ["items", "make"])
+def test_a_mistake_is_raised_at_its_place(place: str) -> None:
+    def items() -> Iterator[int]:
+        for number in range(10):
+            if place == "items" and number == 4:
+                raise ValueError("item 4")
+            yield number
+
+    def make(number: int) -> int:
+        if place == "make" and number == 4:
+            raise ValueError("item 4")
+        return number
+
+    got = []
+    with pytest.raises(ValueError, match="item 4"), prefetch(items(), make, num_ahead=3) as ready:
+        for item, _, _ in ready:
+            got.append(item)
+    assert got == [0, 1, 2, 3]
+
+
+def test_a_loop_that_ends_early_stops_all_of_it() -> None:
+    drawn = itertools.count()
+    with prefetch(drawn, str, num_ahead=2) as ready:
+        assert [next(ready).item for _ in range(3)] == [0, 1, 2]
+    after = next(drawn)
+    time.sleep(0.2)
+    assert next(drawn) == after + 1  # ours alone
+
+
+def test_an_error_in_the_loop_is_not_hidden() -> None:
+    with pytest.raises(KeyError), prefetch(itertools.count(), str, num_ahead=2) as ready:
+        next(ready)
+        raise KeyError
