@@ -1,7 +1,8 @@
-"""Look at a run or at a token store.
+"""Look at a run, at a token store, or at what a run would do.
 
     python -m ochat_train.report run RUN
     python -m ochat_train.report store STORE [--text | --out FILE]
+    python -m ochat_train.report plan RECIPE [WORD ...] [--vs [RECIPE] [WORD ...]] [--text | --out FILE]
 
 RUN is a recipe's checkpoint.dir. Prints where the model is, the loss of each condition at the start and at the end, and
 the model's reply to the recipe's log.question under each condition.
@@ -9,6 +10,12 @@ the model's reply to the recipe's log.question under each condition.
 STORE is a recipe's data.store. Writes one HTML page, STORE/report.html or FILE, and prints its path: what was read,
 kept and dropped, what each source counts in the loss, lengths, packing, and samples with their weights. --text prints
 the same instead.
+
+plan shows the steps of the recipe's run before it is begun: figures, wall time, what each source counts, how the ranks
+wait for each other. A WORD is gpus=N, tokens_per_s=X (of one GPU; else it is taken from the run's metrics.jsonl), or
+key=value, an override of the recipe; the weights and epochs of sources, too, can be tried without preprocessing again.
+--vs sets a second plan beside the first: of another recipe, or of the same with these words on top. Prints it, and
+writes it as a page, checkpoint.dir/plan.html or FILE, whose path is the last line. --text writes nothing.
 """
 
 import argparse
@@ -20,7 +27,8 @@ from typing import Any
 import orjson
 
 from ochat_train.report_store import read_report
-from ochat_train.report_view import align, as_html, as_text, show_condition
+from ochat_train.report_store_view import as_html, as_text
+from ochat_train.report_tables import align, show_condition
 
 _MAX_REPLY_TOKENS = 96
 
@@ -34,12 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("run", metavar="RUN", type=Path, help="the run's folder, checkpoint.dir of its recipe")
     store = commands.add_parser("store", help="a token store: records, sources, lengths, packing, samples")
     store.add_argument("store", metavar="STORE", type=Path, help="the store's folder, data.store of its recipe")
-    form = store.add_mutually_exclusive_group()
-    form.add_argument("--text", action="store_true", help="print the report, write no page")
-    form.add_argument("--out", metavar="FILE", type=Path, help="the page's file; default STORE/report.html")
+    _form_arguments(store, "STORE/report.html")
+    plan = commands.add_parser("plan", help="what a recipe's run would do: steps, wall time, sources, balance")
+    plan.add_argument("recipe", metavar="RECIPE", help="the recipe's YAML file")
+    plan.add_argument("words", metavar="WORD", nargs="*", help="gpus=N, tokens_per_s=X, or key=value of the recipe")
+    plan.add_argument("--vs", metavar="WORD", nargs="*", help="a second plan: [RECIPE] and such words")
+    _form_arguments(plan, "checkpoint.dir/plan.html")
     options = parser.parse_args(arguments)
     try:
-        print(report_run(options.run) if options.command == "run" else report_store(options))
+        if options.command == "run":
+            print(report_run(options.run))
+        else:
+            print(report_store(options) if options.command == "store" else report_plan(options))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -69,11 +83,22 @@ def report_store(options: argparse.Namespace) -> str:
     if options.text:
         return as_text(report)
     page: Path = options.out or options.store / "report.html"
-    try:
-        page.write_text(as_html(report), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{page} cannot be written: {error.strerror}; name another file with --out") from None
+    _write_page(page, as_html(report))
     return str(page)
+
+
+def report_plan(options: argparse.Namespace) -> str:
+    """The report of a plan, or of two, as text, with the path of the page that was written, if one was."""
+    from ochat_train import report_plan_view  # they import torch, as above
+    from ochat_train.report_plan import read_plans, read_requests
+
+    reports = read_plans(read_requests(options.recipe, options.words, options.vs))
+    text = report_plan_view.as_text(reports)
+    if options.text:
+        return text
+    page: Path = options.out or Path(reports[0].recipe.checkpoint.dir) / "plan.html"
+    _write_page(page, report_plan_view.as_html(reports), makes_folder=options.out is None)
+    return f"{text}\n\n{page}"
 
 
 def ask(model_dir: Path, question: str, conditions: Sequence[str]) -> list[str]:
@@ -99,6 +124,21 @@ def ask(model_dir: Path, question: str, conditions: Sequence[str]) -> list[str]:
         reply = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         replies.append(" ".join(reply.split()))
     return replies
+
+
+def _form_arguments(parser: argparse.ArgumentParser, page: str) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--text", action="store_true", help="print the report, write no page")
+    form.add_argument("--out", metavar="FILE", type=Path, help=f"the page's file; default {page}")
+
+
+def _write_page(page: Path, html: str, *, makes_folder: bool = False) -> None:
+    try:
+        if makes_folder:
+            page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{page} cannot be written: {error.strerror}; name another file with --out") from None
 
 
 def _loss_table(metrics: Path, conditions: Sequence[str]) -> list[str]:

@@ -17,14 +17,15 @@ import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer
 
-from ochat_train import report, report_store, report_view
+from ochat_train import report, report_store, report_store_view
 from ochat_train.conversations.ledger import Entry, Ledger, ledger_table
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess import preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.report_store import Packing, Piece, Sample, StoreReport, quantile, read_report
-from ochat_train.report_view import align, as_html, as_text
+from ochat_train.report_store_view import as_html, as_text
+from ochat_train.report_tables import align
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.shard import OVERLONG_COLUMNS
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore
@@ -83,7 +84,7 @@ def write(
     batch: int = 7,
 ) -> Path:
     staging = path.with_name(f"{path.name}.staging")
-    writer = StoreWriter(staging)
+    writer = StoreWriter(staging, list(dict.fromkeys([*sources, *(row.source for row in (*train, *eval_))])))
     splits: dict[Split, Sequence[Row]] = {"train": train, "eval": eval_}
     for split, rows in splits.items():
         for start in range(0, len(rows), batch):
@@ -107,6 +108,7 @@ def write(
         },
         template="openchat_v3.2",
         conditions=writer.conditions,
+        sources=writer.sources,
         inference_condition="GPT4",
         added_tokens={"<|end_of_turn|>": 1024},
         splits=writer.split_totals(),
@@ -410,7 +412,7 @@ def test_a_token_is_escaped_and_what_one_cannot_see_in_it_is_marked() -> None:
         " ": " ",
         "  ": "<i>·</i><i>·</i>",
     }
-    assert {text: str(report_view._visible(text)) for text in shown} == shown
+    assert {text: str(report_store_view._visible(text)) for text in shown} == shown
 
 
 def test_the_page_shows_tokens_that_way(mixed: Path) -> None:

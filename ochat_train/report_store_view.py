@@ -1,30 +1,24 @@
 """The report of a token store, shown: one set of tables, as text for a terminal and as an HTML page."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, chain, groupby, islice, pairwise
-from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
 
 from ochat_train.conversations.ledger import NUM_EXAMPLES, Tally
 from ochat_train.report_store import PACKING_BINS, StoreReport, Totals, Turn, quantile, sum_by
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Cells as text, the columns `left` aligned to the left. bars: where each row's bar begins and ends, of 1."""
-
-    key: str
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    left: tuple[int, ...] = (0,)
-    bars: Sequence[tuple[float, float]] = ()
-
+from ochat_train.report_tables import (
+    Table,
+    align,
+    percent,
+    printable,
+    ratio,
+    render_page,
+    show_condition,
+    table_lines,
+    tick_distance,
+)
 
 _TOTALS = ("conversations", "examples", "tokens", "supervised tokens")
 _MEASURES = {
@@ -34,21 +28,6 @@ _MEASURES = {
     "loss": "weight_sum",
 }
 _CONDITIONS_SHOWN = 3  # of one source
-
-
-def show_condition(condition: str) -> str:
-    """The condition for a reader."""
-    return _printable(condition) or "(no condition)"
-
-
-def align(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Each row as a line, its cells padded to columns: those of `left` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<" if position in left else ">" for position in range(len(widths))]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _origin(report: StoreReport) -> list[tuple[str, str]]:
@@ -69,13 +48,13 @@ def _headline(report: StoreReport) -> list[tuple[str, str, str]]:
     num_kept = sum(counts.num_kept for counts in report.records.values())
     train, held_out = (sum(groups.values(), Totals()) for groups in (report.train, report.held_out))
     return [
-        ("records kept", f"{num_kept:,}", f"{_percent(num_kept, num_in)} of {num_in:,}"),
+        ("records kept", f"{num_kept:,}", f"{percent(num_kept, num_in)} of {num_in:,}"),
         ("examples to train on", f"{train.examples:,}", f"of {train.conversations:,} conversations"),
-        ("tokens to train on", f"{train.tokens:,}", f"{_ratio(train.tokens, train.examples, '.0f')} an example"),
+        ("tokens to train on", f"{train.tokens:,}", f"{ratio(train.tokens, train.examples, '.0f')} an example"),
         (
             "supervised tokens",
             f"{train.supervised_tokens:,}",
-            f"{_percent(train.supervised_tokens, train.tokens)} of them",
+            f"{percent(train.supervised_tokens, train.tokens)} of them",
         ),
         ("mean weight", _weight(train), "of a supervised token"),
         ("examples held out", f"{held_out.examples:,}", f"of {held_out.conversations:,} conversations"),
@@ -219,7 +198,7 @@ def _overlong(report: StoreReport) -> Table:
     rows = []
     for choice in ("split", "truncate", "drop") if counts["conversations"] else ():
         kept = ((counts[f"{choice}_{name}"], counts[name]) for name in ("tokens", "supervised_tokens"))
-        cells = (cell for part, whole in kept for cell in (f"{part:,}", _percent(part, whole)))
+        cells = (cell for part, whole in kept for cell in (f"{part:,}", percent(part, whole)))
         rows.append((f"{choice} (this store)" if choice == chosen else choice, *cells))
     note = (
         f"{counts['conversations']:,} conversations are longer than data.max_tokens {report.max_tokens:,}: "
@@ -233,7 +212,7 @@ def _overlong(report: StoreReport) -> Table:
 def _packing(report: StoreReport) -> Table:
     num_examples = int(report.all_lengths.sum())
     rows = [
-        (f"{capacity:,}", _percent(fill, 1) if fill else "-", f"{steps:,}", f"{num_examples / steps:,.0f}")
+        (f"{capacity:,}", percent(fill, 1) if fill else "-", f"{steps:,}", f"{num_examples / steps:,.0f}")
         for capacity, fill, steps, _ in report.packing
     ]
     note = (
@@ -249,7 +228,7 @@ def _packing(report: StoreReport) -> Table:
 def _held_out(report: StoreReport) -> Table:
     held_out = sum_by(report.held_out, 0, report.records)
     rows = [
-        (name, *_numbers(totals), _percent(totals.conversations, totals.conversations + train.conversations))
+        (name, *_numbers(totals), percent(totals.conversations, totals.conversations + train.conversations))
         for (name, totals), train in zip(held_out.items(), report.by_source.values(), strict=True)
     ]
     note = "" if report.held_out else "Nothing is held out."
@@ -263,29 +242,16 @@ def _numbers(totals: Totals) -> tuple[str, ...]:
 
 
 def _weight(totals: Totals) -> str:
-    return _ratio(totals.weight_sum, totals.supervised_tokens, ".4g")
-
-
-def _ratio(part: float, whole: float, form: str) -> str:
-    return format(part / whole, form) if whole else "-"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+    return ratio(totals.weight_sum, totals.supervised_tokens, ".4g")
 
 
 def _part(part: int, whole: int) -> str:
-    return f"{part:,} ({_percent(part, whole)})" if part else "0"
+    return f"{part:,} ({percent(part, whole)})" if part else "0"
 
 
 def _show_id(id: str) -> str:
-    text = _printable(id)
+    text = printable(id)
     return text if len(text) <= 40 else f"{text[:9]}…{text[-30:]}"  # an id that is a place has its number at the end
-
-
-def _printable(text: str) -> str:
-    """The text on one line, and nothing in it that a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ------------------------------------------------------------------------------------------------- showing
@@ -295,8 +261,7 @@ def as_text(report: StoreReport) -> str:
     """The report for a terminal."""
     lines = [*align(_origin(report), left=(0, 1)), "", *align(_headline(report), left=(0, 2))]
     for table in _tables(report):
-        lines += ["", table.title.upper(), *wrap(table.note, 100)]
-        lines += [f"  {line}" for line in align([table.header, *table.rows], table.left)]
+        lines += table_lines(table)
     lines += ["", "SAMPLES", "Each line begins with the loss weight of its tokens. Special tokens stand in ⟨⟩."]
     for sample in report.samples:
         lines += [
@@ -312,26 +277,18 @@ def as_text(report: StoreReport) -> str:
 def _turn_lines(turn: Turn) -> Iterator[str]:
     for weight, run in groupby(turn, key=lambda piece: piece.weight):
         text = "".join(f"⟨{piece.text}⟩" if piece.is_special else piece.text for piece in run)
-        first, *others = map(_printable, text.replace("\n", "↵\n").split("\n"))
+        first, *others = map(printable, text.replace("\n", "↵\n").split("\n"))
         yield f"  {weight:>8.4g}  {first}"
         yield from (f"{'':12}{other}" for other in others if other)
 
 
 def as_html(report: StoreReport) -> str:
     """The report as one page that needs nothing else."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only the page needs it
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"condition": show_condition, "id": _show_id, "visible": _visible}
     turns = chain.from_iterable((*sample.head, *sample.tail) for sample in report.samples)
     weights = sorted({piece.weight for turn in turns for piece in turn if piece.weight})
-    return environment.get_template("report_store.html.j2").render(
+    return render_page(
+        "report_store.html.j2",
+        {"condition": show_condition, "id": _show_id, "visible": _visible},
         report=report,
         origin=_origin(report),
         headline=_headline(report),
@@ -368,8 +325,7 @@ def _plot(report: StoreReport) -> dict[str, Any]:
             if number := numbers[colour]:
                 title = f"{source}: {number:,} examples of {name} tokens"
                 bars.append((width * bin, 100 - 100 * top / highest, 100 * number / highest, colour, title))
-    steps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
-    step = next(filter(lambda step: 5 * step > highest, steps))  # at most four lines
+    step = tick_distance(highest)
 
     def place(length: int) -> float:
         return width * float(np.interp(length, edges, np.arange(len(edges))))
