@@ -16,12 +16,9 @@ The table is printed, and all numbers are written to benchmarks/results/. Needs 
 
 import argparse
 import gc
-import importlib.metadata
 import multiprocessing
 import os
 import pickle
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -42,6 +38,7 @@ import numpy.typing as npt
 import orjson
 import psutil
 from dumps import html_answers, write_dump
+from machine import ROOT, describe_machine, write_results
 from tokenizers import Tokenizer
 
 from ochat_train.conversations.clean import clean_turns
@@ -64,7 +61,6 @@ from ochat_train.tokens.tokenizer import TextEncoder
 from ochat_train.tokens.work import WorkFolder
 from ochat_train.workers import num_cores
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = 512  # conversations that preprocessing tokenizes at once
 STAGE_CHUNKS = 3  # on which the stages are measured, of CHUNK_BYTES each
 HTML_BYTES = 1_000_000
@@ -93,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats = dict(zip(sizes, options.repeats + options.repeats[-1:] * len(sizes), strict=False))
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         folder = Path(name)
-        results = describe_machine()
+        results = describe_machine(PACKAGES)
         print(orjson.dumps(results, option=orjson.OPT_INDENT_2).decode())
         dumps = [make_dump(folder, size, options.tokenizer) for size in sizes]
         stages = measure_stages(dumps[0], repeats[sizes[0]])
@@ -122,25 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             peaks.append([run.peak_pss for run in measured["memory"]])
         for way, first, last in zip(("off", NEAR), peaks[0], peaks[-1], strict=True):
             print(f"peak memory from {sizes[0]:,} to {sizes[-1]:,}, near {way}: {100 * (last / first - 1):+.1f} %")
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{results['cpu']} {results['cores']} cores".lower()).strip("-")
-    file = ROOT / "benchmarks/results" / f"preprocess-{results['date']}-{slug}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n")
-    print(f"written to {file.relative_to(ROOT)}")
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": num_cores(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "load": os.getloadavg()[0],  # above 0.5 before we begin, others work here too
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    write_results("preprocess", results)
 
 
 # ---- The dumps, and the texts in them that are tokenized ----
@@ -330,7 +308,7 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
         measure("duplicates, near", lambda: find_duplicates(signed, near=NEAR, **rules))
 
         def put_together() -> None:
-            writer = StoreWriter(work.folder("store"))
+            writer = StoreWriter(work.folder("store"), [source.name for source in sources])
             with Ledger(str(writer.staging / "ledger.parquet")) as ledger:
                 assemble(work, len(shards), decisions, ledger, writer)
             flush_tree(writer.staging)
