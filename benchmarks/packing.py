@@ -116,7 +116,7 @@ class Input:
     @property
     def bound(self) -> int:
         """Fewer steps have no room for all tokens."""
-        return -(-int(self.lengths.sum(dtype=np.int64)) // self.shape.num_tokens)
+        return -(-int(self.lengths.sum(dtype=np.int64)) // self.shape.room)
 
 
 def shape_of(world_size: int, capacity: int, grad_accum: int = 1) -> PlanShape:
@@ -391,7 +391,7 @@ def compare(data: Input, repeats: int) -> Comparison:
     steps, *seconds = _repeat(partial(plan_all, data), repeats)
     lengths, slots = data.lengths.astype(np.int64), slots_of(steps, num_examples)
     rows.append(measure("ours", lengths, slots, data, *seconds))
-    prefix_limit, prefix_fill = fill_prefixes(in_order, shape.num_tokens)
+    prefix_limit, prefix_fill = fill_prefixes(in_order, shape.room)
     return Comparison(
         name=data.name,
         world_size=shape.world_size,
@@ -458,7 +458,7 @@ def measure(
         name=name,
         num_steps=num_steps,
         over_bound=num_steps / data.bound - 1,
-        fill=float(by_bin(lengths)[:num_full].sum()) / (num_full * shape.num_tokens),
+        fill=float(by_bin(lengths)[:num_full].sum()) / (num_full * shape.room),
         token_balance=balance(by_bin(paid)),
         cost_balance=balance(costs),
         efficiency=float(cost_of(lengths).sum() / shape.world_size / costs.max(axis=2).sum()),
@@ -536,7 +536,7 @@ def measure_scale(num_examples: int, folder: Path | None = None) -> Scale:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         num_tokens = write_index(Path(name), num_examples)
         measured = _in_process("plan_index", name, shape.world_size, shape.capacity)
-    bound = -(-num_tokens // shape.num_tokens)
+    bound = -(-num_tokens // shape.room)
     return Scale(num_examples=num_examples, over_bound=measured["num_steps"] / bound - 1, **measured)
 
 
@@ -680,7 +680,7 @@ def time_packing(world_size: int, capacity: int, num_steps: int) -> dict[str, An
     pack_step(lengths[:1].copy(), np.zeros(1, np.int64), shape.capacity, shape.num_bins, shape.quadratic_length)
     start, seconds, checksum = 0, [], 0
     for _ in range(num_steps):
-        within = np.cumsum(lengths[start:]) <= shape.num_tokens
+        within = np.cumsum(lengths[start:]) <= shape.room
         upcoming = lengths[start : start + int(within.sum())]
         arrivals = np.argsort(-upcoming, kind="stable")
         started = time.perf_counter()

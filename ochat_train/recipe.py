@@ -40,7 +40,7 @@ class SourceSection(Section):
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     epochs: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
+        1.0, gt=0, le=1000, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
     )
     where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
         default_factory=dict, description="Record fields that must equal the value (or one of the list)."

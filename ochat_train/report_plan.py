@@ -17,8 +17,8 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.packing import cost_of
-from ochat_train.tokens.plan import StepPlan
-from ochat_train.tokens.plan_ahead import PlanTable, RunPlan, make_table
+from ochat_train.tokens.plan import RunPlan, StepPlan
+from ochat_train.tokens.plan_ahead import PlanTable, make_table
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.planning import check_store, make_run_plan
@@ -165,7 +165,7 @@ class PlanReport:
     @property
     def cost(self) -> float:
         """The modelled time of all steps: what ranks wait for, in the cost of a token without its attention."""
-        return int(self.table.rows["waits"].sum()) / self.table.shape.quadratic_length
+        return self.table.waits / self.table.shape.quadratic_length
 
     @property
     def seconds(self) -> float | None:
@@ -186,7 +186,7 @@ class PlanReport:
 def read_plans(requests: Sequence[Request]) -> tuple[PlanReport, ...]:
     """The facts about each plan; the wall time of a second one may be modelled on the first's.
 
-    Raises ValueError with the remedy for a recipe, a store or a shape with which training could not begin.
+    Raises ValueError with the remedy for a recipe, a store or a shape with which no plan can be made.
     """
     reports: list[PlanReport] = []
     for request in requests:
@@ -326,7 +326,7 @@ def _take_picture(
         number=number + 1,
         num_examples=step.num_examples,
         num_tokens=step.num_tokens,
-        balance=int(costs.sum()) / (shape.world_size * shape.waits(step.costs)),
+        balance=shape.efficiency(int(costs.sum()), shape.waits(step.costs)),
         rows={rank: _micro_batches(store, plan, step, rank) for rank in ranks.tolist()},
         ends=np.cumsum(costs.max(axis=1)),
     )
@@ -344,24 +344,27 @@ def _micro_batches(store: TokenStore, plan: RunPlan, step: StepPlan, rank: int) 
 
 
 def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
-    """The rate that is given, or was measured by a run of this recipe, or follows from the first plan's.
+    """The rate that is given, or was measured in the recipe's run folder, or follows from the first plan's.
 
+    What was measured is not taken if an override changes what it depends on, since it is that of the recipe as it is.
     The time of a plan is that of its dearest micro-batches, in which all ranks wait, so seconds grow with `cost`.
     """
     if report.request.tokens_per_s is not None:
         return Rate(report.request.tokens_per_s, "given")
     # What was measured in the first's folder is the first's.
-    if (first is None or first.metrics != report.metrics) and (rate := _measured(report.metrics)) is not None:
+    is_own = first is None or first.metrics != report.metrics
+    is_as_measured = _speed_sections(load_recipe(report.request.recipe)) == _speed_sections(report.recipe)
+    if is_own and is_as_measured and (rate := _measured(report.metrics)) is not None:
         return rate
-    if first is None or first.seconds is None or _speed_sections(first) != _speed_sections(report):
+    if first is None or first.seconds is None or _speed_sections(first.recipe) != _speed_sections(report.recipe):
         return None
     seconds = first.seconds * report.cost / first.cost
     return Rate(report.table.num_tokens / (seconds * report.request.num_gpus), "modelled")
 
 
-def _speed_sections(report: PlanReport) -> tuple[object, ...]:
+def _speed_sections(recipe: Recipe) -> tuple[object, ...]:
     """What must be equal for two plans to take equally long for the same sequences."""
-    return report.recipe.model, report.recipe.zero, report.recipe.deepspeed
+    return recipe.model, recipe.zero, recipe.deepspeed
 
 
 def _measured(metrics: Path) -> Rate | None:

@@ -118,6 +118,7 @@ def _figures(report: PlanReport) -> list[Figure]:
     """The figures that a person asks for first."""
     table, seconds, worst = report.table, report.seconds, report.worst_step
     mean_tokens = table.num_tokens / table.num_steps
+    of_full = "" if report.is_epoch_end.all() else ", of the full ones"
     gpu_hours = None if seconds is None else seconds * report.request.num_gpus / 3600
     return [
         Figure(
@@ -146,7 +147,7 @@ def _figures(report: PlanReport) -> list[Figure]:
             f"{ratio(table.num_tokens, report.num_examples, ',.0f')} an example",
             table.num_tokens,
         ),
-        Figure("tokens a step", f"{mean_tokens:,.0f}", f"of room for {table.shape.num_tokens:,}", mean_tokens),
+        Figure("tokens a step", f"{mean_tokens:,.0f}", f"of room for {table.shape.room:,}", mean_tokens),
         Figure(
             "weight sum",
             _number(table.weight_sum),
@@ -156,7 +157,7 @@ def _figures(report: PlanReport) -> list[Figure]:
         _share("fill", table.fill, "of the micro-batches"),
         _share("ranks busy", table.efficiency, "of the time; else they wait", 2),
         _share("balance of a step", float(report.balances.mean()), "mean share of time busy", 2),
-        _share("worst balance", float(report.balances[worst]), f"step {worst + 1:,}, of the full ones", 2),
+        _share("worst balance", float(report.balances[worst]), f"step {worst + 1:,}{of_full}", 2),
     ]
 
 
@@ -288,7 +289,7 @@ def _steps_note(marks: str) -> str:
 
 def _caption(picture: StepPicture, report: PlanReport) -> tuple[str, str]:
     """Which step it is, and its numbers."""
-    fill = percent(picture.num_tokens, report.table.shape.num_tokens)
+    fill = percent(picture.num_tokens, report.table.shape.room)
     return (
         f"Step {picture.number:,} of {report.table.num_steps:,}, {' and '.join(picture.names)}",
         f"{picture.num_tokens:,} tokens in {picture.num_examples:,} sequences, fill {fill}, balance "

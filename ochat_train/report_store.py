@@ -242,8 +242,8 @@ def _try_packing(lengths: Mapping[str, Counts], max_tokens: int) -> tuple[Packin
         shape = PlanShape(capacity, PACKING_BINS, 1, _PACKING_QUADRATIC_LENGTH)
         plan = list(plan_epoch(each, np.zeros(len(each)), shape, DataOrder(len(each), seed=0), epoch=0))
         *full_steps, _ = (step.num_tokens for step in plan)
-        fill = sum(full_steps) / (shape.num_tokens * len(full_steps)) if full_steps else None
-        num_steps = ceil(num_tokens / (shape.num_tokens * fill)) if fill and num_tried < num_examples else len(plan)
+        fill = sum(full_steps) / (shape.room * len(full_steps)) if full_steps else None
+        num_steps = ceil(num_tokens / (shape.room * fill)) if fill and num_tried < num_examples else len(plan)
         found.append(Packing(capacity, fill, num_steps, num_tried))
     return tuple(found)
 

@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from ochat_train.model.pretrained import load_config, load_model
 from ochat_train.recipe import Recipe, load_recipe, recipe_arguments, to_json
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.order import Indices
-from ochat_train.tokens.plan import StepPlan
-from ochat_train.tokens.plan_ahead import PlanTable, RunPlan, plan_ahead
+from ochat_train.tokens.plan import RunPlan, StepPlan, digest_index
+from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
@@ -58,8 +57,6 @@ from ochat_train.training.metrics import Metrics, StepReport, describe_run
 from ochat_train.training.planning import check_lengths, check_store, make_run_plan
 from ochat_train.training.schedule import auto_learning_rate, learning_rate
 
-_STEPS_AHEAD = 4  # of which the batches are made while the model computes
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -83,13 +80,13 @@ class Run:
         """Where the run begins, or goes on."""
         if self.resumed is not None:
             return self.resumed.state
-        return TrainState(0, 0, 0, 0, self.store.fingerprint, to_json(self.recipe))
+        return TrainState(0, 0, 0, 0, self.store.fingerprint, to_json(self.recipe), self.plan.order.digest)
 
     def is_finished(self, state: TrainState) -> bool:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
         is_stopped = max_steps is not None and state.step >= max_steps
-        return is_stopped or state.examples_consumed >= self.plan.total_examples
+        return is_stopped or state.examples_consumed >= self.plan.num_examples
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,7 +148,13 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     if run.resumed is not None:
-        check_resume(run.resumed, recipe=to_json(recipe), store_fingerprint=store.fingerprint, world_size=world.size)
+        check_resume(
+            run.resumed,
+            recipe=to_json(recipe),
+            store_fingerprint=store.fingerprint,
+            order=run.plan.order.digest,
+            world_size=world.size,
+        )
     return run
 
 
@@ -181,7 +184,7 @@ def _train(run: Run, world: World) -> Path:
     recipe, store, state, last = run.recipe, run.store, run.start, run.dir
     if world.is_main and (leftovers := remove_leftovers(run.dir)):
         _say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
-    planned = plan_ahead(
+    ahead = PlanAhead(
         run.plan,
         state.examples_consumed,
         folder=run.dir / "plan" / socket.gethostname(),
@@ -195,9 +198,9 @@ def _train(run: Run, world: World) -> Path:
         load_checkpoint(engine, run.resumed, world)
         last = run.resumed.path
         _say(world, f"continuing {last} at step {state.step}, {state.examples_consumed:,} examples consumed")
-    table = _agree_on_steps(planned)
-    num_steps = state.step + table.num_steps
-    _say(world, describe_plan(table, num_steps))
+    table = _agree_on_steps(ahead)
+    num_steps = min(state.step + table.num_steps, recipe.train.max_steps or sys.maxsize)
+    _say(world, describe_plan(table, state.step, num_steps))
     conditions = store.manifest.conditions
     with (
         Metrics(
@@ -206,12 +209,10 @@ def _train(run: Run, world: World) -> Path:
             conditions,
             start=state.step,
             num_steps=num_steps,
-            total_examples=run.plan.total_examples,
+            total_examples=run.plan.num_examples,
             is_main=world.is_main,
         ) as metrics,
-        prefetch(
-            _checked_steps(run, table), lambda step: make_batches(store, step, world), num_ahead=_STEPS_AHEAD
-        ) as steps,
+        prefetch(_checked_steps(run, table), lambda step: make_batches(store, step, world)) as steps,
     ):
         if state.step == 0:
             _evaluate(run, engine, world, metrics, state)
@@ -275,11 +276,12 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
     )
 
 
-def describe_plan(table: PlanTable, num_steps: int) -> str:
-    """One line about the steps that are left, of `num_steps` in all."""
-    left = "" if table.num_steps == num_steps else f" left of {num_steps:,}"
+def describe_plan(table: PlanTable, step: int, num_steps: int) -> str:
+    """One line about the steps that are left behind `step`, of which the run ends with step `num_steps`."""
+    left = f" left of {step + table.num_steps:,}" if step else ""
+    stop = f", stopped by train.max_steps at step {num_steps:,}" if num_steps < step + table.num_steps else ""
     return (
-        f"plan: {table.num_steps:,} steps{left}, {table.num_tokens:,} tokens, weight {table.weight_sum:,.6g}; "
+        f"plan: {table.num_steps:,} steps{left}{stop}, {table.num_tokens:,} tokens, weight {table.weight_sum:,.6g}; "
         f"{100 * table.fill:.1f} % of the micro-batches filled, costs of ranks {100 * table.efficiency:.1f} % balanced"
     )
 
@@ -311,7 +313,7 @@ def _one_step(
 ) -> tuple[TrainState, StepReport]:
     """Train one step of the plan; returns where the run is then, and what to report."""
     recipe, plan, consumed = run.recipe, ready.item, state.examples_consumed + ready.item.num_examples
-    progress = consumed / run.plan.total_examples
+    progress = consumed / run.plan.num_examples
     lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
     sums, grad_norm = train_step(engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr)
     sums, waits = sum_and_gather(sums.double(), ready.waited_s, world)
@@ -322,6 +324,7 @@ def _one_step(
         tokens_seen=state.tokens_seen + plan.num_tokens,
         store_fingerprint=state.store_fingerprint,
         recipe=state.recipe,
+        order=state.order,
     )
     return state, StepReport(
         step=state.step,
@@ -332,7 +335,7 @@ def _one_step(
         lr=lr,
         grad_norm=grad_norm,
         num_tokens=plan.num_tokens,
-        fill=plan.num_tokens / run.plan.shape.num_tokens,
+        fill=plan.num_tokens / run.plan.shape.room,
         num_processes=world.size,
         seconds=time.perf_counter() - started,
         data_wait_s=float(waits.max()),
@@ -356,7 +359,9 @@ def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
 def _check_agreement(run: Run) -> None:
     """Raise Refused unless all ranks have the same plan, store, recipe and checkpoint to continue from."""
     position = None if run.resumed is None else (run.resumed.path.name, run.resumed.state.step)
-    views = set(gather_objects((run.plan.digest(), run.store.fingerprint, repr(to_json(run.recipe)), position)))
+    held_out = digest_index(run.held_out.lengths, run.held_out.weight_sums)
+    view = (run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe)), position)
+    views = set(gather_objects(view))
     if len(views) > 1:
         raise Refused(
             "the processes disagree on the plan, or on the checkpoint to continue from: give every node the same "
@@ -364,9 +369,10 @@ def _check_agreement(run: Run) -> None:
         )
 
 
-def _agree_on_steps(planned: Future[PlanTable]) -> PlanTable:
+def _agree_on_steps(ahead: PlanAhead) -> PlanTable:
     """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
-    table = planned.result()
+    made = together(ahead.make)
+    table = together(lambda: made if made is not None else ahead.read())
     if len(set(gather_objects(table.digest))) > 1:
         raise Refused(
             "the processes planned different steps from the same store: give every node the same version of "

@@ -247,7 +247,7 @@ class Mixture:
             SourceShare(f"source {number}", np.array(members), percent / 100)
             for number, (members, percent) in enumerate(zip(self.members, self.percents, strict=True))
         ]
-        return DataOrder(self.num_stored, seed, shares, num_epochs=self.num_epochs)
+        return DataOrder(self.num_stored, seed, shares)
 
     def num_drawn(self, source: int, num_epochs: int) -> int:
         """In whole numbers: the percents of all members, over so many epochs."""
@@ -328,7 +328,7 @@ def test_seeking_without_shares_is_division() -> None:
 @pytest.mark.parametrize("seed", [None, 0])
 def test_a_quarter_of_a_source_an_epoch_is_all_of_it_in_four(seed: int | None) -> None:
     members = np.arange(3, 33, 3)  # ten: 2.5 an epoch
-    order = DataOrder(40, seed, [SourceShare("quarter", members, 0.25)], num_epochs=4)
+    order = DataOrder(40, seed, [SourceShare("quarter", members, 0.25)])
     drawn = [whole(order, epoch).tolist() for epoch in range(8)]
     assert [len(epoch) for epoch in drawn] == [2, 3, 2, 3, 2, 3, 2, 3]
     assert sorted(chain(*drawn[:4])) == members.tolist()
@@ -378,11 +378,10 @@ def test_two_sources_of_one_size_are_drawn_in_orders_of_their_own() -> None:
     assert sum(position + 1000 in drawn for position in range(1000) if position in drawn) < 30  # 10 in the mean
 
 
-def test_a_source_that_is_never_drawn_is_refused_with_its_name() -> None:
+def test_a_source_of_which_an_epoch_is_less_than_one_example_is_drawn_now_and_then() -> None:
     shares = [SourceShare("all", np.arange(10), 1.0), SourceShare("rare", np.arange(10, 15), 0.04)]
-    with pytest.raises(ValueError, match=r"source rare: epochs 0\.04 of its 5 examples is none at all in 4 epochs"):
-        DataOrder(15, 0, shares, num_epochs=4)
-    assert DataOrder(15, 0, shares, num_epochs=5).total(5) == 51
+    order = DataOrder(15, 0, shares)
+    assert [order.num_examples(epoch) for epoch in range(10)] == [10, 10, 10, 10, 11] * 2
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -412,6 +411,6 @@ def test_the_digest_changes_with_everything_the_order_depends_on() -> None:
 def test_orders_that_are_alike_have_one_digest() -> None:
     members = np.arange(0, 20, 2)
     one = DataOrder(20, 0, [SourceShare("a", members, 1.0)])
-    other = DataOrder(20, 0, [SourceShare("another name", np.arange(20)[::2], 1.0)], num_epochs=5)
+    other = DataOrder(20, 0, [SourceShare("another name", np.arange(20)[::2], 1.0)])
     assert one.digest == other.digest
     assert np.array_equal(whole(one, 3), whole(other, 3))

@@ -218,7 +218,7 @@ def test_our_plan_is_within_its_limits(lengths: list[int], num_bins: int) -> Non
     ours = benchmark.measure("ours", arrays(lengths), slots, data, [], [])
     assert ours.num_dropped == 0
     examples = benchmark.DataOrder(len(lengths), benchmark.SEED).examples(0, 0, len(lengths))
-    prefix_limit, _ = benchmark.fill_prefixes(arrays(lengths)[examples], data.shape.num_tokens)
+    prefix_limit, _ = benchmark.fill_prefixes(arrays(lengths)[examples], data.shape.room)
     assert data.bound <= prefix_limit <= ours.num_steps
     balance_limit = benchmark.limit_balance(arrays(lengths), slots, data.shape)
     assert 0 < ours.cost_balance <= balance_limit + 1e-12  # rounding of the mean

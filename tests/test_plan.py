@@ -26,7 +26,7 @@ import ochat_train.tokens.plan
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.order import DataOrder, SourceShare
 from ochat_train.tokens.packing import pack_step
-from ochat_train.tokens.plan import PlanShape, StepPlan, plan_epoch, plan_run, quadratic_length
+from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan, plan_epoch, quadratic_length
 from ochat_train.tokens.store import Manifest
 from ochat_train.train import deepspeed_configuration, peak_learning_rate
 
@@ -51,7 +51,7 @@ class Case:
         return list(plan_epoch(self.lengths, self.weights, self.shape, self.order, epoch=epoch, start=start))
 
     def run(self, *, num_epochs: int, consumed: int = 0) -> Iterator[StepPlan]:
-        return plan_run(self.lengths, self.weights, self.shape, self.order, num_epochs=num_epochs, consumed=consumed)
+        return RunPlan(self.lengths, self.weights, self.shape, self.order, num_epochs).steps(consumed)
 
 
 def case_of(lengths: Any, shape: PlanShape, *, seed: int | None = None, weight: float = 1.0) -> Case:
@@ -334,7 +334,7 @@ def test_an_overlong_example_is_refused_before_the_first_step() -> None:
 
 def test_a_step_whose_costs_are_too_large_for_whole_numbers_is_refused() -> None:
     # 2^30 tokens cost 2^30 (2^30 + 2^30) = 2^61 at q = 2^30; sums of costs stay below 2^63 up to 2^62 for a step.
-    assert PlanShape(2**30, 2, 1, 2**30).num_tokens == 2**31
+    assert PlanShape(2**30, 2, 1, 2**30).room == 2**31
     with pytest.raises(ValueError, match=r"a step of 3 micro-batches of packing\.tokens_per_gpu 1,073,741,824 .*lower"):
         PlanShape(2**30, 3, 1, 2**30)
     for capacity in (2**32, 2**40, 2**63):  # whose costs are above 2^64
@@ -426,7 +426,7 @@ def test_steps_of_sharegpt_like_lengths_are_full_and_balanced(mu: float, grad_ac
     for step in full:
         # A step ends at an example that has no room, of up to 4,096 of the 262,144 tokens of 8 bins, or 1.6 points. As
         # short examples come last, hardly more than that stays open.
-        assert step.num_tokens >= 0.98 * shape.num_tokens
+        assert step.num_tokens >= 0.98 * shape.room
         # Levelling ends within a 2,048th of the mean, if not before, and an example more is worth a 256th. First-fit
         # has 1.4.
         assert shape.waits(step.costs) * shape.world_size <= (1 + 1 / 256) * int(step.costs.sum())

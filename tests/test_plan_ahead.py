@@ -4,8 +4,7 @@ import math
 import os
 import subprocess
 import sys
-import threading
-import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ochat_train.tokens.plan
 import ochat_train.tokens.plan_ahead
 from ochat_train.tokens.order import DataOrder, SourceShare
-from ochat_train.tokens.plan import PlanShape
-from ochat_train.tokens.plan_ahead import PlanTable, RunPlan, make_table, plan_ahead
+from ochat_train.tokens.plan import PlanShape, RunPlan
+from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable, make_table
 
-NEVER, ALWAYS = 10**9, 0  # shared_above
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan is large."""
+    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "SHARED_ABOVE", -1)
 
 
 def plan_of(lengths: npt.NDArray[np.int32], shape: PlanShape, *, num_epochs: int = 2, seed: int = 0) -> RunPlan:
     """A plan whose tokens all weigh a tenth, as f32 has it."""
     weights = lengths * float(np.float32(0.1))
-    return RunPlan(lengths, weights, shape, DataOrder(len(lengths), seed, num_epochs=num_epochs), num_epochs)
+    return RunPlan(lengths, weights, shape, DataOrder(len(lengths), seed), num_epochs)
 
 
 def some_plan(num: int = 300, *, num_epochs: int = 2, seed: int = 0) -> RunPlan:
@@ -46,7 +50,7 @@ def test_the_totals_are_exact_before_the_first_step(
     table, steps = make_table(plan), list(plan.steps())
     assert table.num_steps == len(steps)
     assert table.num_tokens == num_epochs * sum(lengths)
-    assert table.rows["num_examples"].sum() == num_epochs * len(lengths) == plan.total_examples
+    assert table.rows["num_examples"].sum() == num_epochs * len(lengths) == plan.num_examples
     # Each step's sum is rounded once, to 2^-53 of itself; so their sum is off by no more than that of the whole.
     assert table.weight_sum == pytest.approx(num_epochs * math.fsum(plan.weight_sums), rel=2**-52)
     assert table.fill == table.num_tokens / (64 * world_size * grad_accum * len(steps))
@@ -75,10 +79,10 @@ def test_a_position_gives_the_rest_of_the_table() -> None:
 def test_sources_in_other_shares_are_in_the_totals() -> None:
     lengths = np.array([10, 20, 30, 40], np.int32)
     shares = [SourceShare("a", np.array([0, 2]), 0.5), SourceShare("b", np.array([1, 3]), 2.0)]
-    order = DataOrder(4, 0, shares, num_epochs=2)
+    order = DataOrder(4, 0, shares)
     plan = RunPlan(lengths, lengths * 1.0, PlanShape(64, 1, 1, 100), order, 2)
     table = make_table(plan)
-    assert table.rows["num_examples"].sum() == plan.total_examples == 2 + 8
+    assert table.rows["num_examples"].sum() == plan.num_examples == 2 + 8
     assert table.num_tokens == table.weight_sum == (10 + 30) + 4 * (20 + 40)
 
 
@@ -121,11 +125,11 @@ def test_the_digest_changes_with_everything_that_the_steps_depend_on(monkeypatch
             for name in ("capacity", "world_size", "grad_accum", "quadratic_length")
         ),
     ]
-    digests = [plan.digest() for plan in plans]
+    digests = [plan.digest for plan in plans]
     assert len(set(digests)) == len(plans)
-    assert plan.digest() == some_plan().digest()
-    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "_CHANGES", 10**6)  # another version of the planner
-    assert plan.digest() not in digests
+    assert plan.digest == some_plan().digest
+    monkeypatch.setattr(ochat_train.tokens.plan, "_VERSION", 10**6)  # of the planner
+    assert some_plan().digest not in digests
 
 
 def test_a_memory_mapped_store_has_the_digest_of_the_same_arrays_in_memory(tmp_path: Path) -> None:
@@ -137,104 +141,179 @@ def test_a_memory_mapped_store_has_the_digest_of_the_same_arrays_in_memory(tmp_p
         lengths=np.load(tmp_path / "lengths.npy", mmap_mode="r"),
         weight_sums=np.load(tmp_path / "weights.npy", mmap_mode="r"),
     )
-    assert mapped.digest() == plan.digest()
+    assert mapped.digest == plan.digest
     assert make_table(mapped).digest == make_table(plan).digest
+
+
+def test_sums_over_a_long_run_are_above_64_bits_and_right() -> None:
+    """A model whose costs do not grow with the square has a quadratic length of 10^9, and costs are times that."""
+    shape = PlanShape(32_768, 8, 1, 10**9)
+    row = next(iter(make_table(plan_of(np.full(8, 32_768, np.int32), shape, num_epochs=1)).rows))
+    table = PlanTable(np.repeat(np.array([row]), 50_000), shape)
+    assert table.cost == 50_000 * 8 * 32_768 * (10**9 + 32_768) > 2**63
+    assert table.efficiency == 1.0
+
+
+def test_a_table_is_made_in_the_memory_of_its_rows() -> None:
+    plan = plan_of(np.full(20_000, 8, np.int32), PlanShape(8, 1, 1, 100), num_epochs=1)
+    make_table(replace(plan, num_epochs=0))  # what is imported and compiled at the first time
+    tracemalloc.start()
+    table = make_table(plan)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert table.num_steps == 20_000
+    # 44 bytes a row, half as many again while the array grows, and the window of 65,536 examples. As tuples, 260.
+    assert peak < 2.5 * table.rows.nbytes + 4e6 < 200 * table.num_steps + 4e6
 
 
 # ------------------------------------------------------------------------------------- one planner a node
 
 
+def ahead(folder: Path, plan: RunPlan, consumed: int = 0, *, is_planner: bool = True) -> PlanAhead:
+    return PlanAhead(plan, consumed, folder=folder, is_planner=is_planner)
+
+
+def made(folder: Path, plan: RunPlan, consumed: int = 0) -> PlanTable:
+    """What the planner has."""
+    table = ahead(folder, plan, consumed).make()
+    assert table is not None
+    return table
+
+
 def test_a_small_plan_is_made_by_every_process_and_leaves_no_file(tmp_path: Path) -> None:
-    plan = some_plan()
     for is_planner in (True, False):
-        table = plan_ahead(plan, 0, folder=tmp_path, is_planner=is_planner, shared_above=NEVER).result(60)
-        assert table.digest == make_table(plan).digest
+        table = ahead(tmp_path, some_plan(), is_planner=is_planner).make()
+        assert table is not None and table.digest == make_table(some_plan()).digest
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_many_steps_is_large_whatever_they_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = plan_of(np.full(1000, 8, np.int32), PlanShape(8000, 1, 1, 100), num_epochs=1)
+    many = plan_of(np.full(1000, 8, np.int32), PlanShape(8, 1, 1, 100), num_epochs=1)
+    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "SHARED_ABOVE", 2000)
+    assert ahead(tmp_path, few, is_planner=False).make() is not None
+    assert ahead(tmp_path, many, is_planner=False).make() is None
 
 
 PROCESS = """
 import sys
 from pathlib import Path
-from tests.test_plan_ahead import some_plan
+from tests.test_plan_ahead import ahead, some_plan
 import ochat_train.tokens.plan_ahead as module
-if sys.argv[2] == "reader":
-    module.make_table = None  # it must not plan
-table = module.plan_ahead(some_plan(), 0, folder=Path(sys.argv[1]), is_planner=sys.argv[2] == "planner", shared_above=0)
-print(table.result(60).digest)
+module.SHARED_ABOVE = -1
+is_planner = sys.argv[2] == "planner"
+if not is_planner:
+    module.make_table = None
+planned = ahead(Path(sys.argv[1]), some_plan(), is_planner=is_planner)
+table = planned.make() if is_planner else planned.read()
+print(table.digest)
 """
 
 
 def test_of_a_large_plan_one_process_of_a_node_plans_and_the_others_read(tmp_path: Path) -> None:
     folder = tmp_path / "plan" / "node"
-    processes = [
-        subprocess.Popen(
+    for number, kind in enumerate(("planner", "reader", "reader")):
+        printed = subprocess.run(
             [sys.executable, "-c", PROCESS, str(folder), kind],
             cwd=Path(__file__).parents[1],
             env=os.environ | {"PYTHONHASHSEED": str(number)},
-            stdout=subprocess.PIPE,
+            capture_output=True,
             text=True,
-        )
-        for number, kind in enumerate(("reader", "reader", "planner"))
-    ]
-    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert printed == [make_table(some_plan()).digest] * 3
+            check=True,
+        ).stdout
+        assert printed.strip() == make_table(some_plan()).digest
     assert [file.suffix for file in folder.iterdir()] == [".npy"]
 
 
+@pytest.mark.usefixtures("shared")
+def test_a_reader_has_nothing_until_the_planner_is_done(tmp_path: Path) -> None:
+    reader = ahead(tmp_path, some_plan(), is_planner=False)
+    assert reader.make() is None
+    with pytest.raises(ValueError, match=r"no plan in .*: checkpoint\.dir must be the same folder for all processes"):
+        reader.read()
+    table = made(tmp_path, some_plan())
+    assert reader.read().digest == table.digest
+
+
+@pytest.mark.usefixtures("shared")
 def test_a_file_that_is_there_is_taken_and_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = some_plan()
-    first = plan_ahead(plan, 0, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
+    first = made(tmp_path, some_plan())
     monkeypatch.setattr(ochat_train.tokens.plan_ahead, "make_table", None)
-    again = plan_ahead(plan, 0, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
-    assert again.digest == first.digest
+    assert made(tmp_path, some_plan()).digest == first.digest
+    # And so does a run that continues behind one of its steps.
+    for number in (1, 5, first.num_steps - 1, first.num_steps):
+        consumed = int(first.rows["num_examples"][:number].sum())
+        assert np.array_equal(made(tmp_path, some_plan(), consumed).rows, first.rows[number:])
+        assert np.array_equal(ahead(tmp_path, some_plan(), consumed, is_planner=False).read().rows, first.rows[number:])
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "not numpy", "of another array", "of fewer steps"])
-def test_a_file_that_is_no_whole_table_is_made_anew(tmp_path: Path, damage: str) -> None:
-    plan = some_plan()
-    expected = plan_ahead(plan, 0, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
+@pytest.mark.usefixtures("shared")
+def test_a_position_inside_a_step_which_another_shape_left_is_planned_from_there(tmp_path: Path) -> None:
+    first = made(tmp_path, some_plan())
+    consumed = int(first.rows["num_examples"][0]) + 1
+    expected = make_table(some_plan(), consumed)
+    assert made(tmp_path, some_plan(), consumed).digest == expected.digest
+    assert ahead(tmp_path, some_plan(), consumed, is_planner=False).read().digest == expected.digest
+    # A resume behind one of these steps.
+    later = consumed + int(expected.rows["num_examples"][0])
+    assert np.array_equal(made(tmp_path, some_plan(), later).rows, expected.rows[1:])
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("damage", ["empty", "cut", "not numpy", "another array", "fewer steps", "another checksum"])
+def test_a_file_that_does_not_hold_what_its_name_tells_is_made_anew(tmp_path: Path, damage: str) -> None:
+    expected = made(tmp_path, some_plan())
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
-    if damage == "of another array":
+    if damage == "another array":
         np.save(file, np.arange(10))
-    elif damage == "of fewer steps":
+    elif damage == "fewer steps":
         np.save(file, expected.rows[:-1])
+    elif damage == "another checksum":
+        rows = expected.rows.copy()
+        rows["checksum"][3] += 1
+        np.save(file, rows)
     else:
         file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "not numpy": b"plan"}[damage])
-    again = plan_ahead(plan, 0, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
-    assert again.digest == expected.digest
+    assert made(tmp_path, some_plan()).digest == expected.digest
     assert file.read_bytes() == content
 
 
-def test_another_plan_or_position_has_another_file(tmp_path: Path) -> None:
-    for plan, consumed in ((some_plan(), 0), (some_plan(), 10), (some_plan(seed=1), 0), (some_plan(num_epochs=3), 0)):
-        table = plan_ahead(plan, consumed, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
-        assert table.digest == make_table(plan, consumed).digest
-    assert len(list(tmp_path.iterdir())) == 4
+@pytest.mark.usefixtures("shared")
+def test_another_plan_has_another_file_and_the_old_one_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "plan-0-0.1.partial").touch()  # left by a crash
+    names = set()
+    for plan in (some_plan(), some_plan(seed=1), some_plan(num_epochs=3)):
+        assert made(tmp_path, plan).digest == make_table(plan).digest
+        (file,) = tmp_path.iterdir()
+        names.add(file.name)
+    assert len(names) == 3
 
 
-def test_a_reader_waits_for_the_planner(tmp_path: Path) -> None:
-    plan = some_plan()
-    reader = plan_ahead(plan, 0, folder=tmp_path, is_planner=False, shared_above=ALWAYS)
-    time.sleep(0.3)
-    assert not reader.done()
-    plan_ahead(plan, 0, folder=tmp_path, is_planner=True, shared_above=ALWAYS).result(60)
-    assert reader.result(60).digest == make_table(plan).digest
+@pytest.mark.usefixtures("shared")
+def test_a_plan_that_cannot_be_written_is_a_mistake_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the plan cannot be written to .*file/plan: .*; make room, or name another"):
+        made(tmp_path / "file" / "plan", some_plan())
 
 
 def test_what_goes_wrong_in_planning_reaches_whoever_asks_for_the_table(tmp_path: Path) -> None:
     plan = plan_of(np.array([5, 9], np.int32), PlanShape(8, 1, 1, 10))
     with pytest.raises(ValueError, match=r"9 tokens, above packing\.tokens_per_gpu 8"):
-        plan_ahead(plan, 0, folder=tmp_path, is_planner=True).result(60)
+        made(tmp_path, plan)
 
 
-def test_planning_does_not_hold_up_a_process_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_end = threading.Event()
-    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "make_table", lambda *_: may_end.wait(60))
-    table = plan_ahead(some_plan(), 0, folder=tmp_path, is_planner=True)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "plan")
-    assert thread.daemon
-    assert not table.done()
-    may_end.set()
-    thread.join(60)
+FAILS = """
+import threading
+from pathlib import Path
+import ochat_train.tokens.plan_ahead as module
+from tests.test_plan_ahead import ahead, some_plan
+module.make_table = lambda *_: threading.Event().wait()  # for ever
+ahead(Path("nowhere"), some_plan())
+raise SystemExit(7)
+"""
+
+
+def test_planning_does_not_hold_up_a_process_that_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=Path(__file__).parents[1], timeout=60)
+    assert done.returncode == 7

@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -280,6 +281,17 @@ def test_layers_with_a_window_shorter_than_the_sequences_do_not_cost_with_the_sq
     # Qwen 2 states a window that it does not use.
     unused = Qwen2Config(num_hidden_layers=2)
     assert quadratic_length_of(unused, max_tokens=10**6) == quadratic_length_of(unused, max_tokens=16)
+
+
+def test_a_model_without_attention_heads_is_left_for_the_refusal_that_says_why() -> None:
+    config = MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=32)
+    assert quadratic_length_of(config, max_tokens=64) == 10**9
+
+
+def test_a_configuration_of_which_no_model_can_be_made_is_refused() -> None:
+    config = LlamaConfig(hidden_size=16, num_attention_heads=2, hidden_act="foo")
+    with pytest.raises(ValueError, match="no llama can be made of this model's configuration: KeyError"):
+        quadratic_length_of(config, max_tokens=64)
 
 
 @pytest.mark.skipif(

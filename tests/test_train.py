@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ochat_train.tokens.order
 import ochat_train.train
 from ochat_train.export import export
 from ochat_train.recipe import Recipe, load_recipe
@@ -122,18 +124,28 @@ def test_sources_are_passed_over_as_often_as_the_recipe_says(
 def test_a_run_says_how_long_it_waited_for_its_batches(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = ochat_train.train.make_batches
+    is_evaluated = threading.Event()
+    evaluate, make_batches = ochat_train.train._evaluate, ochat_train.train.make_batches
+    num_train = len(TokenStore(load_recipe(recipe_path).data.store))
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.5)
-        return original(*arguments)
+    def evaluate_first(*arguments: Any) -> None:
+        evaluate(*arguments)
+        is_evaluated.set()
 
+    def slow(store: TokenStore, *others: Any) -> Any:
+        if len(store) == num_train:  # not of the held-out split
+            is_evaluated.wait(60)
+            time.sleep(0.5)
+        return make_batches(store, *others)
+
+    monkeypatch.setattr(ochat_train.train, "_evaluate", evaluate_first)
     monkeypatch.setattr(ochat_train.train, "make_batches", slow)
-    train(recipe_for(recipe_path, tmp_path, "train.max_steps=6"), ALONE)
-    waits = [step["data_wait_s"] for step in events(tmp_path, "step")]
-    # Two workers make a step every 0.25 s, far longer than training one; some were made ahead of the first.
-    assert 0.1 < max(waits) < 60
-    assert all(step["data_wait_s"] <= step["seconds"] for step in events(tmp_path, "step"))
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=3"), ALONE)
+    steps = events(tmp_path, "step")
+    # The first is not begun before the loop asks for it; the loop waits for all of the half second, but for what passes
+    # between the evaluation's end and its asking.
+    assert 0.25 < steps[0]["data_wait_s"] < 60
+    assert all(0 <= step["data_wait_s"] <= step["seconds"] for step in steps)
 
 
 def test_a_store_that_changes_during_the_run_stops_it(
@@ -163,7 +175,7 @@ def test_an_example_longer_than_a_micro_batch_is_refused_by_name(recipe_path: Pa
 
 
 def test_a_source_of_which_nothing_would_be_trained_is_refused(recipe_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source hasty: epochs 0\.01 of its .* examples is none at all in 2 epochs"):
+    with pytest.raises(ValueError, match=r"data\.sources\.1\.epochs 0\.01 of the .* examples of hasty is none"):
         prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.epochs=0.01"), ALONE)
 
 
@@ -295,6 +307,21 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     with pytest.raises(ValueError, match="cannot continue") as error:
         prepare(recipe_for(recipe_path, finished, "zero.stage=1", override), ALONE)
     assert told in str(error.value)
+
+
+def test_a_resume_under_another_order_of_the_examples_is_refused(
+    recipe_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ochat_train.tokens.order, "_VERSION", 10**6)
+    with pytest.raises(ValueError, match="order of the examples: another version of ochat_train began this run"):
+        prepare(recipe_for(recipe_path, finished, "zero.stage=1"), ALONE)
+
+
+def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:
+    mamba = "model.config={model_type: mamba, hidden_size: 16, num_hidden_layers: 1}"
+    run = prepare(recipe_for(recipe_path, tmp_path, mamba), ALONE)
+    with pytest.raises(ValueError, match="MambaForCausalLM does not take its attention from us"):
+        build_engine(run, ALONE)
 
 
 def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: Path) -> None:

@@ -40,14 +40,20 @@ def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
     architecture. All experts of a mixture count as if each token passed them.
     """
     config = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many kinds: whatever a model's code says about values that it does not expect
+        raise ValueError(f"no {config.model_type} can be made of this model's configuration: {error!r}") from error
     num_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        num_weights -= model.get_input_embeddings().weight.numel()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:  # else it is passed as the head
+        num_weights -= embedding.weight.numel()
+    # Without heads there is no attention that we could run; PackedCausalLM says so.
+    num_heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else 0)
     num_full = sum(window is None or window >= max_tokens for window in _attention_windows(config))
-    return quadratic_length(num_weights=num_weights, attention_width=num_full * config.num_attention_heads * head_dim)
+    return quadratic_length(num_weights=num_weights, attention_width=num_full * num_heads * head_dim)
 
 
 def _attention_windows(config: Any) -> list[int | None]:

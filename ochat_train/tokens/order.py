@@ -20,6 +20,7 @@ Indices = npt.NDArray[np.int64]
 _Keys = npt.NDArray[np.uint64]
 
 _NUM_ROUNDS = 16  # fewer leave orders of a handful of examples unevenly likely
+_VERSION = 1  # count up when the same arguments give another order than before
 _OF_EPOCH, _OF_SOURCE = 0, 1  # what a key is of: no two permutations of a run share one
 
 
@@ -43,29 +44,19 @@ class SourceShare:
 class DataOrder:
     """The examples of every epoch, in the order in which they are trained.
 
-    num_examples: of the store. seed: of the order; None: the order of the store, every epoch. shares: of all sources;
-    none: every example once an epoch.
+    num_examples: of the store. seed: of the shuffles; None: the order of the store, every epoch. shares: of all
+    sources; none: every example once an epoch.
 
     With shares the run goes through each source round and round, in a fixed shuffled order of its own, and an epoch
-    takes the next `epochs` times n examples of it. So a quarter of a source an epoch is all of it in four, and no
-    example is drawn for the k-th time before every one of its source was drawn k - 1 times. The draws of an epoch are
-    then shuffled together.
-
-    Raises ValueError for a source of which the first `num_epochs` epochs draw nothing.
+    takes the next `epochs` times n examples of it. So a quarter of a source an epoch is all of it in four, and at the
+    end of every epoch no example of a source was drawn more than once more often than another. The draws of an epoch
+    are then shuffled together.
     """
 
-    def __init__(
-        self, num_examples: int, seed: int | None, shares: Sequence[SourceShare] = (), *, num_epochs: int = 1
-    ) -> None:
+    def __init__(self, num_examples: int, seed: int | None, shares: Sequence[SourceShare] = ()) -> None:
         self._num_stored = num_examples
         self._seed = seed
         self._shares = tuple(shares)
-        for share in shares:
-            if len(share.members) and not share.num_drawn(num_epochs):
-                raise ValueError(
-                    f"source {share.name}: epochs {share.epochs:g} of its {len(share.members):,} examples is none at "
-                    f"all in {num_epochs} epochs; raise it, or leave the source out"
-                )
 
     def num_examples(self, epoch: int) -> int:
         """Examples of one epoch."""
@@ -108,8 +99,8 @@ class DataOrder:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that the order is a function of."""
-        digest = sha256(repr((self._num_stored, self._seed)).encode())
+        """SHA-256 of everything that the order is a function of: where it is equal, a position means the same."""
+        digest = sha256(repr((_VERSION, self._num_stored, self._seed)).encode())
         for share in self._shares:
             digest.update(repr((share.epochs, len(share.members))).encode())
             digest.update(np.ascontiguousarray(share.members, dtype="<i8").data)

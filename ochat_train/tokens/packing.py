@@ -246,7 +246,7 @@ def _level(lengths: Numbers, quadratic_length: int, bins: _Bins) -> None:
 
 @compiled
 def _squeeze_in(length: int, count: int, quadratic_length: int, taken: Numbers, bins: _Bins) -> bool:
-    """Place one more behind the `count` that are; False, and nothing is changed, if that fails or is not worth it.
+    """Place one more behind the `count` that are; False, and these stay as placed, if that fails or is not worth it.
 
     The rooms that are left add up to an example or two, but lie in all bins. Swaps collect them in one bin, and then
     the costs are levelled. When the largest stays too high above the rest, waiting for it would cost more than one

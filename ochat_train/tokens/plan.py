@@ -7,6 +7,8 @@ data at a time. A position in it is one number, the examples consumed so far.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from itertools import pairwise
 from zlib import crc32
 
@@ -19,6 +21,7 @@ from ochat_train.tokens.packing import pack_step
 Lengths = npt.NDArray[np.int32]
 WeightSums = npt.NDArray[np.float64]
 
+_VERSION = 1  # count up when the same inputs give other steps than before
 _WINDOW = 65_536  # examples read ahead
 _LINEAR = 10**9  # the quadratic length of a model whose costs do not grow with the square: far above any context
 _MAX_COST = 2**62  # of all micro-batches of a step together, so that sums of costs are whole numbers of 64 bits
@@ -78,13 +81,17 @@ class PlanShape:
         return self.world_size * self.grad_accum
 
     @property
-    def num_tokens(self) -> int:
+    def room(self) -> int:
         """Tokens that a step has room for."""
         return self.capacity * self.num_bins
 
     def waits(self, costs: npt.NDArray[np.int64]) -> int:
         """The modelled time of a step: ranks wait for each other at each micro-batch, so its dearest one counts."""
         return int(costs.reshape(self.grad_accum, self.world_size).max(axis=1).sum())
+
+    def efficiency(self, cost: int, waits: int) -> float:
+        """The share of the modelled time in which ranks do not wait, in steps of these sums of costs and of waits."""
+        return cost / (self.world_size * waits) if waits else 1.0
 
 
 def quadratic_length(*, num_weights: int, attention_width: int) -> int:
@@ -120,7 +127,7 @@ def plan_epoch(
     window, read, here = np.empty(0, np.int64), start, 0
     ends = np.zeros(1, np.int64)  # ends[i]: tokens of the window's first i examples
     while start < num_examples:
-        count = int(np.searchsorted(ends, ends[here] + shape.num_tokens, side="right")) - 1 - here
+        count = int(np.searchsorted(ends, ends[here] + shape.room, side="right")) - 1 - here
         if here + count == len(window) and read < num_examples:
             ahead = order.examples(epoch, read, min(read + _WINDOW, num_examples))
             window, read, here = np.concatenate([window[here:], ahead]), read + len(ahead), 0
@@ -135,20 +142,41 @@ def plan_epoch(
         yield step
 
 
-def plan_run(
-    lengths: Lengths,
-    weight_sums: WeightSums,
-    shape: PlanShape,
-    order: DataOrder,
-    *,
-    num_epochs: int,
-    consumed: int = 0,
-) -> Iterator[StepPlan]:
-    """The steps of all epochs behind the first `consumed` examples, which any other shape may have planned."""
-    first, start = order.seek(consumed)
-    for epoch in range(first, num_epochs):
-        yield from plan_epoch(lengths, weight_sums, shape, order, epoch=epoch, start=start)
-        start = 0
+@dataclass(frozen=True)
+class RunPlan:
+    """All that the steps of a run are a function of. lengths i32[N], weight_sums f64[N]; num_epochs of the run."""
+
+    lengths: Lengths
+    weight_sums: WeightSums
+    shape: PlanShape
+    order: DataOrder
+    num_epochs: int
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all epochs."""
+        return self.order.total(self.num_epochs)
+
+    def steps(self, consumed: int = 0) -> Iterator[StepPlan]:
+        """The steps behind the first `consumed` examples of the run, which any other shape may have planned."""
+        first, start = self.order.seek(consumed)
+        for epoch in range(first, self.num_epochs):
+            yield from plan_epoch(self.lengths, self.weight_sums, self.shape, self.order, epoch=epoch, start=start)
+            start = 0
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that the steps are a function of."""
+        digest = sha256(repr((_VERSION, self.shape, self.order.digest, self.num_epochs)).encode())
+        digest.update(digest_index(self.lengths, self.weight_sums).encode())
+        return digest.hexdigest()
+
+
+def digest_index(lengths: Lengths, weight_sums: WeightSums) -> str:
+    """SHA-256 of the lengths and weight sums of a store's split."""
+    digest = sha256(np.ascontiguousarray(lengths, dtype="<i4").data)
+    digest.update(np.ascontiguousarray(weight_sums, dtype="<f8").data)
+    return digest.hexdigest()
 
 
 def _overlong(lengths: Lengths, positions: Indices, capacity: int) -> ValueError:

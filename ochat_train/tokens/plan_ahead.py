@@ -4,7 +4,6 @@ A large plan is made by one process of a node, which leaves it as a file for the
 """
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ochat_train.tokens.order import DataOrder
-from ochat_train.tokens.plan import Lengths, PlanShape, StepPlan, WeightSums, plan_run
+from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan
 
-SHARED_ABOVE = 2_000_000  # examples; fewer are planned in a second or two, by every process for itself
-_POLL_S = 0.1
-_CHANGES = 1  # count up when the same inputs give other steps than before
+SHARED_ABOVE = 2_000_000  # microseconds of planning; what takes less is planned by every process for itself
+_EXAMPLE_US, _STEP_US = 1, 40  # about what planning takes
 _ROW = np.dtype(
     [
         ("num_examples", "<i8"),
@@ -33,40 +30,7 @@ _ROW = np.dtype(
         ("checksum", "<u4"),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """All that the steps of a run are a function of. lengths i32[N], weight_sums f64[N]; num_epochs of the run."""
-
-    lengths: Lengths
-    weight_sums: WeightSums
-    shape: PlanShape
-    order: DataOrder
-    num_epochs: int
-
-    @property
-    def total_examples(self) -> int:
-        """Examples of all epochs."""
-        return self.order.total(self.num_epochs)
-
-    def steps(self, consumed: int = 0) -> Iterator[StepPlan]:
-        """The steps behind the first `consumed` examples of the run."""
-        return plan_run(
-            self.lengths,
-            self.weight_sums,
-            self.shape,
-            self.order,
-            num_epochs=self.num_epochs,
-            consumed=consumed,
-        )
-
-    def digest(self) -> str:
-        """SHA-256 of everything that the steps are a function of."""
-        digest = sha256(repr((_CHANGES, self.shape, self.order.digest, self.num_epochs)).encode())
-        digest.update(np.ascontiguousarray(self.lengths, dtype="<i4").data)
-        digest.update(np.ascontiguousarray(self.weight_sums, dtype="<f8").data)
-        return digest.hexdigest()
+_Rows = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +41,7 @@ class PlanTable:
     bins: so equal tables are equal plans, bit for bit.
     """
 
-    rows: npt.NDArray[np.void]
+    rows: _Rows
     shape: PlanShape
 
     @property
@@ -96,85 +60,136 @@ class PlanTable:
         return fsum(self.rows["weight_sum"].tolist())
 
     @property
+    def cost(self) -> int:
+        """What all sequences cost, times the shape's quadratic length."""
+        return sum(self.rows["cost"].tolist())  # of a long run it is no number of 64 bits
+
+    @property
+    def waits(self) -> int:
+        """What ranks wait for in all steps: the modelled time, in the unit of costs."""
+        return sum(self.rows["waits"].tolist())
+
+    @property
     def fill(self) -> float:
         """Tokens / room of the micro-batches, over all steps."""
-        return self.num_tokens / (self.shape.num_tokens * max(self.num_steps, 1))
+        return self.num_tokens / (self.shape.room * max(self.num_steps, 1))
 
     @property
     def efficiency(self) -> float:
-        """The share of the modelled time in which ranks do not wait: cost / (ranks * waits), over all steps."""
-        waits = int(self.rows["waits"].sum())
-        return int(self.rows["cost"].sum()) / (self.shape.world_size * waits) if waits else 1.0
+        """The share of the modelled time in which ranks do not wait, over all steps."""
+        return self.shape.efficiency(self.cost, self.waits)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the table."""
-        return sha256(self.rows.tobytes()).hexdigest()
+        return sha256(np.ascontiguousarray(self.rows).data).hexdigest()
 
     def check(self, number: int, step: StepPlan) -> None:
         """Raises RuntimeError when the step `number`, from 0, is not the planned one."""
         if step.checksum != self.rows["checksum"][number]:
             raise RuntimeError(
-                f"step {number + 1} of the plan is not the one agreed on: were the store's files changed meanwhile?"
+                f"step {number + 1} of the plan is not the one agreed on: were the store's files, or those in the "
+                "folder plan of checkpoint.dir, changed meanwhile?"
             )
 
 
 def make_table(plan: RunPlan, consumed: int = 0) -> PlanTable:
     """The table of the steps behind the first `consumed` examples."""
-    rows = []
-    with tqdm(total=plan.total_examples - consumed, unit=" examples", desc="plan", delay=5) as bar:
-        for step in plan.steps(consumed):
-            costs, waits = int(step.costs.sum()), plan.shape.waits(step.costs)
-            rows.append((step.num_examples, step.num_tokens, step.weight_sum, costs, waits, step.checksum))
-            bar.update(step.num_examples)
-    return PlanTable(np.array(rows, dtype=_ROW), plan.shape)
+
+    def rows() -> Iterator[tuple[float, ...]]:
+        with tqdm(total=plan.num_examples - consumed, unit=" examples", desc="plan", delay=5) as bar:
+            for step in plan.steps(consumed):
+                costs, waits = int(step.costs.sum()), plan.shape.waits(step.costs)
+                yield step.num_examples, step.num_tokens, step.weight_sum, costs, waits, step.checksum
+                bar.update(step.num_examples)
+
+    return PlanTable(np.fromiter(rows(), _ROW), plan.shape)
 
 
-def plan_ahead(
-    plan: RunPlan, consumed: int, *, folder: Path, is_planner: bool, shared_above: int = SHARED_ABOVE
-) -> Future[PlanTable]:
-    """The table of the steps behind the first `consumed` examples, made by a thread of its own.
+class PlanAhead:
+    """The table of the steps behind the first `consumed` examples, made by a thread while the model loads.
 
-    With more than `shared_above` examples to plan, only the process that `is_planner` makes it, into a file in
-    `folder`, and the others of its node read that. The file's name tells what it holds, so one that is there is taken.
+    A small plan is made by every process. A large one is made by the process that `is_planner`, into a file in
+    `folder`, and read by the others of its node: first all call `make` together, then those that got None call `read`.
+    A file's name tells what is in it, so one that is there is taken; other plans' files are removed.
     """
-    table: Future[PlanTable] = Future()
-    num_left = plan.total_examples - consumed
 
-    def run() -> None:
+    def __init__(self, plan: RunPlan, consumed: int, *, folder: Path, is_planner: bool) -> None:
+        self._plan, self._consumed = plan, consumed
+        self._folder = folder if _planning_us(plan, consumed) > SHARED_ABOVE else None
+        self._made: Future[PlanTable] | None = None
+        if is_planner or self._folder is None:
+            self._made = Future()
+            Thread(target=self._run, name="plan", daemon=True).start()  # so that nobody who fails need wait for it
+
+    def make(self) -> PlanTable | None:
+        """The table, if this process makes it. Raises ValueError when its file cannot be written."""
+        return None if self._made is None else self._made.result()
+
+    def read(self) -> PlanTable:
+        """The table that another process made. Raises ValueError when there is none."""
+        if (table := self._find()) is None:
+            raise ValueError(
+                f"no plan in {self._folder}, where another process of this node wrote it: checkpoint.dir must be the "
+                "same folder for all processes of a node"
+            )
+        return table
+
+    def _run(self) -> None:
+        assert self._made is not None
         try:
-            if num_left <= shared_above:
-                table.set_result(make_table(plan, consumed))
-                return
-            file = folder / f"plan-{plan.digest()[:16]}-{consumed}.npy"
-            found = _read_table(file, plan, num_left)
-            if found is None and is_planner:
-                found = make_table(plan, consumed)
-                _write_table(file, found)
-            while found is None:
-                time.sleep(_POLL_S)
-                found = _read_table(file, plan, num_left)
-            table.set_result(found)
+            table = self._find()
+            if table is None:
+                table = make_table(self._plan, self._consumed)
+                self._write(table)
+            self._made.set_result(table)
+        except OSError as error:
+            told = f"the plan cannot be written to {self._folder}: {error.strerror}"
+            self._made.set_exception(ValueError(f"{told}; make room, or name another checkpoint.dir"))
         except BaseException as error:
-            table.set_exception(error)
+            self._made.set_exception(error)
 
-    Thread(target=run, name="plan", daemon=True).start()  # so that a process that fails need not wait for it
-    return table
+    def _find(self) -> PlanTable | None:
+        """The table in a file: of the whole run, if a step of it ends at the position, or from the position on."""
+        if self._folder is None:
+            return None
+        for begin in (0, self._consumed):
+            for file in sorted(self._folder.glob(f"{self._stem(begin)}-*.npy")):
+                if (rows := _read_rows(file)) is not None:
+                    ends = begin + np.cumsum(rows["num_examples"])
+                    num_done = int(np.searchsorted(ends, self._consumed, side="right"))
+                    if self._consumed == (ends[num_done - 1] if num_done else begin):
+                        return PlanTable(rows[num_done:], self._plan.shape)
+        return None
+
+    def _write(self, table: PlanTable) -> None:
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for old in self._folder.glob("plan-*"):
+            old.unlink()
+        file = self._folder / f"{self._stem(self._consumed)}-{table.digest[:16]}.npy"
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, table.rows)
+        partial.rename(file)
+
+    def _stem(self, begin: int) -> str:
+        return f"plan-{self._plan.digest[:16]}-{begin}"
 
 
-def _read_table(file: Path, plan: RunPlan, num_examples: int) -> PlanTable | None:
-    """The table in a file; None when there is none, or not all of it."""
+def _planning_us(plan: RunPlan, consumed: int) -> float:
+    """About how many microseconds it takes to plan what is left."""
+    num_left = plan.num_examples - consumed
+    num_steps = num_left * float(np.mean(plan.lengths)) / plan.shape.room if num_left else 0
+    return _EXAMPLE_US * num_left + _STEP_US * num_steps
+
+
+def _read_rows(file: Path) -> _Rows | None:
+    """The rows in a file; None when they are not those that its name tells."""
     try:
-        rows = np.load(file)
+        rows: _Rows = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    is_whole = rows.dtype == _ROW and int(rows["num_examples"].sum()) == num_examples
-    return PlanTable(rows, plan.shape) if is_whole else None
-
-
-def _write_table(file: Path, table: PlanTable) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        np.save(stream, table.rows)
-    partial.rename(file)
+    is_whole = rows.dtype == _ROW and file.stem.endswith(sha256(rows.tobytes()).hexdigest()[:16])
+    return rows if is_whole else None

@@ -23,7 +23,7 @@ class Ready(NamedTuple, Generic[T, R]):
 
 @contextmanager
 def prefetch(
-    items: Iterable[T], make: Callable[[T], R], *, num_ahead: int, num_workers: int = 2
+    items: Iterable[T], make: Callable[[T], R], *, num_ahead: int = 4, num_workers: int = 2
 ) -> Iterator[Iterator[Ready[T, R]]]:
     """Every item with `make(item)`, in order, made ahead of whoever iterates.
 

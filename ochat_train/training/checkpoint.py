@@ -31,7 +31,10 @@ FREE_AT_RESUME = ("name", "checkpoint", "log", "train.max_steps", "data.store", 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run is. examples_consumed and tokens_seen count over all epochs; recipe is its JSON form."""
+    """Where a run is. examples_consumed and tokens_seen count over all epochs; recipe is its JSON form.
+
+    order: the digest of the order in which examples are consumed; empty in checkpoints of a version that had another.
+    """
 
     step: int
     epoch: int
@@ -39,6 +42,7 @@ class TrainState:
     tokens_seen: int
     store_fingerprint: str
     recipe: dict[str, Any]
+    order: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,9 @@ def find_resume(run: Path, resume: str) -> Checkpoint | None:
     return read_checkpoint(found[-1])
 
 
-def check_resume(checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, world_size: int) -> None:
+def check_resume(
+    checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, order: str, world_size: int
+) -> None:
     """Raise ValueError, with every difference, when continuing would not be the same run."""
     state, wrong = checkpoint.state, []
     for line in differences(state.recipe, recipe):
@@ -111,6 +117,8 @@ def check_resume(checkpoint: Checkpoint, *, recipe: dict[str, Any], store_finger
             wrong.append(line)
     if state.store_fingerprint != store_fingerprint:
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
+    elif state.order != order:  # it follows from store and recipe, so the code must be another
+        wrong.append("order of the examples: another version of ochat_train began this run")
     if checkpoint.world_size != world_size:
         wrong.append(f"number of processes: {checkpoint.world_size} -> {world_size}")
     if wrong:

@@ -13,8 +13,6 @@ from ochat_train.tokens.prefetch import prefetch
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.engine import World, sum_over_ranks
 
-_STEPS_AHEAD = 4
-
 
 def evaluate(
     engine: DeepSpeedEngine,
@@ -30,7 +28,7 @@ def evaluate(
     totals = torch.zeros(3, len(store.manifest.conditions), dtype=torch.float64, device=world.device)
     engine.eval()
     steps = plan_epoch(store.lengths, store.weight_sums, shape, DataOrder(len(store), seed=None), epoch=0)
-    with torch.no_grad(), prefetch(steps, make_batches, num_ahead=_STEPS_AHEAD) as ready_steps:
+    with torch.no_grad(), prefetch(steps, make_batches) as ready_steps:
         for ready in ready_steps:
             for batch in ready.made:
                 sums = engine(batch.to(engine.device))

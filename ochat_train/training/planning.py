@@ -6,8 +6,7 @@ from typing import Any
 from ochat_train.model.pretrained import quadratic_length_of
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.order import DataOrder, SourceShare
-from ochat_train.tokens.plan import PlanShape
-from ochat_train.tokens.plan_ahead import RunPlan
+from ochat_train.tokens.plan import PlanShape, RunPlan
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -56,10 +55,16 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
 
 def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
     """The order of the recipe's examples. Raises ValueError for a source of which nothing would be trained."""
-    epochs = {source.name: source.epochs for source in recipe.data.sources}
+    epochs, num_epochs = {source.name: source.epochs for source in recipe.data.sources}, recipe.train.epochs
     shares = [SourceShare(name, store.members(id), epochs[name]) for id, name in enumerate(store.manifest.sources)]
+    for number, share in enumerate(shares):
+        if len(share.members) and not share.num_drawn(num_epochs):
+            raise ValueError(
+                f"data.sources.{number}.epochs {share.epochs:g} of the {len(share.members):,} examples of "
+                f"{share.name} is none at all in train.epochs {num_epochs}; raise it, or leave the source out"
+            )
     is_plain = all(share.epochs == 1 for share in shares)
-    return DataOrder(len(store), recipe.train.seed, () if is_plain else shares, num_epochs=recipe.train.epochs)
+    return DataOrder(len(store), recipe.train.seed, () if is_plain else shares)
 
 
 def check_lengths(store: TokenStore, capacity: int) -> None:

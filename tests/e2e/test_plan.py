@@ -15,8 +15,10 @@ from tests.e2e.harness import ENVIRONMENT, ROOT, events, free_port, preprocess, 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
-    write_dump(folder, 20)
+    write_dump(folder, 60)
     path = tiny_recipe(folder)
+    text = path.read_text()
+    path.write_text(text.replace("  max_tokens: 256", "  max_tokens: 256\n  eval_fraction: 0.2"))
     preprocess(path)
     return path
 
@@ -34,17 +36,22 @@ def test_a_single_conversation_trains_on_two_processes(tmp_path: Path) -> None:
     assert steps[1]["loss"] < steps[0]["loss"]
 
 
-def run_on_two_hosts(recipe: Path, *hosts: Path) -> list[tuple[int, str]]:
-    """Exit code and output of one process in each folder, which has its own store and its own run folder."""
+def run_two(recipe: Path, folders: list[Path], *overrides: str, code: str = "") -> list[tuple[int, str]]:
+    """Exit code and output of two processes, each in its folder: two hosts, or one if the folders are the same.
+
+    code: what they do before they train.
+    """
     port = str(free_port())
-    command = [sys.executable, "-m", "ochat_train.train", str(recipe), "data.store=store", "checkpoint.dir=run"]
+    program = f"{code}\nfrom ochat_train.train import main\nmain()"
+    command = [sys.executable, "-c", program, str(recipe), "data.store=store", "checkpoint.dir=run", *overrides]
     processes = []
-    for rank, host in enumerate(hosts):
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for rank, folder in enumerate(folders):
+        local_rank = rank if folders[0] == folders[1] else 0
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "127.0.0.1"}
         processes.append(
             subprocess.Popen(
                 command,
-                cwd=host,
+                cwd=folder,
                 env=ENVIRONMENT | world | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -65,21 +72,53 @@ def hosts(recipe_path: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_hosts_with_equal_stores_train(recipe_path: Path, hosts: list[Path]) -> None:
-    ended = run_on_two_hosts(recipe_path, *hosts)
+    ended = run_two(recipe_path, hosts)
     assert [code for code, _ in ended] == [0, 0], ended
     assert events(hosts[0] / "run", "step")[-1]["progress"] == 1.0
 
 
-@pytest.mark.parametrize("file", ["lengths", "weight_sums"])
+@pytest.mark.parametrize("file", ["train/lengths", "train/weight_sums", "eval/lengths"])
 def test_hosts_whose_stores_differ_in_one_example_are_refused_before_the_first_step(
     recipe_path: Path, hosts: list[Path], file: str
 ) -> None:
-    index = hosts[1] / "store/train" / f"{file}.npy"
+    index = hosts[1] / "store" / f"{file}.npy"
     values = np.load(index)
     values[3] *= 1.5
     np.save(index, values)
-    ended = run_on_two_hosts(recipe_path, *hosts)
+    ended = run_two(recipe_path, hosts)
     assert all(code not in (0, None) for code, _ in ended)
     assert "error: the processes disagree on the plan" in ended[0][1]
     assert not (hosts[0] / "run/metrics.jsonl").exists()
     assert os.listdir(hosts[0]) == ["store"]
+
+
+LARGE = "import ochat_train.tokens.plan_ahead as plan_ahead; plan_ahead.SHARED_ABOVE = -1"
+# A process that would plan fails.
+READ_ONLY = LARGE + "; plan_ahead.make_table = None"
+
+
+def test_a_large_plan_is_made_by_one_process_and_read_by_the_other_and_by_a_resume(
+    recipe_path: Path, hosts: list[Path]
+) -> None:
+    small, large = hosts
+    ended = run_two(recipe_path, [small, small])
+    assert [code for code, _ in ended] == [0, 0], ended
+    ended = run_two(recipe_path, [large, large], "train.max_steps=2", code=LARGE)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "stopped by train.max_steps at step 2" in ended[0][1]
+    (file,) = (large / "run/plan").glob("*/*")
+    ended = run_two(recipe_path, [large, large], code=READ_ONLY)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert list((large / "run/plan").glob("*/*")) == [file]
+    assert not (small / "run/plan").exists()
+    losses = [[event["loss"] for event in events(folder / "run", "step")] for folder in hosts]
+    assert losses[0] == losses[1]
+
+
+def test_a_large_plan_that_cannot_be_written_stops_both_processes(recipe_path: Path, hosts: list[Path]) -> None:
+    (hosts[0] / "run").mkdir()
+    (hosts[0] / "run/plan").touch()
+    ended = run_two(recipe_path, [hosts[0], hosts[0]], code=LARGE)
+    assert all(code not in (0, None) for code, _ in ended)
+    assert "error: the plan cannot be written to run/plan/" in ended[0][1]
+    assert "Traceback" not in ended[0][1] + ended[1][1]
