@@ -295,7 +295,7 @@ def _checked_steps(run: Run, table: PlanTable) -> Iterator[StepPlan]:
 
 def make_batches(store: TokenStore, step: StepPlan, world: World) -> list[PackedBatch]:
     """This rank's micro-batches of a step, in memory from which the accelerator copies by itself."""
-    return [make_batch(store, positions).pin() for positions in step.bins[world.rank :: world.size]]
+    return [make_batch(store, positions).pin(world.device) for positions in step.bins[world.rank :: world.size]]
 
 
 def make_batch(store: TokenStore, positions: Indices) -> PackedBatch:

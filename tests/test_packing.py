@@ -156,6 +156,10 @@ def test_as_many_are_placed_as_a_schedule_by_cost_or_by_length_can_place(step: S
 @given(steps, st.booleans())
 @example(BY_LENGTH, False)
 @example(BY_COST, True)
+@example(Step([4, 3, 2, 2, 1], 6, 2, 1), True)  # the bin of 3 + 2 is too full for the second 2, not for the 1
+@example(
+    Step([9, 7, 6, 5, 3, 3, 2, 1], 12, 3, 1), True
+)  # two bins are too full for a 3; one takes the 2, the other the 1
 @settings(no_deadline, max_examples=1000)  # bins that are full for one length and not for the next are seldom
 def test_the_schedule_takes_the_bin_of_least_load_that_has_room(step: Step, by_cost: bool) -> None:
     lengths = np.sort(np.array(step.lengths, np.int64))[::-1].copy()
@@ -296,6 +300,13 @@ def test_the_rooms_of_several_bins_are_collected_for_one_more() -> None:
     assert len(SQUEEZED.lengths) == 7 and sum(SQUEEZED.lengths) == 24
     assert schedule(SQUEEZED, 7, by_cost=True) is None and schedule(SQUEEZED, 7, by_cost=False) is None
     assert all(step_room == 0 for step_room in map(SQUEEZED.room, pack(SQUEEZED)[0]))
+
+
+def test_rooms_that_swaps_cannot_collect_stay_open() -> None:
+    # The rooms, of 1 and 3 tokens or of 1 and 2, would do for the last 4 or 3 if they were one. In the first step no
+    # swap gives more room to the bin of most; in the second it would need a token more than the other bin has.
+    assert lengths_in(Step([6, 4, 4], 7, 2, 1)) == [[4], [6]]
+    assert lengths_in(Step([5, 3, 3, 1, 3], 5, 3, 1)) == [[1, 3], [3], [5]]
 
 
 def test_one_more_is_left_for_the_next_step_where_ranks_would_wait_too_long_for_it() -> None:

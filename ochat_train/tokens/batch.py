@@ -33,9 +33,12 @@ class PackedBatch:
         """The batch on a device. From pinned memory it is copied while the host goes on."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> Self:
-        """The batch in page-locked memory, where there is an accelerator to copy it from there."""
-        return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
+    def pin(self, device: torch.device) -> Self:
+        """The batch in page-locked memory, from which a GPU copies by itself; itself for another device."""
+        if device.type != "cuda":
+            return self
+        with torch.cuda.device(device):  # a new thread is on device 0, and would take some of its memory
+            return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {

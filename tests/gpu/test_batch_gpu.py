@@ -20,7 +20,7 @@ def test_a_pinned_batch_is_copied_while_the_host_goes_on_and_arrives_whole() -> 
     length = 2**22  # 100 MB over all tensors: a copy that lasts some milliseconds
     ids = np.random.default_rng(0).integers(0, 2**31, length).astype(np.int32)
     batch = collate([Example(ids, np.ones(length, np.float32))], [0])
-    pinned = batch.pin()
+    pinned = batch.pin(torch.device("cuda", 0))
     tensors = [field.name for field in fields(batch) if field.name != "max_seqlen"]
     assert all(getattr(pinned, name).is_pinned() for name in tensors)
     pinned.to("cuda")  # the first use of the device takes longer
