@@ -318,9 +318,9 @@ def test_an_overlong_example_is_refused_wherever_it_is(seed: int | None, window:
     with patch.object(ochat_train.tokens.plan, "_WINDOW", window):
         for overlong in range(0, 50, 3):
             case = case_of(np.full(50, 8192), PlanShape(8192, 2, 1, 100), seed=seed)
-            case.lengths[overlong] = 9000
+            case.lengths[overlong] = 8193
             before = []
-            message = rf"example {overlong} of the store has 9,000 tokens.*packing\.tokens_per_gpu 8,192"
+            message = rf"example {overlong} of the store has 8,193 tokens.*packing\.tokens_per_gpu 8,192"
             with pytest.raises(ValueError, match=message):
                 before.extend(plan_epoch(case.lengths, case.weights, case.shape, case.order, epoch=0))
             assert overlong not in all_examples(before)
