@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,10 +48,13 @@ class Case:
     order: DataOrder
 
     def steps(self, *, epoch: int = 0, start: int = 0) -> list[StepPlan]:
-        return list(plan_epoch(self.lengths, self.weights, self.shape, self.order, epoch=epoch, start=start))
+        planned = plan_epoch(self.lengths, self.weights, self.shape, self.order, epoch=epoch, start=start)
+        # A plan of more steps than examples is wrong, and might never end.
+        return list(islice(planned, self.order.num_examples(epoch) + 1))
 
     def run(self, *, num_epochs: int, consumed: int = 0) -> Iterator[StepPlan]:
-        return RunPlan(self.lengths, self.weights, self.shape, self.order, num_epochs).steps(consumed)
+        plan = RunPlan(self.lengths, self.weights, self.shape, self.order, num_epochs)
+        return islice(plan.steps(consumed), plan.num_examples + 1)
 
 
 def case_of(lengths: Any, shape: PlanShape, *, seed: int | None = None, weight: float = 1.0) -> Case:
