@@ -190,7 +190,7 @@ def orders_of(size: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("size", [3, 4, 5, 6])
 def test_all_orders_of_a_few_examples_are_equally_likely(size: int) -> None:
-    # A network of 4 rounds fails for 4, 5 and 6 examples, one of 8 for 5 and 6, with likelihoods below 1e-60.
+    # A network of 4 or 6 rounds fails for 4, 5 and 6 examples, one of 8 or 10 for 6.
     orders = orders_of(size)
     assert likelihood(orders, math.factorial(size)) > FALSE_ALARM
     assert likelihood([order.index(0) for order in orders], size) > FALSE_ALARM
@@ -201,7 +201,7 @@ def test_all_orders_of_a_few_examples_are_equally_likely(size: int) -> None:
 
 @pytest.mark.parametrize("size", [7, 10, 20, 100])
 def test_the_first_example_is_anywhere_and_its_neighbour_at_any_distance(size: int) -> None:
-    # A network of 6 rounds fails for 7, 10 and 20 examples, one of 4 for all.
+    # A network of 4 rounds fails for all of them, one of 6 for 10 and 20 examples.
     orders = orders_of(size)
     assert likelihood([order.index(0) for order in orders], size) > FALSE_ALARM
     assert likelihood([(order[1] - order[0]) % size for order in orders], size - 1) > FALSE_ALARM
@@ -404,6 +404,7 @@ def test_the_digest_changes_with_everything_the_order_depends_on() -> None:
         DataOrder(10, 0, [a, SourceShare("b", b.members, 0.5)]),
         DataOrder(10, 0, [a, SourceShare("b", np.array([1, 3, 5, 7]), 1.0)]),
         DataOrder(10, 0, [a, SourceShare("b", np.array([1, 3, 5, 7, 8]), 1.0)]),
+        DataOrder(10, 0, [a, SourceShare("b", np.array([1, 2, 5, 7, 9]), 1.0)]),
     ]
     assert len({order.digest for order in orders}) == len(orders)
 
