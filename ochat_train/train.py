@@ -7,7 +7,6 @@ Without a launcher it runs as one process. Rerun after an interruption, it conti
 
 import argparse
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -187,7 +186,7 @@ def _train(run: Run, world: World) -> Path:
     ahead = PlanAhead(
         run.plan,
         state.examples_consumed,
-        folder=run.dir / "plan" / socket.gethostname(),
+        folder=run.dir / "plan" / f"rank-{world.rank - world.local_rank:05d}",  # of a node's first, so the node's own
         is_planner=world.local_rank == 0,
     )
     engine = build_engine(run, world)

@@ -82,7 +82,7 @@ class PlanTable:
     @property
     def digest(self) -> str:
         """SHA-256 of the table."""
-        return sha256(np.ascontiguousarray(self.rows).data).hexdigest()
+        return _digest_of(self.rows)
 
     def check(self, number: int, step: StepPlan) -> None:
         """Raises RuntimeError when the step `number`, from 0, is not the planned one."""
@@ -191,5 +191,9 @@ def _read_rows(file: Path) -> _Rows | None:
         rows: _Rows = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    is_whole = rows.dtype == _ROW and file.stem.endswith(sha256(rows.tobytes()).hexdigest()[:16])
+    is_whole = rows.dtype == _ROW and file.stem.endswith(_digest_of(rows)[:16])
     return rows if is_whole else None
+
+
+def _digest_of(rows: _Rows) -> str:
+    return sha256(np.ascontiguousarray(rows).data).hexdigest()

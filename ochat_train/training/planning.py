@@ -13,7 +13,10 @@ from ochat_train.tokens.tokenizer import ChatTokenizer
 
 def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
     """Raise ValueError, with every difference, when the store was made for another recipe."""
-    wrong = store_differences(recipe, manifest)
+    wrong = differences(
+        {"template": manifest.template, "data": manifest.made_from["data"]},
+        {"template": recipe.template, "data": recipe.data.of_store()},
+    )
     if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
         wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
     if wrong:
@@ -22,14 +25,6 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
             + "\n  ".join(wrong)
             + "\nRun python -m ochat_train.preprocess with this recipe first."
         )
-
-
-def store_differences(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """One line for each key in which the store was made for another recipe."""
-    return differences(
-        {"template": manifest.template, "data": manifest.made_from["data"]},
-        {"template": recipe.template, "data": recipe.data.of_store()},
-    )
 
 
 def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:
