@@ -1,9 +1,6 @@
 """The order of the data: every epoch a permutation, read from any place, every source at its share."""
 
 import math
-import os
-import subprocess
-import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -16,6 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ochat_train.tokens.order import DataOrder, Indices, SourceShare
+from tests.interpreted import run_both_ways
 
 no_deadline = settings(deadline=None)  # shared machines pause
 seeds = st.none() | st.integers(0, 2**63 - 1)
@@ -123,28 +121,15 @@ def test_the_first_examples_are_what_they_were() -> None:
 
 
 FIRST_EXAMPLES = """
-import numba, numpy as np
+import numpy as np
 from ochat_train.tokens.order import DataOrder
-print(numba.config.DISABLE_JIT)
 for size in (1, 2, 3, 9, 10, 1000, 10**12):
     print(DataOrder(size, seed=size).examples(1, 0, min(size, 20)).tolist())
 """
 
 
 def test_compiled_and_interpreted_the_order_is_the_same() -> None:
-    printed = {}
-    for disabled in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", FIRST_EXAMPLES],  # numpy warns of products that wrap, as they shall
-            env=os.environ | {"NUMBA_DISABLE_JIT": disabled},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        used, *printed[disabled] = done.stdout.splitlines()
-        assert used == disabled
-    assert printed["0"] == printed["1"]
-    assert len(printed["0"]) == 7
+    assert len(run_both_ways(FIRST_EXAMPLES)) == 7
 
 
 # ---- Each order as likely as the others ----

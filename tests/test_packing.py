@@ -1,9 +1,6 @@
 """A step's examples into its micro-batches: as many as fit, none too full, at costs as equal as can be."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -13,6 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ochat_train.tokens.packing import _schedule, cost_of, pack_step
+from tests.interpreted import run_both_ways
 
 no_deadline = settings(deadline=None, max_examples=500)  # shared machines pause; each example is fast
 
@@ -374,9 +372,8 @@ def test_the_cost_is_the_one_of_the_docstring() -> None:
 
 
 PLACEMENTS = """
-import numba, numpy as np
+import numpy as np
 from ochat_train.tokens.packing import pack_step
-print(numba.config.DISABLE_JIT)
 for seed in range(40):
     random = np.random.default_rng(seed)
     num_bins, capacity, q = int(random.integers(1, 12)), int(random.integers(50, 400)), 10 ** int(random.integers(0, 6))
@@ -388,16 +385,4 @@ for seed in range(40):
 
 
 def test_compiled_and_interpreted_the_placement_is_the_same() -> None:
-    printed = {}
-    for disabled in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", PLACEMENTS],
-            env=os.environ | {"NUMBA_DISABLE_JIT": disabled},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        used, *printed[disabled] = done.stdout.splitlines()
-        assert used == disabled
-    assert printed["0"] == printed["1"]
-    assert len(printed["0"]) == 40
+    assert len(run_both_ways(PLACEMENTS)) == 40

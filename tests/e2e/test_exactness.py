@@ -36,7 +36,8 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _plan(recipe: Recipe) -> tuple[TokenStore, list[StepPlan]]:
     store = TokenStore(recipe.data.store)
-    config = AutoConfig.for_model(**recipe.model.config, vocab_size=1025)  # type: ignore[arg-type]
+    assert recipe.model.config is not None
+    config = AutoConfig.for_model(**recipe.model.config, vocab_size=1025)
     return store, list(make_run_plan(recipe, store, config, WORLD_SIZE).steps())
 
 
