@@ -123,6 +123,18 @@ class DataSection(Section):
         return section
 
 
+class LoraSection(Section):
+    """Low-rank adapters: only they are trained, beside the frozen weights of the base."""
+
+    rank: int = Field(16, ge=1, description="Of each adapter.")
+    alpha: float = Field(32.0, gt=0, description="The adapters' output counts alpha / rank times.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        min_length=1,
+        description="Linear layers that get one, by the ends of their names, or all but the head.",
+    )
+
+
 class ModelSection(Section):
     """The model: a pretrained `base`, or a `config` to train from scratch."""
 
@@ -135,6 +147,7 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in forward and backward.")
     attention: Literal["auto", "flash_attn", "torch", "sdpa"] = Field("auto", description="Varlen backend.")
     checkpointing: Literal["full", "none"] = Field("full", description="Activation checkpointing.")
+    lora: LoraSection | None = Field(None, description="null: all weights are trained.")
 
     @model_validator(mode="after")
     def _exactly_one_origin(self) -> Self:
@@ -195,6 +208,26 @@ class TrainSection(Section):
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Of the data order and of weights made from scratch.")
+    max_skipped: int = Field(
+        5, ge=1, description="Stop after this many steps in a row without an update: their gradient was not finite."
+    )
+    stall_timeout_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="Stop when a process got no further for this many seconds."
+    )
+
+
+class EvalSection(Section):
+    """When the held-out split is evaluated, besides before the first step, after each epoch and at the end."""
+
+    every_steps: int | None = Field(None, ge=1, description="Also every N steps.")
+
+
+class ModelsSection(Section):
+    """Light checkpoints: the model in bfloat16, for use. A run cannot continue from them."""
+
+    every_epochs: int | None = Field(None, ge=1, description="Save at the end of every N-th epoch.")
+    every_steps: int | None = Field(None, ge=1, description="Save every N steps.")
+    keep: int | None = Field(None, ge=1, description="How many newest ones stay; null: all.")
 
 
 class CheckpointSection(Section):
@@ -204,6 +237,7 @@ class CheckpointSection(Section):
     every_epochs: int | None = Field(1, ge=1, description="Save at the end of every N-th epoch; null: only at the end.")
     every_steps: int | None = Field(None, ge=1, description="Also save every N steps.")
     keep: int = Field(2, ge=1, description="How many newest checkpoints stay.")
+    models: ModelsSection = ModelsSection()
     resume: str = Field("auto", description="auto: from the newest complete one; never; or a checkpoint's path.")
 
 
@@ -219,6 +253,7 @@ class LogSection(Section):
     """What a run tells. JSON lines are always written to checkpoint.dir/metrics.jsonl."""
 
     wandb: WandbSection | None = Field(None, description="null: no wandb.")
+    tensorboard: bool = Field(False, description="Also write event files to checkpoint.dir/tensorboard.")
     question: str = Field(
         "Who are you, and what can you help me with?",
         min_length=1,
@@ -243,6 +278,7 @@ class Recipe(Section):
         default_factory=dict, description="Extra DeepSpeed configuration, passed through as it is."
     )
     train: TrainSection
+    eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection
     log: LogSection = LogSection()
 

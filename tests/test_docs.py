@@ -170,7 +170,8 @@ def at(tree: Any, key: str) -> Any:
 @pytest.mark.parametrize("row", table(RECIPES, "key", "type or values", "default"), ids=lambda row: row[0].strip("`"))
 def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> None:
     key, default = row[0].strip("`"), row[2]
-    with_wandb = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
+    made = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
+    made += ["model.lora={}"] if key.startswith("model.lora.") else []
     if default == "required":
         if key == "log.wandb.project":
             with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):
@@ -187,7 +188,7 @@ def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> N
         assert key not in REQUIRED
     else:
         overrides = ["model.base=null", "model.config.model_type=llama", "tokenizer=t"] if key == "model.base" else []
-        assert at(to_json(load_recipe(least, [*with_wandb, *overrides])), key) == yaml.safe_load(default.strip("`"))
+        assert at(to_json(load_recipe(least, [*made, *overrides])), key) == yaml.safe_load(default.strip("`"))
 
 
 def test_recipes_lists_what_a_resume_may_change() -> None:
