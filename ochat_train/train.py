@@ -2,90 +2,56 @@
 
     deepspeed [launcher options] --module ochat_train.train RECIPE [key=value ...]
 
-Without a launcher it runs as one process. Rerun after an interruption, it continues from the newest checkpoint.
+Without a launcher it runs as one process. Rerun after an interruption, it continues from the newest checkpoint. On
+SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves and exits with code 75.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 
-from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import export, is_export_of
-from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import load_config, load_model
-from ochat_train.recipe import Recipe, load_recipe, recipe_arguments, to_json
+from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
+from ochat_train.recipe import load_recipe, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.order import Indices
-from ochat_train.tokens.plan import RunPlan, StepPlan, digest_index
+from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.prefetch import Ready, prefetch
-from ochat_train.tokens.store import Manifest, TokenStore
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from ochat_train.training.checkpoint import (
-    Checkpoint,
-    TrainState,
-    check_resume,
-    find_resume,
-    load_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-)
+from ochat_train.tokens.store import StoreChanged, TokenStore
+from ochat_train.training.checkpoint import Checkpoint, TrainState
 from ochat_train.training.engine import (
+    Failed,
+    OutOfMemory,
     Refused,
     World,
-    deepspeed_config,
-    gather_objects,
     join_process_group,
-    make_engine,
-    make_optimizer,
     read_world,
+    say,
     sum_and_gather,
     together,
     train_step,
 )
 from ochat_train.training.evaluate import evaluate
 from ochat_train.training.metrics import Metrics, StepReport, describe_run
-from ochat_train.training.planning import check_lengths, check_store, make_run_plan
-from ochat_train.training.schedule import auto_learning_rate, learning_rate
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All that is known before the model is loaded."""
-
-    recipe: Recipe
-    store: TokenStore
-    held_out: TokenStore
-    tokenizer: ChatTokenizer
-    plan: RunPlan
-    peak_lr: float
-    resumed: Checkpoint | None
-
-    @property
-    def dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.recipe.checkpoint.dir)
-
-    @property
-    def start(self) -> TrainState:
-        """Where the run begins, or goes on."""
-        if self.resumed is not None:
-            return self.resumed.state
-        return TrainState(0, 0, 0, 0, self.store.fingerprint, to_json(self.recipe), self.plan.order.digest)
-
-    def is_finished(self, state: TrainState) -> bool:
-        """Whether nothing is left to train."""
-        max_steps = self.recipe.train.max_steps
-        is_stopped = max_steps is not None and state.step >= max_steps
-        return is_stopped or state.examples_consumed >= self.plan.num_examples
+from ochat_train.training.run_folder import RunFolder, open_run_folder
+from ochat_train.training.saving import Saved, Saver, remove_leftovers
+from ochat_train.training.schedule import learning_rate
+from ochat_train.training.signals import STOPPED, StopRequest
+from ochat_train.training.skipped import SkippedSteps
+from ochat_train.training.watchdog import Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,29 +62,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe_arguments(parser)
     options = parser.parse_args(arguments)
     world = read_world()
-    _use_own_share_of_cores()
+    _use_own_share_of_cores(world)
     join_process_group(world)
     try:
         run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
         last = train(run, world)
-    except Refused as error:  # the same on every rank: one of them tells
+    except (Refused, Failed) as error:  # the same on every rank: one of them tells
         sys.exit(f"error: {error}" if world.is_main else 1)
+    except (OutOfMemory, StoreChanged) as error:  # each rank that has met it
+        sys.exit(f"error: {error}")
     # Only here: a rank that fails must die at once, so that the launcher ends the others, and not wait for them.
     dist.destroy_process_group()
+    if not last.is_end:
+        sys.exit(STOPPED)
     if world.is_main:  # the others need not wait for the export
-        export_model(run, last)
+        export_model(run, last.checkpoint)
 
 
-def train(run: Run, world: World) -> Path:
-    """Train to the end of the run, or to train.max_steps; returns the last checkpoint.
+@dataclass(frozen=True, slots=True)
+class Last:
+    """How training ended: the newest checkpoint, and whether it is the run's end or a signal stopped it before."""
 
-    All ranks call it together, in one process group. Raises Refused when they disagree, or the model cannot be used.
+    checkpoint: Path
+    is_end: bool
+
+
+def train(run: Run, world: World) -> Last:
+    """Train to the end of the run, to train.max_steps, or until a signal asks to stop.
+
+    All ranks call it together, in one process group. Raises Refused when they disagree, the folder is another run's, or
+    the model cannot be used; Failed when the run cannot go on, or its end cannot be saved; OutOfMemory, StoreChanged.
     """
-    _check_agreement(run)
-    if run.resumed is not None and run.is_finished(run.resumed.state):
-        _say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
-        return run.resumed.path
-    return _train(run, world)
+    check_agreement(run)
+    with open_run_folder(run.dir, world) as folder:
+        run = settle_resume(run, folder, world)
+        if run.resumed is not None and run.is_finished(run.resumed.state):
+            say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
+            return Last(run.resumed.path, is_end=True)
+        return _train(run, folder, world)
 
 
 def export_model(run: Run, checkpoint: Path) -> None:
@@ -129,83 +110,37 @@ def export_model(run: Run, checkpoint: Path) -> None:
         print(f"exported {checkpoint} to {out}", flush=True)
 
 
-def prepare(recipe: Recipe, world: World) -> Run:
-    """Open and check everything that is cheap. Raises ValueError with the remedy."""
-    store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
-    tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
-    check_store(recipe, store.manifest, tokenizer)
-    config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
-    run = Run(
-        recipe=recipe,
-        store=store,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        plan=make_run_plan(recipe, store, config, world.size),
-        peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
-        resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
-    )
-    check_lengths(held_out, recipe.packing.tokens_per_gpu)
-    deepspeed_configuration(recipe)
-    if run.resumed is not None:
-        check_resume(
-            run.resumed,
-            recipe=to_json(recipe),
-            store_fingerprint=store.fingerprint,
-            order=run.plan.order.digest,
-            world_size=world.size,
-        )
-    return run
-
-
-def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
-    """The recipe's learning rate, or the published rule's for `auto`."""
-    if recipe.optim.lr != "auto":
-        return recipe.optim.lr
-    train = manifest.splits["train"]
-    tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
-    return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
-
-
-def deepspeed_configuration(recipe: Recipe) -> dict[str, object]:
-    """The DeepSpeed configuration that the recipe means."""
-    return deepspeed_config(
-        stage=recipe.zero.stage,
-        offload=recipe.zero.offload,
-        dtype=recipe.model.dtype,
-        grad_accum=recipe.packing.grad_accum,
-        grad_clip=recipe.optim.grad_clip,
-        extra=recipe.deepspeed,
-    )
-
-
-def _train(run: Run, world: World) -> Path:
-    """The loop; returns the last checkpoint."""
-    recipe, store, state, last = run.recipe, run.store, run.start, run.dir
-    if world.is_main and (leftovers := remove_leftovers(run.dir)):
-        _say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
+def _train(run: Run, folder: RunFolder, world: World) -> Last:
+    """The loop."""
+    recipe, store, state = run.recipe, run.store, run.start
+    if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
+        say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
     ahead = PlanAhead(
         run.plan,
         state.examples_consumed,
         folder=run.dir / "plan" / f"rank-{world.rank - world.local_rank:05d}",  # of a node's first, so the node's own
         is_planner=world.local_rank == 0,
     )
-    engine = build_engine(run, world)
+    engine = ready_engine(run, folder, world)
     attention = engine.module.attention
-    _say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
-    about = describe_run(recipe, world.size, attention.backend) if world.is_main else {}
+    say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
+    about = describe_run(recipe, world.size, attention.backend)
     if run.resumed is not None:
-        load_checkpoint(engine, run.resumed, world)
-        last = run.resumed.path
-        _say(world, f"continuing {last} at step {state.step}, {state.examples_consumed:,} examples consumed")
-    table = _agree_on_steps(ahead)
+        say(world, f"continuing {run.resumed.path} at step {state.step}, {state.examples_consumed:,} examples consumed")
+    table = agree_on_steps(ahead)
     num_steps = min(state.step + table.num_steps, recipe.train.max_steps or sys.maxsize)
-    _say(world, describe_plan(table, state.step, num_steps))
-    conditions = store.manifest.conditions
+    say(world, describe_plan(table, state.step, num_steps))
+    saver = Saver(engine, folder, world)
+    skipped = SkippedSteps(recipe.train.max_skipped, run.dir, store, world)
+    last = run.dir if run.resumed is None else run.resumed.path
+    is_stopping = False
     with (
+        Watchdog(world, recipe.train.stall_timeout_s) as watchdog,
+        StopRequest() as stop,
         Metrics(
             recipe,
             run.dir,
-            conditions,
+            store.manifest.conditions,
             start=state.step,
             num_steps=num_steps,
             total_examples=run.plan.num_examples,
@@ -215,64 +150,87 @@ def _train(run: Run, world: World) -> Path:
     ):
         if state.step == 0:
             _evaluate(run, engine, world, metrics, state)
+        watchdog.mark(state.step + 1, "waiting for its batches")
         started = time.perf_counter()
         for ready in steps:
-            state, report = _one_step(run, engine, world, state, ready, started)
-            metrics.step(report)
-            is_epoch_end = run.plan.order.seek(state.examples_consumed)[1] == 0
-            if is_epoch_end or run.is_finished(state):
-                _evaluate(run, engine, world, metrics, state)
-            if _is_save_due(run, state, is_epoch_end):
-                last = run.dir / f"step-{state.step:08d}"
-                checkpoint = Checkpoint(
-                    path=last,
-                    state=state,
-                    world_size=world.size,
-                    template=recipe.template,
-                    inference_condition=store.manifest.inference_condition,
-                    conditions=conditions,
-                    run=about,
+            store.check_unchanged()
+            mark = partial(watchdog.mark, state.step + 1)
+            done = _one_step(run, engine, world, state, ready, started, mark, (stop.is_made, saver.is_writing))
+            state, is_stopping = done.state, done.is_stopping
+            metrics.step(done.report)
+            skipped.note(state.step, ready.item, done.nll, is_skipped=done.is_skipped)
+            is_epoch_end, is_end = run.plan.order.seek(state.examples_consumed)[1] == 0, run.is_finished(state)
+            results = []
+            if _is_save_due(run, state, is_epoch_end) or is_end or is_stopping:
+                mark("saving")
+                results += saver.save_checkpoint(
+                    _checkpoint(run, state, world, about), run.tokenizer, keep=recipe.checkpoint.keep
                 )
-                save_checkpoint(engine, checkpoint, world, run.tokenizer, keep=recipe.checkpoint.keep)
-            if run.is_finished(state):
+            elif not done.is_writing:
+                results += saver.finish()
+            if is_end or is_stopping:
+                results += saver.finish()
+            last = _tell_saves(results, last, world, metrics)
+            if is_epoch_end or is_end:
+                mark("evaluating")
+                _evaluate(run, engine, world, metrics, state)
+            if is_end or is_stopping:
                 break
+            watchdog.mark(state.step + 1, "waiting for its batches")
             started = time.perf_counter()
+    if last.name != _name(state):
+        raise Failed(
+            f"step {state.step} is done, but could not be saved (see above). Make room in {run.dir}, or repair it, and "
+            f"run the same command again: it goes on from {last.name if last != run.dir else 'the start'}."
+        )
+    if not run.is_finished(state):
+        say(world, f"stopped on request at step {state.step}, saved as {last}; run the same command again to go on")
+    return Last(last, is_end=run.is_finished(state))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What came of a step: where the run is, what to report, this rank's loss sums f32[M], what any rank said."""
+
+    state: TrainState
+    report: StepReport
+    nll: Tensor
+    is_skipped: bool
+    is_stopping: bool
+    is_writing: bool
+
+
+def _name(state: TrainState) -> str:
+    """Of its checkpoint."""
+    return f"step-{state.step:08d}"
+
+
+def _checkpoint(run: Run, state: TrainState, world: World, about: dict[str, Any]) -> Checkpoint:
+    manifest = run.store.manifest
+    return Checkpoint(
+        path=run.dir / _name(state),
+        state=state,
+        world_size=world.size,
+        template=run.recipe.template,
+        inference_condition=manifest.inference_condition,
+        conditions=manifest.conditions,
+        run=about,
+        files={},
+    )
+
+
+def _tell_saves(results: list[Saved], last: Path, world: World, metrics: Metrics) -> Path:
+    """Report saves that ended; returns the newest checkpoint that is there, `last` until then."""
+    for saved in results:
+        if saved.error is not None:
+            say(
+                world,
+                f"WARNING: {saved.path.name} was not saved: {saved.error}. Training goes on, older checkpoints stay; "
+                "the next save is tried when it is due.",
+            )
+        elif saved.kind == "checkpoint":
+            last = saved.path
     return last
-
-
-def build_engine(run: Run, world: World) -> DeepSpeedEngine:
-    """The recipe's model in a DeepSpeed engine, ready to train. Raises Refused when the model cannot be used."""
-    recipe, model = run.recipe, together(lambda: build_model(run, world))
-    torch.manual_seed(recipe.train.seed + world.rank)  # of dropout, if the model has any
-    optimizer = make_optimizer(
-        model,
-        algorithm=recipe.optim.algorithm,
-        lr=run.peak_lr,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        weight_decay=recipe.optim.weight_decay,
-    )
-    return make_engine(model, optimizer, deepspeed_configuration(recipe))
-
-
-def build_model(run: Run, world: World) -> PackedCausalLM:
-    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
-    recipe = run.recipe
-    lm = load_model(
-        recipe.model.base,
-        recipe.model.config,
-        dtype=recipe.model.dtype,
-        num_ids=run.tokenizer.num_ids,
-        added_ids=run.store.manifest.added_tokens.values(),
-        seed=recipe.train.seed,
-    )
-    return PackedCausalLM(
-        lm,
-        attention=recipe.model.attention,
-        device_type=world.device.type,
-        checkpointing=recipe.model.checkpointing == "full",
-        num_conditions=len(run.store.manifest.conditions),
-    )
 
 
 def describe_plan(table: PlanTable, step: int, num_steps: int) -> str:
@@ -309,23 +267,28 @@ def _one_step(
     state: TrainState,
     ready: Ready[StepPlan, list[PackedBatch]],
     started: float,
-) -> tuple[TrainState, StepReport]:
-    """Train one step of the plan; returns where the run is then, and what to report."""
+    mark: Callable[[str], None],
+    says: tuple[bool, bool],
+) -> _Step:
+    """Train one step of the plan. says: whether this rank was asked to stop, and whether it still writes a save."""
     recipe, plan, consumed = run.recipe, ready.item, state.examples_consumed + ready.item.num_examples
     progress = consumed / run.plan.num_examples
     lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
-    sums, grad_norm = train_step(engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr)
-    sums, waits = sum_and_gather(sums.double(), ready.waited_s, world)
-    state = TrainState(
+    parts, grad_norm = train_step(
+        engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
+    )
+    sums, told = sum_and_gather(parts.sum(dim=0).double(), (ready.waited_s, *says), world)
+    wait, is_stopping, is_writing = told.amax(dim=0).tolist()
+    is_skipped = not math.isfinite(grad_norm)
+    state = replace(
+        state,
         step=state.step + 1,
         epoch=run.plan.order.seek(consumed - 1)[0],
         examples_consumed=consumed,
         tokens_seen=state.tokens_seen + plan.num_tokens,
-        store_fingerprint=state.store_fingerprint,
-        recipe=state.recipe,
-        order=state.order,
+        skipped_steps=state.skipped_steps + is_skipped,
     )
-    return state, StepReport(
+    report = StepReport(
         step=state.step,
         epoch=state.epoch,
         examples_consumed=consumed,
@@ -337,8 +300,9 @@ def _one_step(
         fill=plan.num_tokens / run.plan.shape.room,
         num_processes=world.size,
         seconds=time.perf_counter() - started,
-        data_wait_s=float(waits.max()),
+        data_wait_s=wait,
     )
+    return _Step(state, report, parts[:, 0].sum(dim=1), is_skipped, bool(is_stopping), bool(is_writing))
 
 
 def _evaluate(run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState) -> None:
@@ -352,44 +316,13 @@ def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
     policy = run.recipe.checkpoint
     by_step = policy.every_steps is not None and state.step % policy.every_steps == 0
     by_epoch = is_epoch_end and policy.every_epochs is not None and (state.epoch + 1) % policy.every_epochs == 0
-    return by_step or by_epoch or run.is_finished(state)
+    return by_step or by_epoch
 
 
-def _check_agreement(run: Run) -> None:
-    """Raise Refused unless all ranks have the same plan, store, recipe and checkpoint to continue from."""
-    position = None if run.resumed is None else (run.resumed.path.name, run.resumed.state.step)
-    held_out = digest_index(run.held_out.lengths, run.held_out.weight_sums)
-    view = (run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe)), position)
-    views = set(gather_objects(view))
-    if len(views) > 1:
-        raise Refused(
-            "the processes disagree on the plan, or on the checkpoint to continue from: give every node the same "
-            "recipe, store, versions and run folder"
-        )
-
-
-def _agree_on_steps(ahead: PlanAhead) -> PlanTable:
-    """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
-    made = together(ahead.make)
-    table = together(lambda: made if made is not None else ahead.read())
-    if len(set(gather_objects(table.digest))) > 1:
-        raise Refused(
-            "the processes planned different steps from the same store: give every node the same version of "
-            "ochat_train, and remove the folder plan of checkpoint.dir"
-        )
-    return table
-
-
-def _use_own_share_of_cores() -> None:
+def _use_own_share_of_cores(world: World) -> None:
     """Processes of one machine share its cores, for training on CPU and for an offloaded optimizer."""
     if "OMP_NUM_THREADS" not in os.environ:
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
 
 
 if __name__ == "__main__":

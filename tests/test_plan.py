@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import ochat_train.tokens.plan
+from ochat_train.prepare import deepspeed_configuration, peak_learning_rate
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.order import DataOrder, SourceShare
 from ochat_train.tokens.packing import pack_step
 from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan, plan_epoch, quadratic_length
 from ochat_train.tokens.store import Manifest
-from ochat_train.train import deepspeed_configuration, peak_learning_rate
 
 OPENCHAT_RECIPE = Path(__file__).parent.parent / "recipes" / "openchat_v3.2_super_13b.yaml"
 
@@ -558,6 +558,7 @@ def test_the_openchat_13b_recipe_means_this_deepspeed_configuration(openchat: Re
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
+        "checkpoint": {"use_node_local_storage": False, "load_universal": False},
     }
 
 

@@ -91,6 +91,10 @@ def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
     return fields if is_ours else None
 
 
+class StoreChanged(Exception):
+    """The files of an open store are no longer those that were opened."""
+
+
 class TokenStore:
     """One split of a store, opened for reading.
 
@@ -119,6 +123,21 @@ class TokenStore:
             table = dataset[split].data
             self._ids, self._weights = table.column("input_ids"), table.column("loss_weights")
             self._names = table.column("id")
+        files = [Path(path) / "manifest.json", *folder.glob("*.npy"), *folder.glob("*.arrow")]
+        self._files = {file: _identity(file) for file in sorted(files)}
+
+    def check_unchanged(self) -> None:
+        """Raise StoreChanged, by name, when a file was written to, replaced or removed since the store was opened.
+
+        Mapped files show what others write into them, and one that is cut off ends the process that reads it.
+        """
+        for file, identity in self._files.items():
+            if _identity(file) != identity:
+                raise StoreChanged(
+                    f"token store file {file} was {'changed' if file.exists() else 'removed'} during training, so what "
+                    "it holds is no longer what this run trains on; restore it and run the same command again, which "
+                    "goes on from the newest checkpoint, or train on the new store in another checkpoint.dir"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -139,6 +158,15 @@ class TokenStore:
     def name(self, position: int) -> str:
         """The id of the conversation that the example was made from."""
         return str(self._names[position].as_py())
+
+
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    """By what a file on disk is known to be the same, with the same content; None when it is not there."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_index(folder: Path, name: str) -> npt.NDArray[Any]:

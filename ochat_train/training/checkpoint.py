@@ -1,14 +1,15 @@
-"""Checkpoints: written beside their place, moved into it when complete, the last few kept.
+"""Checkpoints from which a run goes on: what is in one, whether it is whole, and which one to take.
 
-RUN/step-00000100/checkpoint.json     TrainState and what export needs; written last
+RUN/step-00000100/checkpoint.json     TrainState, what export needs, size and SHA-256 of all files; written last
 RUN/step-00000100/deepspeed/          DeepSpeed's weights and optimizer states, one file or more a rank
 RUN/step-00000100/random-00000.pt     random states of rank 0, ...
 RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
-RUN/step-00000120.partial             a save that a crash cut off; the next run removes it
+RUN/step-00000120.partial             a save that was cut off; the next run removes it
+RUN/step-00000120.damaged             one that was found damaged; nothing removes it
 """
 
+import hashlib
 import random
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,38 +17,61 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 
-from ochat_train.files import flush, flush_tree
 from ochat_train.recipe import differences
-from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.engine import World
 
-FORMAT_VERSION = 1
-# Keys that a resumed run may change: they decide neither which examples are left nor what they count.
-FREE_AT_RESUME = ("name", "checkpoint", "log", "train.max_steps", "data.store", "packing.tokens_per_gpu")
+FORMAT_VERSION = 2
+MANIFEST = "checkpoint.json"
+# Keys that a resumed run may change: they decide neither what an example counts nor which are left in what order.
+FREE_AT_RESUME = (
+    "name",
+    "data.store",
+    "model.attention",
+    "model.checkpointing",
+    "packing",
+    "zero",
+    "train.epochs",
+    "train.max_steps",
+    "train.max_skipped",
+    "train.stall_timeout_s",
+    "eval",
+    "checkpoint",
+    "log",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run is. examples_consumed and tokens_seen count over all epochs; recipe is its JSON form.
+    """Where a run is. Counts are over all epochs; recipe is its JSON form.
 
-    order: the digest of the order in which examples are consumed; empty in checkpoints of a version that had another.
+    order: the digest of the order in which examples are consumed; plan: that of the steps that they make here.
     """
 
     step: int
     epoch: int
     examples_consumed: int
     tokens_seen: int
+    skipped_steps: int
     store_fingerprint: str
     recipe: dict[str, Any]
-    order: str = ""
+    order: str
+    plan: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """By what a file is known again."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint. files: those in this folder, which on a node's own file system are that node's."""
 
     path: Path
     state: TrainState
@@ -56,33 +80,75 @@ class Checkpoint:
     inference_condition: str
     conditions: list[str]
     run: dict[str, Any]
+    files: dict[str, FileMark]
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not as it was written."""
+
+
+def mark_file(file: Path) -> FileMark:
+    """Size and SHA-256 of a file."""
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return FileMark(file.stat().st_size, digest)
+
+
+def manifest_of(checkpoint: Checkpoint) -> bytes:
+    """What its checkpoint.json holds. A digest of the fields is one of them: the file itself may be damaged, too."""
+    fields = asdict(checkpoint) | {"format_version": FORMAT_VERSION}
+    del fields["path"]
+    return orjson.dumps(fields | {"digest": _digest(fields)}, option=orjson.OPT_INDENT_2)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in the folder `path`. Raises ValueError when it is not a complete one, naming what is missing."""
-    file = Path(path) / "checkpoint.json"
+    """The checkpoint in the folder `path`, of which only checkpoint.json is read.
+
+    Raises Damaged when that file is not as it was written, ValueError for a folder without it or of another format.
+    """
+    file = Path(path) / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{path} is not a complete checkpoint (it has no checkpoint.json)")
-    fields = orjson.loads(file.read_bytes())
-    if (version := fields.pop("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path} is not a complete checkpoint (it has no {MANIFEST})")
+    try:
+        fields = orjson.loads(file.read_bytes())
+        version, digest = fields.pop("format_version"), fields.pop("digest", None)
+    except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error!r})") from None
+    if version != FORMAT_VERSION and (digest is None or digest == _digest(fields | {"format_version": version})):
         raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}")
-    for name, size in fields.pop("files").items():
-        found = (Path(path) / name).stat().st_size if (Path(path) / name).is_file() else None
-        if found != size:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} has {'no file' if found is None else f'{found:,} bytes'}, "
-                f"not {size:,} bytes; remove the folder, or name an older one in checkpoint.resume"
-            )
-    return Checkpoint(path=Path(path), state=TrainState(**fields.pop("state")), **fields)
+    if digest != _digest(fields | {"format_version": version}):
+        raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} does not agree with its own digest")
+    state = TrainState(**fields.pop("state"))
+    files = {name: FileMark(**mark) for name, mark in fields.pop("files").items()}
+    return Checkpoint(path=Path(path), state=state, files=files, **fields)
+
+
+def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> None:
+    """Read the `part`-th of `parts` shares of a checkpoint's files. Raises Damaged, by name, for one that differs."""
+    by_size = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].size, name))
+    for name in by_size[part::parts]:
+        file, expected = checkpoint.path / name, checkpoint.files[name]
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected.size:
+            what = "is not there" if size is None else f"has {size:,} bytes, not {expected.size:,}"
+        elif mark_file(file) != expected:
+            what = "has other bytes than were written"
+        else:
+            continue
+        raise Damaged(f"checkpoint {checkpoint.path} is damaged: {name} {what}")
 
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in run.glob("step-" + "[0-9]" * 8) if (path / "checkpoint.json").is_file())
+    return sorted(path for path in run.glob("step-" + "[0-9]" * 8) if (path / MANIFEST).is_file())
 
 
 def find_resume(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to continue from: `resume` is auto (the newest, if any), never, or a checkpoint's path.
+    """The checkpoint to continue from: `resume` is auto (the newest that can be read, if any), never, or a path.
 
     Raises ValueError for never in a folder that already holds checkpoints, and for a path when the folder holds newer
     ones, so that two runs never mix and none prunes the other's.
@@ -96,14 +162,23 @@ def find_resume(run: Path, resume: str) -> Checkpoint | None:
                 "another folder, or from the newest with checkpoint.resume=auto"
             )
         return chosen
-    if not found:
-        return None
-    if resume == "never":
+    if found and resume == "never":
         raise ValueError(
             f"checkpoint.dir {run} already holds {found[-1].name}, and checkpoint.resume is never; "
             "name another folder, or remove that one"
         )
-    return read_checkpoint(found[-1])
+    for path in reversed(found):
+        try:
+            return read_checkpoint(path)
+        except Damaged:  # told when all files have been looked at
+            continue
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Let a damaged checkpoint no longer look like one, and keep it."""
+    names = (f"{path.name}.damaged{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
 
 def check_resume(
@@ -119,77 +194,64 @@ def check_resume(
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
     elif state.order != order:  # it follows from store and recipe, so the code must be another
         wrong.append("order of the examples: another version of ochat_train began this run")
-    if checkpoint.world_size != world_size:
-        wrong.append(f"number of processes: {checkpoint.world_size} -> {world_size}")
+    was, stage = state.recipe["zero"]["stage"], recipe["zero"]["stage"]
+    if (was == 0) != (stage == 0):
+        wrong.append(f"zero.stage: {was} -> {stage}; from and to 0 its states cannot be converted")
+    elif needs_conversion(checkpoint, recipe, world_size) and recipe["optim"]["algorithm"] != "adamw":
+        wrong.append(
+            f"number of processes or zero.stage: {checkpoint.world_size}, {was} -> {world_size}, {stage}; "
+            "DeepSpeed converts only the states of adamw"
+        )
     if wrong:
         raise ValueError(
             f"cannot continue {checkpoint.path}, because this differs (was -> is):\n  "
             + "\n  ".join(wrong)
-            + "\nGo back to the old values, or start a new run in another checkpoint.dir."
+            + "\nGo back to the old values, or start a new run in another checkpoint.dir. A resume may change the "
+            f"number of processes and, of the recipe, {', '.join(FREE_AT_RESUME)}. It may change nothing else, such as "
+            "the template, the tokenizer, what the token store holds, the model or the optimizer."
         )
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World, tokenizer: ChatTokenizer, *, keep: int
+def needs_conversion(checkpoint: Checkpoint, recipe: dict[str, Any], world_size: int) -> bool:
+    """Whether the states are split otherwise in this run. Plain replicas, zero.stage 0, fit any number of ranks."""
+    was, stage = checkpoint.state.recipe["zero"]["stage"], recipe["zero"]["stage"]
+    return bool(stage and was and (was, checkpoint.world_size) != (stage, world_size))
+
+
+def load_checkpoint(
+    engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World, *, states: Path | None = None
 ) -> None:
-    """Write `checkpoint.path` with all ranks together, then remove all but the newest `keep` of the run.
+    """Put weights, optimizer and random states of `checkpoint` into the engine and this process.
 
-    Everything is flushed to disk before the folder gets its name, so a crash at any moment leaves the older ones.
+    states: the folder of DeepSpeed's states, when it is not the checkpoint's own, because they were converted.
     """
-    partial = checkpoint.path.with_name(f"{checkpoint.path.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
-    torch.save(_random_states(), partial / f"random-{world.rank:05d}.pt")
-    if world.is_main:
-        engine.module.lm.config.save_pretrained(partial / "model")
-        engine.module.lm.generation_config.save_pretrained(partial / "model")
-        tokenizer.save(partial / "tokenizer")
-    dist.barrier()
-    if world.is_main:
-        fields = asdict(checkpoint) | {"format_version": FORMAT_VERSION}
-        del fields["path"]
-        fields["files"] = {str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()}
-        (partial / "checkpoint.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
-        flush_tree(partial)
-        _remove(checkpoint.path)
-        partial.rename(checkpoint.path)
-        flush(checkpoint.path.parent)
-        for old in find_checkpoints(checkpoint.path.parent)[:-keep]:
-            _remove(old)
-    dist.barrier()
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; cut off by a crash, what is left of it does not look complete."""
-    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World) -> None:
-    """Put weights, optimizer and random states of `checkpoint` into the engine and this process."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag="deepspeed")
+    folder = checkpoint.path / "deepspeed" if states is None else states
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
-        raise RuntimeError(f"DeepSpeed did not find its files in {checkpoint.path}")
-    states = torch.load(checkpoint.path / f"random-{world.rank:05d}.pt", weights_only=False)
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
+        raise RuntimeError(f"DeepSpeed did not find its files in {folder}")
+    # From converted states stage 3 gives every group the first one's weight decay, and all states one step count, which
+    # each of them then counts on.
+    for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(values)
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+    file = checkpoint.path / f"random-{world.rank:05d}.pt"
+    if not file.is_file():  # there were fewer ranks
+        return
+    random_states = torch.load(file, weights_only=False)
+    random.setstate(random_states["python"])
+    np.random.set_state(random_states["numpy"])
+    torch.set_rng_state(random_states["torch"])
+    if torch.cuda.is_available() and random_states["cuda"] is not None:
+        torch.cuda.set_rng_state(random_states["cuda"])
 
 
-def remove_leftovers(run_dir: Path) -> list[str]:
-    """Remove saves that a crash cut off; returns their names."""
-    leftovers = sorted(run_dir.glob("step-*.partial"))
-    for leftover in leftovers:
-        shutil.rmtree(leftover)
-    return [leftover.name for leftover in leftovers]
-
-
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """What this process's generators of random numbers go on from."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -1,5 +1,6 @@
 """The process group and the DeepSpeed engine, from plain arguments."""
 
+import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -22,12 +23,13 @@ _WORLD_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among all processes of the run, and among the local ones of its node."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -38,9 +40,10 @@ class World:
 def read_world() -> World:
     """The world as the launcher's environment describes it; one process when there was no launcher."""
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _WORLD_VARIABLES)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
     accelerator = get_accelerator()
     device = accelerator.device_name() if accelerator.device_name() == "cpu" else accelerator.device_name(local_rank)
-    return World(rank, size, local_rank, torch.device(device))
+    return World(rank, size, local_rank, torch.device(device), local_size)
 
 
 def join_process_group(world: World) -> None:
@@ -83,8 +86,12 @@ def deepspeed_config(
     grad_accum: int,
     grad_clip: float | None,
     extra: dict[str, Any],
+    is_shared: bool = True,
+    loads_universal: bool = False,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict; `extra` keys are merged in.
+
+    is_shared: checkpoints lie where all nodes see them. loads_universal: the run begins with converted states.
 
     Raises ValueError when an extra key would change one that the recipe's other sections decide.
     """
@@ -102,6 +109,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler on the machine
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
+        "checkpoint": {"use_node_local_storage": not is_shared, "load_universal": loads_universal},
     }
     if dtype == "bfloat16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -147,36 +155,73 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     return engine
 
 
+class OutOfMemory(MemoryError):
+    """A micro-batch that did not fit, with what to change."""
+
+
 def train_step(
-    engine: DeepSpeedEngine, batches: Sequence[PackedBatch], *, weight_sum: float, world_size: int, lr: float
+    engine: DeepSpeedEngine,
+    batches: Sequence[PackedBatch],
+    *,
+    weight_sum: float,
+    world_size: int,
+    lr: float,
+    mark: Callable[[str], None],
 ) -> tuple[Tensor, float]:
-    """One optimizer step over this rank's micro-batches; returns its sums f32[3, K] and the gradient's norm.
+    """One optimizer step over this rank's micro-batches; returns their sums f32[M, 3, K] and the gradient's norm.
 
     weight_sum is the whole step's, over all ranks and micro-batches. DeepSpeed averages gradients over ranks, so each
     micro-batch contributes nll_sum * world_size / weight_sum, and the update is that of
-    sum(w * nll) / sum(w) over the step. Rows of the sums: nll, weight, tokens of each of K conditions, on this rank.
+    sum(w * nll) / sum(w) over the step. The sums of each of M micro-batches of this rank: nll, weight, tokens of each
+    of K conditions. A norm that is not finite is infinite, and then nothing was updated. mark is called with what
+    begins. Raises OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     scale = world_size / weight_sum if weight_sum else 0.0
     totals: list[Tensor] = []
+    is_plain = engine.optimizer is engine.basic_optimizer  # fp32 replicas: DeepSpeed clips, but keeps no norm
     norm = None
-    for batch in batches:
-        sums = engine(batch.to(engine.device))
-        engine.backward(sums.nll * scale, scale_wrt_gas=False)
-        if engine.is_gradient_accumulation_boundary() and engine.optimizer is engine.basic_optimizer:
-            norm = _total_norm(engine.module)  # plain fp32 replicas: DeepSpeed clips, but keeps no norm
-            if not norm.isfinite():  # the other stages skip such a step
-                raise FloatingPointError(f"the gradient's norm is {float(norm)}; lower optim.lr, or look at the data")
-        engine.step()
+    for number, batch in enumerate(batches, start=1):
+        try:
+            mark(f"micro-batch {number} of {len(batches)}, forward")
+            sums = engine(batch.to(engine.device))
+            mark(f"micro-batch {number} of {len(batches)}, backward")
+            engine.backward(sums.nll * scale, scale_wrt_gas=False)
+            if engine.is_gradient_accumulation_boundary() and is_plain:
+                norm = _total_norm(engine.module)
+                if not norm.isfinite():
+                    engine.optimizer.zero_grad()  # without gradients it updates nothing
+            engine.step()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
         totals.append(torch.stack([sums.nll_by_condition, sums.weight_by_condition, sums.tokens_by_condition]))
     norm = engine.get_global_grad_norm() if norm is None else norm
-    return torch.stack(totals).sum(dim=0), float(norm)
+    # Stage 3 keeps the norm of the step before when it skips one.
+    is_skipped = not math.isfinite(float(norm)) or (not is_plain and engine.optimizer.overflow)
+    return torch.stack(totals), math.inf if is_skipped else float(norm)
 
 
 def _total_norm(module: nn.Module) -> Tensor:
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _explain_memory(batch: PackedBatch, number: int, num_batches: int, error: RuntimeError) -> str:
+    num_tokens, num_supervised = len(batch.input_ids), int((batch.loss_weights != 0).sum())
+    return (
+        f"rank {os.environ.get('RANK', '0')} ran out of memory in micro-batch {number} of {num_batches}: "
+        f"{num_tokens:,} tokens, {num_supervised:,} with a loss, the longest sequence {batch.max_seqlen:,}. Lower "
+        "packing.tokens_per_gpu (and raise packing.grad_accum), set model.checkpointing=full, a higher zero.stage or "
+        "zero.offload=optimizer, or train on more processes. All of these may be changed when the run goes on from its "
+        f"newest checkpoint. ({str(error).splitlines()[0]})"
+    )
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -185,16 +230,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def sum_and_gather(values: Tensor, mine: float, world: World) -> tuple[Tensor, Tensor]:
-    """On every rank: the elementwise sum of the f64[...] values over all ranks, and f64[world size], each one's `mine`.
+def sum_and_gather(values: Tensor, mine: Sequence[float], world: World) -> tuple[Tensor, Tensor]:
+    """On every rank: the elementwise sum of the f64[...] values over all ranks, and f64[world size, n], each `mine`.
 
     One collective for both, since at each of them all ranks wait.
     """
-    both = torch.zeros(values.numel() + world.size, dtype=torch.float64, device=values.device)
+    both = torch.zeros(values.numel() + world.size * len(mine), dtype=torch.float64, device=values.device)
     both[: values.numel()] = values.flatten()
-    both[values.numel() + world.rank] = mine
+    own = slice(values.numel() + world.rank * len(mine), values.numel() + (world.rank + 1) * len(mine))
+    both[own] = torch.tensor(mine, dtype=torch.float64, device=values.device)
     dist.all_reduce(both)
-    return both[: values.numel()].view_as(values), both[values.numel() :]
+    return both[: values.numel()].view_as(values), both[values.numel() :].view(world.size, len(mine))
 
 
 def gather_objects(value: T) -> list[T]:
@@ -204,8 +250,18 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def say(world: World, text: str) -> None:
+    """Print a line, by the main rank alone."""
+    if world.is_main:
+        print(text, flush=True)
+
+
 class Refused(ValueError):
     """A mistake of the user's that was found before training; every rank raises the same."""
+
+
+class Failed(Exception):
+    """What ends a run that has begun; every rank raises the same."""
 
 
 def together(action: Callable[[], T]) -> T:

@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+import numpy as np
+
 from ochat_train.model.pretrained import quadratic_length_of
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.order import DataOrder, SourceShare
@@ -39,6 +41,11 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
             f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
         )
     check_lengths(store, recipe.packing.tokens_per_gpu)
+    if not np.any(store.weight_sums):
+        raise ValueError(
+            f"none of the {len(store):,} examples of token store {recipe.data.store} has a loss weight above 0, so "
+            "nothing would be learned; look at the weights of data.sources and of the messages, and preprocess again"
+        )
     shape = PlanShape(
         capacity=recipe.packing.tokens_per_gpu,
         world_size=world_size,

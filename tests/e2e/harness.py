@@ -69,15 +69,26 @@ def preprocess(recipe: Path, *overrides: str) -> None:
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
 
 
-def train_command(recipe: Path, *overrides: str, num_processes: int = 2) -> list[str]:
+def train_command(
+    recipe: Path, *overrides: str, num_processes: int = 2, module: str = "ochat_train.train"
+) -> list[str]:
     """The deepspeed command line of a training run."""
     launcher = ["deepspeed.launcher.runner", "--num_gpus", str(num_processes), "--master_port", str(free_port())]
-    return [sys.executable, "-m", *launcher, "--module", "ochat_train.train", str(recipe), *overrides]
+    return [sys.executable, "-m", *launcher, "--module", module, str(recipe), *overrides]
 
 
 def train(recipe: Path, *overrides: str, num_processes: int = 2) -> str:
     """Run training to its end; returns what it printed."""
-    command = train_command(recipe, *overrides, num_processes=num_processes)
+    return _run(train_command(recipe, *overrides, num_processes=num_processes))
+
+
+def train_several(recipe: Path, *runs: Sequence[str], num_processes: int = 2) -> str:
+    """Run several trainings, each with its overrides, in one set of processes; returns what they printed."""
+    arguments = [orjson.dumps(overrides).decode() for overrides in runs]
+    return _run(train_command(recipe, *arguments, num_processes=num_processes, module="tests.e2e.several"))
+
+
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr

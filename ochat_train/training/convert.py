@@ -1,0 +1,96 @@
+"""Optimizer states for another number of ranks or another ZeRO stage, through DeepSpeed's universal checkpoint.
+
+DeepSpeed's converter writes one file a parameter and state, and each rank then loads its share of them. Stages 1 and 2
+write and read these files in another form than stage 3; `_fit` turns the one into the other, which DeepSpeed does not.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.engine import Refused, World, gather_objects
+from ochat_train.training.run_folder import RunFolder, free_bytes
+
+# While it runs, the converter holds the states in pieces and in whole, both in fp32, beside copies of the weights.
+_TIMES_THE_CHECKPOINT = 2.5
+
+
+@contextmanager
+def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, world: World) -> Iterator[Path]:
+    """The folder of DeepSpeed's states that fit this world and ZeRO stage; it is gone when the context is left.
+
+    All ranks enter it together. Raises Refused when the states of all ranks are not in one folder, there is no room, or
+    DeepSpeed cannot convert them.
+    """
+    if not folder.is_shared:
+        raise Refused(
+            f"{checkpoint.path} was saved by {checkpoint.world_size} processes, and the nodes do not share "
+            "checkpoint.dir: copy that folder's deepspeed/ files of all nodes together onto one file system first"
+        )
+    out = folder.path / f"{checkpoint.path.name}.universal"
+    converter, problem = None, None
+    if world.is_main:
+        shutil.rmtree(out, ignore_errors=True)
+        needed = int(_TIMES_THE_CHECKPOINT * sum(mark.size for mark in checkpoint.files.values()))
+        if (free := free_bytes(folder.path)) < needed:
+            problem = f"converting takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free at {folder.path}"
+        else:
+            out.mkdir(parents=True)
+            converter = _start(checkpoint.path / "deepspeed", out)
+    # In small waits: a collective would lose patience before the states of a large model are converted.
+    while any(gather_objects(converter is not None and converter.poll() is None)):
+        time.sleep(0.2)
+    if converter is not None and converter.returncode != 0:
+        problem = (out / "log").read_text()[-2000:]
+    elif converter is not None:
+        _fit(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
+    try:
+        if problem := gather_objects(problem)[0]:
+            raise Refused(f"the states of {checkpoint.path} cannot be converted for this run: {problem}")
+        yield out / "states"
+        gather_objects(None)  # every rank has read them
+    finally:
+        if world.is_main:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _start(states: Path, out: Path) -> subprocess.Popen[bytes]:
+    """DeepSpeed's converter as a process of its own: it starts more of them, which a process with threads must not."""
+    options = ["--input_folder", str(states), "--output_folder", str(out / "states"), "--inject_missing_state"]
+    workers = str(min(4, os.cpu_count() or 1))
+    options += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    with open(out / "log", "wb") as log:
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _fit(states: Path, was: int, stage: int) -> None:
+    """Bring the files of stage `was` into the form that `stage` reads."""
+    if (was == 3) == (stage == 3):
+        return
+    replicas, split = states / "mp_rank_00_model_states.pt", states / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    file = states / "zero" / "optimizer_state.pt"
+    common = torch.load(file, map_location="cpu", weights_only=False)
+    parameters = [path.parent for path in (states / "zero").rglob("exp_avg.pt")]
+    if stage == 3:
+        replicas.rename(split)
+        step = torch.load(parameters[0] / "step.pt", weights_only=False)
+        common["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": common["param_groups"]}
+    else:
+        split.rename(replicas)
+        step = common["optimizer_state_dict"]["state"][0]["step"]
+        common["ds_version"] = deepspeed.__version__
+        for parameter in parameters:
+            torch.save(step, parameter / "step.pt")
+            for name in ("fp32", "exp_avg", "exp_avg_sq"):
+                torch.save({"param": torch.load(parameter / f"{name}.pt")}, parameter / f"{name}.pt")
+    torch.save(common, file)
