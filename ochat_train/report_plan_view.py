@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +17,13 @@ from ochat_train.report_tables import (
     printable,
     ratio,
     render_page,
+    show_duration,
     table_lines,
     tick_distance,
 )
 
 _ORDINALS = ("first", "second")
 _NOTHING = SourceTotals(0, 0, 0, 0)  # of a source that only the other plan has
-_UNITS = (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-_MOST_HOURS = 48  # longer times are in days
 
 _BAR_WIDTH = 60  # characters
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")  # of a character, from the left
@@ -48,18 +47,6 @@ class Figure(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------- words
-
-
-def show_duration(seconds: float) -> str:
-    """The time in two units: `14 h 50 min`."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    for (name, large), (part_name, small) in pairwise(_UNITS):
-        count, per = round(seconds / small), large // small
-        if count > _MOST_HOURS if part_name == "h" else count >= per:
-            whole, part = divmod(count, per)
-            return f"{whole:,} {name} {part} {part_name}" if part else f"{whole:,} {name}"
-    raise AssertionError(seconds)
 
 
 def _number(value: float) -> str:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 _NOTE_WIDTH = 100  # characters
+_UNITS = (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+_MOST_HOURS = 48  # longer times are in days
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,18 @@ def tick_distance(highest: float) -> int:
     """The number 1, 2, 5, 10, 20, ... by which an axis up to `highest` has at most four ticks above 0."""
     steps: Iterator[int] = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
     return next(step for step in steps if 5 * step > highest)
+
+
+def show_duration(seconds: float) -> str:
+    """The time in two units: `14 h 50 min`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    for (name, large), (part_name, small) in pairwise(_UNITS):
+        count, per = round(seconds / small), large // small
+        if count > _MOST_HOURS if part_name == "h" else count >= per:
+            whole, part = divmod(count, per)
+            return f"{whole:,} {name} {part} {part_name}" if part else f"{whole:,} {name}"
+    raise AssertionError(seconds)
 
 
 def printable(text: str) -> str:

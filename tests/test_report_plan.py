@@ -21,7 +21,8 @@ from ochat_train.model.pretrained import load_config
 from ochat_train.preprocess import preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.report_plan import MicroBatch, PlanReport, Rate, StepPicture, read_plans, read_requests
-from ochat_train.report_plan_view import _bar, _paths, as_html, as_text, show_duration
+from ochat_train.report_plan_view import _bar, _paths, as_html, as_text
+from ochat_train.report_tables import show_duration
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.planning import make_run_plan
 from tests.e2e.harness import tiny_recipe, write_dump
