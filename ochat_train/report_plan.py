@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import torch
 from tqdm import tqdm
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.report_run import read_events
 from ochat_train.tokens.packing import cost_of
 from ochat_train.tokens.plan import RunPlan, StepPlan
 from ochat_train.tokens.plan_ahead import PlanTable, make_table
@@ -369,16 +369,8 @@ def _speed_sections(recipe: Recipe) -> tuple[object, ...]:
 
 def _measured(metrics: Path) -> Rate | None:
     """The median rate of a run's steps, without the first tenth of them, in which it warms up; None without steps."""
-    try:
-        lines = metrics.read_bytes().splitlines()
-    except OSError:
-        return None
-    steps = []
-    for line in lines:
-        with suppress(orjson.JSONDecodeError):  # one that a crash cut off
-            event = orjson.loads(line)
-            if event["event"] == "step" and "num_processes" in event:  # older versions did not write it
-                steps.append(event)
+    # Older versions did not write num_processes.
+    steps = [event for event in read_events(metrics) if event["event"] == "step" and "num_processes" in event]
     if not steps:
         return None
     steps = steps[len(steps) // 10 :]

@@ -54,20 +54,23 @@ def test_the_first_losses_are_the_golden_ones(quickstart: Launched) -> None:
     assert losses == pytest.approx(orjson.loads(GOLDEN.read_bytes()), rel=1e-3), [round(loss, 5) for loss in losses]
 
 
-def test_it_ends_with_the_model_the_losses_and_a_reply_per_condition(quickstart: Launched) -> None:
-    last = quickstart.first.splitlines()[-9:]
+def test_it_ends_with_the_model_the_losses_a_reply_per_condition_and_a_page(quickstart: Launched) -> None:
+    last = quickstart.first.splitlines()[-11:]
     assert last[0] == f"model: {quickstart.run / 'model'}"
     assert [line.split()[0] for line in last[3:5]] == ["Careful", "Hasty"]
     start, end = (float(value) for value in last[3].split()[1:])
     assert end < start - 2  # from nothing known, ln(1025) = 6.9, to a good part of the text
     assert last[6].startswith("question: ")
-    assert [line.split()[0] for line in last[7:]] == ["Careful", "Hasty"]
+    assert [line.split()[0] for line in last[7:9]] == ["Careful", "Hasty"]
+    assert last[10] == str(quickstart.run / "report.html")
+    assert "Ended by train.max_steps at step 20 of about " in quickstart.first
+    assert '<section id="replies">' in (quickstart.run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_second_launch_reuses_everything_and_says_so(quickstart: Launched) -> None:
     assert "is up to date" in quickstart.second
     assert "the run is complete at step 20" in quickstart.second
-    assert quickstart.second.splitlines()[-9:] == quickstart.first.splitlines()[-9:]
+    assert quickstart.second.splitlines()[-11:] == quickstart.first.splitlines()[-11:]
 
 
 def test_the_exported_chat_template_gives_the_ids_of_the_store(quickstart: Launched) -> None:
