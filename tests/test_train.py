@@ -181,6 +181,15 @@ def test_an_example_longer_than_a_micro_batch_is_refused_by_name(recipe_path: Pa
         check_lengths(store, limit)
 
 
+def test_a_store_without_any_weight_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(recipe_path, tmp_path / "run", f"data.store={tmp_path / 'store'}")
+    shutil.copytree(load_recipe(recipe_path).data.store, tmp_path / "store")
+    weight_sums = tmp_path / "store/train/weight_sums.npy"
+    np.save(weight_sums, np.zeros_like(np.load(weight_sums)))
+    with pytest.raises(ValueError, match="has a loss weight above 0, so nothing would be learned"):
+        prepare(recipe, ALONE)
+
+
 def test_a_source_of_which_nothing_would_be_trained_is_refused(recipe_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.sources\.1\.epochs 0\.01 of the .* examples of hasty is none"):
         prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.epochs=0.01"), ALONE)

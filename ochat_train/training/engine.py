@@ -190,9 +190,11 @@ def train_step(
             engine.backward(sums.nll * scale, scale_wrt_gas=False)
             if engine.is_gradient_accumulation_boundary() and is_plain:
                 norm = _total_norm(engine.module)
-                if not norm.isfinite():
-                    engine.optimizer.zero_grad()  # without gradients it updates nothing
-            engine.step()
+            if norm is None or norm.isfinite():
+                engine.step()
+            else:  # as the other stages do by themselves
+                engine.zero_grad()
+                engine.micro_steps += 1
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

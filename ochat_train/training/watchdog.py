@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -62,6 +63,7 @@ class Watchdog:
         self._world, self._stall_timeout_s = world, stall_timeout_s
         self._beat = Beat(0, 0, 0, "starting", socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid())
         self._watched = list(range(world.size)) if world.is_main else [0]
+        self._number = 0
         self._seen: dict[int, _Seen] = {}
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -89,25 +91,27 @@ class Watchdog:
         self._thread.join()
         if error is None:
             gather_objects(None)  # no rank leaves, and seems lost, before all have stopped watching
+        else:
+            with suppress(RuntimeError):
+                self._tell()  # what it did last
 
     def mark(self, step: int, doing: str) -> None:
         """Training begins something that every rank does."""
         self._beat = replace(self._beat, mark=self._beat.mark + 1, step=step, doing=doing)
 
     def _run(self) -> None:
-        number = 0
         while not self._is_done.wait(BEAT_S):
-            number += 1
             try:
-                self._tell(number)
+                self._tell()
                 verdict = self._judge()
             except RuntimeError:  # no answer from the store: the main rank is gone
                 verdict = self._lost(0)
             if verdict is not None and not self._is_done.is_set():
                 self._end(verdict)
 
-    def _tell(self, number: int = 0) -> None:
-        self._store.set(str(self._world.rank), orjson.dumps(asdict(replace(self._beat, number=number))).decode())
+    def _tell(self) -> None:
+        self._number += 1
+        self._store.set(str(self._world.rank), orjson.dumps(asdict(replace(self._beat, number=self._number))).decode())
 
     def _judge(self) -> Verdict | None:
         if not self._world.is_main and self._store.check(["verdict"]):
@@ -132,10 +136,10 @@ class Watchdog:
         beat = self._seen[rank].beat if rank in self._seen else self._beat
         return Verdict(
             [rank],
-            f"rank {rank} was lost at step {beat.step} ({beat.doing}): process {beat.pid} on host {beat.host} ended or "
-            "no longer answers. What it printed last, or the kernel's log, says why; a process that was killed without "
-            "a word has often met the host's memory limit. Run the same command again to go on from the newest "
-            "checkpoint.",
+            f"rank {rank} was lost at step {max(beat.step, self._beat.step)} ({beat.doing}): process {beat.pid} on "
+            f"host {beat.host} ended or no longer answers. What it printed last, or the kernel's log, says why; a "
+            "process that was killed without a word has often met the host's memory limit. Run the same command again "
+            "to go on from the newest checkpoint.",
         )
 
     def _stalled(self) -> Verdict:

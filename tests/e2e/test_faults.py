@@ -1,0 +1,286 @@
+"""What goes wrong in a run of two real processes: it ends soon, says why, and loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pytest
+
+from ochat_train.training.checkpoint import find_checkpoints
+from tests.e2e.harness import ENVIRONMENT, ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
+
+# Steps so slow that something can happen in the middle of the run.
+SLOW = """
+import time, ochat_train.train as t
+original = t.train_step
+def train_step(*arguments, **options):
+    time.sleep(0.3)
+    return original(*arguments, **options)
+t.train_step = train_step
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_dump(folder, 60)
+    path = tiny_recipe(folder)
+    preprocess(path)
+    return path
+
+
+@dataclass
+class Ranks:
+    """Two training processes without a launcher, which would end one when the other ends."""
+
+    run: Path
+    processes: list[subprocess.Popen[str]]
+
+    def wait_for(self, is_there: Callable[[], bool]) -> None:
+        """Wait while both run."""
+        deadline = time.monotonic() + 120
+        while not is_there():
+            assert all(process.poll() is None for process in self.processes), self.end()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until it is done."""
+        file = self.run / "metrics.jsonl"
+        self.wait_for(lambda: file.exists() and f'"step":{step},' in file.read_text())
+
+    def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
+        """Exit code and output of each."""
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in self.processes]
+        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
+
+
+def start(recipe: Path, run: Path, *overrides: str, code: str = "") -> Ranks:
+    """Train into `run`. code: what the processes do before; `rank` is there."""
+    return start_program(
+        run, "ochat_train.train", str(recipe), f"checkpoint.dir={run}", "zero.stage=1", *overrides, code=code
+    )
+
+
+def start_program(run: Path, module: str, *arguments: str, code: str) -> Ranks:
+    program = f"import os; rank = int(os.environ['RANK'])\n{code}\nfrom {module} import main\nmain()"
+    command = [sys.executable, "-c", program, *arguments]
+    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    return Ranks(run, processes)
+
+
+@pytest.mark.parametrize(("killed", "other"), [(0, 1), (1, 0)])
+def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path: Path, killed: int, other: int) -> None:
+    ranks = start(recipe_path, tmp_path, code=SLOW)
+    ranks.wait_for_step(2)
+    ranks.processes[killed].kill()
+    began = time.monotonic()
+    code, output = ranks.end(timeout_s=30)[other]
+    assert time.monotonic() - began < 10
+    assert code == 1
+    assert f"error: rank {killed} was lost at step " in output
+
+
+STALLED = """
+import time, ochat_train.train as t
+original, calls = t.make_batch, []
+def make_batch(*arguments):
+    calls.append(1)
+    if rank == 1 and len(calls) > 5:
+        time.sleep(600)
+    return original(*arguments)
+t.make_batch = make_batch
+"""
+
+
+def test_a_rank_that_stalls_is_named_and_shows_where_it_is(recipe_path: Path, tmp_path: Path) -> None:
+    ranks = start(recipe_path, tmp_path, "train.stall_timeout_s=3", code=STALLED)
+    began = time.monotonic()
+    (_, first), (_, second) = ranks.end()
+    assert time.monotonic() - began < 60
+    assert "error: rank 1 (host " in first and "got no further for 3 s" in first
+    assert "(waiting for its batches)" in first
+    assert "in make_batch" in second  # the stack of its threads
+    assert {process.returncode for process in ranks.processes} == {1}
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGINT, 0)])
+def test_a_signal_to_one_rank_finishes_the_step_saves_and_exits_with_75(
+    recipe_path: Path, tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    ranks = start(recipe_path, tmp_path, code=SLOW)
+    ranks.wait_for_step(2)
+    ranks.processes[rank].send_signal(number)
+    ended = ranks.end()
+    assert [code for code, _ in ended] == [75, 75], ended
+    step = events(tmp_path, "step")[-1]["step"]
+    assert f"stopped on request at step {step}" in ended[0][1]
+    assert find_checkpoints(tmp_path)[-1].name == f"step-{step:08d}"
+
+
+def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: Path) -> None:
+    """While rank 1 is in a step that takes a minute."""
+    began = tmp_path / "began"
+    ranks = start(
+        recipe_path,
+        tmp_path / "run",
+        code=SLOW.replace("0.3", f"60 if rank and not open({str(began)!r}, 'w').close() else 0"),
+    )
+    ranks.wait_for(began.exists)
+    ranks.processes[1].terminate()
+    time.sleep(2.2)
+    assert ranks.processes[1].poll() is None
+    ranks.processes[1].terminate()
+    code, output = ranks.end(timeout_s=30)[1]
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM again: stopping at once" in output
+
+
+POISONED = """
+import ochat_train.train as t
+fast = t._one_step
+def one_step(run, engine, world, state, ready, *others):
+    if state.step + 1 in {STEPS} and rank == 1:
+        weights = ready.made[0].loss_weights
+        weights[weights.nonzero()[0]] = float("{VALUE}")
+    return fast(run, engine, world, state, ready, *others)
+t._one_step = one_step
+"""
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_counted(recipe_path: Path, tmp_path: Path) -> None:
+    poisoned = POISONED.replace("{STEPS}", "(2, 3, 5)").replace("{VALUE}", "inf")
+    kinds = {"1bf": ["model.dtype=bfloat16"], "0": [], "1": [], "2": [], "3": []}
+    runs = [
+        orjson.dumps([f"checkpoint.dir={tmp_path / kind}", f"zero.stage={kind[0]}", "train.max_steps=6", *options])
+        for kind, options in kinds.items()
+    ]
+    arguments = [run.decode() for run in runs]
+    ended = start_program(tmp_path, "tests.e2e.several", str(recipe_path), *arguments, code=poisoned).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    for kind in kinds:
+        steps = events(tmp_path / kind, "step")
+        assert [step["skipped"] for step in steps] == [False, True, True, False, True, False], kind
+        assert [step["grad_norm"] is None for step in steps] == [False, True, True, False, True, False]
+        (checkpoint,) = find_checkpoints(tmp_path / kind)[-1:]
+        assert orjson.loads((checkpoint / "checkpoint.json").read_bytes())["state"]["skipped_steps"] == 3
+        # Nothing was learned in step 2: step 3, of the next examples, has the loss of a model after one update.
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / kind).values())
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_their_examples(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    poisoned = POISONED.replace("{STEPS}", "(2, 3)").replace("{VALUE}", "nan")
+    ended = start(recipe_path, tmp_path, "train.max_skipped=2", code=poisoned).end()
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert ended[0][1].count("error: the gradients of 2 steps in a row") == 1
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+    steps = orjson.loads((tmp_path / "skipped-steps.json").read_bytes())
+    assert [step["step"] for step in steps] == [2, 3]
+    for step in steps:
+        culprit, *others = step["micro_batches"]
+        assert (culprit["rank"], culprit["number"], culprit["is_loss_finite"]) == (1, 1, False)
+        assert culprit["examples"]
+        assert len(others) == 3 and all(other["is_loss_finite"] for other in others)
+
+
+def test_memory_that_runs_out_is_told_with_the_size_of_the_micro_batch(recipe_path: Path, tmp_path: Path) -> None:
+    """A real failure of the CPU's allocator, under a limit of address space that is set once training runs."""
+    limited = "import resource, psutil" + SLOW.replace(
+        "time.sleep(0.3)",
+        "rank and resource.setrlimit(resource.RLIMIT_AS, [psutil.Process().memory_info().vms + 2**20] * 2)",
+    )
+    (_, first), (code, second) = start(recipe_path, tmp_path, "packing.tokens_per_gpu=12000", code=limited).end()
+    assert code == 1
+    assert "error: rank 1 ran out of memory in micro-batch 1 of 2: " in second
+    assert "Lower packing.tokens_per_gpu" in second
+    assert "error: rank 1 was lost at step 1" in first
+
+
+def test_two_runs_in_one_folder_are_refused(recipe_path: Path, tmp_path: Path) -> None:
+    run, go = tmp_path / "run", tmp_path / "go"
+    waiting = SLOW.replace(
+        "time.sleep(0.3)", f"[time.sleep(0.1) for _ in iter(lambda: os.path.exists({str(go)!r}), True)]"
+    )
+    first = start(recipe_path, run, "train.max_steps=2", code=waiting)
+    first.wait_for((run / "metrics.jsonl").exists)
+    second = start(recipe_path, run).end()
+    go.touch()
+    assert [code for code, _ in second] == [1, 1]
+    assert f"another run trains in checkpoint.dir {run}" in second[0][1]
+    assert str(first.processes[0].pid) in second[0][1]
+    assert [code for code, _ in first.end()] == [0, 0]
+
+
+@pytest.mark.parametrize("what", ["removed", "changed"])
+def test_a_store_that_is_touched_during_training_stops_the_run(recipe_path: Path, tmp_path: Path, what: str) -> None:
+    preprocess(recipe_path, f"data.store={tmp_path / 'store'}")
+    ranks = start(recipe_path, tmp_path / "run", f"data.store={tmp_path / 'store'}", code=SLOW)
+    ranks.wait_for_step(2)
+    (file,) = (tmp_path / "store/train").glob("*.arrow")
+    if what == "removed":
+        file.unlink()
+    else:
+        os.utime(file)
+    ended = ranks.end()
+    assert [code for code, _ in ended] == [1, 1]
+    assert f"error: token store file {file} was {what} during training" in ended[0][1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of 3.5 MB and not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+UNCHECKED = "import ochat_train.training.saving as s; s.free_bytes = lambda folder: 10**15"
+
+
+@pytest.mark.parametrize(("code", "told"), [("", "it takes 0.00 GB, and"), (UNCHECKED, "")], ids=["checked", "met"])
+def test_a_full_disk_costs_a_save_and_nothing_else(recipe_path: Path, small_disk: Path, code: str, told: str) -> None:
+    run, options = small_disk / "run", ["checkpoint.every_steps=2", "train.max_steps=4", "checkpoint.keep=1"]
+    ended = start(recipe_path, run, *options, code=code).end()
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert f"WARNING: step-00000004 was not saved: {told}" in ended[0][1]
+    assert "error: step 4 is done, but could not be saved" in ended[0][1]
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+    assert [path.name for path in run.glob("step-*")] == ["step-00000002"]
+    assert [step["step"] for step in events(run, "step")] == [1, 2, 3, 4]
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    ended = start(recipe_path, run, *options).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "continuing" in ended[0][1]
+    assert find_checkpoints(run)[-1].name == "step-00000004"
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loaded(
+    recipe_path: Path, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    ended = start(recipe_path, small_disk / "run", code="import ochat_train.prepare as p; p.load_model = None").end()
+    assert [code for code, _ in ended] == [1, 1]
+    assert f"error: checkpoint.dir {small_disk / 'run'} cannot be written to (Read-only file system)" in ended[0][1]
