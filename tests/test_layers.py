@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "doctor": BELOW | {"export"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
-EXTRAS = ("flash_attn", "flash_attn_interface", "liger_kernel", "accelerate", "gguf", "vllm", "ray")
+EXTRAS = ("flash_attn", "flash_attn_interface", "liger_kernel", "accelerate", "gguf", "vllm", "ray", "peft")
 
 
 def imports(path: Path) -> Iterator[str]:

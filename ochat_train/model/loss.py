@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ochat_train.model.rows import HeadWithRows, put_row_logits
+
 # Tokens whose logits exist at one time: 1024 x 32,000 fp32 logits are 131 MB.
 CHUNK_TOKENS = 1024
 
@@ -33,10 +35,14 @@ class LossHead(nn.Module):
     around this module's forward and backward.
     """
 
+    row_ids: Tensor
+
     def __init__(self, head: nn.Linear, *, softcap: float | None, num_conditions: int) -> None:
         super().__init__()
         self.weight = head.weight  # [V, C]
         self.bias = head.bias
+        self.rows = head.rows if isinstance(head, HeadWithRows) else None  # [n, C]
+        self.register_buffer("row_ids", head.row_ids if isinstance(head, HeadWithRows) else None, persistent=False)
         self.softcap = softcap
         self.num_conditions = num_conditions
 
@@ -70,7 +76,10 @@ class LossHead(nn.Module):
 
     def _chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """f32[t], the negative log-likelihood of each label."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.rows is not None:
+            logits = put_row_logits(logits, hidden, self.rows, self.row_ids, self.bias)
+        logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits, labels, reduction="none")

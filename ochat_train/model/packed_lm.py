@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
+from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.tokens.batch import PackedBatch
 
@@ -17,6 +18,9 @@ class PackedCausalLM(nn.Module):
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
     device the model will run on. Raises ValueError for models whose logits we would compute wrongly, or in which
     sequences of a batch would see each other.
+
+    The state of the module leaves frozen parameters out: they are the base's. Loading a state of other names, or beside
+    another base, raises.
     """
 
     def __init__(
@@ -40,6 +44,9 @@ class PackedCausalLM(nn.Module):
         self.loss_head = LossHead(
             head, softcap=getattr(config, "final_logit_softcapping", None), num_conditions=num_conditions
         )
+        self.register_state_dict_post_hook(_leave_frozen_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_refuse_another_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """The loss sums of one micro-batch."""
@@ -62,6 +69,29 @@ class PackedCausalLM(nn.Module):
         logits = self.lm.get_output_embeddings()(self.hidden(batch)).float()
         softcap = self.loss_head.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    """Every name of every frozen parameter; the head's has two."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _leave_frozen_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in _frozen_names(module):
+        del state[prefix + name]
+
+
+def _expect_no_frozen(module: nn.Module, keys: Any) -> None:
+    """keys: the missing and the unexpected; what is left of them, load_state_dict refuses."""
+    frozen = _frozen_names(module)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
+def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    name = f"lm.{CHECKSUM}"
+    mine, theirs = dict(module.named_buffers()).get(name), state.get(prefix + name)
+    if mine is not None and theirs is not None and int(mine) != int(theirs):
+        raise ValueError("the checkpoint's adapters were trained beside other weights than those of model.base now")
 
 
 def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:

@@ -102,7 +102,7 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
     old = _embedding(model).num_embeddings
     if num_ids > old:
         model.resize_token_embeddings(num_ids, mean_resizing=False)
-    new = sorted({*added_ids, *range(old, num_ids)})
+    new = new_rows(old, num_ids, added_ids)
     if not new:
         return
     known = [row for row in range(min(old, num_ids)) if row not in set(added_ids)]
@@ -110,6 +110,11 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
     for weight in {id(module.weight): module.weight for module in embeddings}.values():
         with torch.no_grad():
             weight[new] = weight[known].float().mean(dim=0).to(weight.dtype)
+
+
+def new_rows(num_rows: int, num_ids: int, added_ids: Iterable[int]) -> list[int]:
+    """The rows of which a base with `num_rows` embeddings knows nothing, in order."""
+    return sorted({*added_ids, *range(num_rows, num_ids)})
 
 
 def forget_padding(model: PreTrainedModel) -> None:
