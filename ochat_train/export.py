@@ -1,12 +1,13 @@
 """A checkpoint to a Hugging Face model that everything else can load.
 
-python -m ochat_train.export CHECKPOINT OUT
+python -m ochat_train.export [--adapter] CHECKPOINT OUT
 """
 
 import argparse
+import copy
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.model.pretrained import DTYPES
+from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
+from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, read_checkpoint
@@ -30,32 +32,92 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ochat_train.export", description="Checkpoint to model.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
     options = parser.parse_args(arguments)
     try:
-        export(options.checkpoint, options.out)
+        export(options.checkpoint, options.out, adapter=options.adapter)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
 
 
-def export(checkpoint_dir: str | Path, out: str | Path) -> None:
+def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
     """Write the checkpoint's model to the folder `out`, or leave what was there.
 
-    Safetensors in the recipe's dtype, configuration, a generation configuration that ends at the template's end token,
-    the tokenizer with the Jinja chat template, and the run's metadata. Raises ValueError for an incomplete checkpoint,
-    or when `out` holds something that is not an earlier export.
+    As `write_model` does, in the recipe's dtype. Adapters of model.lora are merged into their base, which is loaded
+    again; with `adapter` they alone are written, for peft. Raises ValueError for an incomplete checkpoint, a base that
+    is not what it was, adapters where there are none, or when `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an earlier export; name another folder")
+    if adapter:
+        require_peft()
+        if _lora(checkpoint) is None:
+            raise ValueError(f"{checkpoint.path} has no adapters, since its model.lora was null; leave --adapter out")
     tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), TEMPLATES[checkpoint.template])
+    config = AutoConfig.from_pretrained(checkpoint.path / "model")
+    generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
+    condition, metadata = checkpoint.inference_condition, metadata_of(checkpoint)
+    trained = _read_trained(checkpoint)
+    weights = trained if adapter else _merge(trained, checkpoint, tokenizer)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _save_model(checkpoint, tokenizer, partial)
-    _save_generation_config(checkpoint, tokenizer, partial)
-    _save_tokenizer(checkpoint, tokenizer, partial)
-    metadata = {
+    if adapter:
+        _write_adapter(partial, weights, config, checkpoint)
+        _write_companions(partial, generation_config, tokenizer, condition, metadata)
+    else:
+        write_model(
+            partial,
+            weights,
+            config=config,
+            generation_config=generation_config,
+            tokenizer=tokenizer,
+            inference_condition=condition,
+            dtype=_dtype(checkpoint),
+            metadata=metadata,
+        )
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+
+
+def write_model(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    config: Any,
+    generation_config: GenerationConfig,
+    tokenizer: ChatTokenizer,
+    inference_condition: str,
+    dtype: torch.dtype,
+    metadata: dict[str, Any],
+) -> None:
+    """Write a model that everything else can load into the folder `folder`, which exists.
+
+    Safetensors in `dtype`, configuration, a generation configuration that ends at the template's end token, the
+    tokenizer with the Jinja chat template, and `metadata`, see `metadata_of`. weights: all, by transformers' names,
+    with adapters merged. The configurations are of transformers, and stay as they are.
+    """
+    config = copy.deepcopy(config)
+    config.eos_token_id = tokenizer.end_id
+    config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
+    with torch.device("meta"):  # only the names and shapes: the weights are there already
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    # One after the other: read lazily, a weight is put together here.
+    cast = {name: tensor.contiguous().to(dtype) for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
+    model.tie_weights()
+    assert not unexpected, unexpected
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta], missing
+    model.save_pretrained(folder)
+    _write_companions(folder, generation_config, tokenizer, inference_condition, metadata)
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `ochat_train.json` says of an exported model."""
+    return {
         "template": checkpoint.template,
         "inference_condition": checkpoint.inference_condition,
         "conditions": checkpoint.conditions,
@@ -65,10 +127,6 @@ def export(checkpoint_dir: str | Path, out: str | Path) -> None:
         "store_fingerprint": checkpoint.state.store_fingerprint,
         "run": checkpoint.run,
     }
-    (partial / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
 
 
 def read_export(model: Path) -> dict[str, Any] | None:
@@ -83,36 +141,78 @@ def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
     return metadata is not None and (metadata["step"], metadata["run"]) == (checkpoint.state.step, checkpoint.run)
 
 
-def _save_model(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(checkpoint.path / "model")
-    config.eos_token_id = tokenizer.end_id
-    config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
-    dtype = DTYPES[checkpoint.state.recipe["model"]["dtype"]]
-    weights = {name: tensor.contiguous().to(dtype) for name, tensor in _read_weights(checkpoint).items()}
-    with torch.device("meta"):  # only the names and shapes: the weights are there already
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    assert not unexpected, unexpected
-    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta], missing
-    model.save_pretrained(folder)
+def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The recipe's section model.lora."""
+    section: dict[str, Any] | None = checkpoint.state.recipe["model"].get("lora")
+    return section
 
 
-def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The language model's weights by transformers' names."""
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return DTYPES[checkpoint.state.recipe["model"]["dtype"]]
+
+
+def _merge(trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer) -> dict[str, Tensor]:
+    """The language model's weights by transformers' names: what was trained, in its base if it was adapters."""
+    lora = _lora(checkpoint)
+    if lora is None:
+        return trained
+    model = checkpoint.state.recipe["model"]
+    base = load_model(
+        model["base"],
+        None,
+        dtype=model["dtype"],
+        num_ids=tokenizer.num_ids,
+        added_ids=row_ids_of(trained),
+        seed=0,
+    )
+    if int(checksum(base)) != int(trained[CHECKSUM]):
+        raise ValueError(
+            f"model.base {model['base']} holds other weights than those beside which {checkpoint.path} was trained; "
+            "put those back"
+        )
+    return merge_adapters(base.state_dict() | trained, scaling=lora["alpha"] / lora["rank"])
+
+
+def _write_adapter(folder: Path, trained: dict[str, Tensor], config: Any, checkpoint: Checkpoint) -> None:
+    """The adapters as peft reads them."""
+    recipe = checkpoint.state.recipe["model"]
+    with torch.device("meta"):  # only for the names of its parts
+        model = AutoModelForCausalLM.from_config(config)
+    save_adapter(
+        folder, trained, model, base=recipe["base"], rank=recipe["lora"]["rank"], alpha=recipe["lora"]["alpha"]
+    )
+
+
+def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The language model's weights that the checkpoint holds, by their names in training."""
     if checkpoint.state.recipe["zero"]["stage"] == 3:  # split over ranks
-        # Lazily: a weight is put together when _save_model asks for it.
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag="deepspeed", lazy_mode=True)
+        # Lazily: a weight is put together when it is asked for.
+        weights = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.path), tag="deepspeed", exclude_frozen_parameters=True, lazy_mode=True
+        )
     else:
         file = checkpoint.path / "deepspeed" / "mp_rank_00_model_states.pt"
         # DeepSpeed pickles its own classes beside the weights; this is a file that we wrote.
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     # The loss head shares the language model's head.
-    return {name.removeprefix("lm."): weight for name, weight in weights.items() if name.startswith("lm.")}
+    trained = {name.removeprefix("lm."): weight for name, weight in weights.items() if name.startswith("lm.")}
+    if _lora(checkpoint) is None:
+        return trained
+    # As they were in forward: ZeRO-3 has the optimizer's copy, in fp32.
+    dtype = _dtype(checkpoint)
+    whole = {name: weight.contiguous() for name, weight in trained.items()}
+    return {name: weight.to(dtype) if name.endswith(TRAINED) else weight for name, weight in whole.items()}
 
 
-def _save_generation_config(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) -> None:
-    config = GenerationConfig.from_pretrained(checkpoint.path / "model")
+def _write_companions(
+    folder: Path,
+    generation_config: GenerationConfig,
+    tokenizer: ChatTokenizer,
+    inference_condition: str,
+    metadata: dict[str, Any],
+) -> None:
+    """What stands beside the weights."""
+    config = copy.deepcopy(generation_config)
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
     # Only here, never in the model's own configuration, where it would freeze the end token's embedding.
@@ -122,12 +222,10 @@ def _save_generation_config(checkpoint: Checkpoint, tokenizer: ChatTokenizer, fo
     except ValueError:  # some bases give a temperature but not do_sample, and transformers refuses to save that
         config.do_sample = True
     config.save_pretrained(folder)
-
-
-def _save_tokenizer(checkpoint: Checkpoint, tokenizer: ChatTokenizer, folder: Path) -> None:
-    tokenizer.pretrained.chat_template = chat_template(tokenizer, checkpoint.inference_condition)
+    tokenizer.pretrained.chat_template = chat_template(tokenizer, inference_condition)
     tokenizer.pretrained.eos_token = tokenizer.template.end_token
     tokenizer.save(folder)
+    (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
 
 
 if __name__ == "__main__":

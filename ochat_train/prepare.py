@@ -7,8 +7,9 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import load_config, load_model
+from ochat_train.model.pretrained import load_config, load_model, new_rows
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import RunPlan, digest_index
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
@@ -237,15 +238,28 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
 
 def build_model(run: Run, world: World) -> PackedCausalLM:
     """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
-    recipe = run.recipe
+    recipe, lora = run.recipe, run.recipe.model.lora
+    num_ids, added_ids = run.tokenizer.num_ids, run.store.manifest.added_tokens.values()
+    if lora is not None:
+        require_peft()
     lm = load_model(
         recipe.model.base,
         recipe.model.config,
         dtype=recipe.model.dtype,
-        num_ids=run.tokenizer.num_ids,
-        added_ids=run.store.manifest.added_tokens.values(),
+        num_ids=num_ids,
+        added_ids=added_ids,
         seed=recipe.train.seed,
     )
+    if lora is not None:
+        num_rows = load_config(recipe.model.base, recipe.model.config, num_ids).get_text_config().vocab_size
+        add_adapters(
+            lm,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            row_ids=new_rows(num_rows, num_ids, added_ids),
+            seed=recipe.train.seed,
+        )
     return PackedCausalLM(
         lm,
         attention=recipe.model.attention,

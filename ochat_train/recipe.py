@@ -155,6 +155,8 @@ class ModelSection(Section):
             raise ValueError("give either base (a pretrained model) or config (a model from scratch), not both")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, such as llama")
+        if self.lora is not None and self.base is None:
+            raise ValueError("lora trains beside a base; give base, or leave lora out")
         return self
 
 
@@ -207,7 +209,7 @@ class TrainSection(Section):
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the data order and of weights made from scratch.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the data order, of weights made from scratch and of adapters.")
     max_skipped: int = Field(
         5, ge=1, description="Stop after this many steps in a row without an update: their gradient was not finite."
     )
@@ -300,6 +302,11 @@ class Recipe(Section):
         if self.zero.stage == 0 and self.model.dtype == "bfloat16":
             # There DeepSpeed adds gradients up in bf16 and its gradient norm was off by up to 6 times in tests.
             raise ValueError("zero.stage 0 trains bfloat16 inexactly in DeepSpeed; use zero.stage 1, or dtype float32")
+        if self.model.lora is not None and self.optim.lr == "auto":
+            raise ValueError(
+                "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "
+                "optim.lr=2e-4"
+            )
         if self.model.config is not None and self.tokenizer is None:
             raise ValueError("model.config has no tokenizer of its own; name one in tokenizer")
         return self

@@ -171,7 +171,7 @@ def at(tree: Any, key: str) -> Any:
 def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> None:
     key, default = row[0].strip("`"), row[2]
     made = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
-    made += ["model.lora={}"] if key.startswith("model.lora.") else []
+    made += ["model.lora={}", "optim.lr=2e-4"] if key.startswith("model.lora.") else []
     if default == "required":
         if key == "log.wandb.project":
             with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):

@@ -65,7 +65,11 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.dtype": ("bfloat16", "bfloat16", ()),
     "model.attention": ("sdpa", "sdpa", ()),
     "model.checkpointing": ("full", "full", ()),
-    "model.lora": ("{rank: 8}", {"rank": 8, "alpha": 32.0, "targets": "all-linear"}, ()),
+    "model.lora": (
+        "{rank: 8}",
+        {"rank": 8, "alpha": 32.0, "targets": "all-linear"},
+        (NO_CONFIG, "model.base=some/model"),
+    ),
     "packing.tokens_per_gpu": ("1024", 1024, ()),
     "packing.grad_accum": ("4", 4, ()),
     "optim.algorithm": ("sgd", "sgd", ()),
@@ -315,6 +319,8 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, addition: st
         (["data.sources.0.weight=0", "data.sources.1.weight=0.0"], ["every source has weight 0"]),
         (["data.sources.1.name=careful"], ["two sources are named 'careful'"]),
         (["data.sources=[]"], ["data.sources", "at least 1"]),
+        (["model.lora.rank=8"], ["model: lora trains beside a base", "give base"]),
+        ([NO_CONFIG, "model.base=some/model", "model.lora={}", "optim.lr=auto"], ["optim.lr auto", "optim.lr=2e-4"]),
         (["zero.stage=0", "zero.offload=optimizer"], ["zero: ", "offload", "stage 1, 2 or 3"]),
     ],
 )
