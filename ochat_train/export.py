@@ -22,7 +22,7 @@ from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, 
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from ochat_train.training.checkpoint import Checkpoint, read_checkpoint
+from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
 
 METADATA_FILE = "ochat_train.json"
 
@@ -184,7 +184,8 @@ def _write_adapter(folder: Path, trained: dict[str, Tensor], config: Any, checkp
 
 
 def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The language model's weights that the checkpoint holds, by their names in training."""
+    """The language model's weights that the checkpoint holds, by their names in training. Raises Damaged."""
+    check_files(checkpoint)
     if checkpoint.state.recipe["zero"]["stage"] == 3:  # split over ranks
         # Lazily: a weight is put together when it is asked for.
         weights = get_fp32_state_dict_from_zero_checkpoint(
@@ -222,9 +223,10 @@ def _write_companions(
     except ValueError:  # some bases give a temperature but not do_sample, and transformers refuses to save that
         config.do_sample = True
     config.save_pretrained(folder)
-    tokenizer.pretrained.chat_template = chat_template(tokenizer, inference_condition)
-    tokenizer.pretrained.eos_token = tokenizer.template.end_token
-    tokenizer.save(folder)
+    served = copy.deepcopy(tokenizer)  # training still uses this one
+    served.pretrained.chat_template = chat_template(tokenizer, inference_condition)
+    served.pretrained.eos_token = tokenizer.template.end_token
+    served.save(folder)
     (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
 
 

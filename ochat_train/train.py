@@ -22,9 +22,10 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from ochat_train.export import export, is_export_of
+from ochat_train.export import export, is_export_of, metadata_of, write_model
+from ochat_train.model.lora import merge_adapters
 from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
-from ochat_train.recipe import load_recipe, recipe_arguments
+from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import StepPlan
@@ -161,13 +162,19 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
             skipped.note(state.step, ready.item, done.nll, is_skipped=done.is_skipped)
             is_epoch_end, is_end = run.plan.order.seek(state.examples_consumed)[1] == 0, run.is_finished(state)
             results = []
-            if _is_save_due(run, state, is_epoch_end) or is_end or is_stopping:
+            if _is_due(recipe.checkpoint, state, is_epoch_end) or is_end or is_stopping:
                 mark("saving")
                 results += saver.save_checkpoint(
                     _checkpoint(run, state, world, about), run.tokenizer, keep=recipe.checkpoint.keep
                 )
             elif not done.is_writing:
                 results += saver.finish()
+            if _is_due(recipe.checkpoint.models, state, is_epoch_end):
+                results += saver.save_model(
+                    run.dir / "models" / _name(state),
+                    partial(_write_model, run, engine.module.lm, state, about, world),
+                    keep=recipe.checkpoint.models.keep,
+                )
             if is_end or is_stopping:
                 results += saver.finish()
             last = _tell_saves(results, last, world, metrics)
@@ -216,6 +223,29 @@ def _checkpoint(run: Run, state: TrainState, world: World, about: dict[str, Any]
         conditions=manifest.conditions,
         run=about,
         files={},
+    )
+
+
+def _write_model(
+    run: Run,
+    lm: Any,
+    state: TrainState,
+    about: dict[str, Any],
+    world: World,
+    folder: Path,
+    weights: dict[str, Tensor],
+) -> None:
+    """Write a light checkpoint, in bfloat16. lm: for its configurations."""
+    lora = run.recipe.model.lora
+    write_model(
+        folder,
+        weights if lora is None else merge_adapters(weights, scaling=lora.alpha / lora.rank),
+        config=lm.config,
+        generation_config=lm.generation_config,
+        tokenizer=run.tokenizer,
+        inference_condition=run.store.manifest.inference_condition,
+        dtype=torch.bfloat16,
+        metadata=metadata_of(_checkpoint(run, state, world, about)),
     )
 
 
@@ -312,8 +342,8 @@ def _evaluate(run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics,
     metrics.evaluation(state.step, state.epoch, sums.cpu())
 
 
-def _is_save_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
-    policy = run.recipe.checkpoint
+def _is_due(policy: CheckpointSection | ModelsSection, state: TrainState, is_epoch_end: bool) -> bool:
+    """Whether its kind of save is."""
     by_step = policy.every_steps is not None and state.step % policy.every_steps == 0
     by_epoch = is_epoch_end and policy.every_epochs is not None and (state.epoch + 1) % policy.every_epochs == 0
     return by_step or by_epoch

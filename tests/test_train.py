@@ -195,6 +195,21 @@ def test_a_source_of_which_nothing_would_be_trained_is_refused(recipe_path: Path
         prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.epochs=0.01"), ALONE)
 
 
+def test_light_checkpoints_are_models_in_bfloat16(recipe_path: Path, tmp_path: Path) -> None:
+    models = ["checkpoint.models.every_epochs=1", "checkpoint.models.every_steps=2", "checkpoint.models.keep=2"]
+    train(recipe_for(recipe_path, tmp_path, "zero.stage=3", *models), ALONE)
+    last = events(tmp_path, "step")[-1]["step"]
+    found = sorted((tmp_path / "models").iterdir())
+    assert [path.name for path in found] == [f"step-{step:08d}" for step in (last - 2 + last % 2, last)]
+    whole, light = weights(tmp_path), AutoModelForCausalLM.from_pretrained(found[-1], dtype="auto")
+    assert light.dtype == torch.bfloat16
+    state = light.state_dict()
+    assert all(torch.equal(state[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert AutoTokenizer.from_pretrained(found[-1]).chat_template
+    about = orjson.loads((found[-1] / "ochat_train.json").read_bytes())
+    assert (about["step"], about["inference_condition"]) == (last, "Careful")
+
+
 def test_the_last_checkpoints_are_kept(finished: Path) -> None:
     last = events(finished, "step")[-1]["step"]
     names = [path.name for path in find_checkpoints(finished)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import psutil
 import torch
 from deepspeed import DeepSpeedEngine
@@ -47,7 +48,7 @@ class _Job:
     num_bytes: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Save:
     """A folder that is being written. put: gives it its manifest and its place, from the marks of its files."""
 
@@ -66,7 +67,7 @@ class _Save:
 
     def write(self, job: _Job) -> None:
         """Write one job's files to the disk. An error is kept: other ranks wait for this one."""
-        path = self.partial / job.name
+        path = self.partial / job.name  # "" is the folder itself
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             job.write(path)
@@ -135,8 +136,29 @@ class Saver:
 
         return self._begin(_Save("checkpoint", checkpoint.path, put), take)
 
+    def save_model(
+        self, path: Path, write: Callable[[Path, dict[str, Tensor]], None], *, keep: int | None
+    ) -> list[Saved]:
+        """Begin to save the model at `path`, for use; all but the newest `keep` beside it go then, None keeps all.
+
+        write is given the folder and the weights of `copy_weights`. Returns as `save_checkpoint` does.
+        """
+
+        def put(partial: Path, marks: dict[str, FileMark]) -> None:
+            _put_in_place(partial, path)
+            if keep is not None:
+                for old in sorted(path.parent.glob("step-" + "[0-9]" * 8))[:-keep]:
+                    shutil.rmtree(old)
+
+        def take(save: _Save) -> None:
+            weights = copy_weights(self._engine, self._world)
+            if self._world.is_main:
+                save.jobs.append(_Job("", lambda folder: write(folder, weights), _num_bytes(weights)))
+
+        return self._begin(_Save("model", path, put), take)
+
     def _begin(self, save: _Save, take: Callable[[_Save], None]) -> list[Saved]:
-        results = self.finish()
+        results = self.finish(save.kind)
         if not (error := self._agree(self._error_of(lambda: _make_empty(save.partial)))):
             take(save)
             node = self._world.rank - self._world.local_rank
@@ -153,16 +175,19 @@ class Saver:
         self._saves.append(save)
         return results
 
-    def finish(self) -> list[Saved]:
-        """Wait for the saves that were begun, and put them in their places; returns what became of them."""
-        results = [self._finish(save) for save in self._saves]
-        self._saves.clear()
-        return results
+    def finish(self, kind: str | None = None) -> list[Saved]:
+        """Wait for the saves that were begun, of one kind or all, and put them in place; returns what came of them."""
+        ended = [save for save in self._saves if kind in (None, save.kind)]
+        self._saves = [save for save in self._saves if save not in ended]
+        return [self._finish(save) for save in ended]
 
     def _finish(self, save: _Save) -> Saved:
         assert save.thread is not None
         save.thread.join()
-        marks = {name: mark for part in gather_objects(save.marks) for name, mark in part.items()}
+        node = self._world.rank - self._world.local_rank
+        # On file systems of their own two nodes may have files of one name: this node's come last, and count.
+        parts = sorted(gather_objects((node, save.marks)), key=lambda part: part[0] == node)
+        marks = {name: mark for _, part in parts for name, mark in part.items()}
         if not (error := self._agree(save.error)):
             here = {name: mark for name, mark in marks.items() if (save.partial / name).is_file()}
             error = self._agree(self._error_of(lambda: save.put(save.partial, here)))
@@ -184,6 +209,23 @@ class Saver:
     def _agree(error: str | None) -> str | None:
         """The first error of any rank, on every rank."""
         return next((told for told in gather_objects(error) if told is not None), None)
+
+
+@torch.no_grad()
+def copy_weights(engine: DeepSpeedEngine, world: World) -> dict[str, Tensor]:
+    """The language model's weights and buffers by their names in training, in host memory, on the main rank alone.
+
+    All ranks call it together: under ZeRO-3 each weight is put together from all of them, one at a time.
+    """
+    lm, copies = engine.module.lm, {}
+    for name, parameter in lm.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if world.is_main:
+                copies[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        saved = lm.state_dict().keys()
+        copies |= {name: buffer.to("cpu", copy=True) for name, buffer in lm.named_buffers() if name in saved}
+    return copies
 
 
 class _HostCopies(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
