@@ -1,0 +1,103 @@
+"""`./launch.sh` through a crash and a Ctrl-C: both lose nothing, and the model is that of a run without them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+
+from ochat_train.training.checkpoint import find_checkpoints
+from tests.e2e.harness import ENVIRONMENT, ROOT, events, preprocess, tiny_recipe, train, weights, write_dump
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbed:
+    """A run whose main process was killed, which was then asked to stop, and launched again."""
+
+    run: Path
+    stopped_code: int
+    stopped_output: str
+    stopped_checkpoint: str  # the newest one when it had stopped
+    stopped_step: int  # the last one that metrics.jsonl had then
+    last_output: str
+
+
+def _launch(recipe: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["./launch.sh", recipe, *overrides],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PATH": path} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _num_steps(run: Path) -> int:
+    """How many steps are reported, of which the last may just be written."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
+
+
+def _await_steps(run: Path, num_steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while _num_steps(run) < num_steps:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was disturbed"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("restarts")
+    write_dump(folder, 80)
+    path = tiny_recipe(folder, train={"epochs": 8, "seed": 3})
+    preprocess(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def disturbed(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    run = tmp_path_factory.mktemp("disturbed")
+    options = ["checkpoint.every_steps=1", f"checkpoint.dir={run}"]  # so that a step takes its time, too
+    process = _launch(recipe_path, *options, MAX_RESTARTS="2")
+    _await_steps(run, 3, process)
+    os.kill(orjson.loads((run / "lock").read_bytes())["pid"], signal.SIGKILL)
+    _await_steps(run, _num_steps(run) + 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=200)[0]
+    checkpoint, step = find_checkpoints(run)[-1].name, events(run, "step")[-1]["step"]
+    again = _launch(recipe_path, *options)
+    last_output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, last_output
+    return Disturbed(run, process.returncode, output, checkpoint, step, last_output)
+
+
+def test_a_killed_run_is_started_again_from_its_newest_checkpoint(disturbed: Disturbed) -> None:
+    assert "restart 1 of at most 2" in disturbed.stopped_output, disturbed.stopped_output
+    assert "restart 2" not in disturbed.stopped_output
+    assert "continuing" in disturbed.stopped_output.partition("restart 1")[2]
+
+
+def test_ctrl_c_saves_the_step_and_ends_with_75(disturbed: Disturbed) -> None:
+    assert disturbed.stopped_code == 75, disturbed.stopped_output
+    assert "finishing the step and saving" in disturbed.stopped_output
+    assert disturbed.stopped_checkpoint == f"step-{disturbed.stopped_step:08d}"
+    assert "continuing" in disturbed.last_output
+
+
+def test_the_model_is_that_of_an_undisturbed_run(disturbed: Disturbed, recipe_path: Path, tmp_path: Path) -> None:
+    """Bitwise, and each step was reported once."""
+    train(recipe_path, f"checkpoint.dir={tmp_path}")
+    steps, others = events(disturbed.run, "step"), events(tmp_path, "step")
+    assert [(step["step"], step["loss"]) for step in steps] == [(step["step"], step["loss"]) for step in others]
+    ours, theirs = weights(disturbed.run), weights(tmp_path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
