@@ -215,6 +215,8 @@ train() {
   fi
   lock_before="$(cat "$run_dir/lock" 2>/dev/null || true)"
   run "${launcher[@]}" "$@" || code=$?
+  # -10: SIGUSR1 met the main process before its first step or behind its last, where there is nothing to save.
+  [ "$signals $code" != "1 246" ] || code="$stopped"
   # A launcher that is killed leaves its processes behind, and when it was the inner one of two, the outer one tells 0.
   if [ "$signals" = 0 ] && find_training && [ "$main_host" = "$(uname -n)" ] && kill -KILL "$main_pid" 2>/dev/null; then
     end KILL || true
@@ -242,7 +244,7 @@ train_with_restarts() {
     code=0
     train "$@" || code=$?
     [ "$code" != 0 ] || return 0
-    if [ "$code" = "$stopped" ]; then say "stopped and saved; the same command goes on from there"; fi
+    if [ "$code" = "$stopped" ]; then say "stopped; the same command goes on from there"; fi
     if [ "$code" = "$stopped" ] || [ "$signals" != 0 ] || [ "$max_restarts" = 0 ]; then exit "$code"; fi
     before="$newest"
     newest="$(newest_step)"

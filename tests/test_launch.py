@@ -220,6 +220,16 @@ def test_a_signal_before_training_holds_the_folder_just_stops(bench: Bench, phas
     assert bench.num_tries() == (phase == "train")
 
 
+def test_a_signal_that_ends_the_main_process_while_it_loads_is_a_stop(bench: Bench) -> None:
+    """DeepSpeed's launcher ends with the number of a signal, negative, which a shell sees as 256 - 10."""
+    bench.script("train", HOLD + "trap 'exit 246' USR1\n" + WAIT)
+    process = bench.start(MAX_RESTARTS="3")
+    read_until(process, "ready")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert (process.returncode, bench.num_tries()) == (75, 1)
+
+
 def test_a_signal_does_not_reach_another_run_in_the_same_folder(bench: Bench) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,42 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
+
+
+def launch_environment(**variables: str) -> dict[str, str]:
+    """What launch.sh finds: the Python that runs the tests, which has ochat_train, so that nothing is installed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    inherited = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("SLURM_")}
+    return inherited | {"PATH": path} | variables
+
+
+def start_launch(
+    recipe: Path, *overrides: str, environment: dict[str, str], before: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """launch.sh in a process group of its own, as a terminal starts it; `before` stands before the command."""
+    return subprocess.Popen(
+        [*before, "./launch.sh", str(recipe), *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def num_steps(run: Path) -> int:
+    """How many steps are reported, while the run may be writing."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
+
+
+def await_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
+    """Wait until that many steps are reported by the run, which the process must not end before."""
+    deadline = time.monotonic() + 200
+    while num_steps(run) < number:
+        assert process.poll() is None and time.monotonic() < deadline, f"{num_steps(run)} of {number} steps were made"
+        time.sleep(0.01)
 
 
 def weights(run: Path) -> dict[str, Tensor]:

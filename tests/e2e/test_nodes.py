@@ -5,15 +5,25 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from ochat_train.training.checkpoint import find_checkpoints
-from tests.e2e.harness import ENVIRONMENT, ROOT, events, free_port, preprocess, tiny_recipe, train, weights, write_dump
+from tests.e2e.harness import (
+    await_steps,
+    events,
+    free_port,
+    launch_environment,
+    preprocess,
+    start_launch,
+    tiny_recipe,
+    train,
+    weights,
+    write_dump,
+)
 
 # Addresses of a test network that no real one uses (RFC 5737), and the interface that both hosts see.
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
@@ -56,30 +66,27 @@ def _ip(*arguments: str) -> None:
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     write_dump(folder, 80)
-    path = tiny_recipe(folder, zero={"stage": 2})
+    path = tiny_recipe(folder, zero={"stage": 2}, train={"epochs": 8, "seed": 3})
     preprocess(path)
     return path
 
 
-@pytest.fixture(scope="module")
-def one_host(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two processes on one host."""
-    run = tmp_path_factory.mktemp("one_host")
-    train(recipe_path, "train.max_steps=4", f"checkpoint.dir={run}")
-    return run
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A run on two hosts that was asked to stop: its folder, the step where it did, what launch.sh printed."""
+
+    run: Path
+    step: int
+    output: str
 
 
-def launch_environment(**variables: str) -> dict[str, str]:
-    """What launch.sh finds: this Python, and the cable, which gloo does not find by the host's name."""
-    here = Path(sys.executable).parent
-    path = f"{here}{os.pathsep}{os.environ['PATH']}"
-    inherited = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("SLURM_")}
-    return inherited | {"PATH": path, "GLOO_SOCKET_IFNAME": INTERFACE, "NUM_GPUS": "1"} | variables
+# gloo takes the network of the host's name, which is not the cable.
+VARIABLES = {"GLOO_SOCKET_IFNAME": INTERFACE, "NUM_GPUS": "1"}
 
 
 @pytest.fixture(scope="module")
-def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run folder and the output of two steps on two hosts by `launch.sh` in a Slurm allocation.
+def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """`launch.sh` in a Slurm allocation of two hosts, and Slurm's warning after two steps.
 
     Slurm itself is not here: `scontrol` and `srun` are small scripts that name the two hosts and start a task on each.
     """
@@ -98,18 +105,23 @@ def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.Te
     for name, text in scripts.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (commands / name).chmod(0o755)
-    environment = launch_environment(SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="hosts")
+    environment = launch_environment(**VARIABLES, SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="hosts")
     environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        ["./launch.sh", recipe_path, "train.max_steps=2", f"checkpoint.dir={run}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return run, done.stdout
+    overrides = ["checkpoint.every_steps=1", f"checkpoint.dir={run}"]  # a save lets a step take its time
+    process = start_launch(recipe_path, *overrides, environment=environment)
+    await_steps(run, 2, process)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 75, output
+    return Stopped(run, events(run, "step")[-1]["step"], output)
+
+
+@pytest.fixture(scope="module")
+def one_host(recipe_path: Path, slurm: Stopped, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes on one host, two steps further than where the two hosts stopped."""
+    run = tmp_path_factory.mktemp("one_host")
+    train(recipe_path, f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}")
+    return run
 
 
 def _losses(run: Path) -> list[tuple[int, float, float]]:
@@ -124,58 +136,47 @@ def _assert_same_run(run: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_two_hosts_of_a_slurm_allocation_train_as_one_host_does(slurm: tuple[Path, str], one_host: Path) -> None:
-    run, output = slurm
-    assert _losses(run) == _losses(one_host)[:2]
-    assert {event["num_processes"] for event in events(run, "step")} == {2}
-    for once in ("is up to date", "attention backend", "exported", "question: "):
-        assert output.count(once) == 1, once
+def test_two_hosts_of_a_slurm_allocation_train_as_one_host_does(slurm: Stopped, one_host: Path) -> None:
+    assert _losses(slurm.run) == _losses(one_host)[: slurm.step]
+    assert {event["num_processes"] for event in events(slurm.run, "step")} == {2}
+    for once in ("is up to date", "attention backend", "finishing the step and saving"):
+        assert slurm.output.count(once) == 1, once
 
 
-def test_only_the_first_host_writes_what_is_not_a_rank_s_own(slurm: tuple[Path, str]) -> None:
-    files = [path for path in slurm[0].rglob("*") if path.is_file()]
+def test_only_the_first_host_writes_what_is_not_a_rank_s_own(slurm: Stopped) -> None:
+    files = [path for path in slurm.run.rglob("*") if path.is_file()]
     of_second = {path for path in files if path.stat().st_mode & 0o002}
     assert {path for path in files if OF_SECOND_RANK.search(path.name)} == of_second != set()
 
 
 def test_nodes_that_are_started_by_hand_continue_as_one_host_does(
-    slurm: tuple[Path, str], one_host: Path, recipe_path: Path, hosts: tuple[str, str], tmp_path: Path
+    slurm: Stopped, one_host: Path, recipe_path: Path, hosts: tuple[str, str], tmp_path: Path
 ) -> None:
-    shutil.copytree(slurm[0], tmp_path / "run")
-    (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    environment = launch_environment(HOSTFILE=str(tmp_path / "hosts"), MASTER_PORT=str(free_port()))
+    run, file = tmp_path / "run", tmp_path / "hosts"
+    shutil.copytree(slurm.run, run)
+    file.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    variables = VARIABLES | {"HOSTFILE": str(file), "MASTER_PORT": str(free_port())}
+    overrides = [f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}"]
     processes = [
-        subprocess.Popen(
-            [
-                "ip",
-                "netns",
-                "exec",
-                host,
-                "./launch.sh",
-                recipe_path,
-                "train.max_steps=4",
-                f"checkpoint.dir={tmp_path / 'run'}",
-            ],
-            cwd=ROOT,
-            env=environment | {"NODE_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        start_launch(
+            recipe_path,
+            *overrides,
+            environment=launch_environment(**variables, NODE_RANK=str(number)),
+            before=["ip", "netns", "exec", host],
         )
         for number, host in enumerate(hosts)
     ]
-    first, second = (process.communicate(timeout=300)[0] for process in processes)
+    first, second = (process.communicate(timeout=200)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "continuing" in first and "question: " in first
     assert "waiting until the first node" in second and "question: " not in second
-    _assert_same_run(tmp_path / "run", one_host)
+    _assert_same_run(run, one_host)
 
 
 def test_a_checkpoint_of_two_hosts_continues_on_one(
-    slurm: tuple[Path, str], one_host: Path, recipe_path: Path, tmp_path: Path
+    slurm: Stopped, one_host: Path, recipe_path: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(slurm[0], run)
-    assert "continuing" in train(recipe_path, "train.max_steps=4", f"checkpoint.dir={run}")
-    assert [path.name for path in find_checkpoints(run)] == ["step-00000002", "step-00000004"]
+    shutil.copytree(slurm.run, run)
+    assert "continuing" in train(recipe_path, f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}")
     _assert_same_run(run, one_host)

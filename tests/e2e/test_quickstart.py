@@ -1,8 +1,6 @@
 """`./launch.sh recipes/quickstart.yaml`, cut to 20 steps: from the dump to replies, as a user runs it."""
 
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import orjson
 import pytest
 from transformers import AutoTokenizer
 
-from tests.e2e.harness import ENVIRONMENT, ROOT, events
+from tests.e2e.harness import ROOT, events, launch_environment
 
 GOLDEN = ROOT / "tests/golden/quickstart_losses.json"
 
@@ -35,11 +33,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def _launch(*overrides: str) -> str:
-    here = Path(sys.executable).parent  # the environment that runs the tests has ochat_train: nothing to install
     done = subprocess.run(
         ["./launch.sh", "recipes/quickstart.yaml", *overrides],
         cwd=ROOT,
-        env=ENVIRONMENT | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"},
+        env=launch_environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +10,18 @@ import pytest
 import torch
 
 from ochat_train.training.checkpoint import find_checkpoints
-from tests.e2e.harness import ENVIRONMENT, ROOT, events, preprocess, tiny_recipe, train, weights, write_dump
+from tests.e2e.harness import (
+    await_steps,
+    events,
+    launch_environment,
+    num_steps,
+    preprocess,
+    start_launch,
+    tiny_recipe,
+    train,
+    weights,
+    write_dump,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +34,6 @@ class Disturbed:
     stopped_checkpoint: str  # the newest one when it had stopped
     stopped_step: int  # the last one that metrics.jsonl had then
     last_output: str
-
-
-def _launch(recipe: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        ["./launch.sh", recipe, *overrides],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"PATH": path} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _num_steps(run: Path) -> int:
-    """How many steps are reported, of which the last may just be written."""
-    file = run / "metrics.jsonl"
-    return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
-
-
-def _await_steps(run: Path, num_steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
-    while _num_steps(run) < num_steps:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was disturbed"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +49,14 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def disturbed(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
     run = tmp_path_factory.mktemp("disturbed")
     options = ["checkpoint.every_steps=1", f"checkpoint.dir={run}"]  # so that a step takes its time, too
-    process = _launch(recipe_path, *options, MAX_RESTARTS="2")
-    _await_steps(run, 3, process)
+    process = start_launch(recipe_path, *options, environment=launch_environment(MAX_RESTARTS="2"))
+    await_steps(run, 3, process)
     os.kill(orjson.loads((run / "lock").read_bytes())["pid"], signal.SIGKILL)
-    _await_steps(run, _num_steps(run) + 2, process)
+    await_steps(run, num_steps(run) + 2, process)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=200)[0]
     checkpoint, step = find_checkpoints(run)[-1].name, events(run, "step")[-1]["step"]
-    again = _launch(recipe_path, *options)
+    again = start_launch(recipe_path, *options, environment=launch_environment())
     last_output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, last_output
     return Disturbed(run, process.returncode, output, checkpoint, step, last_output)
