@@ -20,7 +20,7 @@ from tests.e2e.harness import (
     preprocess,
     start_launch,
     tiny_recipe,
-    train,
+    train_several,
     weights,
     write_dump,
 )
@@ -36,6 +36,8 @@ OF_SECOND_RANK = re.compile(r"rank_1_|-00001\b")
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[str, str]]:
     """The names of two network namespaces with a cable between them and nothing else."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip, of iproute2")
     names = (f"ochat-{os.getpid()}-0", f"ochat-{os.getpid()}-1")
     try:
         for name in names:
@@ -55,8 +57,6 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def _ip(*arguments: str) -> None:
-    if shutil.which("ip") is None:
-        pytest.skip("needs the command ip, of iproute2")
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs the right to make network namespaces: ip {' '.join(arguments)}: {done.stderr.strip()}")
@@ -117,11 +117,17 @@ def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def one_host(recipe_path: Path, slurm: Stopped, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two processes on one host, two steps further than where the two hosts stopped."""
-    run = tmp_path_factory.mktemp("one_host")
-    train(recipe_path, f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}")
-    return run
+def one_host(recipe_path: Path, slurm: Stopped, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two run folders of two processes on one host, two steps further than where the two hosts stopped.
+
+    The first is begun there, the second continues the checkpoint of the two hosts.
+    """
+    begun, continued = tmp_path_factory.mktemp("one_host"), tmp_path_factory.mktemp("continued")
+    shutil.copytree(slurm.run, continued, dirs_exist_ok=True)
+    max_steps = f"train.max_steps={slurm.step + 2}"
+    output = train_several(recipe_path, *([max_steps, f"checkpoint.dir={run}"] for run in (begun, continued)))
+    assert output.count("continuing") == 1
+    return begun, continued
 
 
 def _losses(run: Path) -> list[tuple[int, float, float]]:
@@ -136,8 +142,8 @@ def _assert_same_run(run: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_two_hosts_of_a_slurm_allocation_train_as_one_host_does(slurm: Stopped, one_host: Path) -> None:
-    assert _losses(slurm.run) == _losses(one_host)[: slurm.step]
+def test_two_hosts_of_a_slurm_allocation_train_as_one_host_does(slurm: Stopped, one_host: tuple[Path, Path]) -> None:
+    assert _losses(slurm.run) == _losses(one_host[0])[: slurm.step]
     assert {event["num_processes"] for event in events(slurm.run, "step")} == {2}
     for once in ("is up to date", "attention backend", "finishing the step and saving"):
         assert slurm.output.count(once) == 1, once
@@ -150,7 +156,7 @@ def test_only_the_first_host_writes_what_is_not_a_rank_s_own(slurm: Stopped) -> 
 
 
 def test_nodes_that_are_started_by_hand_continue_as_one_host_does(
-    slurm: Stopped, one_host: Path, recipe_path: Path, hosts: tuple[str, str], tmp_path: Path
+    slurm: Stopped, one_host: tuple[Path, Path], recipe_path: Path, hosts: tuple[str, str], tmp_path: Path
 ) -> None:
     run, file = tmp_path / "run", tmp_path / "hosts"
     shutil.copytree(slurm.run, run)
@@ -170,13 +176,9 @@ def test_nodes_that_are_started_by_hand_continue_as_one_host_does(
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "continuing" in first and "question: " in first
     assert "waiting until the first node" in second and "question: " not in second
-    _assert_same_run(run, one_host)
+    _assert_same_run(run, one_host[0])
 
 
-def test_a_checkpoint_of_two_hosts_continues_on_one(
-    slurm: Stopped, one_host: Path, recipe_path: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(slurm.run, run)
-    assert "continuing" in train(recipe_path, f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}")
-    _assert_same_run(run, one_host)
+def test_a_checkpoint_of_two_hosts_continues_on_one(one_host: tuple[Path, Path]) -> None:
+    begun, continued = one_host
+    _assert_same_run(continued, begun)
