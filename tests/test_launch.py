@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch.sh"
 
 # Notes every command. What takes long is a script that the test wrote; the rest answers as the real commands do.
 PYTHON = """#!/usr/bin/env bash
@@ -56,7 +57,7 @@ class Bench:
         path.write_text(text)
         path.chmod(0o755)
 
-    def start(self, *arguments: str, script: Path = ROOT / "launch.sh", **variables: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, script: Path = LAUNCH, **variables: str) -> subprocess.Popen[str]:
         """launch.sh in a process group of its own, as a terminal starts it."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         path = f"{self.here / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -72,7 +73,7 @@ class Bench:
 
     def launch(self, *arguments: str, **variables: str) -> tuple[int, str]:
         """Exit code and output of launch.sh."""
-        process = self.start(*arguments, **variables)
+        process = self.start(*arguments, script=LAUNCH, **variables)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output
 
@@ -369,7 +370,7 @@ def test_another_node_waits_for_the_first_and_only_trains(bench: Bench) -> None:
         first.bind(("127.0.0.1", 0))
         port = str(first.getsockname()[1])
         variables = {"HOSTFILE": write_hosts(bench), "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = bench.start(**variables)
+        process = bench.start(script=LAUNCH, **variables)
         read_until(process, f"waiting until the first node has prepared the data and listens on 127.0.0.1:{port}")
         time.sleep(0.5)
         assert bench.num_tries() == 0
@@ -434,7 +435,7 @@ def test_the_batch_script_of_the_readme_queues_itself_again_when_its_time_is_up(
     (bench.here / "my_recipe.yaml").write_text("name: stub\n")
     (bench.here / "batch").write_text(script)
     (bench.here / "batch").chmod(0o755)
-    (bench.here / "launch.sh").write_text(f'#!/usr/bin/env bash\nexec {ROOT / "launch.sh"} "$@"\n')
+    (bench.here / "launch.sh").write_text(f'#!/usr/bin/env bash\nexec {LAUNCH} "$@"\n')
     (bench.here / "launch.sh").chmod(0o755)
     # The main process is asked, and the other one agrees.
     main = HOLD + "trap 'touch $HERE/agreed; exit 75' USR1\n" + WAIT
