@@ -1,0 +1,754 @@
+"""What doctor checks: one function a check, each returns a Finding."""
+
+import copy
+import gc
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ochat_train.model.memory import (
+    Activations,
+    MemoryNeeds,
+    ModelSize,
+    ZeroSetting,
+    checkpoint_bytes,
+    count_activations,
+    memory_needs,
+    meta_model,
+    run_bytes,
+)
+from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.pretrained import DTYPES
+from ochat_train.recipe import Recipe
+from ochat_train.report_plan import PlanReport, Rate
+from ochat_train.report_plan_view import show_duration
+from ochat_train.report_tables import align, percent
+from ochat_train.tokens.batch import PackedBatch, collate
+from ochat_train.tokens.encode import Example
+from ochat_train.tokens.order import Indices
+from ochat_train.tokens.plan import RunPlan
+from ochat_train.tokens.store import TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.planning import check_store, make_run_plan
+
+GIB = 2**30
+# Of a GPU's memory: CUDA's own, the libraries', and what lies between allocated blocks.
+_RESERVED = 0.06
+_REACHED_WITHIN_S = 3.0
+_SSH_PORT = 22
+_MOST_LOCAL = 8  # GPUs of a host, where the number is not known
+_CPU_FLOP = 1e13  # a minute or so on a few cores
+_LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
+_NARROWER = (1, 2, 4, 8, 16)
+_FEW_LAYERS = 2
+_CPU_COMPARED = GIB  # on a CPU a larger model would take minutes
+_SMALL_VOCABULARY = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. remedy: what to do about a warning or a problem."""
+
+    name: str
+    state: Literal["ok", "warning", "problem"]
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is for training: bytes of memory of each GPU, None on a CPU; bytes of host memory that are free.
+
+    is_here: whether these GPUs are in this machine, and not only said to be rented.
+    """
+
+    gpu_bytes: int | None
+    host_bytes: int
+    is_here: bool
+
+
+def find_machine(gpu_gib: float | None) -> Machine:
+    """This machine, or one with GPUs of `gpu_gib` GiB in its place."""
+    host = _free_host_bytes()
+    if gpu_gib is not None:
+        return Machine(int(gpu_gib * GIB), host, is_here=False)
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return Machine(min(sizes), host, is_here=True)
+    return Machine(None, host, is_here=True)
+
+
+def _free_host_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux says MemAvailable")
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+# ------------------------------------------------------------------------------------- versions and machine
+
+
+def check_versions(requirements: Sequence[str] | None = None) -> Finding:
+    """The installed versions against the ranges of pyproject.toml, as the installed package says them."""
+    try:
+        stated = metadata.requires("ochat_train") or [] if requirements is None else requirements
+    except metadata.PackageNotFoundError:
+        remedy = "pip install -c constraints.txt -e ."
+        return Finding("versions", "warning", "ochat_train is not installed, so its tested ranges are unknown", remedy)
+    shown, wrong = [f"python {platform.python_version()}"], []
+    for requirement in map(Requirement, stated):
+        # gpu: an attention kernel of another version is a problem, one that is not there is none.
+        is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        is_used = is_needed or (requirement.marker is not None and requirement.marker.evaluate({"extra": "gpu"}))
+        if not is_used:
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            if is_needed:
+                wrong.append(f"{requirement.name} is not installed, tested with {requirement.specifier}")
+            continue
+        if requirement.name in ("torch", "deepspeed", "transformers", "flash-attn"):
+            shown.append(f"{requirement.name} {version}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is not in {requirement.specifier}")
+    if wrong:
+        return Finding("versions", "problem", "; ".join(wrong), "pip install -c constraints.txt -e .")
+    return Finding("versions", "ok", f"{', '.join(shown)}: all packages are in the tested ranges")
+
+
+def check_accelerators(recipe: Recipe, machine: Machine) -> Finding:
+    """Which accelerators are here, and whether the recipe's dtype suits them."""
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores, {_gib(machine.host_bytes)} of host memory free"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        here = f"{kinds}, {_gib(machine.gpu_bytes or 0)} each; {cores}"
+    else:
+        here = f"no GPU here; {cores}"
+    if machine.gpu_bytes is not None and not machine.is_here:
+        return Finding("accelerators", "ok", f"{here}; planned for GPUs of {_gib(machine.gpu_bytes)}")
+    if machine.gpu_bytes is None and recipe.model.dtype == "bfloat16":
+        remedy = "set model.dtype: float32 here, or say --gpu-gib N of the GPUs that you will rent"
+        return Finding("accelerators", "warning", f"{here}; model.dtype bfloat16 is slow on a CPU", remedy)
+    return Finding("accelerators", "ok", here)
+
+
+def check_attention(recipe: Recipe, config: Any) -> Finding:
+    """Which attention backend a run here would take, and whether the model can be run on packed batches at all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        packed = PackedCausalLM(
+            meta_model(config, DTYPES[recipe.model.dtype]),
+            attention=recipe.model.attention,
+            device_type=device,
+            checkpointing=False,
+            num_conditions=1,
+        )
+    except ValueError as error:
+        return Finding("attention", "problem", str(error), "set model.attention: auto, or take another model")
+    return Finding("attention", "ok", f"{packed.attention.backend} ({packed.attention.reason})")
+
+
+# ------------------------------------------------------------------------------- isolation and gradients
+
+
+def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
+    """Packed sequences against each alone in transformers' own attention, and whether any sees another.
+
+    On a GPU in the recipe's dtype, on a CPU in float32. Each sequence has a condition of its own, so that the sums by
+    condition are the losses of sequences.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[recipe.model.dtype] if device.type == "cuda" else torch.float32
+    room = (machine.gpu_bytes or 0) // 2 if device.type == "cuda" else min(machine.host_bytes // 8, _CPU_COMPARED)
+    fitting = fit_config(config, room, dtype)
+    if fitting is None:
+        detail = f"{config.model_type} was not compared: no smaller copy of it fits {_gib(room)}"
+        return Finding("isolation", "warning", detail, "run doctor where more memory is free")
+    small, made = fitting
+    torch.manual_seed(recipe.train.seed)
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype).to(device)
+    examples = _random_examples(small.vocab_size)
+    losses, gradients = _each_alone(lm, examples, device)
+    packed = PackedCausalLM(
+        lm,
+        attention=recipe.model.attention,
+        device_type=device.type,
+        checkpointing=recipe.model.checkpointing == "full",
+        num_conditions=len(examples),
+    ).train()
+    sums = packed(_batch(examples, device))
+    sums.nll.backward()
+    loss_error = _relative_error(sums.nll_by_condition, losses)
+    gradient_error = max(
+        _relative_error(parameter.grad, gradients[name])
+        for name, parameter in packed.lm.named_parameters()
+        if parameter.grad is not None
+    )
+    seen = _leak(packed, examples, device)
+    # A layer has some ten operations in a row, each of 6e-8 in float32 and 4e-3 in bfloat16, and as many backwards. A
+    # sequence that sees another one is off by more than 1e-2 in float32.
+    tolerance, gradient_tolerance = (1e-4, 1e-3) if dtype == torch.float32 else (3e-2, 2e-1)
+    detail = (
+        f"{made}, {str(dtype).removeprefix('torch.')}, {packed.attention.backend}, {len(examples)} packed sequences "
+        f"against each alone: losses differ by {loss_error:.1e} (at most {tolerance:.0e}), gradients by "
+        f"{gradient_error:.1e} (at most {gradient_tolerance:.0e}); other tokens in one sequence move the losses of the "
+        f"others by {seen:.1e} (at most 1e-06)"
+    )
+    if loss_error <= tolerance and gradient_error <= gradient_tolerance and seen <= 1e-6:
+        return Finding("isolation", "ok", detail)
+    remedy = (
+        "do not train this model with this backend: set model.attention to another, or report it with these numbers"
+    )
+    return Finding("isolation", "problem", detail, remedy)
+
+
+def fit_config(config: Any, room: int, dtype: torch.dtype) -> tuple[Any, str] | None:
+    """The configuration, or one of fewer layers, or a narrower one, whose comparison fits `room` bytes; and its name.
+
+    The comparison has the weights and their gradients twice. None when none fits, or none can be made.
+    """
+    config = config.get_text_config()
+    for factor in (None, *_NARROWER):
+        small = copy.deepcopy(config)
+        made = f"the model in full ({config.num_hidden_layers} layers)"
+        if factor is not None:
+            made = f"{_reduce(small, factor)} of the model's {config.num_hidden_layers} layers"
+            made += "" if factor == 1 else f", 1/{factor} as wide, vocabulary of {small.vocab_size:,}"
+        try:
+            size = sum(parameter.numel() for parameter in meta_model(small, dtype).parameters())
+        except ValueError:
+            continue
+        if 3 * size * dtype.itemsize <= room:
+            return small, f"{made}, random weights"
+    return None
+
+
+def _reduce(config: Any, factor: int) -> int:
+    """Make the configuration one of few layers, and narrower by `factor`; returns the number of layers."""
+    config.num_hidden_layers = min(_FEW_LAYERS, config.num_hidden_layers)
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        config.layer_types = kinds[: config.num_hidden_layers]
+    if factor > 1:
+        config.vocab_size = min(_SMALL_VOCABULARY, config.vocab_size)
+        config.intermediate_size //= factor
+        config.hidden_size //= factor
+        heads = max(1, config.num_attention_heads // factor)
+        of_keys = max(1, (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // factor)
+        config.num_attention_heads = heads
+        config.num_key_value_heads = next(number for number in range(of_keys, 0, -1) if heads % number == 0)
+    return int(config.num_hidden_layers)
+
+
+def _random_examples(vocab_size: int) -> list[Example]:
+    random = np.random.default_rng(0)
+    return [
+        Example(random.integers(0, vocab_size, length).astype(np.int32), np.ones(length, np.float32))
+        for length in _LENGTHS
+    ]
+
+
+def _batch(examples: Sequence[Example], device: torch.device) -> PackedBatch:
+    return collate(examples, np.arange(len(examples))).to(device)
+
+
+def _each_alone(
+    lm: PreTrainedModel, examples: Sequence[Example], device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """f32[B], the losses of the stock model on one sequence at a time; the gradients of their sum, taken from it."""
+    lm.set_attn_implementation("eager")
+    lm.train()
+    losses = []
+    for example in examples:
+        ids = torch.from_numpy(example.input_ids.astype(np.int64)).to(device)
+        logits = lm(ids[None], use_cache=False).logits[0].float()
+        loss = F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+        loss.backward()
+        losses.append(loss.detach())
+    gradients = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad(set_to_none=True)
+    return torch.stack(losses), gradients
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> float:
+    """The norm of the difference by that of the reference; 0 where both are 0."""
+    difference, size = float((value.float() - reference.float()).norm()), float(reference.float().norm())
+    return difference / size if size else difference
+
+
+def _leak(packed: PackedCausalLM, examples: Sequence[Example], device: torch.device) -> float:
+    """The largest relative change of a sequence's loss when the tokens of another one are changed."""
+    num_ids = packed.lm.config.get_text_config().vocab_size
+    worst = 0.0
+    with torch.no_grad():
+        before = packed(_batch(examples, device)).nll_by_condition
+        for changed, example in enumerate(examples):
+            others = list(examples)
+            others[changed] = Example((example.input_ids + 1) % num_ids, example.loss_weights)
+            after = packed(_batch(others, device)).nll_by_condition
+            moved = ((after - before).abs() / before)[torch.arange(len(examples)) != changed]
+            worst = max(worst, float(moved.max()))
+    return worst
+
+
+# ----------------------------------------------------------------------------------------- tokens and store
+
+
+def check_special_tokens(tokenizer: ChatTokenizer) -> Finding:
+    """That each special token of the template is one id, and that text which spells one is not it."""
+    name, ids = tokenizer.template.name, tokenizer.special_ids
+    split = {token: len(found) for token, found in zip(ids, tokenizer.encode_texts(list(ids)), strict=True)}
+    shown = ", ".join(
+        f"{token} = {number}{' (added)' if token in tokenizer.added else ''}, as text {split[token]} ids"
+        for token, number in ids.items()
+    )
+    return Finding("special tokens", "ok", f"each of {name} is one id, and text that spells it is not: {shown}")
+
+
+def check_token_store(recipe: Recipe, tokenizer: ChatTokenizer, config: Any, *, is_quick: bool) -> Finding:
+    """That the store is there, was made for this recipe, is whole, and has something to train on."""
+    again = "run python -m ochat_train.preprocess with this recipe"
+    store = Path(recipe.data.store)
+    if not store.exists():
+        state: Literal["warning", "problem"] = "warning" if is_quick else "problem"
+        return Finding("store", state, f"data.store {store} does not exist yet", again)
+    try:
+        train, held_out = TokenStore(store, "train"), TokenStore(store, "eval")
+        check_store(recipe, train.manifest, tokenizer)
+        make_run_plan(recipe, train, config, 1)
+        ends = [split[len(split) - 1] for split in (train, held_out) if len(split)]  # the far end of the Arrow files
+    except (OSError, ValueError, LookupError) as error:
+        return Finding("store", "problem", f"{store}: {error}", again)
+    if not len(train) or not float(train.weight_sums.sum()):
+        detail = f"{store}: the weights of all {len(train):,} training examples are 0, so nothing would be trained"
+        return Finding(
+            "store", "problem", detail, "give a source a weight above 0, or other data, and preprocess again"
+        )
+    assert all(len(example.input_ids) == len(example.loss_weights) for example in ends)
+    detail = (
+        f"{store}, {train.fingerprint[:12]}: {len(train):,} examples, {int(train.lengths.sum()):,} tokens, weight "
+        f"{float(train.weight_sums.sum()):,.6g}; {len(held_out):,} held out; longest {int(train.lengths.max()):,} of "
+        f"packing.tokens_per_gpu {recipe.packing.tokens_per_gpu:,}"
+    )
+    return Finding("store", "ok", detail)
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The recipe's own needs of memory, and the size and activations that any setting's follow from."""
+
+    recipe: Recipe
+    machine: Machine
+    size: ModelSize
+    activations: Activations
+    num_processes: int
+
+    def setting(self, stage: int, *, offload: bool, num_processes: int) -> ZeroSetting:
+        """The recipe with another stage, offload and number of processes."""
+        zero = self.recipe.deepspeed.get("zero_optimization", {})
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) * (2 if zero.get("overlap_comm") else 1)
+        if self.machine.gpu_bytes is None:  # what is not written takes no memory on a host
+            bucket = min(bucket, self.size.num_trained)
+        return ZeroSetting(
+            stage=stage,
+            offload=offload,
+            num_processes=num_processes,
+            dtype=self.recipe.model.dtype,
+            has_adam=self.recipe.optim.algorithm == "adamw",
+            bucket=bucket,
+        )
+
+    def needs(self, setting: ZeroSetting, activations: Activations | None = None) -> MemoryNeeds:
+        """The needs of each process."""
+        is_on_gpu = self.machine.gpu_bytes is not None
+        return memory_needs(self.size, activations or self.activations, setting, on_gpu=is_on_gpu)
+
+    @property
+    def own(self) -> ZeroSetting:
+        """The recipe's setting."""
+        zero = self.recipe.zero
+        return self.setting(zero.stage, offload=zero.offload == "optimizer", num_processes=self.num_processes)
+
+    def fits(self, setting: ZeroSetting, activations: Activations | None = None) -> bool:
+        """Whether each process has room: on its GPU, in host memory if that is known; on a CPU in its share."""
+        needs, num_processes = self.needs(setting, activations), setting.num_processes
+        if self.machine.gpu_bytes is None:
+            return (needs.total + needs.host) * num_processes <= self.machine.host_bytes
+        is_in_host = not self.machine.is_here or self.host_needs(setting) <= self.machine.host_bytes
+        return needs.total <= (1 - _RESERVED) * self.machine.gpu_bytes and is_in_host
+
+    def host_needs(self, setting: ZeroSetting) -> int:
+        """Bytes of a host's memory beside GPUs: each process loads the whole model; and what is offloaded."""
+        num_local = min(setting.num_processes, _MOST_LOCAL)
+        loaded = DTYPES[setting.dtype].itemsize * self.size.num_weights
+        return num_local * max(loaded, self.needs(setting).host)
+
+
+def check_memory(plan: MemoryPlan, config: Any, *, is_quick: bool) -> Finding:
+    """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
+    own, machine = plan.own, plan.machine
+    needs = plan.needs(own)
+    there = (
+        f"{_gib(machine.gpu_bytes)} of a GPU, of which {percent(_RESERVED, 1, 0)} are left to CUDA"
+        if machine.gpu_bytes is not None
+        else f"{_gib(machine.host_bytes)} of host memory for {plan.num_processes} processes"
+    )
+    lines = [f"{_gib(needs.total + (0 if machine.gpu_bytes else needs.host))} a process, {there}"]
+    if not is_quick:
+        lines += _parts(plan, needs)
+        lines += _memory_table(plan)
+    detail = "\n".join(lines)
+    if plan.fits(own):
+        return Finding("memory", "ok", detail)
+    return Finding("memory", "problem", detail, _nearest_that_fits(plan, config))
+
+
+def _parts(plan: MemoryPlan, needs: MemoryNeeds) -> list[str]:
+    setting = plan.own
+    names = {
+        "weights": needs.weights,
+        "gradients": needs.gradients,
+        "fp32 master": needs.master,
+        "optimizer": needs.optimizer,
+        f"activations of {plan.recipe.packing.tokens_per_gpu:,} tokens": needs.activations,
+        "a layer's backward": needs.layer,
+        "logits chunk": needs.logits,
+        "buffers": needs.buffers,
+        "optimizer step": needs.step,
+    }
+    lines = [f"{plan.size.num_weights:,} weights, {plan.size.num_trained:,} of them trained; by part:"]
+    lines += [f"  {line}" for line in align([(name, _gib(size)) for name, size in names.items()])]
+    lines.append("the larger of layer and logits counts, and the step when activations are gone")
+    if setting.offload or plan.machine.gpu_bytes is not None:
+        is_offloaded = f", offloaded {_gib(needs.host)} a process" if setting.offload else ""
+        lines.append(f"host memory: {_gib(plan.host_needs(setting))}, the model loaded by each process{is_offloaded}")
+    return lines
+
+
+def _memory_table(plan: MemoryPlan) -> list[str]:
+    """GiB a process for each number of GPUs and stage; + fits, the recipe's own in brackets."""
+    numbers = sorted({1, 2, 4, 8, plan.num_processes} | {2**power for power in range(plan.num_processes.bit_length())})
+    columns = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
+    header = [("GPUs", *(f"stage {stage}{' offload' if offload else ''}" for stage, offload in columns))]
+    rows = []
+    for number in numbers:
+        cells = [f"{number:,}"]
+        for stage, offload in columns:
+            if stage == 0 and plan.recipe.model.dtype == "bfloat16":  # the recipe refuses it
+                cells.append("- ")
+                continue
+            setting = plan.setting(stage, offload=offload, num_processes=number)
+            needs = plan.needs(setting)
+            cell = f"{(needs.total + (0 if plan.machine.gpu_bytes else needs.host)) / GIB:,.1f}"
+            cell += "+" if plan.fits(setting) else " "
+            cells.append(f"[{cell}]" if setting == plan.own else f" {cell} ")
+        rows.append(tuple(cells))
+    return ["GiB a process; + fits, [] the recipe's:", *(f"  {line}" for line in align([*header, *rows]))]
+
+
+def _nearest_that_fits(plan: MemoryPlan, config: Any) -> str:
+    """The smallest change with which the recipe fits: those that cost nothing first, then speed, then money."""
+    recipe, own = plan.recipe, plan.own
+    capacity, least = recipe.packing.tokens_per_gpu, recipe.data.max_tokens
+
+    def fewer(num_tokens: int, checkpointing: bool = recipe.model.checkpointing == "full") -> Activations:
+        return count_activations(config, num_tokens=num_tokens, dtype=recipe.model.dtype, checkpointing=checkpointing)
+
+    if recipe.model.checkpointing == "none" and plan.fits(own, fewer(capacity, True)):
+        return "set model.checkpointing: full"
+    stages = [plan.setting(stage, offload=own.offload, num_processes=own.num_processes) for stage in (2, 3)]
+    for setting in stages:
+        if setting.stage > own.stage and plan.fits(setting):
+            return f"set zero.stage: {setting.stage}"
+    if plan.fits(own, fewer(least)):
+        low, high = least, capacity  # low fits, high does not
+        while high - low > max(256, capacity // 16):
+            middle = (low + high) // 2
+            low, high = (middle, high) if plan.fits(own, fewer(middle)) else (low, middle)
+        return f"set packing.tokens_per_gpu: {low} (was {capacity}), and packing.grad_accum higher for as large a step"
+    for stage in (2, 3):
+        setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
+        if plan.fits(setting):
+            return f"set zero.stage: {stage} and zero.offload: optimizer"
+    for number in (own.num_processes * 2**power for power in range(1, 8)):
+        for stage in (2, 3):
+            if plan.machine.gpu_bytes and plan.fits(plan.setting(stage, offload=False, num_processes=number)):
+                return f"take {number} GPUs with zero.stage: {stage}"
+    return "train adapters with model.lora, take GPUs with more memory, or a smaller model"
+
+
+# ----------------------------------------------------------------------------------------------------- disk
+
+
+def check_disk(recipe: Recipe, size: ModelSize, report: PlanReport | None) -> Finding:
+    """The disk that the run needs at most against what is free where its folder will be.
+
+    report: the plan, from which the number of light checkpoints is known when all stay; None: not made.
+    """
+    one = checkpoint_bytes(
+        size.num_weights,
+        size.num_trained,
+        stage=recipe.zero.stage,
+        dtype=recipe.model.dtype,
+        has_adam=recipe.optim.algorithm == "adamw",
+    )
+    model = DTYPES[recipe.model.dtype].itemsize * size.num_weights
+    num_light, light = _num_light(recipe, report), DTYPES["bfloat16"].itemsize * size.num_weights
+    needed = run_bytes(one, model, light, keep=recipe.checkpoint.keep, num_light=num_light)
+    folder = _existing(Path(recipe.checkpoint.dir))
+    free = shutil.disk_usage(folder).free
+    taken = sum(path.stat().st_size for path in Path(recipe.checkpoint.dir).rglob("*") if path.is_file())
+    detail = (
+        f"{_gib(needed)} for {recipe.checkpoint.dir}: {recipe.checkpoint.keep + 1} checkpoints of {_gib(one)}, the "
+        f"model of {_gib(model)} twice while it is replaced"
+        + (f", {num_light} light ones of {_gib(light)}" if num_light else "")
+        + (f"; {_gib(taken)} of it are there" if taken else "")
+        + f"; {_gib(free)} are free at {folder}"
+    )
+    if needed - taken > free:
+        remedy = f"free {_gib(needed - taken - free)}, lower checkpoint.keep, or name another disk in checkpoint.dir"
+        return Finding("disk", "problem", detail, remedy)
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "problem", f"{folder} cannot be written", "name another folder in checkpoint.dir")
+    return Finding("disk", "ok", detail)
+
+
+def _num_light(recipe: Recipe, report: PlanReport | None) -> int:
+    """Light checkpoints that are there at once, at most."""
+    policy = recipe.checkpoint.models
+    if policy.every_epochs is None and policy.every_steps is None:
+        return 0
+    if policy.keep is not None:
+        return policy.keep + 1
+    of_epochs = recipe.train.epochs // policy.every_epochs if policy.every_epochs else 0
+    num_steps = report.table.num_steps if report is not None else 0
+    return of_epochs + (num_steps // policy.every_steps if policy.every_steps else 0)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest parent that is there, or itself."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+
+def check_steps(report: PlanReport, batch_rate: float | None) -> Finding:
+    """Steps, and hours where a speed is known. batch_rate: tokens a second of the micro-batch that was run."""
+    table, num_gpus = report.table, report.request.num_gpus
+    steps = f"{table.num_steps:,} steps on {num_gpus} processes, {table.num_tokens:,} tokens"
+    rate = report.rate
+    if rate is None and batch_rate is not None:
+        rate = Rate(batch_rate, "modelled")
+    if rate is None:
+        remedy = "train a few steps with train.max_steps=20, or python -m ochat_train.report plan RECIPE tokens_per_s=X"
+        return Finding("steps", "warning", f"{steps}; hours are not known, since no speed was measured", remedy)
+    seconds = table.num_tokens / (rate.tokens_per_s * num_gpus)
+    origin = {
+        "measured": f"as measured in {report.metrics}",
+        "modelled": "modelled on the one micro-batch run above, without the optimizer and communication",
+        "given": "as given",
+    }[rate.origin]
+    return Finding(
+        "steps",
+        "ok",
+        f"{steps}, {show_duration(seconds)} ({seconds * num_gpus / 3600:.3g} GPU hours) at {rate.tokens_per_s:,.0f} "
+        f"tokens/s a process, {origin}",
+    )
+
+
+# -------------------------------------------------------------------------------------------- ports and hosts
+
+
+def check_port(port: str | None) -> Finding:
+    """Whether the port on which processes meet is free here: MASTER_PORT of the environment, None if it is not set."""
+    if port is None:
+        return Finding("port", "ok", "MASTER_PORT is not set: launch.sh takes a free one")
+    remedy = "set MASTER_PORT to another, or leave it out on one machine"
+    if not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        return Finding("port", "problem", f"MASTER_PORT {port!r} is not a number from 1 to 65535", remedy)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", int(port)))
+        except OSError as error:
+            return Finding("port", "problem", f"MASTER_PORT {port} cannot be used: {error.strerror}", remedy)
+    return Finding("port", "ok", f"MASTER_PORT {port} is free")
+
+
+def read_hosts(hostfile: Path) -> dict[str, int]:
+    """The hosts of a DeepSpeed host file and their slots. Raises ValueError with the line that is wrong."""
+    hosts: dict[str, int] = {}
+    try:
+        lines = hostfile.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"HOSTFILE {hostfile} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        key, _, slots = words[-1].partition("=")
+        if len(words) != 2 or key != "slots" or not slots.isdecimal() or not int(slots) or words[0] in hosts:
+            raise ValueError(
+                f"HOSTFILE {hostfile}, line {number}: {line.strip()!r} is not HOST slots=N, each host once"
+            )
+        hosts[words[0]] = int(slots)
+    if not hosts:
+        raise ValueError(f"HOSTFILE {hostfile} names no host")
+    return hosts
+
+
+def check_hosts(hosts: dict[str, int]) -> Finding:
+    """Whether each host has an address and answers where ssh listens, all at the same time."""
+    with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+        failures = [failure for failure in pool.map(_try_host, hosts) if failure is not None]
+    if failures:
+        remedy = "start the host and its sshd, or correct the name in HOSTFILE or ~/.ssh/config"
+        return Finding("hosts", "problem", "; ".join(failures), remedy)
+    return Finding("hosts", "ok", f"all {len(hosts)} hosts answer, {sum(hosts.values())} processes")
+
+
+def _try_host(host: str) -> str | None:
+    name, port = _ssh_address(host)
+    try:
+        with socket.create_connection((name, port), timeout=_REACHED_WITHIN_S):
+            return None
+    except OSError as error:
+        return f"{host}: {name} port {port} does not answer within {_REACHED_WITHIN_S:g} s ({error})"
+
+
+def _ssh_address(host: str) -> tuple[str, int]:
+    """The name and the port that ssh would take, after its configuration; without ssh the host itself, and 22."""
+    if shutil.which("ssh") is None:
+        return host, _SSH_PORT
+    said = subprocess.run(["ssh", "-G", "--", host], capture_output=True, text=True)
+    settings = dict(line.split(" ", 1) for line in said.stdout.splitlines() if " " in line)
+    return settings.get("hostname", host), int(settings.get("port", _SSH_PORT))
+
+
+# --------------------------------------------------------------------------------------- fullest micro-batch
+
+
+def find_fullest(plan: RunPlan) -> Indices:
+    """The positions of the examples of the micro-batch with the most tokens, over all steps."""
+    bins = (positions for step in plan.steps() for positions in step.bins)
+    return max(bins, key=lambda positions: int(plan.lengths[positions].sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """What running the fullest micro-batch found. tokens_per_s: None when it was not run."""
+
+    finding: Finding
+    tokens_per_s: float | None = None
+
+
+def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPlan) -> BatchRun:
+    """Run one micro-batch forward and backward on this machine's one GPU, or on its CPU if that takes seconds."""
+    on_gpu = torch.cuda.is_available()
+    size, num_tokens = plan.size, len(batch.input_ids)
+    element = DTYPES[recipe.model.dtype].itemsize
+    weights, flop = element * size.num_weights, 6 * size.num_weights * num_tokens
+    expected = 2 * weights + plan.activations.peak
+    if torch.cuda.device_count() > 1:
+        return _not_run("there are several GPUs: one of them could not hold what ZeRO splits")
+    if not on_gpu and weights > plan.machine.host_bytes // 4:
+        return _not_run(f"weights of {_gib(weights)} are above a quarter of the {_gib(plan.machine.host_bytes)} free")
+    if not on_gpu and flop > _CPU_FLOP:
+        return _not_run(f"{flop:.1e} FLOP are above {_CPU_FLOP:.0e}, too many for a CPU")
+    if not on_gpu and expected > plan.machine.host_bytes:
+        return _not_run(f"it needs {_gib(expected)}, of which {_gib(plan.machine.host_bytes)} are free")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        seconds, peak = _forward_and_backward(recipe, config, batch, device)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        detail = f"{num_tokens:,} tokens: out of memory, planned {_gib(expected)} ({str(error).splitlines()[0]})"
+        remedy = "lower packing.tokens_per_gpu, set model.checkpointing: full, or raise zero.stage"
+        return BatchRun(Finding("fullest micro-batch", "problem", detail, remedy))
+    detail = (
+        f"{num_tokens:,} tokens in {len(batch.cu_seqlens) - 1} sequences, forward and backward in {seconds:.2f} s; "
+        f"peak {'not measured' if peak is None else _gib(peak)}, planned {_gib(expected)} (weights, gradients, "
+        "activations; all tokens with a loss)"
+    )
+    return BatchRun(Finding("fullest micro-batch", "ok", detail), num_tokens / seconds)
+
+
+def _not_run(reason: str) -> BatchRun:
+    remedy = "run doctor on one GPU that holds the model"
+    return BatchRun(Finding("fullest micro-batch", "warning", f"not run: {reason}", remedy))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    is_told_so = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_told_so or "can't allocate memory" in str(error)  # the CPU's allocator
+
+
+def _forward_and_backward(
+    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device
+) -> tuple[float, int | None]:
+    """Seconds when warm, and bytes at most above what there was; random weights, since values change neither."""
+    gc.collect()
+    before = _restart_peak(device)
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config.get_text_config(), dtype=DTYPES[recipe.model.dtype]
+    ).to(device)
+    model = PackedCausalLM(
+        lm,
+        attention=recipe.model.attention,
+        device_type=device.type,
+        checkpointing=recipe.model.checkpointing == "full",
+        num_conditions=int(batch.condition_ids.max()) + 1,
+    ).train()
+    batch = batch.to(device)
+    for _ in range(2):  # the first one also warms up
+        started = time.perf_counter()
+        model(batch).nll.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated()
+    return seconds, None if before is None else max(
+        0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    )
+
+
+def _restart_peak(device: torch.device) -> int | None:
+    """Begin to measure the peak anew; returns the bytes that the process has on a CPU, None if Linux forbids it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return 0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory
+    except OSError:
+        return None
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * resource.getpagesize()

@@ -1,0 +1,499 @@
+"""Every check of doctor finds what it is there for: each is provoked by a real cause."""
+
+import re
+import shutil
+import socket
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+import ochat_train.model.attention
+from ochat_train import doctor, doctor_checks
+from ochat_train.doctor_checks import GIB, Finding, Machine, MemoryPlan
+from ochat_train.model.memory import count_activations, measure_size
+from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.report_plan import Request, read_plans
+from ochat_train.tokens.batch import collate
+from ochat_train.tokens.store import TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.planning import make_run_plan
+from tests.e2e.harness import ROOT, free_port, preprocess, tiny_recipe, write_dump
+
+HERE = Machine(None, 8 * GIB, is_here=True)
+RENTED = Machine(80 * GIB, 8 * GIB, is_here=False)
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    write_dump(folder, 40)
+    path = tiny_recipe(folder)
+    preprocess(path)
+    return path
+
+
+@pytest.fixture
+def recipe(recipe_path: Path) -> Recipe:
+    return load_recipe(recipe_path)
+
+
+def config_of(recipe: Recipe, tokenizer: ChatTokenizer) -> Any:
+    return AutoConfig.for_model(**{"vocab_size": tokenizer.num_ids, **(recipe.model.config or {})})
+
+
+class Outcome(NamedTuple):
+    code: int
+    text: str
+
+
+def run_doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    """What the command prints, and its exit code."""
+    code = 0
+    try:
+        doctor.main(arguments)
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    return Outcome(code, capsys.readouterr().out)
+
+
+# ---- The command ----
+
+
+def test_a_good_recipe_ends_with_ok(recipe_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run_doctor(capsys, str(recipe_path))
+    assert (code, text.splitlines()[-1]) == (0, "OK"), text
+    names = re.findall(r"^(?:ok|warning|PROBLEM) +([\w -]+):", text, re.MULTILINE)
+    assert names == [
+        "versions",
+        "accelerators",
+        "port",
+        "special tokens",
+        "attention",
+        "store",
+        "isolation",
+        "memory",
+        "fullest micro-batch",
+        "steps",
+        "disk",
+    ]
+    assert "[" in next(line for line in text.splitlines() if re.match(r" +2 .*\+", line))  # the recipe's own cell
+
+
+def test_the_quick_part_runs_no_model_and_makes_no_plan(
+    recipe_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_isolation", "find_fullest", "run_fullest"):
+        monkeypatch.delattr(doctor_checks, name)
+    code, text = run_doctor(capsys, "--quick", str(recipe_path))
+    assert (code, text.splitlines()[-1]) == (0, "OK"), text
+    assert "stage 3" not in text
+    (memory,) = (line for line in text.splitlines() if " memory: " in line)
+    assert "a process" in memory
+
+
+def test_problems_are_listed_at_the_end_with_their_remedies(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", "none")
+    code, text = run_doctor(capsys, str(recipe_path), f"data.store={tmp_path / 'none'}")
+    assert code == 1
+    end = text.partition("2 problem(s):\n")[2]
+    assert re.search(r"- port: MASTER_PORT 'none' is not a number.*\n    remedy: set MASTER_PORT", end)
+    assert re.search(r"- store: data\.store .*none does not exist yet\n    remedy: run python -m ochat_train", end)
+
+
+def test_a_mistake_in_the_command_is_told_before_anything_is_imported(
+    recipe_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda *_: pytest.fail("examined"))
+    for words in (["--gpus", "0"], ["--gpu-gib", "-1"], ["optim.lt=1"]):
+        assert run_doctor(capsys, str(recipe_path), *words).code == 1
+
+
+# ---- Versions, attention ----
+
+
+def test_a_version_outside_its_range_and_a_missing_package_are_problems() -> None:
+    assert doctor_checks.check_versions().state == "ok"
+    wrong = doctor_checks.check_versions(["torch<2", "no-such-package>=1", "no-such-kernel>=1; extra == 'gpu'"])
+    assert wrong.state == "problem"
+    assert re.fullmatch(r"torch [\d.+a-z]+ is not in <2; no-such-package is not installed.*>=1", wrong.detail)
+    unused = doctor_checks.check_versions(["torch<2; extra == 'test'"])
+    assert unused.state == "ok"
+
+
+def test_bfloat16_on_a_cpu_is_warned_of(recipe_path: Path) -> None:
+    bf16 = load_recipe(recipe_path, ["model.dtype=bfloat16"])
+    assert doctor_checks.check_accelerators(bf16, HERE).state == "warning"
+    assert doctor_checks.check_accelerators(bf16, RENTED).state == "ok"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path, quickstart: ChatTokenizer) -> None:
+    wanted = load_recipe(recipe_path, ["model.attention=torch"])
+    found = doctor_checks.check_attention(wanted, config_of(wanted, quickstart))
+    assert found.state == "problem" and "needs a CUDA device" in found.detail
+    auto = load_recipe(recipe_path)
+    assert "sdpa (flash_attn: " in doctor_checks.check_attention(auto, config_of(auto, quickstart)).detail
+
+
+# ---- Isolation ----
+
+
+def test_a_model_whose_attention_leaks_is_refused(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(recipe, quickstart)
+    good = doctor_checks.check_isolation(recipe, config, HERE)
+    assert good.state == "ok" and "the model in full (2 layers)" in good.detail
+    original = ochat_train.model.attention._sdpa
+
+    def leaks(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *others: Any) -> Tensor:
+        return original(q, k, v, cu_seqlens[[0, -1]], *others)
+
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", leaks)
+    bad = doctor_checks.check_isolation(recipe, config, HERE)
+    assert bad.state == "problem" and bad.remedy
+    moved = float(re.search(r"the losses of the others by (\S+)", bad.detail)[1])  # type: ignore[index]
+    assert moved > 1e-4
+
+
+def test_gradients_that_are_wrong_are_refused(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithWrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 1.05 * gradient
+
+    original = ochat_train.model.attention._sdpa
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *args: WithWrongGradient.apply(original(*args)))
+    found = doctor_checks.check_isolation(recipe, config_of(recipe, quickstart), HERE)
+    assert found.state == "problem"
+
+
+def test_a_model_that_is_too_large_is_compared_with_fewer_layers_and_then_narrower() -> None:
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    names = []
+    for room in (8 * GIB, GIB, GIB // 4):
+        small, name = doctor_checks.fit_config(config, room, torch.float32) or (None, "")
+        size = measure_size(small, lora_rank=None, lora_targets="all-linear").num_weights
+        assert 3 * 4 * size <= room
+        names.append(name)
+    assert "in full (24 layers)" in names[0]
+    assert names[1] == "2 of the model's 24 layers, random weights"
+    assert "1/2 as wide, vocabulary of 8,192" in names[2]
+    assert config.num_hidden_layers == 24
+    assert doctor_checks.fit_config(config, 1000, torch.float32) is None
+
+
+# ---- Tokens and store ----
+
+
+def test_a_missing_special_token_is_a_problem(recipe_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run_doctor(capsys, "--quick", str(recipe_path), "template=openchat_3.6")
+    assert code == 1
+    assert re.search(r"^PROBLEM +special tokens: template openchat_3\.6 needs the special token", text, re.MULTILINE)
+
+
+def test_each_special_token_is_shown_with_its_id_and_as_text(quickstart: ChatTokenizer) -> None:
+    found = doctor_checks.check_special_tokens(quickstart)
+    assert found.state == "ok"
+    assert re.search(rf"<\|end_of_turn\|> = {quickstart.end_id} \(added\), as text \d+ ids", found.detail)
+
+
+def examine_store(recipe: Recipe, tokenizer: ChatTokenizer, *, is_quick: bool = False) -> Finding:
+    return doctor_checks.check_token_store(recipe, tokenizer, config_of(recipe, tokenizer), is_quick=is_quick)
+
+
+def test_a_store_that_is_not_there_is_a_problem_unless_quick(
+    recipe_path: Path, tmp_path: Path, quickstart: ChatTokenizer
+) -> None:
+    nowhere = load_recipe(recipe_path, [f"data.store={tmp_path / 'none'}"])
+    assert examine_store(nowhere, quickstart).state == "problem"
+    assert examine_store(nowhere, quickstart, is_quick=True).state == "warning"
+
+
+def test_a_store_of_another_recipe_is_a_problem(recipe_path: Path, quickstart: ChatTokenizer) -> None:
+    other = load_recipe(recipe_path, ["data.max_tokens=128"])
+    found = examine_store(other, quickstart)
+    assert found.state == "problem" and "data.max_tokens: 256 -> 128" in found.detail
+
+
+@pytest.mark.parametrize("damage", ["lengths.npy is cut off", "Arrow file is gone", "all weights are 0"])
+def test_a_broken_store_is_a_problem(
+    recipe: Recipe, recipe_path: Path, tmp_path: Path, quickstart: ChatTokenizer, damage: str
+) -> None:
+    copied = tmp_path / "store"
+    shutil.copytree(recipe.data.store, copied)
+    if damage == "lengths.npy is cut off":
+        file = copied / "train/lengths.npy"
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "Arrow file is gone":
+        next((copied / "train").glob("*.arrow")).unlink()
+    else:
+        np.save(copied / "train/weight_sums.npy", np.zeros(len(TokenStore(copied))))
+    found = examine_store(load_recipe(recipe_path, [f"data.store={copied}"]), quickstart)
+    assert found.state == "problem" and found.remedy
+    if damage == "all weights are 0":
+        assert "training examples are 0, so nothing would be trained" in found.detail
+
+
+# ---- Memory ----
+
+
+def published(**changes: Any) -> tuple[MemoryPlan, Any]:
+    """The published run of 13B on 8 GPUs of 80 GiB, with other keys of the recipe."""
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    recipe = load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml", overrides)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=32_002,
+        hidden_size=5120,
+        intermediate_size=13_824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    )
+    activations = count_activations(
+        config,
+        num_tokens=recipe.packing.tokens_per_gpu,
+        dtype=recipe.model.dtype,
+        checkpointing=recipe.model.checkpointing == "full",
+    )
+    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
+    return MemoryPlan(recipe, RENTED, size, activations, 8), config
+
+
+def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None:
+    plan, config = published()
+    found = doctor_checks.check_memory(plan, config, is_quick=False)
+    assert found.state == "ok"
+    rows = {line.split()[0]: line.split()[1:] for line in found.detail.splitlines() if re.match(r" +\d+ +- ", line)}
+    assert list(rows) == ["1", "2", "4", "8"]
+    # The columns: stage 0 (refused in bfloat16), 1, 2, 3, and 1, 2, 3 with offload.
+    assert rows["8"][2].startswith("[7") and rows["8"][2].endswith("+]")
+    assert rows["8"][3].endswith("+") and not rows["8"][1].endswith("+")
+    # 26.0 + 3 * 52.1 + 26.0 GB of states alone on one GPU.
+    assert float(rows["1"][2]) > 200 and not rows["1"][2].endswith("+")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"model__checkpointing": "none"}, "set model.checkpointing: full"),
+        ({"zero__stage": 1}, "set zero.stage: 2"),
+        ({"packing__tokens_per_gpu": 65_536}, "set zero.stage: 3"),
+        ({"packing__tokens_per_gpu": 163_840, "zero__stage": 3}, r"set packing\.tokens_per_gpu: \d+ \(was 163840\)"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_told_the_nearest_that_does(changes: dict[str, Any], remedy: str) -> None:
+    plan, config = published(**changes)
+    found = doctor_checks.check_memory(plan, config, is_quick=True)
+    assert found.state == "problem"
+    assert re.match(remedy, found.remedy), found.remedy
+
+
+def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe, quickstart: ChatTokenizer) -> None:
+    config = config_of(recipe, quickstart)
+    activations = count_activations(config, num_tokens=256, dtype="float32", checkpointing=False)
+    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
+    needed = MemoryPlan(recipe, HERE, size, activations, 2)
+    total = needed.needs(needed.own).total
+    for host, fits in ((2 * total, True), (2 * total - 1, False)):
+        plan = MemoryPlan(recipe, Machine(None, host, is_here=True), size, activations, 2)
+        assert plan.fits(plan.own) is fits
+
+
+# ---- Disk ----
+
+
+def test_a_disk_that_is_too_small_is_a_problem(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
+    usage = shutil.disk_usage("/")
+    needed = doctor_checks.check_disk(recipe, size, None)
+    assert needed.state == "ok"
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    found = doctor_checks.check_disk(recipe, size, None)
+    assert found.state == "problem" and "free" in found.remedy
+    assert f"{recipe.checkpoint.keep + 1} checkpoints of" in found.detail
+
+
+def test_what_a_resumed_run_has_already_on_disk_is_not_needed_again(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
+    recipe = load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / 'run'}", "checkpoint.keep=1"])
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _: usage._replace(free=150 * 2**20))
+    assert doctor_checks.check_disk(recipe, size, None).state == "problem"
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/weights", "wb") as file:
+        file.truncate(10 * GIB)
+    assert doctor_checks.check_disk(recipe, size, None).state == "ok"
+
+
+def test_light_checkpoints_take_disk_too(recipe_path: Path) -> None:
+    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
+    (report,) = read_plans([Request(str(recipe_path), ("train.epochs=6",), 2, None)])
+
+    def num_light(*overrides: str) -> int:
+        detail = doctor_checks.check_disk(load_recipe(recipe_path, ["train.epochs=6", *overrides]), size, report).detail
+        found = re.search(r", (\d+) light ones", detail)
+        return int(found[1]) if found else 0
+
+    assert num_light() == 0
+    assert num_light("checkpoint.models.every_epochs=2") == 3
+    assert num_light("checkpoint.models.every_steps=1") == report.table.num_steps
+    assert num_light("checkpoint.models.every_steps=1", "checkpoint.models.keep=2") == 3
+
+
+# ---- Ports and hosts ----
+
+
+def test_a_port_that_is_taken_is_a_problem() -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        found = doctor_checks.check_port(str(port))
+    assert found.state == "problem" and f"MASTER_PORT {port} cannot be used" in found.detail
+    assert doctor_checks.check_port(str(free_port())).state == "ok"
+    assert doctor_checks.check_port(None).state == "ok"
+    assert doctor_checks.check_port("70000").state == "problem"
+
+
+def test_a_host_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        answering, silent = listener.getsockname()[1], free_port()
+        ports = {"good": answering, "bad": silent}
+        monkeypatch.setattr(doctor_checks, "_ssh_address", lambda host: ("127.0.0.1", ports[host]))
+        assert doctor_checks.check_hosts({"good": 4}).state == "ok"
+        found = doctor_checks.check_hosts({"good": 4, "bad": 4})
+    assert found.state == "problem" and re.match(rf"bad: 127\.0\.0\.1 port {silent} does not answer", found.detail)
+
+
+def test_an_unreachable_host_of_the_host_file_ends_doctor_with_a_problem(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two nodes\nno-such-host.invalid slots=3\n")
+    monkeypatch.setenv("HOSTFILE", str(hostfile))
+    code, text = run_doctor(capsys, "--quick", str(recipe_path))
+    assert code == 1 and "PROBLEM  hosts: no-such-host.invalid" in text
+    assert "for 3 processes" in text  # the slots are the processes
+    monkeypatch.setenv("NUM_GPUS", "2")
+    assert "for 2 processes" in run_doctor(capsys, "--quick", str(recipe_path)).text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a slots=2\na slots=2\n", "line 2: 'a slots=2' is not HOST slots=N, each host once"),
+        ("a 2\n", "line 1"),
+        ("a slots=0\n", "line 1"),
+        ("# nothing\n", "names no host"),
+    ],
+)
+def test_a_wrong_host_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        doctor_checks.read_hosts(tmp_path / "hosts")
+    with pytest.raises(ValueError, match="cannot be read"):
+        doctor_checks.read_hosts(tmp_path / "none")
+
+
+def test_hosts_are_tried_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_there = threading.Barrier(8, timeout=10)
+    monkeypatch.setattr(doctor_checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")
+    assert doctor_checks.check_hosts({f"host-{number}": 1 for number in range(8)}).state == "ok"
+
+
+# ---- The fullest micro-batch ----
+
+
+def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe, quickstart: ChatTokenizer) -> None:
+    store = TokenStore(recipe.data.store)
+    plan = make_run_plan(recipe, store, config_of(recipe, quickstart), 2)
+    positions = doctor_checks.find_fullest(plan)
+    most = max(int(store.lengths[p].sum()) for step in plan.steps() for p in step.bins)
+    assert int(store.lengths[positions].sum()) == most
+
+
+def fullest(recipe: Recipe, tokenizer: ChatTokenizer, machine: Machine = HERE) -> Finding:
+    config, store = config_of(recipe, tokenizer), TokenStore(recipe.data.store)
+    activations = count_activations(config, num_tokens=256, dtype="float32", checkpointing=False)
+    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
+    batch = collate([store[0], store[1]], store.condition_ids[:2])
+    return doctor_checks.run_fullest(recipe, config, batch, MemoryPlan(recipe, machine, size, activations, 1)).finding
+
+
+def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert re.search(r"forward and backward in [\d.]+ s; peak .* planned", fullest(recipe, quickstart).detail)
+    original = ochat_train.model.attention._sdpa
+
+    def too_large(q: Tensor, *others: Any) -> Tensor:
+        torch.empty(2**55, dtype=torch.uint8)  # more than any machine has
+        return original(q, *others)
+
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", too_large)
+    found = fullest(recipe, quickstart)
+    assert found.state == "problem" and "out of memory" in found.detail
+    assert found.remedy.startswith("lower packing.tokens_per_gpu")
+
+
+def test_a_mistake_in_the_micro_batch_is_not_taken_for_lack_of_memory(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda q, *_: q[:1] @ q)
+    with pytest.raises(RuntimeError):
+        fullest(recipe, quickstart)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = fullest(recipe, quickstart, Machine(None, 2**20, is_here=True))
+    assert small.state == "warning" and "above a quarter of the 1.0 MiB free" in small.detail
+    monkeypatch.setattr(doctor_checks, "_CPU_FLOP", 1.0)
+    assert "FLOP are above 1e+00" in fullest(recipe, quickstart).detail
+
+
+# ---- Steps ----
+
+
+def test_hours_are_given_only_where_a_speed_is_known(recipe_path: Path) -> None:
+    (report,) = read_plans([Request(str(recipe_path), (), 2, None)])
+    unknown = doctor_checks.check_steps(report, None)
+    assert unknown.state == "warning" and "no speed was measured" in unknown.detail
+    modelled = doctor_checks.check_steps(report, 100.0)
+    assert "at 100 tokens/s a process, modelled on" in modelled.detail
+    (given,) = read_plans([Request(str(recipe_path), (), 2, 50.0)])
+    seconds = given.table.num_tokens / 100
+    assert (
+        f"({seconds * 2 / 3600:.3g} GPU hours) at 50 tokens/s a process, as given"
+        in doctor_checks.check_steps(given, 100.0).detail
+    )
