@@ -72,8 +72,9 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.doctor_checks import Finding
     from ochat_train.model.memory import count_activations, measure_size
     from ochat_train.model.pretrained import load_config
-    from ochat_train.report_plan import Request, read_plans, read_requests
+    from ochat_train.report_plan import measured_rate, read_requests
     from ochat_train.tokens.batch import collate
+    from ochat_train.tokens.plan_ahead import PlanTable, make_table
     from ochat_train.tokens.store import TokenStore
     from ochat_train.tokens.tokenizer import load_tokenizer
     from ochat_train.training.planning import make_run_plan
@@ -134,16 +135,19 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         return
     memory = checks.MemoryPlan(recipe, machine, size, activations, num_processes)
     yield checks.check_memory(memory, config, is_quick=options.quick)
-    report = None
+    num_steps = None
     if store.state == "ok" and not options.quick:
-        (report,) = read_plans([Request(options.recipe, tuple(options.overrides), num_processes, None)])
         examples = TokenStore(recipe.data.store)
-        positions = checks.find_fullest(make_run_plan(recipe, examples, config, num_processes))
+        plan = make_run_plan(recipe, examples, config, num_processes)
+        table = make_table(plan)
+        table = PlanTable(table.rows[: recipe.train.max_steps], table.shape)
+        num_steps = table.num_steps
+        positions = checks.find_fullest(plan)
         batch = collate([examples[position] for position in positions.tolist()], examples.condition_ids[positions])
         run = checks.run_fullest(recipe, config, batch, memory)
         yield run.finding
-        yield checks.check_steps(report, run.tokens_per_s)
-    yield checks.check_disk(recipe, size, report)
+        yield checks.check_steps(table, measured_rate(options.recipe, recipe), run.tokens_per_s)
+    yield checks.check_disk(recipe, size, num_steps)
 
 
 if __name__ == "__main__":

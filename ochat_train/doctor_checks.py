@@ -37,13 +37,14 @@ from ochat_train.model.memory import (
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe
-from ochat_train.report_plan import PlanReport, Rate
+from ochat_train.report_plan import Rate
 from ochat_train.report_plan_view import show_duration
 from ochat_train.report_tables import align, percent
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import RunPlan
+from ochat_train.tokens.plan_ahead import PlanTable
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.planning import check_store, make_run_plan
@@ -505,10 +506,10 @@ def _nearest_that_fits(plan: MemoryPlan, config: Any) -> str:
 # ----------------------------------------------------------------------------------------------------- disk
 
 
-def check_disk(recipe: Recipe, size: ModelSize, report: PlanReport | None) -> Finding:
+def check_disk(recipe: Recipe, size: ModelSize, num_steps: int | None) -> Finding:
     """The disk that the run needs at most against what is free where its folder will be.
 
-    report: the plan, from which the number of light checkpoints is known when all stay; None: not made.
+    num_steps: of the run, for the number of light checkpoints when all stay; None: not planned.
     """
     one = checkpoint_bytes(
         size.num_weights,
@@ -518,7 +519,7 @@ def check_disk(recipe: Recipe, size: ModelSize, report: PlanReport | None) -> Fi
         has_adam=recipe.optim.algorithm == "adamw",
     )
     model = DTYPES[recipe.model.dtype].itemsize * size.num_weights
-    num_light, light = _num_light(recipe, report), DTYPES["bfloat16"].itemsize * size.num_weights
+    num_light, light = _num_light(recipe, num_steps or 0), DTYPES["bfloat16"].itemsize * size.num_weights
     needed = run_bytes(one, model, light, keep=recipe.checkpoint.keep, num_light=num_light)
     folder = _existing(Path(recipe.checkpoint.dir))
     free = shutil.disk_usage(folder).free
@@ -538,7 +539,7 @@ def check_disk(recipe: Recipe, size: ModelSize, report: PlanReport | None) -> Fi
     return Finding("disk", "ok", detail)
 
 
-def _num_light(recipe: Recipe, report: PlanReport | None) -> int:
+def _num_light(recipe: Recipe, num_steps: int) -> int:
     """Light checkpoints that are there at once, at most."""
     policy = recipe.checkpoint.models
     if policy.every_epochs is None and policy.every_steps is None:
@@ -546,7 +547,6 @@ def _num_light(recipe: Recipe, report: PlanReport | None) -> int:
     if policy.keep is not None:
         return policy.keep + 1
     of_epochs = recipe.train.epochs // policy.every_epochs if policy.every_epochs else 0
-    num_steps = report.table.num_steps if report is not None else 0
     return of_epochs + (num_steps // policy.every_steps if policy.every_steps else 0)
 
 
@@ -558,28 +558,20 @@ def _existing(path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------- steps
 
 
-def check_steps(report: PlanReport, batch_rate: float | None) -> Finding:
-    """Steps, and hours where a speed is known. batch_rate: tokens a second of the micro-batch that was run."""
-    table, num_gpus = report.table, report.request.num_gpus
-    steps = f"{table.num_steps:,} steps on {num_gpus} processes, {table.num_tokens:,} tokens"
-    rate = report.rate
-    if rate is None and batch_rate is not None:
-        rate = Rate(batch_rate, "modelled")
-    if rate is None:
+def check_steps(table: PlanTable, measured: Rate | None, batch_rate: float | None) -> Finding:
+    """Steps, and hours where a speed is known: of an earlier run, or of the micro-batch that was run, in tokens/s."""
+    num_processes = table.shape.world_size
+    steps = f"{table.num_steps:,} steps on {num_processes} processes, {table.num_tokens:,} tokens"
+    if measured is not None:
+        rate, origin = measured.tokens_per_s, f"as measured in {measured.num_steps:,} steps of checkpoint.dir"
+    elif batch_rate is not None:
+        rate, origin = batch_rate, "modelled on the one micro-batch run above, without optimizer and communication"
+    else:
         remedy = "train a few steps with train.max_steps=20, or python -m ochat_train.report plan RECIPE tokens_per_s=X"
         return Finding("steps", "warning", f"{steps}; hours are not known, since no speed was measured", remedy)
-    seconds = table.num_tokens / (rate.tokens_per_s * num_gpus)
-    origin = {
-        "measured": f"as measured in {report.metrics}",
-        "modelled": "modelled on the one micro-batch run above, without the optimizer and communication",
-        "given": "as given",
-    }[rate.origin]
-    return Finding(
-        "steps",
-        "ok",
-        f"{steps}, {show_duration(seconds)} ({seconds * num_gpus / 3600:.3g} GPU hours) at {rate.tokens_per_s:,.0f} "
-        f"tokens/s a process, {origin}",
-    )
+    seconds = table.num_tokens / (rate * num_processes)
+    hours = f"{show_duration(seconds)} ({seconds * num_processes / 3600:.3g} GPU hours)"
+    return Finding("steps", "ok", f"{steps}, {hours} at {rate:,.0f} tokens/s a process, {origin}")
 
 
 # -------------------------------------------------------------------------------------------- ports and hosts

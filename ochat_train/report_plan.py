@@ -346,20 +346,27 @@ def _micro_batches(store: TokenStore, plan: RunPlan, step: StepPlan, rank: int) 
 def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
     """The rate that is given, or was measured in the recipe's run folder, or follows from the first plan's.
 
-    What was measured is not taken if an override changes what it depends on, since it is that of the recipe as it is.
     The time of a plan is that of its dearest micro-batches, in which all ranks wait, so seconds grow with `cost`.
     """
     if report.request.tokens_per_s is not None:
         return Rate(report.request.tokens_per_s, "given")
     # What was measured in the first's folder is the first's.
     is_own = first is None or first.metrics != report.metrics
-    is_as_measured = _speed_sections(load_recipe(report.request.recipe)) == _speed_sections(report.recipe)
-    if is_own and is_as_measured and (rate := _measured(report.metrics)) is not None:
+    if is_own and (rate := measured_rate(report.request.recipe, report.recipe)) is not None:
         return rate
     if first is None or first.seconds is None or _speed_sections(first.recipe) != _speed_sections(report.recipe):
         return None
     seconds = first.seconds * report.cost / first.cost
     return Rate(report.table.num_tokens / (seconds * report.request.num_gpus), "modelled")
+
+
+def measured_rate(path: str, recipe: Recipe) -> Rate | None:
+    """The rate that was measured in the run folder of the recipe, which was read from `path`; None without steps.
+
+    It is not taken if an override changes what it depends on, since it is that of the recipe as it is.
+    """
+    is_as_measured = _speed_sections(load_recipe(path)) == _speed_sections(recipe)
+    return _measured(Path(recipe.checkpoint.dir) / "metrics.jsonl") if is_as_measured else None
 
 
 def _speed_sections(recipe: Recipe) -> tuple[object, ...]:

@@ -18,8 +18,9 @@ from ochat_train import doctor, doctor_checks
 from ochat_train.doctor_checks import GIB, Finding, Machine, MemoryPlan
 from ochat_train.model.memory import count_activations, measure_size
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.report_plan import Request, read_plans
+from ochat_train.report_plan import Rate
 from ochat_train.tokens.batch import collate
+from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.planning import make_run_plan
@@ -353,16 +354,15 @@ def test_what_a_resumed_run_has_already_on_disk_is_not_needed_again(
 
 def test_light_checkpoints_take_disk_too(recipe_path: Path) -> None:
     size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
-    (report,) = read_plans([Request(str(recipe_path), ("train.epochs=6",), 2, None)])
 
     def num_light(*overrides: str) -> int:
-        detail = doctor_checks.check_disk(load_recipe(recipe_path, ["train.epochs=6", *overrides]), size, report).detail
+        detail = doctor_checks.check_disk(load_recipe(recipe_path, ["train.epochs=6", *overrides]), size, 50).detail
         found = re.search(r", (\d+) light ones", detail)
         return int(found[1]) if found else 0
 
     assert num_light() == 0
     assert num_light("checkpoint.models.every_epochs=2") == 3
-    assert num_light("checkpoint.models.every_steps=1") == report.table.num_steps
+    assert num_light("checkpoint.models.every_steps=1") == 50
     assert num_light("checkpoint.models.every_steps=1", "checkpoint.models.keep=2") == 3
 
 
@@ -485,15 +485,13 @@ def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
 # ---- Steps ----
 
 
-def test_hours_are_given_only_where_a_speed_is_known(recipe_path: Path) -> None:
-    (report,) = read_plans([Request(str(recipe_path), (), 2, None)])
-    unknown = doctor_checks.check_steps(report, None)
+def test_hours_are_given_only_where_a_speed_is_known(recipe: Recipe, quickstart: ChatTokenizer) -> None:
+    plan = make_run_plan(recipe, TokenStore(recipe.data.store), config_of(recipe, quickstart), 2)
+    table = make_table(plan)
+    unknown = doctor_checks.check_steps(table, None, None)
     assert unknown.state == "warning" and "no speed was measured" in unknown.detail
-    modelled = doctor_checks.check_steps(report, 100.0)
+    modelled = doctor_checks.check_steps(table, None, 100.0)
     assert "at 100 tokens/s a process, modelled on" in modelled.detail
-    (given,) = read_plans([Request(str(recipe_path), (), 2, 50.0)])
-    seconds = given.table.num_tokens / 100
-    assert (
-        f"({seconds * 2 / 3600:.3g} GPU hours) at 50 tokens/s a process, as given"
-        in doctor_checks.check_steps(given, 100.0).detail
-    )
+    measured = doctor_checks.check_steps(table, Rate(50.0, "measured", 7, (2,)), 100.0)
+    hours = table.num_tokens / 100 * 2 / 3600
+    assert f"({hours:.3g} GPU hours) at 50 tokens/s a process, as measured in 7 steps" in measured.detail
