@@ -495,7 +495,8 @@ def _nearest_that_fits(plan: MemoryPlan, config: Any) -> str:
     for stage in (2, 3):
         setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
         if plan.fits(setting):
-            return f"set zero.stage: {stage} and zero.offload: optimizer"
+            host = _gib(plan.host_needs(setting))
+            return f"set zero.stage: {stage} and zero.offload: optimizer, with {host} of host memory"
     for number in (own.num_processes * 2**power for power in range(1, 8)):
         for stage in (2, 3):
             if plan.machine.gpu_bytes and plan.fits(plan.setting(stage, offload=False, num_processes=number)):
