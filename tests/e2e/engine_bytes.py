@@ -30,7 +30,7 @@ NUM_TOKENS = 16  # so few that activations do not count beside the weights
 
 
 def small_config() -> Any:
-    """Of 1,115,264 weights, in layers that stage 3 splits and does not keep whole: each is above 100,000."""
+    """Of 1,114,560 weights, in matrices of above 100,000 each, so that stage 3 splits all of them between uses."""
     return AutoConfig.for_model(
         "llama",
         vocab_size=500,
