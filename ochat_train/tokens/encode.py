@@ -11,6 +11,8 @@ from ochat_train.conversations.schema import Conversation, Role
 from ochat_train.conversations.template import ChatTemplate, Segment
 from ochat_train.tokens.tokenizer import ChatTokenizer, TextEncoder
 
+TokenIds = npt.NDArray[np.int32]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -20,7 +22,7 @@ class Example:
     stands before it. It is NOT shifted, and loss_weights[0] is 0, because nothing stands before the first token.
     """
 
-    input_ids: npt.NDArray[np.int32]
+    input_ids: TokenIds
     loss_weights: npt.NDArray[np.float32]
 
     @property
@@ -101,7 +103,7 @@ def encode(
     ids_of = dict(zip(texts, tokenizer.encode_texts(texts), strict=True))
     special = {token: np.array([id_], dtype=np.int32) for token, id_ in tokenizer.special_ids.items()}
 
-    def join(segments: list[Segment]) -> npt.NDArray[np.int32]:
+    def join(segments: list[Segment]) -> TokenIds:
         pieces = [special[segment.text] if segment.is_special else ids_of[segment.text] for segment in segments]
         return np.concatenate([np.empty(0, dtype=np.int32), *pieces])
 
@@ -109,7 +111,7 @@ def encode(
     header_ids = {key: join(segments) for key, segments in headers.items()}
     end_ids, after_end_ids = special[template.end_token], join(after_end)
 
-    pieces: list[npt.NDArray[np.int32]] = []
+    pieces: list[TokenIds] = []
     weights: list[float] = []
     for conversation in conversations:
         condition = conversation.condition

@@ -14,7 +14,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,18 @@ def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
 
 class StoreChanged(Exception):
     """The files of an open store are no longer those that were opened."""
+
+
+class Examples(Protocol):
+    """What is planned and batched: the examples of a split, or a part of them. The fields are TokenStore's."""
+
+    lengths: npt.NDArray[np.int32]
+    weight_sums: npt.NDArray[np.float64]
+    condition_ids: npt.NDArray[np.int32]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Example: ...
 
 
 class TokenStore:

@@ -1,0 +1,117 @@
+"""An example under another condition than its own: the same texts behind other headers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ochat_train.conversations.schema import Conversation, Message, Role
+from ochat_train.tokens.encode import Example, TokenIds, encode
+from ochat_train.tokens.store import Examples
+from ochat_train.tokens.tokenizer import ChatTokenizer
+
+_ROLES: tuple[Role, ...] = ("user", "assistant", "tool", "system")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template puts around the texts of a conversation under one condition, as i32[...] token ids.
+
+    beginning: what stands before the first turn, without the system message. headers: of a turn of each role; that of a
+    system message depends on no condition, and may be empty. end_id and after_end stand behind each text.
+    """
+
+    beginning: TokenIds
+    headers: Mapping[Role, TokenIds]
+    end_id: int
+    after_end: TokenIds
+
+
+def make_frame(tokenizer: ChatTokenizer, condition: str) -> Frame:
+    """The frame of the tokenizer's template under a condition; empty text: none."""
+    silent = Conversation("", "", condition, "", tuple(Message(role, "") for role in _ROLES))
+    encoded = encode([silent], tokenizer.template, tokenizer)[0]
+    ids, turns = encoded.example.input_ids, encoded.turns
+    return Frame(
+        beginning=ids[: encoded.prefix_length],
+        headers={turn.role: ids[turn.start : turn.text_start] for turn in turns},
+        end_id=tokenizer.end_id,
+        after_end=ids[turns[0].text_end + 1 : turns[0].end],
+    )
+
+
+def recondition(example: Example, own: Frame, other: Frame) -> Example:
+    """The example, made under the frame `own`, as it would be under `other`.
+
+    Equal to encoding its conversation with the other condition. Texts, end tokens and their weights stay as they are.
+    Of a part of a split conversation the same texts stay, cut where they were.
+
+    An end token ends a turn and stands nowhere else, because text never becomes a special token. So every turn is
+    found, and what it begins with is its header. One thing cannot be told: where a template gives system messages no
+    header, one whose text begins like the header of another turn is read as that turn.
+    """
+    assert np.array_equal(example.input_ids[: len(own.beginning)], own.beginning), "the example has another condition"
+    ids, weights = [other.beginning], [np.zeros(len(other.beginning), np.float32)]
+    for start, end in _turns(example.input_ids, own):
+        role = _role_at(start, example.input_ids, own)
+        text_start = start + len(own.headers[role])
+        ids += (other.headers[role], example.input_ids[text_start:end])
+        weights += (np.zeros(len(other.headers[role]), np.float32), example.loss_weights[text_start:end])
+    return Example(np.concatenate(ids), np.concatenate(weights))
+
+
+def _turns(ids: TokenIds, frame: Frame) -> Iterator[tuple[int, int]]:
+    """Where each turn starts and ends. The last one of a part may lack its end token."""
+    start = len(frame.beginning)
+    for position in np.flatnonzero(ids == frame.end_id).tolist():
+        if position >= start:  # the beginning may hold one too
+            end = position + 1 + len(frame.after_end)
+            yield start, end
+            start = end
+    if start < len(ids):
+        yield start, len(ids)
+
+
+def _role_at(start: int, ids: TokenIds, frame: Frame) -> Role:
+    """The role of the turn that starts there: whose header it begins with, the longest if there are several."""
+    headers = frame.headers
+    fitting = [role for role in headers if np.array_equal(ids[start : start + len(headers[role])], headers[role])]
+    assert fitting, "a turn begins without a header of the template"
+    return max(fitting, key=lambda role: len(headers[role]))
+
+
+class Reconditioned:
+    """Examples, each under a condition of its own choice; made anew whenever one is read.
+
+    frames: (own, other) of each condition id. lengths: i32[n], of the examples as they are now. weight_sums and
+    condition_ids: as they were, so condition_ids still tells what each was made under.
+    """
+
+    def __init__(self, examples: Examples, frames: Sequence[tuple[Frame, Frame]]) -> None:
+        self.weight_sums, self.condition_ids = examples.weight_sums, examples.condition_ids
+        self._examples, self._frames = examples, frames
+        lengths = (len(self[position].input_ids) for position in range(len(examples)))
+        self.lengths: npt.NDArray[np.int32] = np.fromiter(lengths, np.int32, len(examples))
+
+    def __len__(self) -> int:
+        return len(self.condition_ids)
+
+    def __getitem__(self, position: int) -> Example:
+        return recondition(self._examples[position], *self._frames[self.condition_ids[position]])
+
+
+class Selected:
+    """Those of the examples that stand at `positions`, i64[n]."""
+
+    def __init__(self, examples: Examples, positions: npt.NDArray[np.int64]) -> None:
+        self.lengths = examples.lengths[positions]
+        self.weight_sums = examples.weight_sums[positions]
+        self.condition_ids = examples.condition_ids[positions]
+        self._examples, self._positions = examples, positions.tolist()
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> Example:
+        return self._examples[self._positions[position]]
