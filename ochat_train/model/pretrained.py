@@ -1,5 +1,6 @@
 """The model that training starts from: pretrained or from a config, with the template's special tokens in it."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,8 +34,8 @@ def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -
     return made
 
 
-def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
-    """The quadratic length (see plan.py) of a model of this configuration, on sequences of up to `max_tokens` tokens.
+def matrix_weights_of(config: Any) -> int:
+    """Entries of all matrices that a token passes, over all layers and the head, in a model of this configuration.
 
     config: of transformers. The model is made without memory, so that its matrices can be counted whatever its
     architecture. All experts of a mixture count as if each token passed them.
@@ -45,15 +46,26 @@ def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of many kinds: whatever a model's code says about values that it does not expect
         raise ValueError(f"no {config.model_type} can be made of this model's configuration: {error!r}") from error
-    num_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
+    num_weights: int = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:  # else it is passed as the head
         num_weights -= embedding.weight.numel()
+    return num_weights
+
+
+def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
+    """The quadratic length (see plan.py) of a model of this configuration, on sequences of up to `max_tokens`."""
+    config = config.get_text_config()
     # Without heads there is no attention that we could run; PackedCausalLM says so.
     num_heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else 0)
     num_full = sum(window is None or window >= max_tokens for window in _attention_windows(config))
-    return quadratic_length(num_weights=num_weights, attention_width=num_full * num_heads * head_dim)
+    return quadratic_length(num_weights=matrix_weights_of(config), attention_width=num_full * num_heads * head_dim)
+
+
+def max_positions_of(config: Any) -> int:
+    """How many positions a model of this configuration has; sys.maxsize where it does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def _attention_windows(config: Any) -> list[int | None]:
