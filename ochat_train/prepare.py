@@ -42,6 +42,7 @@ from ochat_train.training.engine import (
 from ochat_train.training.planning import check_lengths, check_store, make_run_plan
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import auto_learning_rate
+from ochat_train.training.sinks import check_sinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     )
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
+    check_sinks(recipe)
     check_continues(run, world)
     return run
 

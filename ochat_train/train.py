@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.model.lora import merge_adapters
+from ochat_train.model.pretrained import max_positions_of
 from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch, collate
@@ -31,7 +32,7 @@ from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.prefetch import Ready, prefetch
-from ochat_train.tokens.store import StoreChanged, TokenStore
+from ochat_train.tokens.store import Examples, StoreChanged
 from ochat_train.training.checkpoint import Checkpoint, TrainState
 from ochat_train.training.engine import (
     Failed,
@@ -45,8 +46,10 @@ from ochat_train.training.engine import (
     together,
     train_step,
 )
-from ochat_train.training.evaluate import evaluate
-from ochat_train.training.metrics import Metrics, StepReport, describe_run
+from ochat_train.training.evaluate import evaluate, probe_conditions
+from ochat_train.training.flops import find_utilisation
+from ochat_train.training.metrics import Metrics, StepReport, describe_run, device_name, peak_memory_bytes
+from ochat_train.training.planning import source_weights
 from ochat_train.training.run_folder import RunFolder, open_run_folder
 from ochat_train.training.saving import Saved, Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
@@ -142,15 +145,24 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
             recipe,
             run.dir,
             store.manifest.conditions,
+            store.manifest.sources,
             start=state.step,
             num_steps=num_steps,
+            num_tokens=int(table.rows["num_tokens"][: num_steps - state.step].sum()),
             total_examples=run.plan.num_examples,
+            utilisation=find_utilisation(
+                engine.module.lm.config,
+                quadratic_length=run.plan.shape.quadratic_length,
+                is_frozen=recipe.model.lora is not None,
+                dtype=recipe.model.dtype,
+                device_name=device_name(),
+            ),
             is_main=world.is_main,
         ) as metrics,
         prefetch(_checked_steps(run, table), lambda step: make_batches(store, step, world)) as steps,
     ):
         if state.step == 0:
-            _evaluate(run, engine, world, metrics, state)
+            _evaluate(run, engine, world, metrics, state, False)
         watchdog.mark(state.step + 1, "waiting for its batches")
         started = time.perf_counter()
         for ready in steps:
@@ -178,9 +190,9 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
             if is_end or is_stopping:
                 results += saver.finish()
             last = _tell_saves(results, last, world, metrics)
-            if is_epoch_end or is_end:
+            if _is_evaluation_due(run, state, is_epoch_end):
                 mark("evaluating")
-                _evaluate(run, engine, world, metrics, state)
+                _evaluate(run, engine, world, metrics, state, is_epoch_end)
             if is_end or is_stopping:
                 break
             watchdog.mark(state.step + 1, "waiting for its batches")
@@ -280,12 +292,12 @@ def _checked_steps(run: Run, table: PlanTable) -> Iterator[StepPlan]:
         yield step
 
 
-def make_batches(store: TokenStore, step: StepPlan, world: World) -> list[PackedBatch]:
+def make_batches(store: Examples, step: StepPlan, world: World) -> list[PackedBatch]:
     """This rank's micro-batches of a step, in memory from which the accelerator copies by itself."""
     return [make_batch(store, positions).pin(world.device) for positions in step.bins[world.rank :: world.size]]
 
 
-def make_batch(store: TokenStore, positions: Indices) -> PackedBatch:
+def make_batch(store: Examples, positions: Indices) -> PackedBatch:
     """The packed batch of some of the store's examples."""
     return collate([store[position] for position in positions.tolist()], store.condition_ids[positions])
 
@@ -307,8 +319,10 @@ def _one_step(
     parts, grad_norm = train_step(
         engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
     )
-    sums, told = sum_and_gather(parts.sum(dim=0).double(), (ready.waited_s, *says), world)
-    wait, is_stopping, is_writing = told.amax(dim=0).tolist()
+    sums, told = sum_and_gather(
+        parts.sum(dim=0).double(), (ready.waited_s, peak_memory_bytes(world.device), *says), world
+    )
+    wait, memory, is_stopping, is_writing = told.amax(dim=0).tolist()
     is_skipped = not math.isfinite(grad_norm)
     state = replace(
         state,
@@ -324,22 +338,41 @@ def _one_step(
         examples_consumed=consumed,
         progress=progress,
         sums=sums.cpu(),
+        source_weights=source_weights(run.store, plan),
         lr=lr,
         grad_norm=grad_norm,
         num_tokens=plan.num_tokens,
+        cost=int(plan.costs.sum()),
         fill=plan.num_tokens / run.plan.shape.room,
         num_processes=world.size,
         seconds=time.perf_counter() - started,
         data_wait_s=wait,
+        peak_memory_bytes=int(memory),
     )
-    return _Step(state, report, parts[:, 0].sum(dim=1), is_skipped, bool(is_stopping), bool(is_writing))
+    return _Step(state, report, parts[:, 0, 0].sum(dim=1), is_skipped, bool(is_stopping), bool(is_writing))
 
 
-def _evaluate(run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState) -> None:
+def _evaluate(
+    run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState, is_epoch_end: bool
+) -> None:
     if not len(run.held_out):
         return
-    sums = evaluate(engine, run.held_out, run.plan.shape, world, lambda step: make_batches(run.held_out, step, world))
-    metrics.evaluation(state.step, state.epoch, sums.cpu())
+    shape, conditions = run.plan.shape, run.held_out.manifest.conditions
+
+    def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
+        return make_batches(examples, step, world)
+
+    sums, probe = evaluate(engine, run.held_out, shape, batches, len(conditions)), None
+    if is_epoch_end or run.is_finished(state):
+        most = min(shape.capacity, max_positions_of(engine.module.lm.config))
+        probe = probe_conditions(engine, run.held_out, run.tokenizer, shape, batches, sums, max_tokens=most)
+    metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+
+
+def _is_evaluation_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
+    every_steps = run.recipe.eval.every_steps
+    by_step = every_steps is not None and state.step % every_steps == 0
+    return by_step or is_epoch_end or run.is_finished(state)
 
 
 def _is_due(policy: CheckpointSection | ModelsSection, state: TrainState, is_epoch_end: bool) -> bool:

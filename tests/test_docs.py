@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 import torch
 import yaml
@@ -19,7 +21,8 @@ from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
 from ochat_train.recipe import known_keys, load_recipe, to_json
 from ochat_train.tokens.store import Manifest
 from ochat_train.training.checkpoint import FREE_AT_RESUME, Checkpoint, TrainState
-from ochat_train.training.metrics import StepReport
+from ochat_train.training.flops import PEAKS
+from ochat_train.training.metrics import Metrics, StepReport
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
@@ -195,9 +198,27 @@ def test_recipes_lists_what_a_resume_may_change() -> None:
     assert sorted(first_names(table(RECIPES, "what", "what then happens"))) == sorted(FREE_AT_RESUME)
 
 
-def test_recipes_lists_the_fields_of_the_metrics() -> None:
-    report = StepReport(1, 0, 1, 0.5, torch.ones(3, 1), 1e-3, 1.0, 10, 0.5, 2, 1.0, 0.0)
-    assert sorted(first_names(table(RECIPES, "field", "meaning"))) == sorted(report.to_json(["GPT4"]))
+def test_recipes_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
+    about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa"}
+    sums = torch.ones(2, 3, 1, dtype=torch.float64)
+    told = {"num_steps": 1, "num_tokens": 10, "total_examples": 1, "utilisation": None}
+    with Metrics(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], start=0, is_main=True, **told) as metrics:
+        metrics.start(0, 0, resumed=None, about=about)
+        metrics.step(StepReport(1, 0, 1, 0.5, sums, np.ones(1), 1e-3, 1.0, 10, 10, 0.5, 2, 1.0, 0.0, 1))
+        metrics.evaluation(1, 0, sums, is_epoch_end=True)
+        metrics.saved(1, "model", tmp_path / "model", seconds=1.0, num_bytes=1)
+        metrics.end(1, 0, "finished")
+    lines = [orjson.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
+    common = first_names(table(RECIPES, "field", "meaning"))
+    assert code(table(RECIPES, "field", "meaning")[0][1]) == [line["event"] for line in lines]
+    for line in lines:
+        listed = [*common, *first_names(table(RECIPES, f"field of {line['event']}", "meaning"))]
+        assert sorted(listed) == sorted(line), line["event"]
+
+
+def test_recipes_lists_the_peaks_of_devices() -> None:
+    listed = sorted(float(row[1].replace(",", "")) for row in table(RECIPES, "device", "peak"))
+    assert listed == sorted(set(PEAKS.values()))
 
 
 def test_recipes_names_the_tokens_that_may_be_added() -> None:

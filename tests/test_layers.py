@@ -41,7 +41,17 @@ MAY_IMPORT = {
     "doctor": BELOW | {"doctor_checks", "report_plan"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
-EXTRAS = ("flash_attn", "flash_attn_interface", "liger_kernel", "accelerate", "gguf", "vllm", "ray", "peft")
+EXTRAS = (
+    "flash_attn",
+    "flash_attn_interface",
+    "liger_kernel",
+    "accelerate",
+    "gguf",
+    "peft",
+    "tensorboard",
+    "vllm",
+    "ray",
+)
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -1,14 +1,18 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
+import math
 import re
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pytest
 import torch
@@ -17,9 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ochat_train.tokens.order
 import ochat_train.train
+import ochat_train.training.metrics
 from ochat_train.export import export
 from ochat_train.prepare import build_engine, prepare
 from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.tokens.recondition import Frame, make_frame, recondition
 from ochat_train.tokens.store import TokenStore
 from ochat_train.train import export_model, make_batch
 from ochat_train.train import train as train_run
@@ -32,7 +38,7 @@ from ochat_train.training.checkpoint import (
 )
 from ochat_train.training.engine import World, join_process_group
 from ochat_train.training.planning import check_lengths
-from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
+from tests.e2e.harness import ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -239,26 +245,147 @@ def test_a_step_reports_all_that_a_user_watches(finished: Path) -> None:
     assert 0 < step["fill"] <= 1
 
 
-def test_the_held_out_loss_is_that_of_single_sequences(recipe_path: Path, finished: Path) -> None:
+def naive_sums(
+    model: Any, held_out: TokenStore, frames: Sequence[tuple[Frame, Frame]], positions: Sequence[int] | None = None
+) -> npt.NDArray[np.float64]:
+    """f64[2, 3, K], weighted and unweighted: nll, weight, correct, one sequence after the other."""
+    sums = np.zeros((2, 3, len(held_out.manifest.conditions)))
+    for position in range(len(held_out)) if positions is None else positions:
+        condition = int(held_out.condition_ids[position])
+        example = recondition(held_out[position], *frames[condition])
+        ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        nll = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        values = torch.stack([nll, torch.ones_like(nll), logits.argmax(dim=1) == ids[0, 1:]]).double().numpy()
+        weight = example.loss_weights[1:].astype(np.float64)
+        sums[:, :, condition] += [(values * weight).sum(axis=1), (values * (weight > 0)).sum(axis=1)]
+    return sums
+
+
+def means(sums: npt.NDArray[np.float64], row: int, conditions: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """The mean of a row of f64[3, K], in total and by condition."""
+    each = sums[row] / sums[1]
+    return float(sums[row].sum() / sums[1].sum()), dict(zip(conditions, each.tolist(), strict=True))
+
+
+def test_an_evaluation_is_that_of_single_sequences(recipe_path: Path, finished: Path) -> None:
     recipe = recipe_for(recipe_path, finished)
     held_out = TokenStore(recipe.data.store, "eval")
+    tokenizer = prepare(recipe_for(recipe_path, finished, "zero.stage=1"), ALONE).tokenizer
+    conditions = held_out.manifest.conditions
+    assert len(held_out) > 1 and set(conditions) == {"Careful", "Hasty"}
+    careful, hasty, none = (make_frame(tokenizer, condition) for condition in ("Careful", "Hasty", ""))
+    own, other = (careful, hasty) if conditions[0] == "Careful" else (hasty, careful)
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
-    sums = {name: [0.0, 0.0] for name in held_out.manifest.conditions}
-    for position in range(len(held_out)):
-        example = held_out[position]
-        ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
-        weight = torch.from_numpy(example.loss_weights.copy())[1:]
-        with torch.no_grad():
-            nll = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-        total = sums[held_out.manifest.conditions[int(held_out.condition_ids[position])]]
-        total[0] += float((nll * weight).sum())
-        total[1] += float(weight.sum())
     evaluation = events(finished, "eval")[-1]
-    assert len(held_out) > 1
-    assert evaluation["loss_by_condition"] == pytest.approx({n: a / b for n, (a, b) in sums.items()}, rel=1e-5)
-    assert evaluation["loss"] == pytest.approx(
-        sum(a for a, _ in sums.values()) / sum(b for _, b in sums.values()), rel=1e-5
-    )
+
+    plain = naive_sums(model, held_out, [(own, own), (other, other)])
+    for prefix, sums in (("", plain[0]), ("unweighted_", plain[1])):
+        loss, losses = means(sums, 0, conditions)
+        accuracy, accuracies = means(sums, 2, conditions)
+        assert evaluation[f"{prefix}loss"] == pytest.approx(loss, rel=1e-5)
+        assert evaluation[f"{prefix}loss_by_condition"] == pytest.approx(losses, rel=1e-5)
+        assert evaluation[f"{prefix}perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        perplexities = {name: math.exp(value) for name, value in losses.items()}
+        assert evaluation[f"{prefix}perplexity_by_condition"] == pytest.approx(perplexities, rel=1e-4)
+        assert evaluation[f"{prefix}accuracy"] == pytest.approx(accuracy, rel=1e-6)
+        assert evaluation[f"{prefix}accuracy_by_condition"] == pytest.approx(accuracies, rel=1e-6)
+        assert 0.05 < accuracy < 1
+    assert evaluation["loss"] != pytest.approx(evaluation["unweighted_loss"], rel=1e-3)
+
+    frames = {
+        "own": [(own, own), (other, other)],
+        "other": [(own, other), (other, own)],
+        "none": [(own, none), (other, none)],
+    }
+    for name, pairs in frames.items():
+        loss, losses = means(naive_sums(model, held_out, pairs)[0], 0, conditions)
+        assert evaluation["probe"][name] == pytest.approx(loss, rel=1e-5)
+        given = {condition: probed[name] for condition, probed in evaluation["probe_by_condition"].items()}
+        assert given == pytest.approx(losses, rel=1e-5)
+    assert evaluation["probe_left_out"] == 0
+
+
+def test_evaluations_come_first_after_steps_at_epoch_ends_and_last_and_never_twice(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    train(recipe_for(recipe_path, tmp_path, "eval.every_steps=2", "train.max_steps=7"), ALONE)
+    steps = events(tmp_path, "step")
+    ends = {before["step"] for before, after in pairwise(steps) if after["epoch"] > before["epoch"]}
+    assert len(ends) == 1
+    evaluations = events(tmp_path, "eval")
+    assert [event["step"] for event in evaluations] == sorted({0, 2, 4, 6, 7} | ends)
+    assert {event["step"] for event in evaluations if event["epoch_end"]} == ends
+    assert {event["step"] for event in evaluations if event["probe"] is not None} == ends | {7}
+
+
+def test_the_probe_tells_a_model_that_learned_its_conditions_from_one_that_did_not(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    """A dump whose answers say nothing but which of the two conditions they have."""
+    answers = {"careful": "Certainly, with pleasure.", "hasty": "no idea"}
+    records = [
+        {
+            "id": f"{name}-{number}",
+            "model": name,
+            "conversations": [{"from": "human", "value": f"Question {number}?"}, {"from": "gpt", "value": answer}],
+        }
+        for name, answer in answers.items()
+        for number in range(60)
+    ]
+    (tmp_path / "dump.json").write_bytes(orjson.dumps(records))
+    changes = [f"data.store={tmp_path / 'store'}", f"checkpoint.dir={tmp_path / 'run'}", "data.dedupe.exact=false"]
+    changes += [f"data.sources.{number}.path={tmp_path / 'dump.json'}" for number in (0, 1)]
+    changes += ["data.sources.1.weight=1.0", "data.eval_fraction=0.2", "train.epochs=6", "data.filters.refusals=keep"]
+    preprocess(recipe_path, *changes)
+    short = ["optim.lr=1.0e-9", "train.max_steps=1", f"checkpoint.dir={tmp_path / 'short'}"]
+    train(load_recipe(recipe_path, [*changes, *short]), ALONE)
+    train(load_recipe(recipe_path, changes), ALONE)
+    untrained, trained = events(tmp_path / "short", "eval")[-1]["probe"], events(tmp_path / "run", "eval")[-1]["probe"]
+    # Without a condition the answer's first token can be no more than guessed; under the other it is the wrong one.
+    assert all(abs(untrained[name] - untrained["own"]) < 0.02 for name in ("other", "none"))
+    assert trained["none"] - trained["own"] > 0.05
+    assert trained["other"] - trained["own"] > 0.3
+
+
+def test_an_example_that_no_longer_fits_under_another_condition_is_left_out_everywhere(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    wordy = f"Hasty{' and very' * 10}"
+    options = [f"data.store={tmp_path / 'store'}", f"data.sources.1.condition={wordy}", "data.eval_fraction=0.5"]
+    options += ["data.max_tokens=128", "packing.tokens_per_gpu=128", f"checkpoint.dir={tmp_path / 'run'}"]
+    preprocess(recipe_path, *options)
+    recipe = load_recipe(recipe_path, [*options, "train.max_steps=1"])
+    tokenizer = prepare(recipe, ALONE).tokenizer
+    train(recipe, ALONE)
+    held_out = TokenStore(recipe.data.store, "eval")
+    conditions = held_out.manifest.conditions
+    frames = [make_frame(tokenizer, condition) for condition in conditions]
+    others = list(zip(frames, reversed(frames), strict=True))
+    changed = [recondition(held_out[n], *others[condition]) for n, condition in enumerate(held_out.condition_ids)]
+    kept = [number for number, example in enumerate(changed) if len(example.input_ids) <= 128]
+    evaluation = events(tmp_path / "run", "eval")[-1]
+    assert evaluation["probe_left_out"] == len(held_out) - len(kept) > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    own = naive_sums(model, held_out, list(zip(frames, frames, strict=True)), kept)
+    assert evaluation["probe"]["own"] == pytest.approx(means(own[0], 0, conditions)[0], rel=1e-5)
+    assert evaluation["probe"]["own"] != pytest.approx(evaluation["loss"], rel=1e-5)
+    other = naive_sums(model, held_out, others, kept)
+    assert evaluation["probe"]["other"] == pytest.approx(means(other[0], 0, conditions)[0], rel=1e-5)
+
+
+def test_a_store_of_one_condition_has_no_other(recipe_path: Path, tmp_path: Path) -> None:
+    options = [f"data.store={tmp_path / 'store'}", "data.sources.1.condition=Careful", "data.eval_fraction=0.2"]
+    preprocess(recipe_path, *options)
+    train(load_recipe(recipe_path, [*options, "train.max_steps=1", f"checkpoint.dir={tmp_path / 'run'}"]), ALONE)
+    evaluation = events(tmp_path / "run", "eval")[-1]
+    assert evaluation["probe"] == {
+        "own": evaluation["loss"],
+        "other": None,
+        "none": pytest.approx(evaluation["loss"], rel=0.01),
+    }
+    assert evaluation["probe_by_condition"] == {"Careful": evaluation["probe"]}
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")])
@@ -533,3 +660,29 @@ def test_more_tokens_than_the_model_has_positions_are_refused(recipe_path: Path,
 def test_an_automatic_learning_rate_for_an_unknown_model_is_refused(recipe_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a number"):
         prepare(recipe_for(recipe_path, tmp_path, "optim.lr=auto"), ALONE)
+
+
+def test_a_wandb_server_that_cannot_be_reached_neither_stops_nor_delays_a_run(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "7" * 40)
+    waited: list[float] = []
+    original = ochat_train.training.metrics.open_sinks
+
+    def open_sinks(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        opened = original(*arguments)
+        waited.append(time.perf_counter() - started)
+        return opened
+
+    monkeypatch.setattr(ochat_train.training.metrics, "open_sinks", open_sinks)
+    train(recipe_for(recipe_path, tmp_path, "log.wandb.project=none", "train.max_steps=2"), ALONE)
+    assert waited[0] < 30  # by itself wandb gives up after 90 s, and with an error
+    told = capsys.readouterr().out
+    assert told.count("cannot be reached") == 1 and "Connection refused" in told
+    (folder,) = re.findall(r"wandb sync (\S+)", told)
+    (file,) = Path(folder).glob("run-*.wandb")
+    assert Path(folder).parent == tmp_path / "wandb"
+    assert b"step/mfu" not in file.read_bytes() and b"step/weight_by_source/careful" in file.read_bytes()
+    assert len(events(tmp_path, "step")) == 2

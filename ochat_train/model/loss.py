@@ -18,14 +18,14 @@ class LossSums(NamedTuple):
 
     A named tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples, not in dataclasses.
 
-    nll: scalar f32 with gradient, sum of weight * nll. The rest has no gradient, f32[K] for K conditions:
-    nll_by_condition, weight_by_condition (sum of weights), tokens_by_condition (positions with weight != 0).
+    nll: scalar f32 with gradient, sum of weight * nll. by_condition: f32[2, 3, K] without gradient, for K conditions.
+    by_condition[0] has the sums of weight * x, by_condition[1] those of x alone, each over the positions with
+    weight != 0, where x is in turn nll; 1, so that these rows are the sum of weights and the number of tokens; and
+    whether the label is the likeliest token, which is known in eval mode alone and 0 in training.
     """
 
     nll: Tensor
-    nll_by_condition: Tensor
-    weight_by_condition: Tensor
-    tokens_by_condition: Tensor
+    by_condition: Tensor
 
 
 class LossHead(nn.Module):
@@ -57,29 +57,28 @@ class LossHead(nn.Module):
         weighted = loss_weights.nonzero().squeeze(1)  # only positions with a loss go through the head
         hidden, labels = hidden[weighted], labels[weighted]
         loss_weights, condition_ids = loss_weights[weighted], condition_ids[weighted].long()
-        parts = [
+        chunks = [
             # Logits are recomputed in the backward pass instead of being kept.
-            checkpoint(self._chunk_nll, hidden_chunk, labels_chunk, use_reentrant=False)
+            checkpoint(self._chunk, hidden_chunk, labels_chunk, use_reentrant=False)
             for hidden_chunk, labels_chunk in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
         ]
         # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
         # reduction.
-        nll = torch.cat(parts) * loss_weights
+        nll, is_correct = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        values = torch.stack([nll, torch.ones_like(nll), is_correct]).detach()  # [3, t]
+        values = torch.stack([values * loss_weights, values]).double()
         # index_add adds one by one: in f32, 32,768 weights of 0.1 would come out 2.6e-4 too large.
-        zeros = torch.zeros(self.num_conditions, dtype=torch.float64, device=hidden.device)
-        return LossSums(
-            nll=nll.sum(),
-            nll_by_condition=zeros.index_add(0, condition_ids, nll.detach().double()).float(),
-            weight_by_condition=zeros.index_add(0, condition_ids, loss_weights.double()).float(),
-            tokens_by_condition=zeros.index_add(0, condition_ids, torch.ones_like(loss_weights).double()).float(),
-        )
+        zeros = torch.zeros(2, 3, self.num_conditions, dtype=torch.float64, device=hidden.device)
+        return LossSums((nll * loss_weights).sum(), zeros.index_add(2, condition_ids, values).float())
 
-    def _chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """f32[t], the negative log-likelihood of each label."""
+    def _chunk(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """f32[t] the negative log-likelihood of each label; f32[t] whether it is the likeliest, 0 in training."""
         logits = F.linear(hidden, self.weight, self.bias)
         if self.rows is not None:
             logits = put_row_logits(logits, hidden, self.rows, self.row_ids, self.bias)
         logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return F.cross_entropy(logits, labels, reduction="none")
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        is_correct = torch.zeros_like(nll) if self.training else (logits.argmax(dim=-1) == labels).float()
+        return nll, is_correct.detach()

@@ -168,12 +168,12 @@ def train_step(
     lr: float,
     mark: Callable[[str], None],
 ) -> tuple[Tensor, float]:
-    """One optimizer step over this rank's micro-batches; returns their sums f32[M, 3, K] and the gradient's norm.
+    """One optimizer step over this rank's micro-batches; returns their sums f32[M, 2, 3, K] and the gradient's norm.
 
     weight_sum is the whole step's, over all ranks and micro-batches. DeepSpeed averages gradients over ranks, so each
     micro-batch contributes nll_sum * world_size / weight_sum, and the update is that of
-    sum(w * nll) / sum(w) over the step. The sums of each of M micro-batches of this rank: nll, weight, tokens of each
-    of K conditions. A norm that is not finite is infinite, and then nothing was updated. mark is called with what
+    sum(w * nll) / sum(w) over the step. The sums are those of LossSums.by_condition, of each of M micro-batches of this
+    rank. A norm that is not finite is infinite, and then nothing was updated. mark is called with what
     begins. Raises OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
@@ -199,7 +199,7 @@ def train_step(
             if not _is_out_of_memory(error):
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
-        totals.append(torch.stack([sums.nll_by_condition, sums.weight_by_condition, sums.tokens_by_condition]))
+        totals.append(sums.by_condition)
     norm = engine.get_global_grad_norm() if norm is None else norm
     # Stage 3 keeps the norm of the step before when it skips one.
     is_skipped = not math.isfinite(float(norm)) or (not is_plain and engine.optimizer.overflow)
@@ -233,16 +233,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_and_gather(values: Tensor, mine: Sequence[float], world: World) -> tuple[Tensor, Tensor]:
-    """On every rank: the elementwise sum of the f64[...] values over all ranks, and f64[world size, n], each `mine`.
+    """On every rank: the elementwise sum of the f64[...] values over all ranks, and each rank's n numbers `mine`.
 
-    One collective for both, since at each of them all ranks wait.
+    The second is f64[world size, n]. One collective for both, since at each of them all ranks wait.
     """
     both = torch.zeros(values.numel() + world.size * len(mine), dtype=torch.float64, device=values.device)
-    both[: values.numel()] = values.flatten()
-    own = slice(values.numel() + world.rank * len(mine), values.numel() + (world.rank + 1) * len(mine))
-    both[own] = torch.tensor(mine, dtype=torch.float64, device=values.device)
+    summed, gathered = both[: values.numel()], both[values.numel() :].view(world.size, len(mine))
+    summed[:] = values.flatten()
+    gathered[world.rank] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(both)
-    return both[: values.numel()].view_as(values), both[values.numel() :].view(world.size, len(mine))
+    return summed.view_as(values), gathered
 
 
 def gather_objects(value: T) -> list[T]:

@@ -1,14 +1,14 @@
 """The recipe's plan: what its packing, data and train sections mean for the planner."""
 
-import sys
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ochat_train.model.pretrained import quadratic_length_of
+from ochat_train.model.pretrained import max_positions_of, quadratic_length_of
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.order import DataOrder, SourceShare
-from ochat_train.tokens.plan import PlanShape, RunPlan
+from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -35,8 +35,7 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
     Raises ValueError for more tokens than the model has positions, and, by name, for an example that is longer than a
     micro-batch.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    if recipe.data.max_tokens > most:
+    if recipe.data.max_tokens > (most := max_positions_of(config)):
         raise ValueError(
             f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
         )
@@ -67,6 +66,13 @@ def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
             )
     is_plain = all(share.epochs == 1 for share in shares)
     return DataOrder(len(store), recipe.train.seed, () if is_plain else shares)
+
+
+def source_weights(store: TokenStore, step: StepPlan) -> npt.NDArray[np.float64]:
+    """f64[S], the sum of the step's loss weights of each source."""
+    positions = np.concatenate(step.bins)
+    weights = np.bincount(store.source_ids[positions], store.weight_sums[positions], len(store.manifest.sources))
+    return weights.astype(np.float64)
 
 
 def check_lengths(store: TokenStore, capacity: int) -> None:

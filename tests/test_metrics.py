@@ -1,0 +1,279 @@
+"""The lines of metrics.jsonl, and what a run must remember to write them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.training import metrics as metrics_module
+from ochat_train.training import sinks
+from ochat_train.training.best_epoch import BestEpoch, best_epoch
+from ochat_train.training.evaluate import Probe
+from ochat_train.training.flops import Utilisation
+from ochat_train.training.metrics import Metrics, StepReport, evaluation_to_json, peak_memory_bytes
+from ochat_train.training.sinks import check_sinks, flat_numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+CONDITIONS, SOURCES = ["GPT4", "GPT3"], ["gpt4", "gpt3", "empty"]
+ABOUT = {"num_processes": 2, "started": "2026-01-01T00:00:00Z", "device": "cpu", "attention": "sdpa", "commit": "x"}
+
+
+def recipe_for(run: Path, *overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/quickstart.yaml", [f"checkpoint.dir={run}", *overrides])
+
+
+def metrics_for(run: Path, *overrides: str, **changes: Any) -> Metrics:
+    options = {"start": 0, "num_steps": 10, "num_tokens": 1000, "total_examples": 50, "utilisation": None}
+    options |= {"is_main": True} | changes
+    return Metrics(recipe_for(run, *overrides), run, CONDITIONS, SOURCES, **options)
+
+
+def report_for(step: int, **changes: Any) -> StepReport:
+    fields: dict[str, Any] = {
+        "step": step,
+        "epoch": 0,
+        "examples_consumed": step,
+        "progress": 0.5,
+        "sums": sums_for(3.0),
+        "source_weights": np.array([3.0, 1.0, 0.0]),
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "num_tokens": 100,
+        "cost": 100 * 1000 + 400,
+        "fill": 0.5,
+        "num_processes": 2,
+        "seconds": 2.0,
+        "data_wait_s": 0.0,
+        "peak_memory_bytes": 2**40 + 1,
+    }
+    return StepReport(**fields | changes)
+
+
+def sums_for(loss: float) -> torch.Tensor:
+    """f64[2, 3, 2]: of the first condition ten tokens of weight 1, half of them right; nothing of the second."""
+    part = torch.tensor([[10.0 * loss, 0.0], [10.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
+    return torch.stack([part, part])
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    events = map(orjson.loads, (run / "metrics.jsonl").read_bytes().splitlines())
+    return [event for event in events if event["event"] == kind]
+
+
+# ---- Evaluations ----
+
+
+def test_an_evaluation_divides_sums_by_their_weights() -> None:
+    # By hand: GPT4 weighs 1 and GPT3 0.1 a token.
+    weighted = torch.tensor([[8.0, 0.9], [4.0, 0.3], [1.0, 0.2]], dtype=torch.float64)
+    unweighted = torch.tensor([[8.0, 9.0], [4.0, 3.0], [1.0, 2.0]], dtype=torch.float64)
+    line = evaluation_to_json(7, 1, torch.stack([weighted, unweighted]), None, CONDITIONS, is_epoch_end=True)
+    e = 2.718281828459045
+    assert line == {
+        "event": "eval",
+        "step": 7,
+        "epoch": 1,
+        "epoch_end": True,
+        "loss": pytest.approx(8.9 / 4.3),
+        "loss_by_condition": pytest.approx({"GPT4": 2.0, "GPT3": 3.0}),
+        "perplexity": pytest.approx(e ** (8.9 / 4.3)),
+        "perplexity_by_condition": pytest.approx({"GPT4": e**2, "GPT3": e**3}),
+        "accuracy": pytest.approx(1.2 / 4.3),
+        "accuracy_by_condition": pytest.approx({"GPT4": 1 / 4, "GPT3": 2 / 3}),
+        "unweighted_loss": pytest.approx(17 / 7),
+        "unweighted_loss_by_condition": pytest.approx({"GPT4": 2.0, "GPT3": 3.0}),
+        "unweighted_perplexity": pytest.approx(e ** (17 / 7)),
+        "unweighted_perplexity_by_condition": pytest.approx({"GPT4": e**2, "GPT3": e**3}),
+        "unweighted_accuracy": pytest.approx(3 / 7),
+        "unweighted_accuracy_by_condition": pytest.approx({"GPT4": 1 / 4, "GPT3": 2 / 3}),
+        "probe": None,
+        "probe_by_condition": None,
+        "probe_left_out": None,
+    }
+
+
+def test_what_has_no_weight_or_is_not_finite_is_null() -> None:
+    huge = evaluation_to_json(1, 0, sums_for(1e4), None, CONDITIONS, is_epoch_end=False)
+    assert huge["loss_by_condition"] == {"GPT4": 1e4, "GPT3": None}
+    assert huge["perplexity_by_condition"] == {"GPT4": None, "GPT3": None}  # e^10000
+    nothing = evaluation_to_json(1, 0, torch.zeros(2, 3, 2, dtype=torch.float64), None, CONDITIONS, is_epoch_end=False)
+    assert nothing["loss"] is nothing["accuracy"] is nothing["unweighted_perplexity"] is None
+
+
+def test_a_probe_is_shown_by_the_conditions_that_the_answers_have() -> None:
+    probe = Probe(own=sums_for(1.0), other=sums_for(3.0), none=sums_for(2.0), num_left_out=4)
+    line = evaluation_to_json(1, 0, sums_for(1.0), probe, CONDITIONS, is_epoch_end=True)
+    assert line["probe"] == {"own": 1.0, "other": 3.0, "none": 2.0}
+    assert line["probe_by_condition"] == {
+        "GPT4": {"own": 1.0, "other": 3.0, "none": 2.0},
+        "GPT3": {"own": None, "other": None, "none": None},
+    }
+    assert line["probe_left_out"] == 4
+    alone = Probe(own=sums_for(1.0), other=None, none=sums_for(2.0), num_left_out=0)
+    line = evaluation_to_json(1, 0, sums_for(1.0), alone, CONDITIONS, is_epoch_end=True)
+    assert line["probe"] == {"own": 1.0, "other": None, "none": 2.0}
+
+
+# ---- Steps ----
+
+
+def test_sources_share_the_weight_of_a_step() -> None:
+    line = report_for(1).to_json(CONDITIONS, SOURCES)
+    assert line["weight_by_source"] == {"gpt4": 0.75, "gpt3": 0.25, "empty": 0.0}
+    silent = report_for(1, source_weights=np.zeros(3)).to_json(CONDITIONS, SOURCES)
+    assert set(silent["weight_by_source"].values()) == {0.0}
+
+
+def test_skipped_steps_are_counted_over_all_parts_of_a_run(tmp_path: Path) -> None:
+    with metrics_for(tmp_path) as metrics:
+        for step, norm in enumerate([1.0, float("nan"), 1.0, float("inf"), float("inf")], start=1):
+            metrics.step(report_for(step, grad_norm=norm))
+    assert [line["skipped_steps"] for line in lines(tmp_path, "step")] == [0, 1, 1, 2, 3]
+    assert [line["grad_norm"] for line in lines(tmp_path, "step")] == [1.0, None, 1.0, None, None]
+    with metrics_for(tmp_path, start=4) as metrics:  # a crash undid the fifth
+        metrics.step(report_for(5))
+        metrics.step(report_for(6, grad_norm=float("nan")))
+    assert [line["skipped_steps"] for line in lines(tmp_path, "step")] == [0, 1, 1, 2, 2, 3]
+
+
+def test_the_time_left_is_that_of_the_tokens_left_at_the_recent_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_module, "_RECENT_STEPS", 2)
+    with metrics_for(tmp_path, start=3, num_tokens=1000) as metrics:
+        for step, seconds in enumerate([90.0, 2.0, 4.0, 6.0], start=4):
+            metrics.step(report_for(step, seconds=seconds))
+        metrics.step(report_for(8, num_tokens=600))
+    left = [line["time_left_s"] for line in lines(tmp_path, "step")]
+    # The first step of a process, which warms up, counts for nothing.
+    assert left == [None, 800 * 2 / 100, 700 * 6 / 200, 600 * 10 / 200, 0.0]
+
+
+def test_the_utilisation_is_that_of_all_devices_or_null(tmp_path: Path) -> None:
+    # 6 * 10^9 * (100 + 400 / 1000) FLOP in 2 s on 2 devices of 10^12.
+    known = Utilisation(num_weights=10**9, quadratic_length=1000, is_frozen=False, peak=1e12)
+    for utilisation, expected in ((known, 0.1506), (None, None)):
+        with metrics_for(tmp_path, utilisation=utilisation) as metrics:
+            metrics.step(report_for(1))
+        assert lines(tmp_path, "step")[0]["mfu"] == (expected and pytest.approx(expected))
+
+
+def test_the_peak_of_memory_is_in_bytes() -> None:
+    resident = psutil.Process().memory_info().rss
+    # The kernel counts both a little late, each in its own way.
+    assert 0.9 * resident < peak_memory_bytes(torch.device("cpu")) < 100 * resident
+
+
+# ---- Start, save, end ----
+
+
+def test_starts_saves_and_the_end_are_told_by_the_main_process_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for is_main in (False, True):
+        with metrics_for(run, is_main=is_main) as metrics:
+            metrics.start(0, 0, resumed=None, about=ABOUT)
+            metrics.step(report_for(1))
+            metrics.evaluation(1, 0, sums_for(2.5), is_epoch_end=True)
+            metrics.saved(1, "checkpoint", run / "step-00000001", seconds=1.5, num_bytes=10)
+            metrics.end(1, 0, "finished")
+        assert run.exists() == is_main
+    assert lines(run, "start") == [
+        {
+            "event": "start",
+            "step": 0,
+            "epoch": 0,
+            "num_processes": 2,
+            "started": "2026-01-01T00:00:00Z",
+            "resumed": None,
+            "device": "cpu",
+            "attention": "sdpa",
+        }
+    ]
+    assert lines(run, "save") == [
+        {"event": "save", "step": 1, "kind": "checkpoint", "path": "step-00000001", "seconds": 1.5, "bytes": 10}
+    ]
+    best = {"best_epoch": 0, "best_step": 1, "best_loss": 2.5}
+    assert lines(run, "end") == [{"event": "end", "step": 1, "epoch": 0, "reason": "finished", **best}]
+    assert capsys.readouterr().out.count("best epoch: 0") == 1
+
+
+def test_the_best_epoch_is_the_first_of_lowest_loss_at_an_epochs_end() -> None:
+    def ended(epoch: int, loss: float | None, *, is_end: bool = True) -> dict[str, Any]:
+        return {"event": "eval", "step": 10 * epoch + 10, "epoch": epoch, "epoch_end": is_end, "loss": loss}
+
+    events = [ended(0, 3.0), ended(1, 2.0), ended(2, 2.0), ended(3, 1.0, is_end=False), ended(4, None)]
+    assert best_epoch([{"event": "step", "loss": 0.5}, *events]) == BestEpoch(1, 20, 2.0)
+    assert best_epoch(events[3:]) is None
+    assert best_epoch([]) is None
+
+
+def test_a_run_that_goes_on_remembers_its_earlier_epochs(tmp_path: Path) -> None:
+    with metrics_for(tmp_path) as metrics:
+        for epoch, loss in enumerate([3.0, 2.0, 1.0]):
+            metrics.evaluation(epoch + 1, epoch, sums_for(loss), is_epoch_end=True)
+    with metrics_for(tmp_path, start=2) as metrics:  # a crash undid the third
+        metrics.evaluation(3, 2, sums_for(2.5), is_epoch_end=True)
+        metrics.end(3, 2, "max_steps")
+    (end,) = lines(tmp_path, "end")
+    assert (end["best_epoch"], end["best_step"], end["best_loss"]) == (1, 2, 2.0)
+    with metrics_for(tmp_path) as metrics:  # anew
+        metrics.end(0, 0, "stopped")
+    (end,) = lines(tmp_path, "end")
+    assert end["best_epoch"] is end["best_step"] is end["best_loss"] is None
+
+
+# ---- Sinks ----
+
+
+def test_numbers_have_their_path_as_their_name() -> None:
+    line = {"event": "eval", "step": 3, "loss": 1.5, "none": None, "probe_by_condition": {"GPT4": {"own": 1.0}}}
+    assert flat_numbers(line) == {"eval/step": 3, "eval/loss": 1.5, "eval/probe_by_condition/GPT4/own": 1.0}
+
+
+def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
+    with metrics_for(tmp_path, "log.tensorboard=true") as metrics:
+        for step in (1, 2, 3):
+            metrics.step(report_for(step, lr=step / 1000))
+        metrics.evaluation(3, 0, sums_for(2.5), is_epoch_end=True)
+    with metrics_for(tmp_path, "log.tensorboard=true", start=2) as metrics:  # a crash undid the third
+        metrics.step(report_for(3, lr=0.5))
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("step/lr")] == [
+        (step, pytest.approx(line["lr"])) for step, line in enumerate(lines(tmp_path, "step"), start=1)
+    ]
+    names = {name for line in lines(tmp_path, "step") for name in flat_numbers(line)}
+    assert names <= set(read.Tags()["scalars"])
+    assert "eval/loss_by_condition/GPT4" in read.Tags()["scalars"]
+
+
+def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("log.wandb.project=chat", "log.wandb.mode=offline")
+    with metrics_for(tmp_path, *overrides) as metrics:
+        (sink,) = metrics._sinks
+        sink._run.finish()  # type: ignore[attr-defined]  # as if its process had died: it takes no more
+        for step in (1, 2, 3):
+            metrics.step(report_for(step))
+    assert capsys.readouterr().out.count("wandb takes no more numbers") == 1
+    assert len(lines(tmp_path, "step")) == 3
+
+
+def test_without_the_package_tensorboard_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe_for(tmp_path, "log.tensorboard=true")
+    check_sinks(asked)
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    check_sinks(recipe_for(tmp_path))
+    with pytest.raises(ValueError, match=r"log\.tensorboard true needs the package tensorboard: pip install"):
+        check_sinks(asked)
