@@ -1,13 +1,17 @@
 """The lines of metrics.jsonl, and what a run must remember to write them."""
 
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
 import psutil
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ochat_train.recipe import Recipe, load_recipe
@@ -266,6 +270,77 @@ def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(
             metrics.step(report_for(step))
     assert capsys.readouterr().out.count("wandb takes no more numbers") == 1
     assert len(lines(tmp_path, "step")) == 3
+
+
+class FeignedServer(ThreadingHTTPServer):
+    """As much of a wandb server as lets a run begin."""
+
+    ANSWERS: ClassVar[dict[str, Any]] = {
+        "Viewer": {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+        "RunResumeStatus": {"model": None},
+        "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+        "UpsertBucket": {
+            "upsertBucket": {
+                "inserted": True,
+                "bucket": {
+                    "id": "1",
+                    "name": "run",
+                    "displayName": "run",
+                    "config": "{}",
+                    "project": {"id": "1", "name": "chat", "entity": {"id": "1", "name": "me"}},
+                    "historyLineCount": 0,
+                },
+            }
+        },
+    }
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FeignedAnswers)
+
+
+class FeignedAnswers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        operation = orjson.loads(body).get("operationName", "") if self.path.endswith("graphql") else ""
+        self.answer({"data": FeignedServer.ANSWERS.get(operation, {})})
+
+    def answer(self, content: dict[str, Any]) -> None:
+        body = orjson.dumps(content)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_a_wandb_server_that_goes_away_during_a_run_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb.teardown()  # it remembers the server that it saw first
+    monkeypatch.setattr(sinks, "_FINISH_S", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", "7" * 40)
+    server = FeignedServer()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    Thread(target=server.serve_forever, daemon=True).start()
+    with metrics_for(tmp_path, "log.wandb.project=chat") as metrics:
+        metrics.step(report_for(1))
+        server.shutdown()
+        server.server_close()
+        started = time.perf_counter()
+        for step in range(2, 102):
+            metrics.step(report_for(step))
+        logged = time.perf_counter()
+    assert logged - started < 5
+    assert time.perf_counter() - logged < 2 + 5  # without a limit wandb waits for the server, day after day
+    assert len(lines(tmp_path, "step")) == 101
+    (file,) = (tmp_path / "wandb").glob("run-*/run-*.wandb")  # for wandb sync
+    assert b"step/tokens_per_s" in file.read_bytes()
+    wandb.teardown()
 
 
 def test_without_the_package_tensorboard_is_refused_before_training(

@@ -17,6 +17,7 @@ import orjson
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ochat_train.tokens.order
@@ -665,6 +666,7 @@ def test_an_automatic_learning_rate_for_an_unknown_model_is_refused(recipe_path:
 def test_a_wandb_server_that_cannot_be_reached_neither_stops_nor_delays_a_run(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    wandb.teardown()  # it remembers the server that it saw first
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("WANDB_API_KEY", "7" * 40)
     waited: list[float] = []
