@@ -28,18 +28,15 @@ from ochat_train.model.memory import (
     MemoryNeeds,
     ModelSize,
     ZeroSetting,
-    checkpoint_bytes,
     count_activations,
     memory_needs,
     meta_model,
-    run_bytes,
 )
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe
 from ochat_train.report_plan import Rate
-from ochat_train.report_plan_view import show_duration
-from ochat_train.report_tables import align, percent
+from ochat_train.report_tables import align, percent, show_duration
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
@@ -47,6 +44,7 @@ from ochat_train.tokens.plan import RunPlan
 from ochat_train.tokens.plan_ahead import PlanTable
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.disk import existing_parent, plan_disk, show_bytes
 from ochat_train.training.planning import check_store, make_run_plan
 
 GIB = 2**30
@@ -103,10 +101,6 @@ def _free_host_bytes() -> int:
     raise AssertionError("Linux says MemAvailable")
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:,.1f} MiB"
-
-
 # ------------------------------------------------------------------------------------- versions and machine
 
 
@@ -141,15 +135,15 @@ def check_versions(requirements: Sequence[str] | None = None) -> Finding:
 
 def check_accelerators(recipe: Recipe, machine: Machine) -> Finding:
     """Which accelerators are here, and whether the recipe's dtype suits them."""
-    cores = f"{len(os.sched_getaffinity(0))} CPU cores, {_gib(machine.host_bytes)} of host memory free"
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores, {show_bytes(machine.host_bytes)} of host memory free"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-        here = f"{kinds}, {_gib(machine.gpu_bytes or 0)} each; {cores}"
+        here = f"{kinds}, {show_bytes(machine.gpu_bytes or 0)} each; {cores}"
     else:
         here = f"no GPU here; {cores}"
     if machine.gpu_bytes is not None and not machine.is_here:
-        return Finding("accelerators", "ok", f"{here}; planned for GPUs of {_gib(machine.gpu_bytes)}")
+        return Finding("accelerators", "ok", f"{here}; planned for GPUs of {show_bytes(machine.gpu_bytes)}")
     if machine.gpu_bytes is None and recipe.model.dtype == "bfloat16":
         remedy = "set model.dtype: float32 here, or say --gpu-gib N of the GPUs that you will rent"
         return Finding("accelerators", "warning", f"{here}; model.dtype bfloat16 is slow on a CPU", remedy)
@@ -186,7 +180,7 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
     room = (machine.gpu_bytes or 0) // 2 if device.type == "cuda" else min(machine.host_bytes // 8, _CPU_COMPARED)
     fitting = fit_config(config, room, dtype)
     if fitting is None:
-        detail = f"{config.model_type} was not compared: no smaller copy of it fits {_gib(room)}"
+        detail = f"{config.model_type} was not compared: no smaller copy of it fits {show_bytes(room)}"
         return Finding("isolation", "warning", detail, "run doctor where more memory is free")
     small, made = fitting
     torch.manual_seed(recipe.train.seed)
@@ -415,11 +409,11 @@ def check_memory(plan: MemoryPlan, config: Any, *, is_quick: bool) -> Finding:
     own, machine = plan.own, plan.machine
     needs = plan.needs(own)
     there = (
-        f"{_gib(machine.gpu_bytes)} of a GPU, of which {percent(_RESERVED, 1, 0)} are left to CUDA"
+        f"{show_bytes(machine.gpu_bytes)} of a GPU, of which {percent(_RESERVED, 1, 0)} are left to CUDA"
         if machine.gpu_bytes is not None
-        else f"{_gib(machine.host_bytes)} of host memory for {plan.num_processes} processes"
+        else f"{show_bytes(machine.host_bytes)} of host memory for {plan.num_processes} processes"
     )
-    lines = [f"{_gib(needs.total + (0 if machine.gpu_bytes else needs.host))} a process, {there}"]
+    lines = [f"{show_bytes(needs.total + (0 if machine.gpu_bytes else needs.host))} a process, {there}"]
     if not is_quick:
         lines += _parts(plan, needs)
         lines += _memory_table(plan)
@@ -443,11 +437,13 @@ def _parts(plan: MemoryPlan, needs: MemoryNeeds) -> list[str]:
         "optimizer step": needs.step,
     }
     lines = [f"{plan.size.num_weights:,} weights, {plan.size.num_trained:,} of them trained; by part:"]
-    lines += [f"  {line}" for line in align([(name, _gib(size)) for name, size in names.items()])]
+    lines += [f"  {line}" for line in align([(name, show_bytes(size)) for name, size in names.items()])]
     lines.append("the larger of layer and logits counts, and the step when activations are gone")
     if setting.offload or plan.machine.gpu_bytes is not None:
-        is_offloaded = f", offloaded {_gib(needs.host)} a process" if setting.offload else ""
-        lines.append(f"host memory: {_gib(plan.host_needs(setting))}, the model loaded by each process{is_offloaded}")
+        is_offloaded = f", offloaded {show_bytes(needs.host)} a process" if setting.offload else ""
+        lines.append(
+            f"host memory: {show_bytes(plan.host_needs(setting))}, the model loaded by each process{is_offloaded}"
+        )
     return lines
 
 
@@ -495,7 +491,7 @@ def _nearest_that_fits(plan: MemoryPlan, config: Any) -> str:
     for stage in (2, 3):
         setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
         if plan.fits(setting):
-            host = _gib(plan.host_needs(setting))
+            host = show_bytes(plan.host_needs(setting))
             return f"set zero.stage: {stage} and zero.offload: optimizer, with {host} of host memory"
     for number in (own.num_processes * 2**power for power in range(1, 8)):
         for stage in (2, 3):
@@ -512,48 +508,12 @@ def check_disk(recipe: Recipe, size: ModelSize, num_steps: int | None) -> Findin
 
     num_steps: of the run, for the number of light checkpoints when all stay; None: not planned.
     """
-    one = checkpoint_bytes(
-        size.num_weights,
-        size.num_trained,
-        stage=recipe.zero.stage,
-        dtype=recipe.model.dtype,
-        has_adam=recipe.optim.algorithm == "adamw",
-    )
-    model = DTYPES[recipe.model.dtype].itemsize * size.num_weights
-    num_light, light = _num_light(recipe, num_steps or 0), DTYPES["bfloat16"].itemsize * size.num_weights
-    needed = run_bytes(one, model, light, keep=recipe.checkpoint.keep, num_light=num_light)
-    folder = _existing(Path(recipe.checkpoint.dir))
-    free = shutil.disk_usage(folder).free
-    taken = sum(path.stat().st_size for path in Path(recipe.checkpoint.dir).rglob("*") if path.is_file())
-    detail = (
-        f"{_gib(needed)} for {recipe.checkpoint.dir}: {recipe.checkpoint.keep + 1} checkpoints of {_gib(one)}, the "
-        f"model of {_gib(model)} twice while it is replaced"
-        + (f", {num_light} light ones of {_gib(light)}" if num_light else "")
-        + (f"; {_gib(taken)} of it are there" if taken else "")
-        + f"; {_gib(free)} are free at {folder}"
-    )
-    if needed - taken > free:
-        remedy = f"free {_gib(needed - taken - free)}, lower checkpoint.keep, or name another disk in checkpoint.dir"
-        return Finding("disk", "problem", detail, remedy)
-    if not os.access(folder, os.W_OK):
-        return Finding("disk", "problem", f"{folder} cannot be written", "name another folder in checkpoint.dir")
-    return Finding("disk", "ok", detail)
-
-
-def _num_light(recipe: Recipe, num_steps: int) -> int:
-    """Light checkpoints that are there at once, at most."""
-    policy = recipe.checkpoint.models
-    if policy.every_epochs is None and policy.every_steps is None:
-        return 0
-    if policy.keep is not None:
-        return policy.keep + 1
-    of_epochs = recipe.train.epochs // policy.every_epochs if policy.every_epochs else 0
-    return of_epochs + (num_steps // policy.every_steps if policy.every_steps else 0)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest parent that is there, or itself."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    disk = plan_disk(recipe, size, num_steps or 0)
+    if disk.missing:
+        return Finding("disk", "problem", disk.describe(), disk.remedy)
+    if not os.access(parent := existing_parent(disk.folder), os.W_OK):
+        return Finding("disk", "problem", f"{parent} cannot be written", "name another folder in checkpoint.dir")
+    return Finding("disk", "ok", disk.describe())
 
 
 # ---------------------------------------------------------------------------------------------------- steps
@@ -671,24 +631,26 @@ def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPla
     if torch.cuda.device_count() > 1:
         return _not_run("there are several GPUs: one of them could not hold what ZeRO splits")
     if not on_gpu and weights > plan.machine.host_bytes // 4:
-        return _not_run(f"weights of {_gib(weights)} are above a quarter of the {_gib(plan.machine.host_bytes)} free")
+        return _not_run(
+            f"weights of {show_bytes(weights)} are above a quarter of the {show_bytes(plan.machine.host_bytes)} free"
+        )
     if not on_gpu and flop > _CPU_FLOP:
         return _not_run(f"{flop:.1e} FLOP are above {_CPU_FLOP:.0e}, too many for a CPU")
     if not on_gpu and expected > plan.machine.host_bytes:
-        return _not_run(f"it needs {_gib(expected)}, of which {_gib(plan.machine.host_bytes)} are free")
+        return _not_run(f"it needs {show_bytes(expected)}, of which {show_bytes(plan.machine.host_bytes)} are free")
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
         seconds, peak = _forward_and_backward(recipe, config, batch, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        detail = f"{num_tokens:,} tokens: out of memory, planned {_gib(expected)} ({str(error).splitlines()[0]})"
+        detail = f"{num_tokens:,} tokens: out of memory, planned {show_bytes(expected)} ({str(error).splitlines()[0]})"
         remedy = "lower packing.tokens_per_gpu, set model.checkpointing: full, or raise zero.stage"
         return BatchRun(Finding("fullest micro-batch", "problem", detail, remedy))
     detail = (
         f"{num_tokens:,} tokens in {len(batch.cu_seqlens) - 1} sequences, forward and backward in {seconds:.2f} s; "
-        f"peak {'not measured' if peak is None else _gib(peak)}, planned {_gib(expected)} (weights, gradients, "
-        "activations; all tokens with a loss)"
+        f"peak {'not measured' if peak is None else show_bytes(peak)}, planned {show_bytes(expected)} (weights, "
+        "gradients, activations; all tokens with a loss)"
     )
     return BatchRun(Finding("fullest micro-batch", "ok", detail), num_tokens / seconds)
 

@@ -112,6 +112,8 @@ def write_model(
     assert not unexpected, unexpected
     assert not [name for name, parameter in model.named_parameters() if parameter.is_meta], missing
     model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors makes them for their owner alone
+        file.chmod((folder / "config.json").stat().st_mode)
     _write_companions(folder, generation_config, tokenizer, inference_condition, metadata)
 
 

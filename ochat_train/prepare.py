@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.lora import add_adapters, require_peft
+from ochat_train.model.memory import measure_size
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import load_config, load_model, new_rows
 from ochat_train.recipe import Recipe, to_json
@@ -29,6 +31,7 @@ from ochat_train.training.checkpoint import (
     set_aside,
 )
 from ochat_train.training.convert import converted_states
+from ochat_train.training.disk import plan_disk
 from ochat_train.training.engine import (
     Refused,
     World,
@@ -72,7 +75,6 @@ class Run:
             epoch=0,
             examples_consumed=0,
             tokens_seen=0,
-            skipped_steps=0,
             store_fingerprint=self.store.fingerprint,
             recipe=to_json(self.recipe),
             order=self.plan.order.digest,
@@ -104,8 +106,20 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
+    check_disk(recipe, config, run.plan)
     check_continues(run, world)
     return run
+
+
+def check_disk(recipe: Recipe, config: Any, plan: RunPlan) -> None:
+    """Raise ValueError, with what is needed and what is there, when the run's folder will not fit its disk."""
+    lora = recipe.model.lora
+    size = measure_size(
+        config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
+    )
+    num_steps = int(plan.lengths.sum(dtype=int)) * recipe.train.epochs // plan.shape.room
+    if (disk := plan_disk(recipe, size, num_steps)).missing:
+        raise ValueError(f"checkpoint.dir lacks room: {disk.describe()}; {disk.remedy}")
 
 
 def check_continues(run: Run, world: World) -> None:

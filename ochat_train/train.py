@@ -7,7 +7,6 @@ SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves and exits with code 75.
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -39,6 +38,7 @@ from ochat_train.training.engine import (
     OutOfMemory,
     Refused,
     World,
+    gather_objects,
     join_process_group,
     read_world,
     say,
@@ -161,8 +161,12 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
         ) as metrics,
         prefetch(_checked_steps(run, table), lambda step: make_batches(store, step, world)) as steps,
     ):
-        if state.step == 0:
-            _evaluate(run, engine, world, metrics, state, False)
+        resumed = None if run.resumed is None else run.resumed.path.name
+        metrics.start(state.step, state.epoch, resumed=resumed, about=about)
+        is_epoch_end = state.step > 0 and _is_epoch_end(run, state)
+        is_evaluated = gather_objects(metrics.has_evaluation(state.step))[0]
+        if (state.step == 0 or is_epoch_end) and not is_evaluated:  # else a stop came before it
+            _evaluate(run, engine, world, metrics, state, is_epoch_end)
         watchdog.mark(state.step + 1, "waiting for its batches")
         started = time.perf_counter()
         for ready in steps:
@@ -171,8 +175,12 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
             done = _one_step(run, engine, world, state, ready, started, mark, (stop.is_made, saver.is_writing))
             state, is_stopping = done.state, done.is_stopping
             metrics.step(done.report)
-            skipped.note(state.step, ready.item, done.nll, is_skipped=done.is_skipped)
-            is_epoch_end, is_end = run.plan.order.seek(state.examples_consumed)[1] == 0, run.is_finished(state)
+            try:
+                skipped.note(state.step, ready.item, done.nll, is_skipped=done.report.is_skipped)
+            except Failed:
+                metrics.end(state.step, state.epoch, "skipped")
+                raise
+            is_epoch_end, is_end = _is_epoch_end(run, state), run.is_finished(state)
             results = []
             if _is_due(recipe.checkpoint, state, is_epoch_end) or is_end or is_stopping:
                 mark("saving")
@@ -194,6 +202,10 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
                 mark("evaluating")
                 _evaluate(run, engine, world, metrics, state, is_epoch_end)
             if is_end or is_stopping:
+                is_complete = state.examples_consumed >= run.plan.num_examples
+                metrics.end(
+                    state.step, state.epoch, "finished" if is_complete else "max_steps" if is_end else "stopped"
+                )
                 break
             watchdog.mark(state.step + 1, "waiting for its batches")
             started = time.perf_counter()
@@ -214,7 +226,6 @@ class _Step:
     state: TrainState
     report: StepReport
     nll: Tensor
-    is_skipped: bool
     is_stopping: bool
     is_writing: bool
 
@@ -270,7 +281,11 @@ def _tell_saves(results: list[Saved], last: Path, world: World, metrics: Metrics
                 f"WARNING: {saved.path.name} was not saved: {saved.error}. Training goes on, older checkpoints stay; "
                 "the next save is tried when it is due.",
             )
-        elif saved.kind == "checkpoint":
+            continue
+        metrics.saved(
+            int(saved.path.name[5:]), saved.kind, saved.path, seconds=saved.seconds, num_bytes=saved.num_bytes
+        )
+        if saved.kind == "checkpoint":
             last = saved.path
     return last
 
@@ -323,14 +338,12 @@ def _one_step(
         parts.sum(dim=0).double(), (ready.waited_s, peak_memory_bytes(world.device), *says), world
     )
     wait, memory, is_stopping, is_writing = told.amax(dim=0).tolist()
-    is_skipped = not math.isfinite(grad_norm)
     state = replace(
         state,
         step=state.step + 1,
         epoch=run.plan.order.seek(consumed - 1)[0],
         examples_consumed=consumed,
         tokens_seen=state.tokens_seen + plan.num_tokens,
-        skipped_steps=state.skipped_steps + is_skipped,
     )
     report = StepReport(
         step=state.step,
@@ -349,7 +362,7 @@ def _one_step(
         data_wait_s=wait,
         peak_memory_bytes=int(memory),
     )
-    return _Step(state, report, parts[:, 0, 0].sum(dim=1), is_skipped, bool(is_stopping), bool(is_writing))
+    return _Step(state, report, parts[:, 0, 0].sum(dim=1), bool(is_stopping), bool(is_writing))
 
 
 def _evaluate(
@@ -373,6 +386,10 @@ def _is_evaluation_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
     every_steps = run.recipe.eval.every_steps
     by_step = every_steps is not None and state.step % every_steps == 0
     return by_step or is_epoch_end or run.is_finished(state)
+
+
+def _is_epoch_end(run: Run, state: TrainState) -> bool:
+    return run.plan.order.seek(state.examples_consumed)[1] == 0
 
 
 def _is_due(policy: CheckpointSection | ModelsSection, state: TrainState, is_epoch_end: bool) -> bool:

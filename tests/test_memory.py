@@ -206,8 +206,8 @@ def test_an_engine_has_the_planned_bytes_in_memory_and_in_its_checkpoint(
 ) -> None:
     check_engine(engine_bytes(stage, dtype, save_to=tmp_path), stage, dtype, 1)
     size = small_size()
-    small_files = checkpoint_bytes(0, 0, stage=stage, dtype=dtype)
-    planned = checkpoint_bytes(size, size, stage=stage, dtype=dtype) - small_files
+    small_files = checkpoint_bytes(0, stage=stage, dtype=dtype)
+    planned = checkpoint_bytes(size, stage=stage, dtype=dtype) - small_files
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
     assert written == pytest.approx(planned, rel=0.05)
 
@@ -285,5 +285,5 @@ def test_frozen_weights_have_neither_gradients_nor_states() -> None:
 
 def test_the_folder_of_a_run_has_one_checkpoint_more_than_it_keeps() -> None:
     assert run_bytes(100, 10, 5, keep=2, num_light=3) == 3 * 100 + 2 * 10 + 3 * 5
-    without, with_adam = (checkpoint_bytes(1000, 1000, stage=2, dtype="float32", has_adam=adam) for adam in (0, 1))
+    without, with_adam = (checkpoint_bytes(1000, stage=2, dtype="float32", has_adam=adam) for adam in (0, 1))
     assert with_adam - without == 8 * 1000

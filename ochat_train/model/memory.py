@@ -353,18 +353,16 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
 
 
 def checkpoint_bytes(
-    num_weights: int, num_trained: int, *, stage: int, dtype: Literal["bfloat16", "float32"], has_adam: bool = True
+    num_trained: int, *, stage: int, dtype: Literal["bfloat16", "float32"], has_adam: bool = True
 ) -> int:
     """What one resumable checkpoint takes on disk, all processes together, whatever their number.
 
-    P weights of w bytes and Q of them trained: stage 0 w P + 8 Q; stages 1 and 2 w P + (4 + 8) Q, the fp32 master and
-    Adam's averages; stage 3 the latter alone, and w of each frozen weight. Without Adam, 8 Q less.
+    Q trained weights of w bytes; frozen ones are not in it. Stage 0: (w + 8) Q; stages 1 and 2: (w + 4 + 8) Q, the fp32
+    master and Adam's averages; stage 3 the latter alone. Without Adam, 8 Q less.
     """
-    element, states = DTYPES[dtype].itemsize, _ADAM * num_trained if has_adam else 0
-    if stage == 0:
-        return element * num_weights + states + _SMALL_FILES
-    weights = num_weights - num_trained if stage == 3 else num_weights
-    return element * weights + _FP32 * num_trained + states + _SMALL_FILES
+    weights = 0 if stage == 3 else DTYPES[dtype].itemsize
+    master, averages = 0 if stage == 0 else _FP32, _ADAM if has_adam else 0
+    return (weights + master + averages) * num_trained + _SMALL_FILES
 
 
 def run_bytes(checkpoint: int, model: int, light_model: int, *, keep: int, num_light: int) -> int:

@@ -54,7 +54,6 @@ class TrainState:
     epoch: int
     examples_consumed: int
     tokens_seen: int
-    skipped_steps: int
     store_fingerprint: str
     recipe: dict[str, Any]
     order: str

@@ -17,8 +17,9 @@ import deepspeed
 import torch
 
 from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.disk import free_bytes, show_bytes
 from ochat_train.training.engine import Refused, World, gather_objects
-from ochat_train.training.run_folder import RunFolder, free_bytes
+from ochat_train.training.run_folder import RunFolder
 
 # While it runs, the converter holds the states in pieces and in whole, both in fp32, beside copies of the weights.
 _TIMES_THE_CHECKPOINT = 2.5
@@ -42,7 +43,7 @@ def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, worl
         shutil.rmtree(out, ignore_errors=True)
         needed = int(_TIMES_THE_CHECKPOINT * sum(mark.size for mark in checkpoint.files.values()))
         if (free := free_bytes(folder.path)) < needed:
-            problem = f"converting takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free at {folder.path}"
+            problem = f"converting takes {show_bytes(needed)}, and {show_bytes(free)} are free at {folder.path}"
         else:
             out.mkdir(parents=True)
             converter = _start(checkpoint.path / "deepspeed", out)

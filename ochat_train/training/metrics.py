@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from ochat_train.training.evaluate import Probe
 from ochat_train.training.flops import Utilisation
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 
+Reason = Literal["finished", "max_steps", "stopped", "skipped"]
 _RECENT_STEPS = 50  # whose speed tells the time that is left
 
 
@@ -177,6 +179,7 @@ class Metrics:
         self._num_tokens_left = num_tokens
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)  # tokens and seconds
         self._num_skipped = 0
+        self._is_disk_told = False
         self._evaluations: list[dict[str, Any]] = []
         self._sinks: list[Sink] = []
         self._bar: Any = None
@@ -197,7 +200,8 @@ class Metrics:
     ) -> None:
         if not self._is_main:
             return
-        self._file.close()
+        with suppress(OSError):  # told of when it was written
+            self._file.close()
         if self._bar is not None:
             self._bar.close()
         for sink in self._sinks:
@@ -261,6 +265,10 @@ class Metrics:
                 f"step {step}: the same answers under their own condition {own}, another {other}, none {none}{left_out}"
             )
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the held-out split was evaluated after `step`, now or before a resume. Only the main rank knows."""
+        return any(evaluation["step"] == step for evaluation in self._evaluations)
+
     def saved(
         self, step: int, kind: Literal["checkpoint", "model"], path: Path, *, seconds: float, num_bytes: int
     ) -> None:
@@ -271,7 +279,7 @@ class Metrics:
                 {"event": "save", "step": step, "kind": kind, "path": place, "seconds": seconds, "bytes": num_bytes}
             )
 
-    def end(self, step: int, epoch: int, reason: Literal["finished", "max_steps", "stopped", "skipped"]) -> None:
+    def end(self, step: int, epoch: int, reason: Reason) -> None:
         """Report that training ends after `step`, and which epoch's model was the best."""
         if not self._is_main:
             return
@@ -306,8 +314,13 @@ class Metrics:
                 self._evaluations.append(event)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(orjson.dumps(line) + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(orjson.dumps(line) + b"\n")
+            self._file.flush()
+        except OSError as error:  # what is not on the disk stays in the buffer for the next line
+            if not self._is_disk_told:
+                tqdm.write(f"WARNING: {self._file.name} cannot be written ({error.strerror}); training goes on")
+            self._is_disk_told = True
         if line["event"] in ("step", "eval"):
             numbers = flat_numbers(line)
             for sink in self._sinks:

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -81,10 +80,3 @@ def _held(path: Path, mark: Path) -> Iterator[None]:
 def utc_now() -> str:
     """Now, as 2026-11-25T20:15:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def free_bytes(folder: Path) -> int:
-    """How much may still be written below `folder`, which need not be there yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import psutil
@@ -32,9 +32,11 @@ from ochat_train.training.checkpoint import (
     mark_file,
     random_states,
 )
+from ochat_train.training.disk import free_bytes, show_bytes
 from ochat_train.training.engine import World, gather_objects
-from ochat_train.training.run_folder import RunFolder, free_bytes
+from ochat_train.training.run_folder import RunFolder
 
+Kind = Literal["checkpoint", "model"]
 # Beside a snapshot, the share of the host's free memory that stays free.
 _SPARE_MEMORY = 0.2
 
@@ -52,7 +54,7 @@ class _Job:
 class _Save:
     """A folder that is being written. put: gives it its manifest and its place, from the marks of its files."""
 
-    kind: str
+    kind: Kind
     final: Path
     put: Callable[[Path, dict[str, FileMark]], None]
     started: float = field(default_factory=time.perf_counter)
@@ -87,7 +89,7 @@ class _Save:
 class Saved:
     """What became of a save. error: None when it is there."""
 
-    kind: str
+    kind: Kind
     path: Path
     seconds: float
     num_bytes: int
@@ -165,7 +167,7 @@ class Saver:
             parts = gather_objects((node, sum(job.num_bytes for job in save.jobs)))
             needed = sum(num_bytes for other, num_bytes in parts if self._folder.is_shared or other == node)
             free = free_bytes(self._folder.path)
-            room = f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free" if free < needed else None
+            room = f"it takes {show_bytes(needed)}, and {show_bytes(free)} are free" if free < needed else None
             error = self._agree(room if self._folder.is_writer else None)
         if error:
             self._error_of(lambda: shutil.rmtree(save.partial, ignore_errors=True))
@@ -175,7 +177,7 @@ class Saver:
         self._saves.append(save)
         return results
 
-    def finish(self, kind: str | None = None) -> list[Saved]:
+    def finish(self, kind: Kind | None = None) -> list[Saved]:
         """Wait for the saves that were begun, of one kind or all, and put them in place; returns what came of them."""
         ended = [save for save in self._saves if kind in (None, save.kind)]
         self._saves = [save for save in self._saves if save not in ended]
