@@ -131,6 +131,32 @@ def await_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+def run_two(recipe: Path, folders: list[Path], *overrides: str, code: str = "") -> list[tuple[int, str]]:
+    """Exit code and output of two processes, each in its folder: two hosts, or one if the folders are the same.
+
+    code: what they do before they train.
+    """
+    port = str(free_port())
+    program = f"{code}\nfrom ochat_train.train import main\nmain()"
+    command = [sys.executable, "-c", program, str(recipe), "data.store=store", "checkpoint.dir=run", *overrides]
+    processes = []
+    for rank, folder in enumerate(folders):
+        local_rank = rank if folders[0] == folders[1] else 0
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "127.0.0.1"}
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=ENVIRONMENT | world | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     """The exported model's weights."""
     return load_file(run / "model" / "model.safetensors")

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.e2e.harness import ENVIRONMENT, ROOT, events, free_port, preprocess, tiny_recipe, train, write_dump
+from tests.e2e.harness import events, preprocess, run_two, tiny_recipe, train, write_dump
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +32,6 @@ def test_a_single_conversation_trains_on_two_processes(tmp_path: Path) -> None:
     assert {step["num_processes"] for step in steps} == {2}
     # Adam's first step moves every weight by about the learning rate, against the gradient.
     assert steps[1]["loss"] < steps[0]["loss"]
-
-
-def run_two(recipe: Path, folders: list[Path], *overrides: str, code: str = "") -> list[tuple[int, str]]:
-    """Exit code and output of two processes, each in its folder: two hosts, or one if the folders are the same.
-
-    code: what they do before they train.
-    """
-    port = str(free_port())
-    program = f"{code}\nfrom ochat_train.train import main\nmain()"
-    command = [sys.executable, "-c", program, str(recipe), "data.store=store", "checkpoint.dir=run", *overrides]
-    processes = []
-    for rank, folder in enumerate(folders):
-        local_rank = rank if folders[0] == folders[1] else 0
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "127.0.0.1"}
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=folder,
-                env=ENVIRONMENT | world | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture

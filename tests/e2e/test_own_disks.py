@@ -1,0 +1,67 @@
+"""Two hosts that share no file system: two folders here, in each of which one of the two processes runs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ochat_train.training.checkpoint import find_checkpoints, read_checkpoint
+from tests.e2e.harness import events, preprocess, run_two, tiny_recipe, weights, write_dump
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own_disks")
+    write_dump(folder, 80)
+    path = tiny_recipe(folder, checkpoint={"dir": "run", "every_steps": 1, "keep": 3})
+    preprocess(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hosts(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """After three steps."""
+    folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")]
+    for folder in folders:
+        shutil.copytree(recipe_path.parent / "store", folder / "store")
+    ended = run_two(recipe_path, folders, "train.max_steps=3")
+    assert [code for code, _ in ended] == [0, 0], ended
+    return folders
+
+
+def test_each_host_has_the_checkpoints_that_it_needs_and_one_has_the_rest(hosts: list[Path]) -> None:
+    newest = [find_checkpoints(host / "run")[-1] for host in hosts]
+    assert [path.name for path in newest] == ["step-00000003"] * 2
+    names = [set(read_checkpoint(path).files) for path in newest]
+    assert {name for name in names[0] if "random" in name} == {"random-00000.pt"}
+    assert {name for name in names[1] if "random" in name} == {"random-00001.pt"}
+    assert all("deepspeed/mp_rank_00_model_states.pt" in files for files in names)
+    assert (hosts[0] / "run/metrics.jsonl").exists() and not (hosts[1] / "run/metrics.jsonl").exists()
+
+
+def test_a_checkpoint_that_is_damaged_on_one_host_is_passed_over_on_both(
+    recipe_path: Path, hosts: list[Path], tmp_path: Path
+) -> None:
+    copies = [tmp_path / name for name in ("first", "second")]
+    for host, copy in zip(hosts, copies, strict=True):
+        shutil.copytree(host, copy)
+    (find_checkpoints(copies[1] / "run")[-1] / "random-00001.pt").unlink()
+    (whole, _), (damaged, _) = [run_two(recipe_path, folders, "train.max_steps=5") for folders in (hosts, copies)]
+    assert (whole[0], damaged[0]) == (0, 0), damaged
+    assert "damaged: random-00001.pt is not there" in damaged[1]
+    assert "falling back to step-00000002" in damaged[1]
+    assert [event["step"] for event in events(copies[0] / "run", "step")] == [1, 2, 3, 4, 5]
+    ours, theirs = (weights(folder / "run") for folder in (copies[0], hosts[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_number_of_processes_needs_the_files_of_all_hosts_in_one_place(
+    recipe_path: Path, hosts: list[Path], tmp_path: Path
+) -> None:
+    copies = [tmp_path / name for name in ("first", "second")]
+    for host, copy in zip(hosts, copies, strict=True):
+        shutil.copytree(host, copy)
+    ended = run_two(recipe_path, copies, "zero.stage=3", "train.max_steps=9")
+    assert [code for code, _ in ended] == [1, 1]
+    assert "the nodes do not share checkpoint.dir" in ended[0][1]
