@@ -196,7 +196,7 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
     ).train()
     sums = packed(_batch(examples, device))
     sums.nll.backward()
-    loss_error = _relative_error(sums.nll_by_condition, losses)
+    loss_error = _relative_error(sums.by_condition[0, 0], losses)
     gradient_error = max(
         _relative_error(parameter.grad, gradients[name])
         for name, parameter in packed.lm.named_parameters()
@@ -298,11 +298,11 @@ def _leak(packed: PackedCausalLM, examples: Sequence[Example], device: torch.dev
     num_ids = packed.lm.config.get_text_config().vocab_size
     worst = 0.0
     with torch.no_grad():
-        before = packed(_batch(examples, device)).nll_by_condition
+        before = packed(_batch(examples, device)).by_condition[0, 0]
         for changed, example in enumerate(examples):
             others = list(examples)
             others[changed] = Example((example.input_ids + 1) % num_ids, example.loss_weights)
-            after = packed(_batch(others, device)).nll_by_condition
+            after = packed(_batch(others, device)).by_condition[0, 0]
             moved = ((after - before).abs() / before)[torch.arange(len(examples)) != changed]
             worst = max(worst, float(moved.max()))
     return worst
@@ -336,11 +336,6 @@ def check_token_store(recipe: Recipe, tokenizer: ChatTokenizer, config: Any, *, 
         ends = [split[len(split) - 1] for split in (train, held_out) if len(split)]  # the far end of the Arrow files
     except (OSError, ValueError, LookupError) as error:
         return Finding("store", "problem", f"{store}: {error}", again)
-    if not len(train) or not float(train.weight_sums.sum()):
-        detail = f"{store}: the weights of all {len(train):,} training examples are 0, so nothing would be trained"
-        return Finding(
-            "store", "problem", detail, "give a source a weight above 0, or other data, and preprocess again"
-        )
     assert all(len(example.input_ids) == len(example.loss_weights) for example in ends)
     detail = (
         f"{store}, {train.fingerprint[:12]}: {len(train):,} examples, {int(train.lengths.sum()):,} tokens, weight "

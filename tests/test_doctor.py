@@ -39,6 +39,13 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher, or a process group that another test has joined, leaves in the environment."""
+    for name in ("MASTER_PORT", "HOSTFILE", "NUM_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path)
@@ -255,7 +262,7 @@ def test_a_broken_store_is_a_problem(
     found = examine_store(load_recipe(recipe_path, [f"data.store={copied}"]), quickstart)
     assert found.state == "problem" and found.remedy
     if damage == "all weights are 0":
-        assert "training examples are 0, so nothing would be trained" in found.detail
+        assert "has a loss weight above 0, so nothing would be learned" in found.detail
 
 
 # ---- Memory ----

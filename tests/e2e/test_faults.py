@@ -260,7 +260,7 @@ FILLED = "import ochat_train.prepare as p; p.check_disk = lambda *arguments: Non
 FILLED_MEANWHILE = f"{FILLED}\nimport ochat_train.training.saving as s; s.free_bytes = lambda folder: 10**15"
 
 
-@pytest.mark.parametrize(("code", "told"), [(FILLED, "it takes 3.2 MiB, and "), (FILLED_MEANWHILE, "deepspeed/")])
+@pytest.mark.parametrize(("code", "told"), [(FILLED, "it takes"), (FILLED_MEANWHILE, "deepspeed/")])
 def test_a_full_disk_costs_a_save_and_nothing_else(recipe_path: Path, small_disk: Path, code: str, told: str) -> None:
     run, options = small_disk / "run", ["checkpoint.every_steps=2", "train.max_steps=4", "checkpoint.keep=1"]
     ended = start(recipe_path, run, *options, code=code).end()
