@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.files import flush, flush_tree
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
@@ -78,9 +79,11 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
             dtype=_dtype(checkpoint),
             metadata=metadata,
         )
+    flush_tree(partial)
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
+    flush(out.parent)
 
 
 def write_model(

@@ -174,8 +174,13 @@ def settle_resume(run: Run, folder: RunFolder, world: World) -> Run:
     if run.recipe.checkpoint.resume != "auto":
         if run.resumed is not None and (told := _damage(run.resumed.path, folder, world)):
             raise Refused(f"{told}; name an older one in checkpoint.resume")
+        if len({str(resumed) for resumed in gather_objects(run.resumed and run.resumed.state)}) > 1:
+            raise Refused(f"checkpoint.resume {run.recipe.checkpoint.resume} is another checkpoint on another node")
         return run
-    names = set.intersection(*gather_objects({path.name for path in find_checkpoints(run.dir)}))
+    of_ranks = gather_objects({path.name for path in find_checkpoints(run.dir)})
+    names = set.intersection(*of_ranks)
+    if alone := max(set.union(*of_ranks) - names, default=""):  # a crash came between the nodes' renaming of a save
+        say(world, f"{alone} is not on every node and is passed over")
     damaged: dict[str, str] = {}
     for name in sorted(names, reverse=True):
         if told := _damage(run.dir / name, folder, world):
@@ -286,15 +291,13 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
 
 
 def check_agreement(run: Run) -> None:
-    """Raise Refused unless all ranks have the same plan, store, recipe and checkpoint to continue from."""
-    position = None if run.resumed is None else (run.resumed.path.name, run.resumed.state.step)
+    """Raise Refused unless all ranks have the same plan, store and recipe."""
     held_out = digest_index(run.held_out.lengths, run.held_out.weight_sums)
-    view = (run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe)), position)
+    view = (run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe)))
     views = set(gather_objects(view))
     if len(views) > 1:
         raise Refused(
-            "the processes disagree on the plan, or on the checkpoint to continue from: give every node the same "
-            "recipe, store, versions and run folder"
+            "the processes disagree on the plan: give every node the same recipe, store and versions of all packages"
         )
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ochat_train.training.best_epoch import best_epoch
+
 Floats = npt.NDArray[np.float64]
 Reason = Literal["finished", "max_steps", "stopped", "skipped"]
 State = Reason | Literal["running", "dead", "unknown"]
@@ -94,6 +96,7 @@ class Evaluation:
 
     step: int
     epoch: int
+    is_epoch_end: bool
     weighted: dict[str | None, Score]
     unweighted: dict[str | None, Score]
     probes: dict[str | None, Probe]
@@ -115,7 +118,6 @@ class End(NamedTuple):
 
     step: int
     reason: Reason
-    best_step: int | None
 
 
 class Saved(NamedTuple):
@@ -133,15 +135,17 @@ class Saved(NamedTuple):
 class RunReport:
     """The facts about a run.
 
-    updated: when it last wrote a line. is_held: whether a process holds the run's lock; None if it never had one.
-    num_removed: checkpoints and models that were saved and are not there. about: what a checkpoint or a model says of
-    the run (recipe, commit, versions, ...), empty before the first is saved. replies: by condition, of RUN/model.
+    updated: when it last wrote a line. best_step: the last of the best epoch. is_held: whether a process holds the
+    run's lock; None if it never had one. num_removed: checkpoints and models that were saved and are not there. about:
+    what a checkpoint or a model says of the run (recipe, commit, versions, ...), empty before the first is saved.
+    replies: by condition, of RUN/model.
     """
 
     path: str
     updated: datetime
     steps: Steps
     evaluations: tuple[Evaluation, ...]
+    best_step: int | None
     starts: tuple[Start, ...]
     end: End | None
     is_held: bool | None
@@ -208,19 +212,12 @@ class RunReport:
     @property
     def epoch_ends(self) -> tuple[Evaluation, ...]:
         """The evaluations at the end of an epoch."""
-        steps, epochs = self.steps.step, self.steps.epoch
-        ends = set(steps[:-1][np.diff(epochs) > 0].tolist())
-        if (self.steps.last("progress") or 0) >= 1:
-            ends.add(self.last_step)
-        if self.end is not None and self.end.best_step is not None:
-            ends.add(self.end.best_step)  # with train.max_steps nothing comes behind it that would tell
-        return tuple(evaluation for evaluation in self.evaluations if evaluation.step in ends)
+        return tuple(evaluation for evaluation in self.evaluations if evaluation.is_epoch_end)
 
     @property
     def best(self) -> Evaluation | None:
-        """Of those at the end of an epoch, the one with the lowest held-out loss."""
-        ends = [end for end in self.epoch_ends if np.isfinite(end.weighted[ALL].loss)]
-        return min(ends, key=lambda end: end.weighted[ALL].loss, default=None)
+        """Of those the one with the lowest held-out loss."""
+        return next((end for end in self.epoch_ends if end.step == self.best_step), None)
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -259,6 +256,7 @@ def read_run(run: Path) -> RunReport:
         updated=_modified(metrics),
         steps=_read_steps(kinds["step"]),
         evaluations=tuple(_read_evaluation(event) for event in kinds["eval"]),
+        best_step=best.step if (best := best_epoch(kinds["eval"])) else None,
         starts=tuple(Start(event["step"], *map(event.get, Start._fields[1:])) for event in kinds["start"]),
         end=_read_end(events),
         is_held=_is_held(run / "lock"),
@@ -315,6 +313,7 @@ def _read_evaluation(event: Mapping[str, Any]) -> Evaluation:
     return Evaluation(
         step=event["step"],
         epoch=event["epoch"],
+        is_epoch_end=bool(event.get("epoch_end")),
         weighted=_read_scores(event, ""),
         unweighted=_read_scores(event, "unweighted_"),
         probes={name: Probe(probe["own"], probe["other"], probe["none"]) for name, probe in probes.items() if probe},
@@ -340,7 +339,7 @@ def _read_end(events: Sequence[Mapping[str, Any]]) -> End | None:
     last = next((event for event in reversed(events) if event["event"] in ("start", "step", "end")), None)
     if last is None or last["event"] != "end":
         return None
-    return End(last["step"], last["reason"], last.get("best_step"))
+    return End(last["step"], last["reason"])
 
 
 def _is_held(lock: Path) -> bool | None:

@@ -134,12 +134,13 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
     table = agree_on_steps(ahead)
     num_steps = min(state.step + table.num_steps, recipe.train.max_steps or sys.maxsize)
     say(world, describe_plan(table, state.step, num_steps))
-    saver = Saver(engine, folder, world)
+    watchdog = Watchdog(world, recipe.train.stall_timeout_s)
+    saver = Saver(engine, folder, world, watchdog.move)
     skipped = SkippedSteps(recipe.train.max_skipped, run.dir, store, world)
     last = run.dir if run.resumed is None else run.resumed.path
     is_stopping = False
     with (
-        Watchdog(world, recipe.train.stall_timeout_s) as watchdog,
+        watchdog,
         StopRequest() as stop,
         Metrics(
             recipe,
@@ -166,7 +167,7 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
         is_epoch_end = state.step > 0 and _is_epoch_end(run, state)
         is_evaluated = gather_objects(metrics.has_evaluation(state.step))[0]
         if (state.step == 0 or is_epoch_end) and not is_evaluated:  # else a stop came before it
-            _evaluate(run, engine, world, metrics, state, is_epoch_end)
+            _evaluate(run, engine, world, metrics, state, is_epoch_end, watchdog.move)
         watchdog.mark(state.step + 1, "waiting for its batches")
         started = time.perf_counter()
         for ready in steps:
@@ -200,7 +201,7 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
             last = _tell_saves(results, last, world, metrics)
             if _is_evaluation_due(run, state, is_epoch_end):
                 mark("evaluating")
-                _evaluate(run, engine, world, metrics, state, is_epoch_end)
+                _evaluate(run, engine, world, metrics, state, is_epoch_end, watchdog.move)
             if is_end or is_stopping:
                 is_complete = state.examples_consumed >= run.plan.num_examples
                 metrics.end(
@@ -366,13 +367,21 @@ def _one_step(
 
 
 def _evaluate(
-    run: Run, engine: DeepSpeedEngine, world: World, metrics: Metrics, state: TrainState, is_epoch_end: bool
+    run: Run,
+    engine: DeepSpeedEngine,
+    world: World,
+    metrics: Metrics,
+    state: TrainState,
+    is_epoch_end: bool,
+    move: Callable[[], None],
 ) -> None:
+    """Evaluate the held-out split, and at the end of an epoch or the run what conditions change. move: it goes on."""
     if not len(run.held_out):
         return
     shape, conditions = run.plan.shape, run.held_out.manifest.conditions
 
     def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
+        move()
         return make_batches(examples, step, world)
 
     sums, probe = evaluate(engine, run.held_out, shape, batches, len(conditions)), None

@@ -135,7 +135,8 @@ def run_events(
         line = training_step(step, num_steps, per_epoch, conditions, sources, step in skips)
         yield line | {"skipped_steps": num_skipped}
         if step % max(1, per_epoch // 2) == 0:
-            yield evaluation(step, line["epoch"], step / num_steps, conditions)
+            at_end = {"epoch_end": step % per_epoch == 0}
+            yield evaluation(step, line["epoch"], step / num_steps, conditions) | at_end
         if step % per_epoch == 0:
             path = f"step-{step:08d}"
             yield {"event": "save", "step": step, "kind": "checkpoint", "path": path, "seconds": 12.5, "bytes": 5000}
@@ -410,16 +411,6 @@ def test_when_the_last_epoch_is_the_best_nothing_is_advised(tmp_path: Path) -> N
     by_step = {60: 1.4, 120: 1.1, 180: 1.2, 240: 1.0}
     text = joined(as_text(read_run(write(tmp_path / "run", set_losses(list(run_events()), by_step)))))
     assert "Best epoch: 3, held-out loss 1.0000 at step 240, the last one." in text and "better model" not in text
-
-
-def test_an_end_in_the_middle_of_an_epoch_is_no_epoch_unless_the_run_says_so(tmp_path: Path) -> None:
-    events = set_losses(events_until(120), {60: 1.4, 120: 1.1})
-    end = {"event": "end", "step": 120, "epoch": 1, "reason": "max_steps"}
-    for best_epoch, best_step, expected in ((0, 60, [60]), (1, 120, [60, 120])):
-        ended = [*events, end | {"best_epoch": best_epoch, "best_step": best_step, "best_loss": 1.0}]
-        found = read_run(write(tmp_path / "run", ended))
-        assert [at.step for at in found.epoch_ends] == expected
-        assert found.best is not None and found.best.step == best_step
 
 
 # ---- The condition probe ----

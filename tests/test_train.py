@@ -31,6 +31,7 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.train import export_model, make_batch
 from ochat_train.train import train as train_run
 from ochat_train.training.checkpoint import (
+    FileMark,
     find_checkpoints,
     load_checkpoint,
     manifest_of,
@@ -215,6 +216,9 @@ def test_light_checkpoints_are_models_in_bfloat16(recipe_path: Path, tmp_path: P
     assert AutoTokenizer.from_pretrained(found[-1]).chat_template
     about = orjson.loads((found[-1] / "ochat_train.json").read_bytes())
     assert (about["step"], about["inference_condition"]) == (last, "Careful")
+    told = orjson.loads((found[-1] / "checksums.json").read_bytes())
+    assert told.keys() == {path.name for path in found[-1].iterdir()} - {"checksums.json"}
+    assert all(FileMark(**mark) == mark_file(found[-1] / name) for name, mark in told.items())
 
 
 def test_the_last_checkpoints_are_kept(finished: Path) -> None:

@@ -10,11 +10,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
+import orjson
 import psutil
 import torch
 from deepspeed import DeepSpeedEngine
@@ -77,8 +79,8 @@ class _Save:
                 if file.is_file():
                     flush(file)
                     self.marks[str(file.relative_to(self.partial))] = mark_file(file)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            self.error = self.error or f"{job.name}: {error}"
+        except Exception as error:  # of whatever kind: a save with a file missing must not pass for one
+            self.error = self.error or f"{job.name}: {error if isinstance(error, OSError) else repr(error)}"
 
     def write_all(self) -> None:
         while self.jobs:
@@ -99,8 +101,9 @@ class Saved:
 class Saver:
     """The saves of a run. All ranks call its methods together, but for `is_writing`."""
 
-    def __init__(self, engine: DeepSpeedEngine, folder: RunFolder, world: World) -> None:
-        self._engine, self._folder, self._world = engine, folder, world
+    def __init__(self, engine: DeepSpeedEngine, folder: RunFolder, world: World, move: Callable[[], None]) -> None:
+        """move: called now and then while a save is waited for, if it goes on."""
+        self._engine, self._folder, self._world, self._move = engine, folder, world, move
         self._copies = _HostCopies(world)
         engine.checkpoint_engine = self._copies
         engine._copy_recovery_script = lambda path: None  # its converters are not needed, and a full disk would stop it
@@ -147,6 +150,8 @@ class Saver:
         """
 
         def put(partial: Path, marks: dict[str, FileMark]) -> None:
+            told = {name: asdict(mark) for name, mark in marks.items()}
+            (partial / "checksums.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
             _put_in_place(partial, path)
             if keep is not None:
                 for old in sorted(path.parent.glob("step-" + "[0-9]" * 8))[:-keep]:
@@ -184,8 +189,7 @@ class Saver:
         return [self._finish(save) for save in ended]
 
     def _finish(self, save: _Save) -> Saved:
-        assert save.thread is not None
-        save.thread.join()
+        self._await(save)
         node = self._world.rank - self._world.local_rank
         # On file systems of their own two nodes may have files of one name: this node's come last, and count.
         parts = sorted(gather_objects((node, save.marks)), key=lambda part: part[0] == node)
@@ -197,6 +201,17 @@ class Saver:
             self._error_of(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         num_bytes = sum(mark.size for mark in marks.values())
         return Saved(save.kind, save.final, time.perf_counter() - save.started, num_bytes, error)
+
+    def _await(self, save: _Save) -> None:
+        assert save.thread is not None
+        before = 0
+        while save.thread.is_alive():
+            save.thread.join(timeout=1.0)
+            with suppress(FileNotFoundError):  # some are written under another name first
+                written = sum(file.stat().st_size for file in save.partial.rglob("*"))
+                if written != before:
+                    self._move()
+                before = written
 
     def _error_of(self, action: Callable[[], Any]) -> str | None:
         """What goes wrong when a folder's writer does this."""
@@ -225,8 +240,8 @@ def copy_weights(engine: DeepSpeedEngine, world: World) -> dict[str, Tensor]:
             if world.is_main:
                 copies[name] = parameter.detach().to("cpu", copy=True)
     if world.is_main:
-        saved = lm.state_dict().keys()
-        copies |= {name: buffer.to("cpu", copy=True) for name, buffer in lm.named_buffers() if name in saved}
+        saved, buffers = lm.state_dict().keys(), lm.named_buffers(remove_duplicate=False)
+        copies |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers if name in saved}
     return copies
 
 

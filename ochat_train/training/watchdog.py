@@ -22,7 +22,7 @@ from typing import Self
 import orjson
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not re-exported
 
-from ochat_train.training.engine import World, gather_objects
+from ochat_train.training.engine import Failed, World, gather_objects
 
 BEAT_S = 1.0
 LOST_AFTER_S = 30.0
@@ -30,13 +30,15 @@ LOST_AFTER_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank tells. `mark` counts what its training has begun, which is the same on all ranks; `number` beats.
+    """What a rank tells. number: of the beat. mark counts what its training has begun, which is the same on all ranks;
+    moves counts also what it got on with.
 
     pid_namespace: with the host's name, where the pid means something (containers may share a name).
     """
 
     number: int
     mark: int
+    moves: int
     step: int
     doing: str
     host: str
@@ -61,7 +63,7 @@ class Watchdog:
 
     def __init__(self, world: World, stall_timeout_s: float) -> None:
         self._world, self._stall_timeout_s = world, stall_timeout_s
-        self._beat = Beat(0, 0, 0, "starting", socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid())
+        self._beat = Beat(0, 0, 0, 0, "starting", socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid())
         self._watched = list(range(world.size)) if world.is_main else [0]
         self._number = 0
         self._seen: dict[int, _Seen] = {}
@@ -89,7 +91,7 @@ class Watchdog:
             self._thread.join(4 * BEAT_S if self._num_hosts == 1 else LOST_AFTER_S + 4 * BEAT_S)
         self._is_done.set()
         self._thread.join()
-        if error is None:
+        if error is None or isinstance(error, Failed):  # which all ranks raise
             gather_objects(None)  # no rank leaves, and seems lost, before all have stopped watching
         else:
             with suppress(RuntimeError):
@@ -97,7 +99,11 @@ class Watchdog:
 
     def mark(self, step: int, doing: str) -> None:
         """Training begins something that every rank does."""
-        self._beat = replace(self._beat, mark=self._beat.mark + 1, step=step, doing=doing)
+        self._beat = replace(self._beat, mark=self._beat.mark + 1, moves=self._beat.moves + 1, step=step, doing=doing)
+
+    def move(self) -> None:
+        """What was begun is long, and goes on."""
+        self._beat = replace(self._beat, moves=self._beat.moves + 1)
 
     def _run(self) -> None:
         while not self._is_done.wait(BEAT_S):
@@ -122,13 +128,14 @@ class Watchdog:
             self._seen[rank] = seen = _Seen(
                 beat,
                 heard_at=now if seen is None or beat.number != seen.beat.number else seen.heard_at,
-                moved_at=now if seen is None or beat.mark != seen.beat.mark else seen.moved_at,
+                moved_at=now if seen is None or beat.moves != seen.beat.moves else seen.moved_at,
             )
             is_near = (beat.host, beat.pid_namespace) == (self._beat.host, self._beat.pid_namespace)
             is_gone = is_near and not _is_running(beat.pid)
             if is_gone or now - seen.heard_at > LOST_AFTER_S:
                 return self._lost(rank)
-        if self._world.is_main and any(now - seen.moved_at > self._stall_timeout_s for seen in self._seen.values()):
+        # A rank that waits for others stands still; all do when one of them gets no further.
+        if self._world.is_main and all(now - seen.moved_at > self._stall_timeout_s for seen in self._seen.values()):
             return self._stalled()
         return None
 

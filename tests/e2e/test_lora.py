@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -315,3 +316,21 @@ def test_without_peft_a_run_ends_before_it_loads_the_base(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     with pytest.raises(ValueError, match=r"model\.lora needs the package peft: pip install 'ochat_train\[lora\]'"):
         train_here(recipe_for(recipes["tied"], tmp_path))
+
+
+def test_light_checkpoints_and_other_zero_stages_know_adapters(recipes: dict[str, Path], tmp_path: Path) -> None:
+    """The states of adapters are converted, and each light checkpoint is the merged model of its step."""
+    options = ["optim.algorithm=adamw", "optim.lr=0.01", "checkpoint.models.every_steps=1"]
+    train_here(recipe_for(recipes["untied"], tmp_path / "whole", "zero.stage=2", *options))
+    parts = tmp_path / "parts"
+    train_here(recipe_for(recipes["untied"], parts, "zero.stage=3", *options, "train.max_steps=1"))
+    train_here(recipe_for(recipes["untied"], parts, "zero.stage=1", *options))
+    ours, theirs = weights(parts), weights(tmp_path / "whole")
+    # As in test_resume.py: fp32 sums in another order, and Adam's updates of about the learning rate.
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 5e-6
+    for run, merged in ((parts, ours), (tmp_path / "whole", theirs)):
+        first, *_, last = sorted((run / "models").iterdir())
+        light, before = load_file(last / "model.safetensors"), load_file(first / "model.safetensors")
+        assert light.keys() == merged.keys()
+        assert all(torch.equal(light[name], tensor.bfloat16()) for name, tensor in merged.items())
+        assert any(not torch.equal(light[name], before[name]) for name in light)

@@ -40,17 +40,20 @@ def test_each_host_has_the_checkpoints_that_it_needs_and_one_has_the_rest(hosts:
     assert (hosts[0] / "run/metrics.jsonl").exists() and not (hosts[1] / "run/metrics.jsonl").exists()
 
 
-def test_a_checkpoint_that_is_damaged_on_one_host_is_passed_over_on_both(
+def test_a_checkpoint_that_one_host_lacks_or_has_damaged_is_passed_over_on_both(
     recipe_path: Path, hosts: list[Path], tmp_path: Path
 ) -> None:
     copies = [tmp_path / name for name in ("first", "second")]
     for host, copy in zip(hosts, copies, strict=True):
         shutil.copytree(host, copy)
-    (find_checkpoints(copies[1] / "run")[-1] / "random-00001.pt").unlink()
+    *_, second, third = find_checkpoints(copies[1] / "run")
+    shutil.rmtree(third)
+    (second / "random-00001.pt").unlink()
     (whole, _), (damaged, _) = [run_two(recipe_path, folders, "train.max_steps=5") for folders in (hosts, copies)]
     assert (whole[0], damaged[0]) == (0, 0), damaged
     assert "damaged: random-00001.pt is not there" in damaged[1]
-    assert "falling back to step-00000002" in damaged[1]
+    assert "step-00000003 is not on every node" in damaged[1]
+    assert "falling back to step-00000001" in damaged[1]
     assert [event["step"] for event in events(copies[0] / "run", "step")] == [1, 2, 3, 4, 5]
     ours, theirs = (weights(folder / "run") for folder in (copies[0], hosts[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
