@@ -91,7 +91,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         except ValueError as error:
             yield Finding("hosts", "problem", str(error), "correct HOSTFILE, or leave it out on one machine")
         else:
-            yield checks.check_hosts(hosts)
+            yield checks.check_hosts(hosts, by_ssh="NODE_RANK" not in os.environ)
             slots = [min(number, int(per_host)) if per_host.isdecimal() else number for number in hosts.values()]
             num_processes = options.gpus or sum(slots)
     if num_processes is None:

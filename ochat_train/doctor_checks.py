@@ -571,14 +571,24 @@ def read_hosts(hostfile: Path) -> dict[str, int]:
     return hosts
 
 
-def check_hosts(hosts: dict[str, int]) -> Finding:
-    """Whether each host has an address and answers where ssh listens, all at the same time."""
+def check_hosts(hosts: dict[str, int], *, by_ssh: bool = True) -> Finding:
+    """Whether each host has an address and, by_ssh, answers where ssh listens; all at the same time."""
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
-        failures = [failure for failure in pool.map(_try_host, hosts) if failure is not None]
+        tried = pool.map(_try_host if by_ssh else _find_address, hosts)
+        failures = [failure for failure in tried if failure is not None]
     if failures:
         remedy = "start the host and its sshd, or correct the name in HOSTFILE or ~/.ssh/config"
         return Finding("hosts", "problem", "; ".join(failures), remedy)
-    return Finding("hosts", "ok", f"all {len(hosts)} hosts answer, {sum(hosts.values())} processes")
+    found = "answer" if by_ssh else "have an address"
+    return Finding("hosts", "ok", f"all {len(hosts)} hosts {found}, {sum(hosts.values())} processes")
+
+
+def _find_address(host: str) -> str | None:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"{host} has no address ({error})"
+    return None
 
 
 def _try_host(host: str) -> str | None:

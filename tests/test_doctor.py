@@ -433,6 +433,12 @@ def test_a_wrong_host_file_is_refused_with_its_line(tmp_path: Path, text: str, m
         doctor_checks.read_hosts(tmp_path / "none")
 
 
+def test_hosts_that_are_started_by_hand_need_an_address_and_no_ssh() -> None:
+    assert doctor_checks.check_hosts({"192.0.2.1": 1, "localhost": 1}, by_ssh=False).state == "ok"
+    found = doctor_checks.check_hosts({"localhost": 1, "no-such-host.invalid": 1}, by_ssh=False)
+    assert found.state == "problem" and "no-such-host.invalid has no address" in found.detail
+
+
 def test_hosts_are_tried_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     all_there = threading.Barrier(8, timeout=10)
     monkeypatch.setattr(doctor_checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")

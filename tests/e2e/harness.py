@@ -1,11 +1,14 @@
 """Runs the real commands on small models: two processes on the CPU over gloo, as `deepspeed` starts them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,30 +134,81 @@ def await_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def run_two(recipe: Path, folders: list[Path], *overrides: str, code: str = "") -> list[tuple[int, str]]:
-    """Exit code and output of two processes, each in its folder: two hosts, or one if the folders are the same.
+class Ranks:
+    """Two training processes without a launcher, which would end one when the other ends."""
 
-    code: what they do before they train.
+    def __init__(self, pids: list[int], outputs: list[Path]) -> None:
+        self.pids, self._outputs = pids, outputs
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send it to one of them."""
+        os.kill(self.pids[rank], number)
+
+    def codes(self) -> list[int | None]:
+        """The exit code of each, None while it runs."""
+        return [_ask_zygote(pid) for pid in self.pids]
+
+    def wait_for(self, is_there: Callable[[], bool]) -> None:
+        """Wait while both run."""
+        deadline = time.monotonic() + 120
+        while not is_there():
+            assert self.codes() == [None, None], self.end()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
+        """Exit code and output of each, when they have ended by themselves."""
+        deadline = time.monotonic() + timeout_s
+        while None in (codes := self.codes()):
+            if time.monotonic() > deadline:
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGKILL)
+                raise TimeoutError([output.read_text() for output in self._outputs])
+            time.sleep(0.02)
+        outputs = [output.read_text() for output in self._outputs]
+        return [(code, output) for code, output in zip(codes, outputs, strict=True) if code is not None]
+
+
+def start_two(module: str, *arguments: str, code: str = "", folders: Sequence[Path] = (ROOT, ROOT)) -> Ranks:
+    """Start `module` in two processes, each in its folder: two hosts, or one if the folders are the same.
+
+    code: what they do before; `rank` is there.
     """
-    port = str(free_port())
-    program = f"{code}\nfrom ochat_train.train import main\nmain()"
-    command = [sys.executable, "-c", program, str(recipe), "data.store=store", "checkpoint.dir=run", *overrides]
-    processes = []
+    program = f"import os; rank = int(os.environ['RANK'])\n{code}\nfrom {module} import main\nmain()"
+    is_one_host = folders[0] == folders[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2" if is_one_host else "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pids, outputs = [], []
     for rank, folder in enumerate(folders):
-        local_rank = rank if folders[0] == folders[1] else 0
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "127.0.0.1"}
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=folder,
-                env=ENVIRONMENT | world | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+        outputs.append(Path(tempfile.mkstemp(prefix=f"rank-{rank}-")[1]))
+        env = world | {"RANK": str(rank), "LOCAL_RANK": str(rank if is_one_host else 0)}
+        request = {"argv": arguments, "program": program, "env": env, "cwd": str(folder), "output": str(outputs[-1])}
+        pid = _ask_zygote(request)
+        assert pid is not None
+        pids.append(pid)
+    return Ranks(pids, outputs)
+
+
+def run_two(recipe: Path, folders: Sequence[Path], *overrides: str, code: str = "") -> list[tuple[int, str]]:
+    """Exit code and output of two training processes with their store and run in their folders."""
+    arguments = [str(recipe), "data.store=store", "checkpoint.dir=run", *overrides]
+    return start_two("ochat_train.train", *arguments, code=code, folders=folders).end()
+
+
+def _ask_zygote(request: Any) -> int | None:
+    asked, answers = _zygote().stdin, _zygote().stdout
+    assert asked is not None and answers is not None
+    asked.write(orjson.dumps(request) + b"\n")
+    asked.flush()
+    answer: int | None = orjson.loads(answers.readline())
+    return answer
+
+
+@cache
+def _zygote() -> subprocess.Popen[bytes]:
+    """One for the whole test run; it ends when the tests do, and its input with them."""
+    command = [sys.executable, "-m", "tests.e2e.zygote"]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -3,17 +3,15 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 import pytest
 
 from ochat_train.training.checkpoint import find_checkpoints
-from tests.e2e.harness import ENVIRONMENT, ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
+from tests.e2e.harness import Ranks, events, preprocess, start_two, tiny_recipe, weights, write_dump
 
 # Steps so slow that something can happen in the middle of the run.
 SLOW = """
@@ -35,62 +33,22 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@dataclass
-class Ranks:
-    """Two training processes without a launcher, which would end one when the other ends."""
-
-    run: Path
-    processes: list[subprocess.Popen[str]]
-
-    def wait_for(self, is_there: Callable[[], bool]) -> None:
-        """Wait while both run."""
-        deadline = time.monotonic() + 120
-        while not is_there():
-            assert all(process.poll() is None for process in self.processes), self.end()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def wait_for_step(self, step: int) -> None:
-        """Until it is done."""
-        file = self.run / "metrics.jsonl"
-        self.wait_for(lambda: file.exists() and f'"step":{step},' in file.read_text())
-
-    def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
-        """Exit code and output of each."""
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in self.processes]
-        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
-
-
 def start(recipe: Path, run: Path, *overrides: str, code: str = "") -> Ranks:
     """Train into `run`. code: what the processes do before; `rank` is there."""
-    return start_program(
-        run, "ochat_train.train", str(recipe), f"checkpoint.dir={run}", "zero.stage=1", *overrides, code=code
-    )
+    return start_two("ochat_train.train", str(recipe), f"checkpoint.dir={run}", "zero.stage=1", *overrides, code=code)
 
 
-def start_program(run: Path, module: str, *arguments: str, code: str) -> Ranks:
-    program = f"import os; rank = int(os.environ['RANK'])\n{code}\nfrom {module} import main\nmain()"
-    command = [sys.executable, "-c", program, *arguments]
-    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=ENVIRONMENT | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return Ranks(run, processes)
+def is_done(run: Path, step: int) -> Callable[[], bool]:
+    """Whether that step of the run is."""
+    file = run / "metrics.jsonl"
+    return lambda: file.exists() and f'"step":{step},"epoch":0,"examples_consumed"' in file.read_text()
 
 
 @pytest.mark.parametrize(("killed", "other"), [(0, 1), (1, 0)])
 def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path: Path, killed: int, other: int) -> None:
     ranks = start(recipe_path, tmp_path, code=SLOW)
-    ranks.wait_for_step(2)
-    ranks.processes[killed].kill()
+    ranks.wait_for(is_done(tmp_path, 2))
+    ranks.signal(killed, signal.SIGKILL)
     began = time.monotonic()
     code, output = ranks.end(timeout_s=30)[other]
     assert time.monotonic() - began < 10
@@ -118,7 +76,7 @@ def test_a_rank_that_stalls_is_named_and_shows_where_it_is(recipe_path: Path, tm
     assert "error: rank 1 (host " in first and "got no further for 3 s" in first
     assert "(waiting for its batches)" in first
     assert "in make_batch" in second  # the stack of its threads
-    assert {process.returncode for process in ranks.processes} == {1}
+    assert ranks.codes() == [1, 1]
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGINT, 0)])
@@ -126,8 +84,8 @@ def test_a_signal_to_one_rank_finishes_the_step_saves_and_exits_with_75(
     recipe_path: Path, tmp_path: Path, number: signal.Signals, rank: int
 ) -> None:
     ranks = start(recipe_path, tmp_path, code=SLOW)
-    ranks.wait_for_step(2)
-    ranks.processes[rank].send_signal(number)
+    ranks.wait_for(is_done(tmp_path, 2))
+    ranks.signal(rank, number)
     ended = ranks.end()
     assert [code for code, _ in ended] == [75, 75], ended
     step = events(tmp_path, "step")[-1]["step"]
@@ -144,10 +102,10 @@ def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: P
         code=SLOW.replace("0.3", f"60 if rank and not open({str(began)!r}, 'w').close() else 0"),
     )
     ranks.wait_for(began.exists)
-    ranks.processes[1].terminate()
+    ranks.signal(1, signal.SIGTERM)
     time.sleep(2.2)
-    assert ranks.processes[1].poll() is None
-    ranks.processes[1].terminate()
+    assert ranks.codes()[1] is None
+    ranks.signal(1, signal.SIGTERM)
     code, output = ranks.end(timeout_s=30)[1]
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM again: stopping at once" in output
@@ -173,7 +131,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(recipe_path: P
         for kind, options in kinds.items()
     ]
     arguments = [run.decode() for run in runs]
-    ended = start_program(tmp_path, "tests.e2e.several", str(recipe_path), *arguments, code=poisoned).end()
+    ended = start_two("tests.e2e.several", str(recipe_path), *arguments, code=poisoned).end()
     assert [code for code, _ in ended] == [0, 0], ended
     for kind in kinds:
         steps = events(tmp_path / kind, "step")
@@ -224,7 +182,7 @@ def test_two_runs_in_one_folder_are_refused(recipe_path: Path, tmp_path: Path) -
     go.touch()
     assert [code for code, _ in second] == [1, 1]
     assert f"another run trains in checkpoint.dir {run}" in second[0][1]
-    assert str(first.processes[0].pid) in second[0][1]
+    assert str(first.pids[0]) in second[0][1]
     assert [code for code, _ in first.end()] == [0, 0]
 
 
@@ -232,7 +190,7 @@ def test_two_runs_in_one_folder_are_refused(recipe_path: Path, tmp_path: Path) -
 def test_a_store_that_is_touched_during_training_stops_the_run(recipe_path: Path, tmp_path: Path, what: str) -> None:
     preprocess(recipe_path, f"data.store={tmp_path / 'store'}")
     ranks = start(recipe_path, tmp_path / "run", f"data.store={tmp_path / 'store'}", code=SLOW)
-    ranks.wait_for_step(2)
+    ranks.wait_for(is_done(tmp_path / "run", 2))
     (file,) = (tmp_path / "store/train").glob("*.arrow")
     if what == "removed":
         file.unlink()
