@@ -192,6 +192,13 @@ def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The language model's weights that the checkpoint holds, by their names in training. Raises Damaged."""
     check_files(checkpoint)
     if checkpoint.state.recipe["zero"]["stage"] == 3:  # split over ranks
+        found = len(list((checkpoint.path / "deepspeed").glob("*optim_states.pt")))
+        if found < checkpoint.world_size:
+            raise ValueError(
+                f"{checkpoint.path} holds the weights of {found} of {checkpoint.world_size} processes, since the nodes "
+                "do not share checkpoint.dir; copy the files of that folder's deepspeed/ from all nodes together, or "
+                "let checkpoint.models save whole models"
+            )
         # Lazily: a weight is put together when it is asked for.
         weights = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.path), tag="deepspeed", exclude_frozen_parameters=True, lazy_mode=True

@@ -224,7 +224,7 @@ def ready_engine(run: Run, folder: RunFolder, world: World) -> DeepSpeedEngine:
         return build_engine(run, world, is_shared=folder.is_shared)
     if not needs_conversion(resumed, recipe, world.size):
         engine = build_engine(run, world, is_shared=folder.is_shared)
-        load_checkpoint(engine, resumed, world)
+        _load(engine, resumed, world)
         return engine
     was = resumed.state.recipe["zero"]["stage"]
     say(
@@ -234,8 +234,15 @@ def ready_engine(run: Run, folder: RunFolder, world: World) -> DeepSpeedEngine:
     )
     with converted_states(resumed, run.recipe.zero.stage, folder, world) as states:
         engine = build_engine(run, world, is_shared=folder.is_shared, loads_universal=True)
-        load_checkpoint(engine, resumed, world, states=states)
+        _load(engine, resumed, world, states)
     return engine
+
+
+def _load(engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World, states: Path | None = None) -> None:
+    try:
+        load_checkpoint(engine, checkpoint, world, states=states)
+    except ValueError as error:  # the base is not the one of the adapters, which every rank sees
+        raise Refused(str(error)) from None
 
 
 def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_universal: bool = False) -> DeepSpeedEngine:

@@ -80,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not last.is_end:
         sys.exit(STOPPED)
     if world.is_main:  # the others need not wait for the export
-        export_model(run, last.checkpoint)
+        try:
+            export_model(run, last.checkpoint)
+        except ValueError as error:
+            sys.exit(f"error: training has ended, but {run.dir / 'model'} was not written: {error}")
 
 
 @dataclass(frozen=True, slots=True)

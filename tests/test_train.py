@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ochat_train.tokens.order
 import ochat_train.train
 import ochat_train.training.metrics
+import ochat_train.training.saving
 from ochat_train.export import export
 from ochat_train.prepare import build_engine, prepare
 from ochat_train.recipe import Recipe, load_recipe
@@ -201,6 +202,50 @@ def test_a_store_without_any_weight_is_refused(recipe_path: Path, tmp_path: Path
 def test_a_source_of_which_nothing_would_be_trained_is_refused(recipe_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.sources\.1\.epochs 0\.01 of the .* examples of hasty is none"):
         prepare(recipe_for(recipe_path, tmp_path, "data.sources.1.epochs=0.01"), ALONE)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_further = threading.Event()
+    one_step = ochat_train.train._one_step
+
+    def one_step_and_tell(*arguments: Any) -> Any:
+        done = one_step(*arguments)
+        if done.state.step == 4:
+            is_further.set()
+        return done
+
+    def wait_and_mark(file: Path) -> FileMark:
+        assert is_further.wait(60)
+        return mark_file(file)
+
+    monkeypatch.setattr(ochat_train.train, "_one_step", one_step_and_tell)
+    monkeypatch.setattr(ochat_train.training.saving, "mark_file", wait_and_mark)
+    options = ["zero.stage=1", "checkpoint.every_steps=2", "train.max_steps=5"]
+    train(recipe_for(recipe_path, tmp_path, *options), ALONE)
+    assert [save["step"] for save in events(tmp_path, "save")] == [2, 4, 5]
+    monkeypatch.undo()
+    # What was written is what the weights were then.
+    train(recipe_for(recipe_path, tmp_path / "two", "zero.stage=1", "train.max_steps=2"), ALONE)
+    export(tmp_path / "step-00000002", tmp_path / "early/model")
+    ours, theirs = weights(tmp_path / "early"), weights(tmp_path / "two")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_without_memory_for_copies_training_waits_for_the_save(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoMemory:
+        available = 0
+
+    monkeypatch.setattr(ochat_train.training.saving.psutil, "virtual_memory", NoMemory)
+    copied: list[Any] = []
+    monkeypatch.setattr(ochat_train.training.saving, "_copied", lambda *arguments: copied.append(arguments))
+    train(recipe_for(recipe_path, tmp_path, "zero.stage=2", "train.max_steps=2"), ALONE)
+    assert not copied
+    train(recipe_for(recipe_path, tmp_path, "zero.stage=2", "train.max_steps=3"), ALONE)
+    assert [step["step"] for step in events(tmp_path, "step")] == [1, 2, 3]
 
 
 def test_light_checkpoints_are_models_in_bfloat16(recipe_path: Path, tmp_path: Path) -> None:

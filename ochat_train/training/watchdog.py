@@ -68,6 +68,7 @@ class Watchdog:
         self._number = 0
         self._seen: dict[int, _Seen] = {}
         self._is_done = threading.Event()
+        self._num_answers = 0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -81,6 +82,7 @@ class Watchdog:
         self._tell()
         self._num_hosts = len(set(gather_objects(self._beat.host)))  # behind it the beats of all ranks are there
         self._thread.start()
+        threading.Thread(target=self._await_answers, name="watchdog's", daemon=True).start()
         return self
 
     def __exit__(
@@ -90,7 +92,7 @@ class Watchdog:
             # A collective fails when another rank is gone. Who it was is known in a moment; then the thread ends all.
             self._thread.join(4 * BEAT_S if self._num_hosts == 1 else LOST_AFTER_S + 4 * BEAT_S)
         self._is_done.set()
-        self._thread.join()
+        self._thread.join(LOST_AFTER_S)
         if error is None or isinstance(error, Failed):  # which all ranks raise
             gather_objects(None)  # no rank leaves, and seems lost, before all have stopped watching
         else:
@@ -110,10 +112,23 @@ class Watchdog:
             try:
                 self._tell()
                 verdict = self._judge()
-            except RuntimeError:  # no answer from the store: the main rank is gone
+            except RuntimeError:  # the store is closed: the main rank is gone
                 verdict = self._lost(0)
+            self._num_answers += 1
             if verdict is not None and not self._is_done.is_set():
                 self._end(verdict)
+
+    def _await_answers(self) -> None:
+        """A store whose host lost its power closes nothing, and whoever asks it waits.
+
+        Waits are counted, not timed: a process that gets no time itself must not blame another.
+        """
+        num_answers, num_waits = 0, 0
+        while not self._is_done.wait(BEAT_S):
+            num_waits = num_waits + 1 if self._num_answers == num_answers else 0
+            num_answers = self._num_answers
+            if num_waits * BEAT_S > LOST_AFTER_S:
+                self._end(self._lost(0))
 
     def _tell(self) -> None:
         self._number += 1

@@ -56,6 +56,33 @@ def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path:
     assert f"error: rank {killed} was lost at step " in output
 
 
+# Each rank on a host of its own, as far as it can tell.
+APART = """
+import os, ochat_train.training.watchdog as w
+w.LOST_AFTER_S = 2.0
+readlink = os.readlink
+os.readlink = lambda path: f"pid:[{rank}]" if path == "/proc/self/ns/pid" else readlink(path)
+"""
+
+
+@pytest.mark.parametrize(("frozen", "other"), [(0, 1), (1, 0)])
+def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
+    recipe_path: Path, tmp_path: Path, frozen: int, other: int
+) -> None:
+    """No connection is closed, as when a host loses its power; and nothing on this host tells that it is gone."""
+    ranks = start(recipe_path, tmp_path, code=APART + SLOW)
+    ranks.wait_for(is_done(tmp_path, 2))
+    ranks.signal(frozen, signal.SIGSTOP)
+    began = time.monotonic()
+    while ranks.codes()[other] is None:
+        assert time.monotonic() - began < 30
+        time.sleep(0.05)
+    ranks.signal(frozen, signal.SIGKILL)
+    code, output = ranks.end()[other]
+    assert code == 1
+    assert f"error: rank {frozen} was lost at step " in output
+
+
 STALLED = """
 import time, ochat_train.train as t
 original, calls = t.make_batch, []

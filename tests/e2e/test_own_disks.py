@@ -68,3 +68,15 @@ def test_another_number_of_processes_needs_the_files_of_all_hosts_in_one_place(
     ended = run_two(recipe_path, copies, "zero.stage=3", "train.max_steps=9")
     assert [code for code, _ in ended] == [1, 1]
     assert "the nodes do not share checkpoint.dir" in ended[0][1]
+
+
+def test_weights_that_are_split_over_hosts_are_no_model(recipe_path: Path, hosts: list[Path], tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for host, folder in zip(hosts, folders, strict=True):
+        shutil.copytree(host / "store", folder / "store")
+    whole = ["checkpoint.models.every_steps=1", "train.max_steps=1"]
+    ended = run_two(recipe_path, folders, "zero.stage=3", *whole)
+    assert [code for code, _ in ended] == [1, 0]
+    assert "error: training has ended, but run/model was not written: " in ended[0][1]
+    assert "holds the weights of 1 of 2 processes" in ended[0][1]
+    assert (folders[0] / "run/models/step-00000001/model.safetensors").exists()
