@@ -119,6 +119,8 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     yield attention
     store = checks.check_token_store(recipe, tokenizer, config, is_quick=options.quick)
     yield store
+    examples = TokenStore(recipe.data.store) if store.state == "ok" else None
+    yield checks.check_settings(recipe, config, examples, num_processes)
     if attention.state == "problem":
         return
     if not options.quick:
@@ -136,8 +138,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     memory = checks.MemoryPlan(recipe, machine, size, activations, num_processes)
     yield checks.check_memory(memory, config, is_quick=options.quick)
     num_steps = None
-    if store.state == "ok" and not options.quick:
-        examples = TokenStore(recipe.data.store)
+    if examples is not None and not options.quick:
         plan = make_run_plan(recipe, examples, config, num_processes)
         table = make_table(plan)
         table = PlanTable(table.rows[: recipe.train.max_steps], table.shape)

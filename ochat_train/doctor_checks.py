@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ochat_train.model.lora import require_peft
 from ochat_train.model.memory import (
     Activations,
     MemoryNeeds,
@@ -34,6 +35,7 @@ from ochat_train.model.memory import (
 )
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
+from ochat_train.prepare import deepspeed_configuration, peak_learning_rate
 from ochat_train.recipe import Recipe
 from ochat_train.report_plan import Rate
 from ochat_train.report_tables import align, percent, show_duration
@@ -46,6 +48,7 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.disk import existing_parent, plan_disk, show_bytes
 from ochat_train.training.planning import check_store, make_run_plan
+from ochat_train.training.sinks import check_sinks
 
 GIB = 2**30
 # Of a GPU's memory: CUDA's own, the libraries', and what lies between allocated blocks.
@@ -343,6 +346,24 @@ def check_token_store(recipe: Recipe, tokenizer: ChatTokenizer, config: Any, *, 
         f"packing.tokens_per_gpu {recipe.packing.tokens_per_gpu:,}"
     )
     return Finding("store", "ok", detail)
+
+
+def check_settings(recipe: Recipe, config: Any, store: TokenStore | None, num_processes: int) -> Finding:
+    """The peak learning rate, DeepSpeed's configuration, and the packages that the recipe's options need.
+
+    store: None when there is none yet, and then a learning rate of auto is not known.
+    """
+    try:
+        deepspeed_configuration(recipe)
+        check_sinks(recipe)
+        if recipe.model.lora is not None:
+            require_peft()
+        if store is None:
+            return Finding("settings", "ok", f"optim.lr {recipe.optim.lr}, zero.stage {recipe.zero.stage}")
+        peak_lr = peak_learning_rate(recipe, config, store.manifest, num_processes)
+    except ValueError as error:
+        return Finding("settings", "problem", str(error), "correct the recipe, or install what it needs, as said")
+    return Finding("settings", "ok", f"peak learning rate {peak_lr:.3g}, zero.stage {recipe.zero.stage}")
 
 
 # --------------------------------------------------------------------------------------------------- memory

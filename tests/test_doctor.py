@@ -84,6 +84,7 @@ def test_a_good_recipe_ends_with_ok(recipe_path: Path, capsys: pytest.CaptureFix
         "special tokens",
         "attention",
         "store",
+        "settings",
         "isolation",
         "memory",
         "fullest micro-batch",
@@ -263,6 +264,27 @@ def test_a_broken_store_is_a_problem(
     assert found.state == "problem" and found.remedy
     if damage == "all weights are 0":
         assert "has a loss weight above 0, so nothing would be learned" in found.detail
+
+
+# ---- Settings ----
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lr=auto", "optim.lr auto is published for"),
+        ("deepspeed={gradient_clipping: 5.0}", "deepspeed.gradient_clipping: 5.0 contradicts"),
+        ("log.tensorboard=true", "log.tensorboard true needs the package tensorboard"),
+    ],
+)
+def test_settings_that_training_would_refuse_are_a_problem(
+    recipe_path: Path, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, override: str, told: str
+) -> None:
+    monkeypatch.setattr("ochat_train.training.sinks.importlib.util.find_spec", lambda name: None)
+    recipe = load_recipe(recipe_path, [override])
+    store, config = TokenStore(recipe.data.store), config_of(recipe, quickstart)
+    found = doctor_checks.check_settings(recipe, config, store, 2)
+    assert found.state == "problem" and told in found.detail
 
 
 # ---- Memory ----

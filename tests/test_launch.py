@@ -59,7 +59,9 @@ class Bench:
 
     def start(self, *arguments: str, script: Path = LAUNCH, **variables: str) -> subprocess.Popen[str]:
         """launch.sh in a process group of its own, as a terminal starts it."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        # MASTER_ADDR and its like: another test of this process may have joined a process group.
+        others = ("SLURM_", "MASTER_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         path = f"{self.here / 'bin'}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             [script, self.here / "recipe.yaml", *arguments],

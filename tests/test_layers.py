@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "report_plan_view": {"report_plan", "report_tables"},
     "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
     "serve": BELOW | {"export"},
-    "doctor_checks": BELOW | {"report_plan", "report_plan_view", "report_tables"},
+    "doctor_checks": BELOW | {"prepare", "report_plan", "report_tables"},
     "doctor": BELOW | {"doctor_checks", "report_plan"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}

@@ -14,12 +14,13 @@ from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
-from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
+from tests.e2e.harness import events, preprocess, tiny_recipe, train_several, weights, write_dump
 
 # SGD, because Adam hides a wrong scale of the gradient. The clip acts in some steps and not in others: behind a clip a
 # wrong scale hides too.
 SGD = {"algorithm": "sgd", "lr": 0.5, "weight_decay": 0.1, "grad_clip": 1.5, "warmup": 0.5}
 WORLD_SIZE = 2
+STAGES = (0, 1, 2, 3)
 # fp32 sums in another order, three steps deep, on weights around 0.02 to 1.
 TOLERANCE = 1e-6
 
@@ -82,26 +83,33 @@ def test_the_run_has_uneven_and_empty_micro_batches_and_mixed_weights(recipe_pat
     assert set(store.condition_ids.tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.fixture(scope="module")
+def runs(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of runs: "stage N" of each ZeRO stage, and "sevenfold" at stage 2 with all weights times seven."""
+    folder = tmp_path_factory.mktemp("runs")
+    sevenfold = ["data.sources.0.weight=7.0", "data.sources.1.weight=0.7", f"data.store={folder / 'store'}"]
+    preprocess(recipe_path, *sevenfold)
+    stages = [[f"zero.stage={stage}", f"checkpoint.dir={folder / f'stage {stage}'}"] for stage in STAGES]
+    train_several(recipe_path, *stages, [*sevenfold, "zero.stage=2", f"checkpoint.dir={folder / 'sevenfold'}"])
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_equal_the_naive_loop(
-    recipe_path: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], stage: int, tmp_path: Path
+    runs: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], stage: int
 ) -> None:
-    train(recipe_path, f"zero.stage={stage}", f"checkpoint.dir={tmp_path}")
     expected, losses, norms = naive
-    _assert_equal(weights(tmp_path), expected)
-    steps = events(tmp_path, "step")
+    _assert_equal(weights(runs / f"stage {stage}"), expected)
+    steps = events(runs / f"stage {stage}", "step")
     assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)  # fp32 sums
     assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-5)
     assert min(norms) < SGD["grad_clip"] < max(norms), norms
 
 
 def test_multiplying_all_weights_changes_nothing(
-    recipe_path: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], tmp_path: Path
+    runs: Path, naive: tuple[dict[str, Tensor], list[float], list[float]]
 ) -> None:
-    sevenfold = ["data.sources.0.weight=7.0", "data.sources.1.weight=0.7", f"data.store={tmp_path / 'store'}"]
-    preprocess(recipe_path, *sevenfold)
-    train(recipe_path, *sevenfold, "zero.stage=2", f"checkpoint.dir={tmp_path / 'run'}")
-    _assert_equal(weights(tmp_path / "run"), naive[0])
+    _assert_equal(weights(runs / "sevenfold"), naive[0])
 
 
 def _assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

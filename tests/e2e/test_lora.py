@@ -311,7 +311,7 @@ def test_without_peft_a_run_ends_before_it_loads_the_base(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("ochat_train.train.load_model", refuse)
+    monkeypatch.setattr("ochat_train.prepare.load_model", refuse)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     with pytest.raises(ValueError, match=r"model\.lora needs the package peft: pip install 'ochat_train\[lora\]'"):
