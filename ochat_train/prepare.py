@@ -106,6 +106,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
+    if recipe.model.lora is not None:
+        require_peft()
     check_disk(recipe, config, run.plan)
     check_continues(run, world)
     return run
@@ -268,8 +270,6 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
     """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
     recipe, lora = run.recipe, run.recipe.model.lora
     num_ids, added_ids = run.tokenizer.num_ids, run.store.manifest.added_tokens.values()
-    if lora is not None:
-        require_peft()
     lm = load_model(
         recipe.model.base,
         recipe.model.config,

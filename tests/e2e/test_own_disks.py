@@ -30,6 +30,10 @@ def hosts(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
     return folders
 
 
+def copy_hosts(hosts: list[Path], folder: Path) -> list[Path]:
+    return [shutil.copytree(host, folder / str(number)) for number, host in enumerate(hosts)]
+
+
 def test_each_host_has_the_checkpoints_that_it_needs_and_one_has_the_rest(hosts: list[Path]) -> None:
     newest = [find_checkpoints(host / "run")[-1] for host in hosts]
     assert [path.name for path in newest] == ["step-00000003"] * 2
@@ -43,9 +47,7 @@ def test_each_host_has_the_checkpoints_that_it_needs_and_one_has_the_rest(hosts:
 def test_a_checkpoint_that_one_host_lacks_or_has_damaged_is_passed_over_on_both(
     recipe_path: Path, hosts: list[Path], tmp_path: Path
 ) -> None:
-    copies = [tmp_path / name for name in ("first", "second")]
-    for host, copy in zip(hosts, copies, strict=True):
-        shutil.copytree(host, copy)
+    copies = copy_hosts(hosts, tmp_path)
     *_, second, third = find_checkpoints(copies[1] / "run")
     shutil.rmtree(third)
     (second / "random-00001.pt").unlink()
@@ -62,9 +64,7 @@ def test_a_checkpoint_that_one_host_lacks_or_has_damaged_is_passed_over_on_both(
 def test_another_number_of_processes_needs_the_files_of_all_hosts_in_one_place(
     recipe_path: Path, hosts: list[Path], tmp_path: Path
 ) -> None:
-    copies = [tmp_path / name for name in ("first", "second")]
-    for host, copy in zip(hosts, copies, strict=True):
-        shutil.copytree(host, copy)
+    copies = copy_hosts(hosts, tmp_path)
     ended = run_two(recipe_path, copies, "zero.stage=3", "train.max_steps=9")
     assert [code for code, _ in ended] == [1, 1]
     assert "the nodes do not share checkpoint.dir" in ended[0][1]
