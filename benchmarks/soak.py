@@ -60,7 +60,7 @@ def main() -> None:
             f"data.store={folder / 'store'}",
             "checkpoint.every_steps=2",
             "checkpoint.keep=3",
-            f"train.epochs={max(20, options.disturbances // 3)}",  # 24 steps each, of which a disturbance lets 5 pass
+            f"train.epochs={options.disturbances}",  # of 24 steps; 5 to 13 passed between two disturbances
             *(f"model.config.{key}={value}" for key, value in SIZES.items()),
         ]
         preprocess(common)

@@ -1,6 +1,6 @@
 """Several runs one after the other in one set of processes: what `ochat_train.train` does, started once.
 
-    deepspeed --module tests.e2e.several RECIPE OVERRIDES OVERRIDES ...
+    deepspeed --module tests.e2e.several RECIPE OVERRIDES OVERRIDES ...     or as forks, see harness.py
 
 OVERRIDES: those of one run, as a JSON list.
 """

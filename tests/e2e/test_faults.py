@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from ochat_train.training.checkpoint import find_checkpoints
-from tests.e2e.harness import Ranks, events, preprocess, start_two, tiny_recipe, weights, write_dump
+from tests.e2e.harness import Ranks, events, preprocess, start_ranks, tiny_recipe, weights, write_dump
 
 # Steps so slow that something can happen in the middle of the run.
 SLOW = """
@@ -35,7 +35,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(recipe: Path, run: Path, *overrides: str, code: str = "") -> Ranks:
     """Train into `run`. code: what the processes do before; `rank` is there."""
-    return start_two("ochat_train.train", str(recipe), f"checkpoint.dir={run}", "zero.stage=1", *overrides, code=code)
+    return start_ranks("ochat_train.train", str(recipe), f"checkpoint.dir={run}", "zero.stage=1", *overrides, code=code)
 
 
 def is_done(run: Path, step: int) -> Callable[[], bool]:
@@ -158,7 +158,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(recipe_path: P
         for kind, options in kinds.items()
     ]
     arguments = [run.decode() for run in runs]
-    ended = start_two("tests.e2e.several", str(recipe_path), *arguments, code=poisoned).end()
+    ended = start_ranks("tests.e2e.several", str(recipe_path), *arguments, code=poisoned).end()
     assert [code for code, _ in ended] == [0, 0], ended
     for kind in kinds:
         steps = events(tmp_path / kind, "step")
