@@ -1,6 +1,7 @@
 """All that comes before the first step: what is cheap is checked, the ranks agree, the model stands ready."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,8 @@ def settle_resume(run: Run, folder: RunFolder, world: World) -> Run:
             say(world, f"WARNING: {told}")
             damaged[name] = told
             continue
-        settled = replace(run, resumed=together(lambda: read_checkpoint(run.dir / name)))  # noqa: B023
-        together(lambda: check_continues(settled, world))  # noqa: B023
+        settled = replace(run, resumed=together(partial(read_checkpoint, run.dir / name)))
+        together(partial(check_continues, settled, world))
         for old in damaged if folder.is_writer else ():
             set_aside(run.dir / old)
         if damaged:

@@ -198,7 +198,7 @@ def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
             max_seqlen=num_tokens,
             condition_ids=tokens.int(),
         )
-    everything_has_a_loss = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    everything_has_a_loss = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]  # made by its config module
     with everything_has_a_loss, live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
         hidden = model.hidden(batch)
         kept = live.now
@@ -219,7 +219,7 @@ def _register_counted() -> str:
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         rows = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, D]
-        return _CountedAttention.apply(*rows)[None], None  # type: ignore[no-untyped-call]
+        return _CountedAttention.apply(*rows)[None], None  # type: ignore[no-untyped-call]  # of torch
 
     AttentionInterface.register("ochat_train_counted", attend)
     return "ochat_train_counted"
@@ -246,7 +246,7 @@ class LiveBytes(TorchDispatchMode):
     """Adds up the storages of all tensors that are made while it is active, until they are gone: now, and at most."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.now = self.peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 

@@ -44,9 +44,9 @@ class PackedCausalLM(nn.Module):
         self.loss_head = LossHead(
             head, softcap=getattr(config, "final_logit_softcapping", None), num_conditions=num_conditions
         )
-        self.register_state_dict_post_hook(_leave_frozen_out)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_refuse_another_base)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_leave_frozen_out)  # type: ignore[no-untyped-call]  # of torch
+        self.register_load_state_dict_pre_hook(_refuse_another_base)  # type: ignore[no-untyped-call]  # of torch
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]  # of torch
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """The loss sums of one micro-batch."""

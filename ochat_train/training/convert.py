@@ -53,7 +53,10 @@ def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, worl
     if converter is not None and converter.returncode != 0:
         problem = (out / "log").read_text()[-2000:]
     elif converter is not None:
-        _fit(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
+        try:
+            _fit(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
+        except (OSError, RuntimeError) as error:  # a full disk; the other ranks wait for this one
+            problem = str(error)
     try:
         if problem := gather_objects(problem)[0]:
             raise Refused(f"the states of {checkpoint.path} cannot be converted for this run: {problem}")
