@@ -6,7 +6,6 @@ Only the main rank tells.
 import math
 import resource
 import subprocess
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from ochat_train.recipe import Recipe, to_json
 from ochat_train.training.best_epoch import best_epoch
 from ochat_train.training.evaluate import Probe
 from ochat_train.training.flops import Utilisation
+from ochat_train.training.run_folder import utc_now
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 
 Reason = Literal["finished", "max_steps", "stopped", "skipped"]
@@ -355,7 +355,7 @@ def describe_run(recipe: Recipe, world_size: int, attention: str) -> dict[str, A
         "device": device_name(),
         "num_processes": world_size,
         "attention": attention,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": utc_now(),
     }
 
 

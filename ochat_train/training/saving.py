@@ -150,6 +150,9 @@ class Saver:
         """
 
         def put(partial: Path, marks: dict[str, FileMark]) -> None:
+            if not marks:  # the main rank wrote it on a file system of its own
+                shutil.rmtree(partial)
+                return
             told = {name: asdict(mark) for name, mark in marks.items()}
             (partial / "checksums.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
             _put_in_place(partial, path)

@@ -80,3 +80,4 @@ def test_weights_that_are_split_over_hosts_are_no_model(recipe_path: Path, hosts
     assert "error: training has ended, but run/model was not written: " in ended[0][1]
     assert "holds the weights of 1 of 2 processes" in ended[0][1]
     assert (folders[0] / "run/models/step-00000001/model.safetensors").exists()
+    assert not list((folders[1] / "run/models").iterdir())
