@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _use_own_share_of_cores(world)
     join_process_group(world)
     try:
-        run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
-        last = train(run, world)
+        with Watchdog(world) as watchdog:
+            run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
+            last = train(run, world, watchdog)
     except (Refused, Failed) as error:  # the same on every rank: one of them tells
         sys.exit(f"error: {error}" if world.is_main else 1)
     except (OutOfMemory, StoreChanged) as error:  # each rank that has met it
@@ -94,11 +95,12 @@ class Last:
     is_end: bool
 
 
-def train(run: Run, world: World) -> Last:
+def train(run: Run, world: World, watchdog: Watchdog) -> Last:
     """Train to the end of the run, to train.max_steps, or until a signal asks to stop.
 
-    All ranks call it together, in one process group. Raises Refused when they disagree, the folder is another run's, or
-    the model cannot be used; Failed when the run cannot go on, or its end cannot be saved; OutOfMemory, StoreChanged.
+    All ranks call it together, in one process group, with the watchdog entered. Raises Refused when they disagree, the
+    folder is another run's, or the model cannot be used; Failed when the run cannot go on, or its end cannot be saved;
+    OutOfMemory, StoreChanged.
     """
     check_agreement(run)
     with open_run_folder(run.dir, world) as folder:
@@ -106,7 +108,7 @@ def train(run: Run, world: World) -> Last:
         if run.resumed is not None and run.is_finished(run.resumed.state):
             say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
             return Last(run.resumed.path, is_end=True)
-        return _train(run, folder, world)
+        return _train(run, folder, world, watchdog)
 
 
 def export_model(run: Run, checkpoint: Path) -> None:
@@ -117,7 +119,7 @@ def export_model(run: Run, checkpoint: Path) -> None:
         print(f"exported {checkpoint} to {out}", flush=True)
 
 
-def _train(run: Run, folder: RunFolder, world: World) -> Last:
+def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Last:
     """The loop."""
     recipe, store, state = run.recipe, run.store, run.start
     if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
@@ -137,13 +139,12 @@ def _train(run: Run, folder: RunFolder, world: World) -> Last:
     table = agree_on_steps(ahead)
     num_steps = min(state.step + table.num_steps, recipe.train.max_steps or sys.maxsize)
     say(world, describe_plan(table, state.step, num_steps))
-    watchdog = Watchdog(world, recipe.train.stall_timeout_s)
+    watchdog.limit_stalls(recipe.train.stall_timeout_s)
     saver = Saver(engine, folder, world, watchdog.move)
     skipped = SkippedSteps(recipe.train.max_skipped, run.dir, store, world)
     last = run.dir if run.resumed is None else run.resumed.path
     is_stopping = False
     with (
-        watchdog,
         StopRequest() as stop,
         Metrics(
             recipe,

@@ -41,6 +41,7 @@ from ochat_train.training.checkpoint import (
 )
 from ochat_train.training.engine import World, join_process_group
 from ochat_train.training.planning import check_lengths
+from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -64,7 +65,9 @@ def process_group() -> None:
 def train(recipe: Recipe, world: World) -> None:
     """What the command does."""
     run = prepare(recipe, world)
-    export_model(run, train_run(run, world).checkpoint)
+    with Watchdog(world) as watchdog:
+        last = train_run(run, world, watchdog)
+    export_model(run, last.checkpoint)
 
 
 def recipe_for(recipe_path: Path, run: Path, *overrides: str) -> Recipe:
@@ -177,8 +180,8 @@ def test_a_store_that_changes_during_the_run_stops_it(
         return original(*arguments)
 
     monkeypatch.setattr(ochat_train.train, "describe_plan", change_and_describe)
-    with pytest.raises(RuntimeError, match="step 1 of the plan is not the one agreed on"):
-        train_run(changed, ALONE)
+    with pytest.raises(RuntimeError, match="step 1 of the plan is not the one agreed on"), Watchdog(ALONE) as watchdog:
+        train_run(changed, ALONE, watchdog)
 
 
 def test_an_example_longer_than_a_micro_batch_is_refused_by_name(recipe_path: Path) -> None:

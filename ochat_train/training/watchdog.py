@@ -7,6 +7,7 @@ for LOST_AFTER_S.
 """
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -22,7 +23,7 @@ from typing import Self
 import orjson
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not re-exported
 
-from ochat_train.training.engine import Failed, World, gather_objects
+from ochat_train.training.engine import Failed, Refused, World, gather_objects
 
 BEAT_S = 1.0
 LOST_AFTER_S = 30.0
@@ -57,12 +58,14 @@ class Verdict:
 class Watchdog:
     """Watches the ranks while it is entered, by all of them together. Training calls `mark` when it begins something.
 
+    Lost ranks are noticed from the first moment, stalls once `limit_stalls` was called: a start may take long.
+
     On a verdict every process ends with code 1, whatever its training waits for; one of them prints the verdict, and a
     rank that stalls prints where it is.
     """
 
-    def __init__(self, world: World, stall_timeout_s: float) -> None:
-        self._world, self._stall_timeout_s = world, stall_timeout_s
+    def __init__(self, world: World) -> None:
+        self._world, self._stall_timeout_s = world, math.inf
         self._beat = Beat(0, 0, 0, 0, "starting", socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid())
         self._watched = list(range(world.size)) if world.is_main else [0]
         self._number = 0
@@ -93,11 +96,16 @@ class Watchdog:
             self._thread.join(4 * BEAT_S if self._num_hosts == 1 else LOST_AFTER_S + 4 * BEAT_S)
         self._is_done.set()
         self._thread.join(LOST_AFTER_S)
-        if error is None or isinstance(error, Failed):  # which all ranks raise
+        if error is None or isinstance(error, (Failed, Refused)):  # which all ranks raise
             gather_objects(None)  # no rank leaves, and seems lost, before all have stopped watching
         else:
             with suppress(RuntimeError):
                 self._tell()  # what it did last
+
+    def limit_stalls(self, stall_timeout_s: float) -> None:
+        """From now on the run ends when no rank gets further for so long."""
+        self.move()
+        self._stall_timeout_s = stall_timeout_s
 
     def mark(self, step: int, doing: str) -> None:
         """Training begins something that every rank does."""

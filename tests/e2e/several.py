@@ -14,6 +14,7 @@ from ochat_train.prepare import prepare
 from ochat_train.recipe import load_recipe
 from ochat_train.train import export_model, train
 from ochat_train.training.engine import join_process_group, read_world
+from ochat_train.training.watchdog import Watchdog
 
 
 def main() -> None:
@@ -22,8 +23,9 @@ def main() -> None:
     world = read_world()
     join_process_group(world)
     for overrides in runs:
-        run = prepare(load_recipe(recipe, orjson.loads(overrides)), world)
-        last = train(run, world)
+        with Watchdog(world) as watchdog:
+            run = prepare(load_recipe(recipe, orjson.loads(overrides)), world)
+            last = train(run, world, watchdog)
         if world.is_main:
             export_model(run, last.checkpoint)
     dist.destroy_process_group()

@@ -56,6 +56,31 @@ def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path:
     assert f"error: rank {killed} was lost at step " in output
 
 
+SLOW_START = """
+import pathlib, time, ochat_train.prepare as p
+original = p.build_model
+def build_model(*arguments):
+    if rank == 1:
+        pathlib.Path(run, "loading").touch()
+        time.sleep(600)
+    return original(*arguments)
+p.build_model = build_model
+"""
+
+
+def test_a_rank_that_is_killed_while_it_loads_the_model_is_named_and_the_other_stops(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    ranks = start(recipe_path, tmp_path, code=f"run = {str(tmp_path)!r}{SLOW_START}")
+    ranks.wait_for((tmp_path / "loading").exists)
+    ranks.signal(1, signal.SIGKILL)
+    began = time.monotonic()
+    code, output = ranks.end(timeout_s=30)[0]
+    assert time.monotonic() - began < 10
+    assert code == 1
+    assert "error: rank 1 was lost at step 0 (starting)" in output
+
+
 # Each rank on a host of its own, as far as it can tell.
 APART = """
 import os, ochat_train.training.watchdog as w

@@ -27,6 +27,7 @@ from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint
 from ochat_train.training.engine import World, join_process_group, train_step
 from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
+from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -81,7 +82,9 @@ def recipe_for(path: Path, run: Path, *overrides: str) -> Recipe:
 def train_here(recipe: Recipe) -> None:
     """What the command does, in this process."""
     run = prepare(recipe, ALONE)
-    export_model(run, train_run(run, ALONE).checkpoint)
+    with Watchdog(ALONE) as watchdog:
+        last = train_run(run, ALONE, watchdog)
+    export_model(run, last.checkpoint)
 
 
 def engine_of(run: Run) -> DeepSpeedEngine:
