@@ -256,6 +256,7 @@ class LogSection(Section):
 
     wandb: WandbSection | None = Field(None, description="null: no wandb.")
     tensorboard: bool = Field(False, description="Also write event files to checkpoint.dir/tensorboard.")
+    profile: bool = Field(False, description="Also write a profiler's trace of a few steps to checkpoint.dir/profile.")
     question: str = Field(
         "Who are you, and what can you help me with?",
         min_length=1,

@@ -7,6 +7,7 @@ SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves and exits with code 75.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -50,6 +51,7 @@ from ochat_train.training.evaluate import evaluate, probe_conditions
 from ochat_train.training.flops import find_utilisation
 from ochat_train.training.metrics import Metrics, StepReport, describe_run, device_name, peak_memory_bytes
 from ochat_train.training.planning import source_weights
+from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, open_run_folder
 from ochat_train.training.saving import Saved, Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
@@ -165,6 +167,7 @@ def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Las
             is_main=world.is_main,
         ) as metrics,
         prefetch(_checked_steps(run, table), lambda step: make_batches(store, step, world)) as steps,
+        profile_steps(run.dir / "profile", world, step=state.step, is_on=recipe.log.profile) as end_profiled_step,
     ):
         resumed = None if run.resumed is None else run.resumed.path.name
         metrics.start(state.step, state.epoch, resumed=resumed, about=about)
@@ -206,6 +209,7 @@ def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Las
             if _is_evaluation_due(run, state, is_epoch_end):
                 mark("evaluating")
                 _evaluate(run, engine, world, metrics, state, is_epoch_end, watchdog.move)
+            end_profiled_step()
             if is_end or is_stopping:
                 is_complete = state.examples_consumed >= run.plan.num_examples
                 metrics.end(
@@ -336,13 +340,11 @@ def _one_step(
     recipe, plan, consumed = run.recipe, ready.item, state.examples_consumed + ready.item.num_examples
     progress = consumed / run.plan.num_examples
     lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
-    parts, grad_norm = train_step(
-        engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
-    )
+    parts, norm = train_step(engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark)
     sums, told = sum_and_gather(
-        parts.sum(dim=0).double(), (ready.waited_s, peak_memory_bytes(world.device), *says), world
+        parts.sum(dim=0).double(), (ready.waited_s, peak_memory_bytes(world.device), norm, *says), world
     )
-    wait, memory, is_stopping, is_writing = told.amax(dim=0).tolist()
+    wait, memory, grad_norm, is_stopping, is_writing = told.amax(dim=0).tolist()
     state = replace(
         state,
         step=state.step + 1,
@@ -355,10 +357,10 @@ def _one_step(
         epoch=state.epoch,
         examples_consumed=consumed,
         progress=progress,
-        sums=sums.cpu(),
+        sums=sums,
         source_weights=source_weights(run.store, plan),
         lr=lr,
-        grad_norm=grad_norm,
+        grad_norm=grad_norm if math.isfinite(grad_norm) else math.inf,
         num_tokens=plan.num_tokens,
         cost=int(plan.costs.sum()),
         fill=plan.num_tokens / run.plan.shape.room,

@@ -99,6 +99,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "checkpoint.resume": ("never", "never", ()),
     "log.wandb": ("{project: chat}", {"project": "chat", "entity": None, "mode": "online"}, ()),
     "log.tensorboard": ("true", True, ()),
+    "log.profile": ("true", True, ()),
     "log.question": ("Who?", "Who?", ()),
 }
 

@@ -1,10 +1,12 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
+import gzip
 import math
 import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -165,6 +167,17 @@ def test_a_run_says_how_long_it_waited_for_its_batches(
     # between the evaluation's end and its asking.
     assert 0.25 < steps[0]["data_wait_s"] < 60
     assert all(0 <= step["data_wait_s"] <= step["seconds"] for step in steps)
+
+
+def test_a_profile_holds_the_steps_behind_the_warm_up(recipe_path: Path, tmp_path: Path) -> None:
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=2", "eval.every_steps=1"), ALONE)
+    train(recipe_for(recipe_path, tmp_path, "train.max_steps=7", "log.profile=true"), ALONE)
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == "steps-6-7.json.gz"  # steps 3 to 5 warm up, and the run ends before the third
+    names = Counter(event.get("name") for event in orjson.loads(gzip.decompress(file.read_bytes()))["traceEvents"])
+    assert {"ProfilerStep#3", "ProfilerStep#4"} <= names.keys()  # as torch counts, from 0 and from the resume
+    # Two steps of two micro-batches, each with two layers and a head.
+    assert names["aten::scaled_dot_product_attention"] >= 2 * 2 * 2
 
 
 def test_a_store_that_changes_during_the_run_stops_it(

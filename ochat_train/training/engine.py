@@ -167,14 +167,15 @@ def train_step(
     world_size: int,
     lr: float,
     mark: Callable[[str], None],
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor | float]:
     """One optimizer step over this rank's micro-batches; returns their sums f32[M, 2, 3, K] and the gradient's norm.
 
     weight_sum is the whole step's, over all ranks and micro-batches. DeepSpeed averages gradients over ranks, so each
     micro-batch contributes nll_sum * world_size / weight_sum, and the update is that of
     sum(w * nll) / sum(w) over the step. The sums are those of LossSums.by_condition, of each of M micro-batches of this
-    rank. A norm that is not finite is infinite, and then nothing was updated. mark is called with what
-    begins. Raises OutOfMemory.
+    rank. Where the norm is not finite, nothing was updated. Neither is read from the device here, so that the host does
+    not wait for it; DeepSpeed's step does, where it looks at the norm. mark is called with what begins. Raises
+    OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -200,10 +201,10 @@ def train_step(
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
         totals.append(sums.by_condition)
-    norm = engine.get_global_grad_norm() if norm is None else norm
+    if norm is not None:
+        return torch.stack(totals), norm
     # Stage 3 keeps the norm of the step before when it skips one.
-    is_skipped = not math.isfinite(float(norm)) or (not is_plain and engine.optimizer.overflow)
-    return torch.stack(totals), math.inf if is_skipped else float(norm)
+    return torch.stack(totals), math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
 
 
 def _total_norm(module: nn.Module) -> Tensor:
@@ -232,17 +233,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def sum_and_gather(values: Tensor, mine: Sequence[float], world: World) -> tuple[Tensor, Tensor]:
-    """On every rank: the elementwise sum of the f64[...] values over all ranks, and each rank's n numbers `mine`.
+def sum_and_gather(values: Tensor, mine: Sequence[Tensor | float], world: World) -> tuple[Tensor, Tensor]:
+    """On the CPU of every rank: the elementwise sum of the f64[...] values over all ranks, and each one's n `mine`.
 
-    The second is f64[world size, n]. One collective for both, since at each of them all ranks wait.
+    The second is f64[world size, n]. One collective for both, since at each of them all ranks wait, and the one place
+    of a step where the host waits for the device.
     """
     both = torch.zeros(values.numel() + world.size * len(mine), dtype=torch.float64, device=values.device)
-    summed, gathered = both[: values.numel()], both[values.numel() :].view(world.size, len(mine))
-    summed[:] = values.flatten()
-    gathered[world.rank] = torch.tensor(mine, dtype=torch.float64)
+    both[: values.numel()] = values.flatten()
+    for number, value in enumerate(mine, start=values.numel() + world.rank * len(mine)):
+        both[number] = value  # a number is filled in; a tensor of them would be copied from memory that is not pinned
     dist.all_reduce(both)
-    return summed.view_as(values), gathered
+    both = both.cpu()
+    return both[: values.numel()].view_as(values), both[values.numel() :].view(world.size, len(mine))
 
 
 def gather_objects(value: T) -> list[T]:
