@@ -124,6 +124,8 @@ def train(rank: int, port: int, arguments: list[str], run: Path) -> int:
     log = os.open(run / f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # A shell starts what it puts into the background with SIGINT ignored, and forks inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_SIZE": WORLD_SIZE}
     os.environ |= {name: str(value) for name, value in world.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
