@@ -1,80 +1,26 @@
-"""Causal attention over packed sequences, with three interchangeable backends.
+"""Causal attention over packed sequences, by interchangeable backends.
 
-Registered with transformers under ATTENTION_NAME, so that any of its models runs on packed batches: models pass
+Registered with transformers under names of our own, so that any of its models runs on packed batches: models pass
 `cu_seqlens` and `max_seqlen` through to us as keyword arguments.
 """
 
 import importlib
-import importlib.util
 import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface
 
-Backend = Literal["flash_attn", "torch", "sdpa"]
-BACKENDS: tuple[Backend, ...] = ("flash_attn", "torch", "sdpa")
+from ochat_train.model.attention_backends import BACKENDS, TABLE, Backend
 
-
-@dataclass(frozen=True, slots=True)
-class AttentionNeeds:
-    """What a model asks of attention on a device: the inputs of the choice of a backend."""
-
-    device_type: str
-    dtype: torch.dtype
-    head_dim: int
-    has_softcap: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BackendChoice:
-    """The backend, and why: one line for the log."""
-
-    backend: Backend
-    reason: str
-
-
-def choose_backend(wanted: Literal["auto", "flash_attn", "torch", "sdpa"], needs: AttentionNeeds) -> BackendChoice:
-    """The wanted backend, or for `auto` the first of BACKENDS that is present and supports `needs`.
-
-    Raises ValueError when the wanted one cannot do it, with the reason.
-    """
-    obstacles = {backend: _obstacle(backend, needs) for backend in BACKENDS}
-    if wanted != "auto":
-        if (obstacle := obstacles[wanted]) is not None:
-            raise ValueError(f"model.attention {wanted} cannot be used here: {obstacle}; set model.attention: auto")
-        return BackendChoice(wanted, "asked for by the recipe")
-    backend = next(backend for backend in BACKENDS if obstacles[backend] is None)
-    passed_over = [f"{other}: {obstacles[other]}" for other in BACKENDS[: BACKENDS.index(backend)]]
-    return BackendChoice(backend, "; ".join(passed_over) or "the first choice is present")
-
-
-def _obstacle(backend: Backend, needs: AttentionNeeds) -> str | None:
-    """Why the backend cannot serve these needs; None when it can."""
-    if backend == "sdpa":
-        return None
-    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install 'ochat_train[gpu]')"
-    if needs.device_type != "cuda":
-        return "needs a CUDA device"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
-    if needs.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, not {str(needs.dtype).removeprefix('torch.')}"
-    if needs.head_dim > 256:
-        return f"head size {needs.head_dim} is above 256"
-    if backend == "torch" and needs.has_softcap:
-        return "no softcap"
-    if backend == "flash_attn":
-        try:
-            importlib.import_module("flash_attn")
-        except ImportError as error:  # mostly a build for another version of torch
-            return f"the package flash-attn cannot be imported: {error}"
-    return None
+# q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens, max_seqlen, scale, window, softcap -> [T, Hq, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, float | None], Tensor]
 
 
 def varlen_attention(
@@ -99,66 +45,110 @@ def varlen_attention(
 
     A window of W lets a token see itself and W - 1 tokens before it, as in transformers.
     """
-    if backend == "flash_attn":
-        return _flash_attn(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
-    if backend == "torch":
-        return _torch_varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
-    return _sdpa(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    return _kernel(backend)(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
 
 
-def _flash_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # an extra: present when the backend was chosen
-
-    out: Tensor = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
-    )
-    return out
+def _kernel(backend: Backend) -> Kernel:
+    """What a backend runs, found once for a model, so that a compiled layer holds no imports."""
+    if backend == "sdpa":
+        return _sdpa
+    if backend in ("torch", "torch_fa3"):
+        # torch keeps this for the whole process: what an earlier model took must not stay.
+        if backend == "torch_fa3":
+            activate_flash_attention_impl("FA3")
+        elif current_flash_attention_impl() is not None:
+            restore_flash_attention_impl()
+        return _torch_varlen()
+    return _flash(_package(backend).flash_attn_varlen_func)
 
 
-def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
-) -> Tensor:
+def _package(backend: Backend) -> Any:
+    return importlib.import_module(next(row.module for row in TABLE if row.backend == backend and row.module))
+
+
+def _is_traceable(backend: Backend) -> bool:
+    """Whether torch.compile can keep a backend's kernels in its graph, because they are operators of torch.
+
+    FlashAttention 2's are, and those of newer builds of 3. Those of 4 are compiled when they are called. The loop of
+    sdpa would be compiled anew for every batch.
+    """
+    if backend == "flash_attn_3":
+        return isinstance(getattr(_package(backend), "_flash_attn_forward", None), CustomOpDef)
+    return backend in ("flash_attn", "torch", "torch_fa3")
+
+
+def _flash(function: Callable[..., Any]) -> Kernel:
+    """The call that FlashAttention 2, 3 and 4 have in common."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        out = function(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            softmax_scale=scale,
+            causal=True,
+            softcap=softcap or 0.0,
+            # Without a window the default stays, which 4 writes in another way: (None, None), not (-1, -1).
+            **({} if window is None else {"window_size": (window - 1, 0)}),
+        )
+        # 4 also returns the log of the sums of exponentials, and so did 3 until 2025.
+        tensor: Tensor = out[0] if isinstance(out, tuple) else out
+        return tensor
+
+    return attend
+
+
+def _torch_varlen() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 does not have it
-        options["enable_gqa"] = True
-    else:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        **options,
-    )
-    assert isinstance(out, Tensor)
-    return out
+    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        assert softcap is None  # choose_backend
+        options: dict[str, Any] = {}
+        if takes_groups:
+            options["enable_gqa"] = True
+        else:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            **options,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
 
 
 def _sdpa(
@@ -171,36 +161,78 @@ def _sdpa(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    outs = []
-    for q_i, k_i, v_i in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        q_h, k_h, v_h = (part.transpose(0, 1)[None] for part in (q_i, k_i, v_i))  # [1, H, L, D]
-        reaches_back = window is not None and len(q_i) > window
-        if softcap is not None:
-            out = _softcapped(q_h, k_h, v_h, scale, window, softcap)
-        elif reaches_back:
-            mask = _causal_mask(len(q_i), window, q.device)
-            out = F.scaled_dot_product_attention(q_h, k_h, v_h, attn_mask=mask, scale=scale, enable_gqa=True)
-        else:
-            out = F.scaled_dot_product_attention(q_h, k_h, v_h, is_causal=True, scale=scale, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
+    lengths = _lengths(cu_seqlens)
+    # [1, H, L, D] each. Split at the end and joined whole, because each view costs more than a short sequence does.
+    parts = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v))
+    outs = [
+        _one_sequence(q_i, k_i, v_i, scale, window, softcap).transpose(1, 2)
+        for q_i, k_i, v_i in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, dim=1).squeeze(0)
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
-    """The formula of `varlen_attention`, written out: torch's attention has no softcap. All [1, H, L, D]."""
+_last_read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    """The lengths on the host, read once for all layers of a batch: on a GPU reading waits for all work before it.
+
+    They belong to the tensor, not to its values: every layer gets the same object from the model.
+    """
+    global _last_read
+    if _last_read is not None and _last_read[0]() is cu_seqlens and _last_read[1] == cu_seqlens._version:
+        return _last_read[2]
+    lengths: list[int] = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    _last_read = (weakref.ref(cu_seqlens), cu_seqlens._version, lengths)
+    return lengths
+
+
+_SMALLEST_BLOCK = 64
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """[1, Hq, L, D] from q [1, Hq, L, D], k and v [1, Hkv, L, D]. A window costs about L times its size, not L^2.
+
+    The first `window` tokens see all before them. The others are cut into blocks, which see themselves and as much of a
+    window in front of them: all blocks in one call, in which keys of neighbours are there more than once.
+    """
+    length = q.shape[2]
+    if window is None or window >= length:
+        return _masked(q, k, v, scale, None, softcap)
+    first = _masked(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, None, softcap)
+    size = min(max(window // 4, _SMALLEST_BLOCK), length - window)
+    num_blocks = -(-(length - window) // size)
+    padding = (0, 0, 0, window + num_blocks * size - length)  # behind the end, where no token of the sequence sees
+    q_blocks = F.pad(q[0, :, window:], padding).unflatten(1, (num_blocks, size)).transpose(0, 1)  # [N, Hq, size, D]
+    span = size + window - 1
+    k_blocks, v_blocks = (
+        F.pad(part[0, :, 1:], padding).unfold(1, span, size).permute(1, 0, 3, 2)  # [N, Hkv, span, D]
+        for part in (k, v)
+    )
+    rest = _masked(q_blocks, k_blocks, v_blocks, scale, _band(size, span, window, q.device), softcap)
+    rest = rest.transpose(0, 1).flatten(1, 2)[None, :, : length - window]
+    return torch.cat([first, rest], dim=2)
+
+
+def _band(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
+    """bool [rows, columns], true where a token sees another: rows are the last `rows` tokens of the columns."""
+    distance = torch.arange(columns - rows, columns, device=device)[:, None] - torch.arange(columns, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, softcap: float | None) -> Tensor:
+    """[N, Hq, R, D] from q [N, Hq, R, D], k and v [N, Hkv, C, D], for what is visible [R, C]; None: causal, R = C."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
+        )
+    if visible is None:
+        visible = _band(q.shape[2], q.shape[2], q.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    # torch's attention has no softcap.
     scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
-    scores = scores.masked_fill(~_causal_mask(q.shape[2], window, q.device), float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [L, L], true where row i may see column j."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < (window or length))
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
 
 
 # What some models of transformers add to their attention scores: sinks (GPT-OSS), biases.
@@ -214,6 +246,7 @@ def register(backend: Backend) -> str:
     """
     # transformers takes names with sdpa or flash in them for its own and asks whether the model has those.
     name = f"ochat_train_varlen_{BACKENDS.index(backend)}"
+    kernel = _kernel(backend)
 
     def attend(
         module: torch.nn.Module,
@@ -242,19 +275,19 @@ def register(backend: Backend) -> str:
         for name in _UNSUPPORTED:
             if others.get(name) is not None:
                 raise ValueError(f"{type(module).__name__} needs {name} in its attention, which is not supported yet")
-        out = varlen_attention(
+        out = kernel(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             cu_seqlens,
             max_seqlen,
-            backend=backend,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=sliding_window,
-            softcap=softcap,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window,
+            softcap,
         )
         return out[None], None  # [1, T, Hq, D]
 
     attend_function: Callable[..., tuple[Tensor, None]] = attend
-    AttentionInterface.register(name, attend_function)
+    # One break in the graph of a layer, and nothing of a backend compiled that cannot be.
+    AttentionInterface.register(name, attend_function if _is_traceable(backend) else torch.compiler.disable(attend))
     return name

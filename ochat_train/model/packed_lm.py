@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
+from ochat_train.model.attention import register
+from ochat_train.model.attention_backends import AttentionNeeds, BackendChoice, choose_backend
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.tokens.batch import PackedBatch
@@ -97,7 +98,7 @@ def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, 
 def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return AttentionNeeds(
-        device_type=device_type,
+        capability=torch.cuda.get_device_capability() if device_type == "cuda" else None,
         dtype=dtype,
         head_dim=head_dim,
         has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,

@@ -1,19 +1,21 @@
 """The CUDA backends of attention against the formula's reference on the CPU. Needs a GPU: pytest -m gpu tests/gpu."""
 
 import copy
-import importlib.util
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ochat_train.model.attention import AttentionNeeds, Backend, choose_backend, varlen_attention
+from ochat_train.model.attention import register, varlen_attention
+from ochat_train.model.attention_backends import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
+from tests.test_attention import make_layer, naive_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +24,36 @@ pytestmark = [
 
 DEVICE = "cuda"
 LENGTHS = (5, 1, 230, 64, 65, 1, 128)
-needs_flash_attn = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None, reason="the package flash_attn is not installed"
-)
-BACKENDS = [pytest.param("flash_attn", marks=needs_flash_attn), "torch"]
+each_backend = pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
+
+
+def needs(head_dim: int, has_softcap: bool, dtype: torch.dtype) -> AttentionNeeds:
+    return AttentionNeeds(torch.cuda.get_device_capability(), dtype, head_dim, has_softcap)
+
+
+def is_supported(row: Support, asked: AttentionNeeds) -> bool:
+    """What the table says of this GPU, whether or not the package is installed."""
+    assert row.majors is not None and row.head_dims is not None and asked.capability is not None
+    largest, multiple = row.head_dims
+    return (
+        row.majors[0] <= asked.capability[0] <= row.majors[1]
+        and asked.head_dim <= largest
+        and asked.head_dim % multiple == 0
+        and (row.has_softcap or not asked.has_softcap)
+    )
+
+
+def can_run(backend: Backend, asked: AttentionNeeds) -> bool:
+    """Whether the backend can do it here. What the table denies must be refused; a package that is missing skips."""
+    if not any(is_supported(row, asked) for row in TABLE if row.backend == backend):
+        with pytest.raises(ValueError, match=f"model.attention {backend} cannot be used here"):
+            choose_backend(backend, asked)
+        return False
+    try:
+        choose_backend(backend, asked)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return True
 
 
 def borders(lengths: tuple[int, ...]) -> Tensor:
@@ -63,6 +91,8 @@ def check_against_reference(
     softcap: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
+    if not can_run(backend, needs(head_dim, softcap is not None, dtype)):
+        return
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), num, head_dim) for num in (heads, kv_heads, kv_heads)]
     rounded = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -82,46 +112,83 @@ def check_against_reference(
         assert error < (0.005 if name == "out" else 0.008), (name, error)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 1)])
 def test_grouped_heads(backend: Backend, heads: int, kv_heads: int) -> None:
     check_against_reference(backend, heads=heads, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@each_backend
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 100, 128, 192, 256, 264])
 def test_head_sizes(backend: Backend, head_dim: int) -> None:
     check_against_reference(backend, head_dim=head_dim, heads=4, kv_heads=2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 229, 230, 4096])
 def test_windows(backend: Backend, window: int) -> None:
     check_against_reference(backend, heads=4, kv_heads=2, window=window)
 
 
-@needs_flash_attn
+@each_backend
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize("softcap", [1.0, 50.0])
-def test_softcaps(softcap: float, window: int | None) -> None:
-    check_against_reference("flash_attn", heads=4, kv_heads=2, softcap=softcap, window=window)
+def test_softcaps(backend: Backend, softcap: float, window: int | None) -> None:
+    check_against_reference(backend, heads=4, kv_heads=2, softcap=softcap, window=window)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (1, 300), (300, 1), (513,)])
 def test_sequences_of_one_token_and_of_odd_lengths(backend: Backend, lengths: tuple[int, ...]) -> None:
     check_against_reference(backend, lengths=lengths, heads=4, kv_heads=2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
+@pytest.mark.parametrize("window", [None, 16])
+def test_many_short_sequences(backend: Backend, window: int | None) -> None:
+    lengths = tuple(int(length) for length in np.random.default_rng(0).integers(1, 40, 1000))
+    check_against_reference(backend, lengths=lengths, heads=4, kv_heads=2, window=window)
+
+
+@each_backend
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_sequence_of_131072_tokens(backend: Backend, window: int | None) -> None:
+    """A few rows against the formula in f64, and the gradients of these rows' outputs with respect to everything."""
+    length, heads, kv_heads, head_dim = 131_072, 2, 1, 128
+    if not can_run(backend, needs(head_dim, False, torch.bfloat16)):
+        return
+    rows = torch.tensor([0, 1, 63, 64, 4095, 4096, 65_535, 65_536, 131_071], device=DEVICE)
+    torch.manual_seed(0)
+    shapes = [(length, num, head_dim) for num in (heads, kv_heads, kv_heads)]
+    leaves = [torch.randn(shape, device=DEVICE).bfloat16().requires_grad_() for shape in shapes]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = varlen_attention(
+        *leaves, borders((length,)).to(DEVICE), length, backend=backend, scale=head_dim**-0.5, window=window
+    )
+    expected = naive_rows(*wide, rows, scale=head_dim**-0.5, window=window)
+    # Scores are near a normal distribution here, so a row of 131,072 averages as many values: outputs near 0.003.
+    cotangent = torch.randn_like(expected).bfloat16()
+    gradients = torch.autograd.grad(out[rows], leaves, cotangent.to(out.dtype))
+    references = torch.autograd.grad(expected, wide, cotangent.double())
+    # The same tolerances as above: what rounds does not become more with the length, since kernels add in f32.
+    for value, reference in zip(out[rows], expected, strict=True):
+        assert float((value.double() - reference).norm() / reference.norm()) < 0.005
+    whole = float(torch.stack([reference.norm() for reference in references]).norm())
+    for name, value, reference in zip("qkv", gradients, references, strict=True):
+        assert float((value.double() - reference).norm()) / whole < 0.008, name
+
+
+@each_backend
 def test_f16(backend: Backend) -> None:
     # 11 significant bits: within bf16's tolerance with room to spare.
     check_against_reference(backend, heads=4, kv_heads=2, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("window", [None, 16])
 def test_no_token_attends_across_a_boundary(backend: Backend, window: int | None) -> None:
+    if not can_run(backend, needs(64, False, torch.bfloat16)):
+        return
     cu_seqlens = borders(LENGTHS).to(DEVICE)
     q, k, v = (torch.randn(sum(LENGTHS), 4, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
 
@@ -141,8 +208,49 @@ def test_no_token_attends_across_a_boundary(backend: Backend, window: int | None
 
 
 def test_auto_takes_a_backend_without_a_loop_over_sequences() -> None:
-    choice = choose_backend("auto", AttentionNeeds(DEVICE, torch.bfloat16, 128, has_softcap=False))
-    assert choice.backend == ("flash_attn" if importlib.util.find_spec("flash_attn") else "torch")
+    asked = needs(128, False, torch.bfloat16)
+    choice = choose_backend("auto", asked)
+    assert choice.backend != "sdpa"
+    # The first automatic row that is not refused when it is asked for.
+    for row in TABLE:
+        if row.is_automatic and row.backend != choice.backend and is_supported(row, asked):
+            with pytest.raises(ValueError, match=r"not installed|cannot be imported|another version"):
+                choose_backend(row.backend, asked)
+        if row.backend == choice.backend:
+            break
+
+
+def test_sdpa_reads_the_lengths_once_a_batch() -> None:
+    q, k, v = (torch.randn(sum(LENGTHS), 4, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    cu_seqlens = borders(LENGTHS).to(DEVICE)
+
+    def attend() -> Tensor:
+        return varlen_attention(q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.125)
+
+    first = attend()  # waits for the lengths
+    torch.cuda.set_sync_debug_mode("error")  # any other wait raises
+    try:
+        second = attend()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
+
+
+@each_backend
+def test_a_compiled_layer_gives_the_same_and_is_compiled_once_for_all_lengths(backend: Backend) -> None:
+    if not can_run(backend, needs(64, False, torch.bfloat16)):
+        return
+    layer = make_layer(register(backend), DEVICE, torch.bfloat16)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, backend=counter)
+    for lengths in (LENGTHS, (300, 7), (19, 20, 21), (64, 1, 1, 1), (500,)):
+        hidden = torch.randn(1, sum(lengths), 4 * 64, device=DEVICE, dtype=torch.bfloat16)
+        arguments = (hidden, borders(lengths).to(DEVICE), max(lengths))
+        expected = layer(*arguments)
+        # The same kernels up to fusion: a rounding of bf16.
+        assert float((compiled(*arguments) - expected).norm() / expected.norm()) < 0.004
+    # Once for the first sizes and once for all others; twice where the graph is broken at the kernel.
+    assert counter.frame_count <= 4
 
 
 def make_llama() -> LlamaForCausalLM:
@@ -192,8 +300,10 @@ def losses_of_a_step(lm: LlamaForCausalLM, attention: str, device: str) -> tuple
     return float(before.detach()), float(after), gradient
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_packed_llama_trains_a_step(backend: Backend) -> None:
+    if backend != "sdpa" and not can_run(backend, needs(64, False, torch.bfloat16)):
+        return
     lm = make_llama().bfloat16()
     # The same bf16 weights in f32 on the CPU.
     before, after, gradient = losses_of_a_step(copy.deepcopy(lm).float(), "sdpa", "cpu")
