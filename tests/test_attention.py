@@ -73,7 +73,7 @@ def with_gradients(
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
+    return float((value.detach().double() - reference.detach()).norm() / reference.detach().norm())
 
 
 # Norm of the difference over the norm. f32 rounds by 6e-8; dot products of up to 256 terms, exp and a sum of up to
@@ -157,7 +157,7 @@ def test_it_equals_the_formula_for_many_short_sequences(window: int | None, soft
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "softcap"), [(4096, None, None), (1500, None, 2.0), (131_072, 64, None), (131_072, 100, 2.0)]
+    ("length", "window", "softcap"), [(4096, None, None), (1500, None, 2.0), (131_072, 64, None), (20_000, 100, 2.0)]
 )
 def test_it_equals_rows_of_the_formula_in_a_long_sequence(
     length: int, window: int | None, softcap: float | None

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.attention.varlen
+from torch._dynamo.testing import CompileCounter
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -25,7 +26,7 @@ from tests.flash_stand_ins import (
     varlen_attn_2_11,
     varlen_attn_2_13,
 )
-from tests.test_attention import check_against_naive, random_qkv
+from tests.test_attention import BATCHES, borders, check_against_naive, make_layer, random_qkv
 from tests.test_docs import RECIPES, table
 
 # ------------------------------------------------------------------------------------------------ the choice
@@ -281,6 +282,23 @@ def test_transformers_builds_no_mask_for_us_and_takes_our_name_for_none_of_its_o
     assert name in AttentionInterface()
     assert name not in ALL_MASK_ATTENTION_FUNCTIONS
     assert not any(own in name for own in ("flash", "sdpa", "flex", "eager", "paged"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"), [("flash_attn_4", "flash_attn__cute"), ("flash_attn_3", "flash_attn_interface")]
+)
+def test_a_compiled_layer_does_not_look_into_a_package_that_torch_cannot_trace(
+    packages_are: Callable[..., None], backend: Backend, package: str
+) -> None:
+    """The stand-in of 4 raises when it is traced. This 3 is a build without operators of torch."""
+    packages_are(package)
+    layer = make_layer(register(backend))
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter)
+    for lengths in BATCHES:
+        arguments = (torch.randn(1, sum(lengths), 256), borders(lengths), max(lengths))
+        assert torch.equal(compiled(*arguments), layer(*arguments))
+    assert counter.frame_count <= 4
 
 
 def test_torch_has_the_implementation_that_we_activate() -> None:

@@ -149,7 +149,8 @@ def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path, quickst
     found = doctor_checks.check_attention(wanted, config_of(wanted, quickstart))
     assert found.state == "problem" and "needs a CUDA device" in found.detail
     auto = load_recipe(recipe_path)
-    assert "sdpa (flash_attn: " in doctor_checks.check_attention(auto, config_of(auto, quickstart)).detail
+    told = doctor_checks.check_attention(auto, config_of(auto, quickstart)).detail
+    assert told == "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device)"
 
 
 # ---- Isolation ----
