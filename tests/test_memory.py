@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ochat_train.model.loss import CHUNK_TOKENS
 from ochat_train.model.memory import (
     Activations,
     MemoryNeeds,
@@ -97,7 +98,7 @@ def test_the_peak_of_a_real_micro_batch_is_what_is_counted(dtype: Dtype, checkpo
     with live_bytes([*model.parameters(), *model.buffers()]) as live:
         hidden = model.hidden(batch)
         kept = live.now
-        sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids)
+        sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
         sums.nll.backward()
     counted = count_activations(llama(), num_tokens=NUM_TOKENS, dtype=dtype, checkpointing=checkpointing)
@@ -119,13 +120,15 @@ def test_a_layer_of_llama_keeps_what_the_formula_says(checkpointing: bool, num_b
 
 
 def test_activations_grow_with_the_tokens_and_the_logits_with_the_vocabulary() -> None:
+    num_tokens = 2 * CHUNK_TOKENS
     short, long = (
-        count_activations(llama(), num_tokens=tokens, dtype="float32", checkpointing=False) for tokens in (2048, 4096)
+        count_activations(llama(), num_tokens=tokens, dtype="float32", checkpointing=False)
+        for tokens in (num_tokens, 2 * num_tokens)
     )
     assert long.kept == pytest.approx(2 * short.kept, rel=0.01)
-    wide = count_activations(llama(vocab_size=50_000), num_tokens=2048, dtype="float32", checkpointing=False)
-    # Three times the logits of a chunk in fp32, and the head's gradient so far.
-    assert wide.logits - short.logits == pytest.approx((3 * 1024 + WIDTH) * 4 * (50_000 - 512), rel=0.05)
+    wide = count_activations(llama(vocab_size=50_000), num_tokens=num_tokens, dtype="float32", checkpointing=False)
+    # Twice the logits of a chunk in fp32, and the gradient by the weight.
+    assert wide.logits - short.logits == pytest.approx((2 * CHUNK_TOKENS + WIDTH) * 4 * (50_000 - 512), rel=0.02)
 
 
 def test_a_model_that_cannot_run_without_values_is_refused() -> None:

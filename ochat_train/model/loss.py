@@ -1,16 +1,17 @@
-"""Weighted negative log-likelihood over the head, a chunk at a time, as sums."""
+"""Weighted negative log-likelihood over the head, a chunk at a time, as sums; gradients are made with the loss."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from ochat_train.model.rows import HeadWithRows, put_row_logits
+from ochat_train.model.rows import HeadWithRows
 
-# Tokens whose logits exist at one time: 1024 x 32,000 fp32 logits are 131 MB.
-CHUNK_TOKENS = 1024
+# Tokens whose logits exist at one time, twice in fp32: 2048 x 32,000 are 524 MB. Every chunk reads and writes the fp32
+# gradient of the weight once, so larger ones are faster, until they no longer matter beside the products.
+CHUNK_TOKENS = 2048
 
 
 class LossSums(NamedTuple):
@@ -28,6 +29,18 @@ class LossSums(NamedTuple):
     by_condition: Tensor
 
 
+class Scores(NamedTuple):
+    """What the logits of t tokens say.
+
+    nll: f32[t], of each label. gradient: its gradient by the logits, [t, V]. is_correct: f32[t], whether the label is
+    the likeliest token. None where it was not asked for.
+    """
+
+    nll: Tensor
+    gradient: Tensor | None
+    is_correct: Tensor | None
+
+
 class LossHead(nn.Module):
     """The language model's head and the loss in one module, so that [T, vocab] never exists.
 
@@ -35,7 +48,7 @@ class LossHead(nn.Module):
     around this module's forward and backward.
     """
 
-    row_ids: Tensor
+    row_ids: Tensor | None
 
     def __init__(self, head: nn.Linear, *, softcap: float | None, num_conditions: int) -> None:
         super().__init__()
@@ -45,40 +58,213 @@ class LossHead(nn.Module):
         self.register_buffer("row_ids", head.row_ids if isinstance(head, HeadWithRows) else None, persistent=False)
         self.softcap = softcap
         self.num_conditions = num_conditions
+        self._score: Callable[..., Scores] = score
 
-    def forward(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor, condition_ids: Tensor) -> LossSums:
+    def compile_chunk(self) -> None:
+        """Compile `score`: few passes over the logits in place of many. Sizes of chunks do not compile it again."""
+        self._score = torch.compile(score, dynamic=True)
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, loss_weights: Tensor, condition_ids: Tensor, loss_positions: Tensor
+    ) -> LossSums:
         """The sums for hidden [T, C], labels i64[T], loss_weights f32[T], condition_ids i32[T].
 
-        Equal to, with logits = softcapped(hidden @ weight.T + bias), the product in the weights' dtype and the rest in
-        fp32:
+        loss_positions: where loss_weights is not 0, i64[S]; only these go through the head. Equal to, with
+        logits = softcapped(hidden @ weight.T + bias), in fp32:
 
             nll = cross_entropy(logits, labels, reduction="none");  sum(loss_weights * nll)
+
+        The products multiply what the weights' dtype holds. In bf16 their results are fp32 on CUDA, and elsewhere the
+        logits are rounded to it. Nothing here waits for the device.
         """
-        weighted = loss_weights.nonzero().squeeze(1)  # only positions with a loss go through the head
-        hidden, labels = hidden[weighted], labels[weighted]
-        loss_weights, condition_ids = loss_weights[weighted], condition_ids[weighted].long()
-        chunks = [
-            # Logits are recomputed in the backward pass instead of being kept.
-            checkpoint(self._chunk, hidden_chunk, labels_chunk, use_reentrant=False)
-            for hidden_chunk, labels_chunk in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
-        ]
-        # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
-        # reduction.
-        nll, is_correct = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        values = torch.stack([nll, torch.ones_like(nll), is_correct]).detach()  # [3, t]
+        labels, loss_weights = labels[loss_positions], loss_weights[loss_positions]  # [S]
+        how = _How(self._score, self.softcap, torch.is_grad_enabled(), not self.training)
+        nll_sum, nll, is_correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # of torch
+            hidden, self.weight, self.bias, self.rows, self.row_ids, labels, loss_weights, loss_positions, how
+        )
+        values = torch.stack([nll, torch.ones_like(nll), is_correct])  # [3, S]
         values = torch.stack([values * loss_weights, values]).double()
         # index_add adds one by one: in f32, 32,768 weights of 0.1 would come out 2.6e-4 too large.
         zeros = torch.zeros(2, 3, self.num_conditions, dtype=torch.float64, device=hidden.device)
-        return LossSums((nll * loss_weights).sum(), zeros.index_add(2, condition_ids, values).float())
+        return LossSums(nll_sum, zeros.index_add(2, condition_ids[loss_positions].long(), values).float())
 
-    def _chunk(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """f32[t] the negative log-likelihood of each label; f32[t] whether it is the likeliest, 0 in training."""
-        logits = F.linear(hidden, self.weight, self.bias)
-        if self.rows is not None:
-            logits = put_row_logits(logits, hidden, self.rows, self.row_ids, self.bias)
-        logits = logits.float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        nll = F.cross_entropy(logits, labels, reduction="none")
-        is_correct = torch.zeros_like(nll) if self.training else (logits.argmax(dim=-1) == labels).float()
-        return nll, is_correct.detach()
+
+def score(
+    logits: Tensor, labels: Tensor, softcap: float | None, gradient_dtype: torch.dtype | None, is_judged: bool
+) -> Scores:
+    """The scores of logits f32[t, V] for labels i64[t]; with a gradient of the dtype if there is one, rounded once.
+
+    Who calls it keeps no name for the logits, so that their memory is free when the gradient is made.
+    """
+    is_correct = (logits.argmax(dim=-1) == labels).float() if is_judged else None
+    slope = None
+    if softcap is not None:
+        tanh = torch.tanh(logits / softcap)
+        logits, slope = softcap * tanh, 1 - tanh.square()
+    log_p = logits.log_softmax(dim=-1)
+    del logits
+    at_labels = labels[:, None]
+    log_p_label = log_p.gather(1, at_labels)
+    nll = -log_p_label.squeeze(1)
+    if gradient_dtype is None:
+        return Scores(nll, None, is_correct)
+    at_label = torch.expm1(log_p_label)  # p - 1; in bf16 the p of a likely label would be 1
+    if slope is None:
+        gradient = log_p if gradient_dtype == torch.float32 else torch.empty_like(log_p, dtype=gradient_dtype)
+        torch.exp(log_p, out=gradient)
+    else:
+        gradient = log_p.exp_().mul_(slope).to(gradient_dtype)
+        at_label = at_label * slope.gather(1, at_labels)
+    return Scores(nll, gradient.scatter_(1, at_labels, at_label.to(gradient_dtype)), is_correct)
+
+
+class _How(NamedTuple):
+    """has_gradients: gradients are wanted. is_judged: so is whether a label is the likeliest token."""
+
+    score: Callable[..., Scores]
+    softcap: float | None
+    has_gradients: bool
+    is_judged: bool
+
+
+class _Head(NamedTuple):
+    """The parameters: weight [V, C], bias [V], rows [n, C] that stand in place of its rows row_ids i64[n]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    row_ids: Tensor | None
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and loss. The forward pass computes the gradients too, the backward pass multiplies them by what comes.
+
+    So there are three products of [S, V, C]: the logits, and the gradients of hidden states and weight. Logits that the
+    backward pass computes again are a fourth. Liger's fused linear cross-entropy does it so too, and Apple's
+    ml-cross-entropy computes them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        row_ids: Tensor | None,
+        labels: Tensor,
+        loss_weights: Tensor,
+        loss_positions: Tensor,
+        how: _How,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f32 scalar, the sum of weights * nll; f32[S] nll; f32[S] whether the label is the likeliest token."""
+        head, num_losses = _Head(weight, bias, rows, row_ids), len(loss_positions)
+        needed = [how.has_gradients and is_needed for is_needed in ctx.needs_input_grad[:4]]
+        gradients = _Gradients(needed, hidden, num_losses) if any(needed) else None
+        nll = torch.zeros(num_losses, dtype=torch.float32, device=hidden.device)
+        is_correct = torch.zeros_like(nll)
+        # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
+        # reduction.
+        for start in range(0, max(1, num_losses), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            states = hidden[loss_positions[chunk]]  # [t, C]
+            scores = how.score(
+                _logits(states, head), labels[chunk], how.softcap, gradients and hidden.dtype, how.is_judged
+            )
+            nll[chunk] = scores.nll
+            if scores.is_correct is not None:
+                is_correct[chunk] = scores.is_correct
+            if gradients is not None and scores.gradient is not None:
+                gradients.add(chunk, scores.gradient, states, loss_weights[chunk], head)
+            del scores
+        ctx.hidden_shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.save_for_backward(loss_weights, loss_positions, *(gradients.all if gradients is not None else ()))
+        ctx.mark_non_differentiable(nll, is_correct)
+        return (nll * loss_weights).sum(), nll, is_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """The gradients, each rounded once here."""
+        loss_weights, loss_positions, of_hidden, *of_parameters = ctx.saved_tensors
+        if of_hidden is not None:
+            scaled = _scaled(of_hidden, (scale * loss_weights)[:, None], ctx.dtype)
+            of_hidden = scaled.new_zeros(ctx.hidden_shape).index_copy_(0, loss_positions, scaled)
+        of_parameters = [None if part is None else _scaled(part, scale, ctx.dtype) for part in of_parameters]
+        return of_hidden, *of_parameters, None, None, None, None, None
+
+
+class _Gradients:
+    """Gradients by hidden states, weight, bias and rows, of the chunks so far; None of what needs none.
+
+    A token's loss weight is not in the gradient by the logits [t, V]: it multiplies the hidden states [t, C] that go
+    into the weight's gradient here, and the gradient by the hidden states [S, C] in the backward pass, together with
+    what comes from above. The sums over tokens are fp32.
+    """
+
+    def __init__(self, needed: list[bool], hidden: Tensor, num_losses: int) -> None:
+        self.needed = needed
+        self.hidden = hidden.new_empty(num_losses, hidden.shape[1]) if needed[0] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    @property
+    def all(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.rows
+
+    def add(self, chunk: slice, by_logits: Tensor, states: Tensor, loss_weights: Tensor, head: _Head) -> None:
+        """Add a chunk's: by_logits [t, V], which is given up, states [t, C], loss_weights f32[t]."""
+        _, of_weight, of_bias, of_rows = self.needed
+        if of_bias:
+            by_bias = loss_weights @ by_logits.float()
+            self.bias = by_bias if self.bias is None else self.bias + by_bias
+        by_row_logits = None
+        if head.row_ids is not None:
+            by_row_logits = by_logits.index_select(1, head.row_ids)  # [t, n]
+            by_logits.index_fill_(1, head.row_ids, 0)  # the weight's own rows had no part
+        if self.hidden is not None:
+            torch.mm(by_logits, head.weight, out=self.hidden[chunk])
+            if by_row_logits is not None and head.rows is not None:
+                self.hidden[chunk].addmm_(by_row_logits, head.rows)
+        weighted = (loss_weights[:, None] * states).to(states.dtype)
+        if of_weight:
+            self.weight = _add_product(self.weight, by_logits, weighted)
+        if of_rows and by_row_logits is not None:
+            self.rows = _add_product(self.rows, by_row_logits, weighted)
+
+
+def _logits(states: Tensor, head: _Head) -> Tensor:
+    """f32[t, V] of hidden states [t, C]."""
+    logits = _product(states, head.weight.T)
+    if head.rows is not None and head.row_ids is not None:
+        logits.index_copy_(1, head.row_ids, _product(states, head.rows.T))
+    if head.bias is not None:
+        logits += head.bias
+    return logits
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in f32, which for bf16 only CUDA gives; elsewhere its elements are rounded to bf16."""
+    if a.dtype != torch.float32 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """f32[m, n]: total, in its memory, + a.T @ b, for a [k, m] and b [k, n] of one dtype.
+
+    A sum in bf16 would be rounded at every chunk, and lose more the more chunks there are.
+    """
+    if a.device.type != "cuda":
+        a, b = a.float(), b.float()
+    if total is None:
+        return _product(a.T, b)
+    if a.dtype == torch.float32:
+        return torch.addmm(total, a.T, b, out=total)
+    return torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, in fp32 and rounded to dtype; on a GPU without an fp32 copy."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
@@ -150,8 +149,8 @@ def count_activations(
         MLP         4 * 2 I                     gate, silu(gate), up, their product
 
     and with checkpointing only its input, 2 C. Of the `sdpa` backend on CPU there is one copy of the output more, 2 A.
-    The loss head has, of a chunk of CHUNK_TOKENS tokens, three times the logits in fp32 (their log-softmax, its
-    gradient, theirs), beside the head's gradient of the chunks so far, and the gathered hidden states with gradients.
+    The loss head has, of a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
+    gradients by its weight in fp32 and by the hidden states.
 
     Raises ValueError for a model that cannot be run without values, such as one that routes tokens to experts.
     """
@@ -194,17 +193,17 @@ def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
             position_ids=tokens,
             labels=tokens,
             loss_weights=tokens.float(),
+            loss_positions=tokens,
             cu_seqlens=torch.zeros(2, dtype=torch.int32),
             max_seqlen=num_tokens,
             condition_ids=tokens.int(),
         )
-    everything_has_a_loss = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]  # made by its config module
-    with everything_has_a_loss, live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
+    with live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
         hidden = model.hidden(batch)
         kept = live.now
         at_hidden: list[int] = []
         hidden.register_hook(lambda _: at_hidden.append(live.restart()))
-        sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids)
+        sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
         sums.nll.backward()
     return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)

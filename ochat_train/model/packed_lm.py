@@ -51,7 +51,10 @@ class PackedCausalLM(nn.Module):
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """The loss sums of one micro-batch."""
-        return self.loss_head(self.hidden(batch), batch.labels, batch.loss_weights, batch.condition_ids)  # type: ignore[no-any-return]  # nn.Module
+        sums: LossSums = self.loss_head(
+            self.hidden(batch), batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions
+        )
+        return sums
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states, [T, C]."""

@@ -40,9 +40,5 @@ class HeadWithRows(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Equal to F.linear(input, weight with the rows in it, bias)."""
-        return put_row_logits(super().forward(input), input, self.rows, self.row_ids, self.bias)
-
-
-def put_row_logits(logits: Tensor, hidden: Tensor, rows: Tensor, row_ids: Tensor, bias: Tensor | None) -> Tensor:
-    """logits [..., V] of hidden [..., C], with those of the tokens row_ids i64[n] taken from rows [n, C]."""
-    return logits.index_copy(-1, row_ids, F.linear(hidden, rows, None if bias is None else bias[row_ids]))
+        row_logits = F.linear(input, self.rows, None if self.bias is None else self.bias[self.row_ids])
+        return super().forward(input).index_copy(-1, self.row_ids, row_logits)
