@@ -11,8 +11,8 @@ from ochat_train.model.rows import HeadWithRows
 
 # Tokens whose logits exist at one time, twice in fp32: 2 x 2048 x 32,000 x 4 bytes are 524 MB. Every chunk reads and
 # writes the fp32 gradient of the weight once, 8 bytes an element beside the 6 flop a token of all three products. On an
-# H100 that is at most 27 % of their time at 1024 tokens and 14 % at 2048, as far as it does not overlap (arithmetic, not
-# measured). On a CPU 512 to 2048 take equally long.
+# H100 that is at most 27 % of their time at 1024 tokens and 14 % at 2048, as far as it does not overlap; that is
+# arithmetic, not measured. On a CPU chunks of 512 to 2048 take equally long.
 CHUNK_TOKENS = 2048
 
 
