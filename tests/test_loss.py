@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +18,7 @@ from ochat_train.model import loss
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.model.memory import live_bytes
 from ochat_train.model.rows import HeadWithRows
+from tests.host_waits import host_waits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -434,23 +434,6 @@ def test_weights_of_a_tenth_stay_a_tenth_in_bf16_gradients() -> None:
 
 # ---- What the device is not asked, and what it need not hold ----
 
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "bincount", "_unique2")
-
-
-class Waits(TorchDispatchMode):
-    """Names of operations for whose result a host has to wait when the tensors are on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        masks = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
-        if name in WAITS or (name.startswith("index") and masks):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 @pytest.mark.parametrize(
     "ask",
@@ -462,12 +445,14 @@ class Waits(TorchDispatchMode):
         lambda values: bool(values.any()),
         lambda values: values.unique(),
         lambda values: F.one_hot(values.long()),
+        lambda values: values.tolist(),
+        lambda values: values.cpu(),
     ],
 )
 def test_what_a_host_would_wait_for_is_seen(ask: Callable[[Tensor], object]) -> None:
-    with Waits() as waits:
+    with host_waits() as waits:
         ask(torch.arange(4.0))
-    assert waits.names
+    assert waits
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -477,10 +462,10 @@ def test_no_host_waits_for_the_head(softcap: float | None, num_weighted: int, tr
     head, inputs = with_rows(bias=True, is_frozen=False), make_inputs(60, num_weighted)
     positions = inputs[2].nonzero().squeeze(1)
     loss_head = LossHead(head, softcap=softcap, num_conditions=CONDITIONS).train(training)
-    with Waits() as waits:
+    with host_waits() as waits:
         sums = loss_head(*inputs, positions)
         (0.5 * sums.nll).backward()
-    assert waits.names == []
+    assert waits == []
     # Without values nobody can ask for one, and there are no copies on the CPU.
     meta = LossHead(copy.deepcopy(head).to("meta"), softcap=softcap, num_conditions=CONDITIONS).train(training)
     hidden, *others = (part.detach().to("meta") for part in (*inputs, positions))

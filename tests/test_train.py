@@ -45,6 +45,7 @@ from ochat_train.training.engine import World, join_process_group
 from ochat_train.training.planning import check_lengths
 from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
+from tests.host_waits import host_waits
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -167,6 +168,35 @@ def test_a_run_says_how_long_it_waited_for_its_batches(
     # between the evaluation's end and its asking.
     assert 0.25 < steps[0]["data_wait_s"] < 60
     assert all(0 <= step["data_wait_s"] <= step["seconds"] for step in steps)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_host_waits_once_a_step_beside_what_deepspeed_does(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    original, waits = ochat_train.train._one_step, []
+
+    def one_step(*arguments: Any) -> Any:
+        with host_waits() as those_of_the_step:
+            done = original(*arguments)
+        waits.append(Counter(Path(wait.file).parts[-3:] for wait in those_of_the_step))
+        return done
+
+    monkeypatch.setattr(ochat_train.train, "_one_step", one_step)
+    train(recipe_for(recipe_path, tmp_path, f"zero.stage={stage}", "train.max_steps=3"), ALONE)
+    ours = [{parts[-1]: num for parts, num in step.items() if "ochat_train" in parts} for step in waits]
+    assert (
+        ours
+        == [
+            {
+                "engine.py": 1,  # brings all numbers of the step to the CPU
+                "train.py": 1,  # reads them there
+                "attention.py": 2,  # only the path on a CPU: where the sequences of a micro-batch end
+            }
+        ]
+        * 3
+    )
+    print(waits)
 
 
 def test_a_profile_holds_the_steps_behind_the_warm_up(recipe_path: Path, tmp_path: Path) -> None:
