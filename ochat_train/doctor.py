@@ -2,9 +2,10 @@
 
     python -m ochat_train.doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu-gib X]
 
-Checks versions and accelerators, the attention backend, that packed sequences do not see each other, special tokens,
-the token store, memory for each ZeRO stage and number of GPUs, disk, ports and hosts, runs the plan's fullest
-micro-batch once, and predicts steps and hours. Ends with OK, or with each problem and its remedy and exit code 1.
+Checks versions and accelerators, the attention backend and kernels, that packed sequences do not see each other,
+special tokens, the token store, memory for each ZeRO stage and number of GPUs, disk, ports and hosts, runs the plan's
+fullest micro-batch once, and predicts steps and hours. Ends with OK, or with each problem and its remedy and exit
+code 1.
 
 --quick leaves out what takes long: no model is run and no plan is made. --gpus: the number of processes; else what
 launch.sh would start, by HOSTFILE, NUM_GPUS and the GPUs that are here. --gpu-gib: memory of each GPU, for those that
@@ -70,6 +71,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train import doctor_checks as checks
     from ochat_train.conversations.template import TEMPLATES
     from ochat_train.doctor_checks import Finding
+    from ochat_train.doctor_kernels import check_kernels
     from ochat_train.model.memory import count_activations, measure_size
     from ochat_train.model.pretrained import load_config
     from ochat_train.report_plan import measured_rate, read_requests
@@ -107,7 +109,8 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         return
     yield checks.check_special_tokens(tokenizer)
     try:
-        config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
+        loaded = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
+        config = loaded.get_text_config()
         lora = recipe.model.lora
         size = measure_size(
             config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
@@ -117,14 +120,16 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         return
     attention = checks.check_attention(recipe, config)
     yield attention
+    finding, kernels = check_kernels(recipe, loaded)
+    yield finding
     store = checks.check_token_store(recipe, tokenizer, config, is_quick=options.quick)
     yield store
     examples = TokenStore(recipe.data.store) if store.state == "ok" else None
     yield checks.check_settings(recipe, config, examples, num_processes)
-    if attention.state == "problem":
+    if "problem" in (attention.state, finding.state):
         return
     if not options.quick:
-        yield checks.check_isolation(recipe, config, machine)
+        yield checks.check_isolation(recipe, config, machine, kernels)
     try:
         activations = count_activations(
             config,
@@ -145,7 +150,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         num_steps = table.num_steps
         positions = checks.find_fullest(plan)
         batch = collate([examples[position] for position in positions.tolist()], examples.condition_ids[positions])
-        run = checks.run_fullest(recipe, config, batch, memory)
+        run = checks.run_fullest(recipe, config, batch, memory, kernels)
         yield run.finding
         yield checks.check_steps(table, measured_rate(options.recipe, recipe), run.tokens_per_s)
     yield checks.check_disk(recipe, size, num_steps)

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ochat_train.model.kernels import Kernels, compile_layers, use_kernels
 from ochat_train.model.lora import require_peft
 from ochat_train.model.memory import (
     Activations,
@@ -172,8 +173,8 @@ def check_attention(recipe: Recipe, config: Any) -> Finding:
 # ------------------------------------------------------------------------------- isolation and gradients
 
 
-def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
-    """Packed sequences against each alone in transformers' own attention, and whether any sees another.
+def check_isolation(recipe: Recipe, config: Any, machine: Machine, kernels: Kernels) -> Finding:
+    """Packed sequences against each alone in transformers' own layers, and whether any sees another.
 
     On a GPU in the recipe's dtype, on a CPU in float32. Each sequence has a condition of its own, so that the sums by
     condition are the losses of sequences.
@@ -190,13 +191,7 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype).to(device)
     examples = _random_examples(small.vocab_size)
     losses, gradients = _each_alone(lm, examples, device)
-    packed = PackedCausalLM(
-        lm,
-        attention=recipe.model.attention,
-        device_type=device.type,
-        checkpointing=recipe.model.checkpointing == "full",
-        num_conditions=len(examples),
-    ).train()
+    packed = _as_in_a_run(lm, recipe, kernels, device, num_conditions=len(examples))
     sums = packed(_batch(examples, device))
     sums.nll.backward()
     loss_error = _relative_error(sums.by_condition[0, 0], losses)
@@ -221,6 +216,22 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine) -> Finding:
         "do not train this model with this backend: set model.attention to another, or report it with these numbers"
     )
     return Finding("isolation", "problem", detail, remedy)
+
+
+def _as_in_a_run(
+    lm: PreTrainedModel, recipe: Recipe, kernels: Kernels, device: torch.device, *, num_conditions: int
+) -> PackedCausalLM:
+    use_kernels(lm, kernels)
+    packed = PackedCausalLM(
+        lm,
+        attention=recipe.model.attention,
+        device_type=device.type,
+        checkpointing=recipe.model.checkpointing == "full",
+        num_conditions=num_conditions,
+    ).train()
+    if recipe.model.compile:
+        compile_layers(lm)
+    return packed
 
 
 def fit_config(config: Any, room: int, dtype: torch.dtype) -> tuple[Any, str] | None:
@@ -647,7 +658,7 @@ class BatchRun:
     tokens_per_s: float | None = None
 
 
-def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPlan) -> BatchRun:
+def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPlan, kernels: Kernels) -> BatchRun:
     """Run one micro-batch forward and backward on this machine's one GPU, or on its CPU if that takes seconds."""
     on_gpu = torch.cuda.is_available()
     size, num_tokens = plan.size, len(batch.input_ids)
@@ -666,7 +677,7 @@ def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPla
         return _not_run(f"it needs {show_bytes(expected)}, of which {show_bytes(plan.machine.host_bytes)} are free")
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        seconds, peak = _forward_and_backward(recipe, config, batch, device)
+        seconds, peak = _forward_and_backward(recipe, config, batch, device, kernels)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -692,7 +703,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _forward_and_backward(
-    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device
+    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device, kernels: Kernels
 ) -> tuple[float, int | None]:
     """Seconds when warm, and bytes at most above what there was; random weights, since values change neither."""
     gc.collect()
@@ -700,14 +711,9 @@ def _forward_and_backward(
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(
         config.get_text_config(), dtype=DTYPES[recipe.model.dtype]
     ).to(device)
-    model = PackedCausalLM(
-        lm,
-        attention=recipe.model.attention,
-        device_type=device.type,
-        checkpointing=recipe.model.checkpointing == "full",
-        num_conditions=int(batch.condition_ids.max()) + 1,
-    ).train()
-    for part in (collate([], []).to(device), batch.to(device)):  # a batch of nothing warms up
+    model = _as_in_a_run(lm, recipe, kernels, device, num_conditions=int(batch.condition_ids.max()) + 1)
+    warm_up = batch if recipe.model.compile else collate([], [])  # a batch of nothing warms up, but compiles nothing
+    for part in (warm_up.to(device), batch.to(device)):
         started = time.perf_counter()
         model(part).nll.backward()
         if device.type == "cuda":

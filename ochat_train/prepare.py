@@ -9,10 +9,11 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.model.kernels import choose_kernels, compile_layers, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import measure_size
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import load_config, load_model, new_rows
+from ochat_train.model.pretrained import DTYPES, load_config, load_model, new_rows
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import RunPlan, digest_index
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
@@ -109,6 +110,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_sinks(recipe)
     if recipe.model.lora is not None:
         require_peft()
+    if recipe.model.compile:
+        require_compiler(world.device.type)
     check_disk(recipe, config, run.plan)
     check_continues(run, world)
     return run
@@ -271,6 +274,15 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
     """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
     recipe, lora = run.recipe, run.recipe.model.lora
     num_ids, added_ids = run.tokenizer.num_ids, run.store.manifest.added_tokens.values()
+    config = load_config(recipe.model.base, recipe.model.config, num_ids)
+    kernels = choose_kernels(
+        recipe.model.kernels,
+        config,
+        device=world.device,
+        dtype=DTYPES[recipe.model.dtype],
+        is_compiled=recipe.model.compile,
+    )
+    say(world, f"kernels {kernels.kernels} ({kernels.reason})")
     lm = load_model(
         recipe.model.base,
         recipe.model.config,
@@ -280,7 +292,7 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         seed=recipe.train.seed,
     )
     if lora is not None:
-        num_rows = load_config(recipe.model.base, recipe.model.config, num_ids).get_text_config().vocab_size
+        num_rows = config.get_text_config().vocab_size
         add_adapters(
             lm,
             rank=lora.rank,
@@ -289,13 +301,17 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
             row_ids=new_rows(num_rows, num_ids, added_ids),
             seed=recipe.train.seed,
         )
-    return PackedCausalLM(
+    use_kernels(lm, kernels.kernels)
+    packed = PackedCausalLM(
         lm,
         attention=recipe.model.attention,
         device_type=world.device.type,
         checkpointing=recipe.model.checkpointing == "full",
         num_conditions=len(run.store.manifest.conditions),
     )
+    if recipe.model.compile:
+        compile_layers(lm)
+    return packed
 
 
 def check_agreement(run: Run) -> None:

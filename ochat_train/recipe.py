@@ -149,6 +149,8 @@ class ModelSection(Section):
         "auto", description="Varlen backend."
     )
     checkpointing: Literal["full", "none"] = Field("full", description="Activation checkpointing.")
+    kernels: Literal["auto", "liger", "none"] = Field("auto", description="Fused kernels of a layer.")
+    compile: bool = Field(False, description="Compile the layers with torch.compile.")
     lora: LoraSection | None = Field(None, description="null: all weights are trained.")
 
     @model_validator(mode="after")
@@ -305,6 +307,9 @@ class Recipe(Section):
         if self.zero.stage == 0 and self.model.dtype == "bfloat16":
             # There DeepSpeed adds gradients up in bf16 and its gradient norm was off by up to 6 times in tests.
             raise ValueError("zero.stage 0 trains bfloat16 inexactly in DeepSpeed; use zero.stage 1, or dtype float32")
+        if self.zero.stage == 3 and self.model.compile:
+            # Its hooks on each module, which gather weights, are not compiled: between two of them little is left.
+            raise ValueError("model.compile cannot be used with zero.stage 3; use zero.stage 2, or model.compile=false")
         if self.model.lora is not None and self.optim.lr == "auto":
             raise ValueError(
                 "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "

@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
     "serve": BELOW | {"export"},
     "doctor_checks": BELOW | {"prepare", "report_plan", "report_tables"},
-    "doctor": BELOW | {"doctor_checks", "report_plan"},
+    "doctor_kernels": BELOW | {"doctor_checks"},
+    "doctor": BELOW | {"doctor_checks", "doctor_kernels", "report_plan"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 EXTRAS = (

@@ -65,6 +65,8 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.dtype": ("bfloat16", "bfloat16", ()),
     "model.attention": ("sdpa", "sdpa", ()),
     "model.checkpointing": ("full", "full", ()),
+    "model.kernels": ("none", "none", ()),
+    "model.compile": ("true", True, ()),
     "model.lora": (
         "{rank: 8}",
         {"rank": 8, "alpha": 32.0, "targets": "all-linear"},
@@ -322,6 +324,7 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, addition: st
         (["data.sources=[]"], ["data.sources", "at least 1"]),
         (["model.lora.rank=8"], ["model: lora trains beside a base", "give base"]),
         ([NO_CONFIG, "model.base=some/model", "model.lora={}", "optim.lr=auto"], ["optim.lr auto", "optim.lr=2e-4"]),
+        (["model.compile=true", "zero.stage=3"], ["model.compile cannot be used with zero.stage 3", "zero.stage 2"]),
         (["zero.stage=0", "zero.offload=optimizer"], ["zero: ", "offload", "stage 1, 2 or 3"]),
     ],
 )

@@ -31,6 +31,8 @@ FREE_AT_RESUME = (
     "data.store",
     "model.attention",
     "model.checkpointing",
+    "model.kernels",
+    "model.compile",
     "packing",
     "zero",
     "train.epochs",
