@@ -16,6 +16,7 @@ from transformers import AutoConfig
 import ochat_train.model.attention
 from ochat_train import doctor, doctor_checks
 from ochat_train.doctor_checks import GIB, Finding, Machine, MemoryPlan
+from ochat_train.doctor_kernels import check_kernels
 from ochat_train.model.memory import count_activations, measure_size
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.report_plan import Rate
@@ -83,6 +84,7 @@ def test_a_good_recipe_ends_with_ok(recipe_path: Path, capsys: pytest.CaptureFix
         "port",
         "special tokens",
         "attention",
+        "kernels",
         "store",
         "settings",
         "isolation",
@@ -153,6 +155,28 @@ def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path, quickst
     assert told == "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device)"
 
 
+# ---- Kernels ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_kernels_that_cannot_be_had_and_a_missing_compiler_are_problems(
+    recipe_path: Path, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(*overrides: str) -> Finding:
+        recipe = load_recipe(recipe_path, overrides)
+        finding, kernels = check_kernels(recipe, config_of(recipe, quickstart))
+        assert kernels == "none"
+        return finding
+
+    assert find().detail == "none (liger: needs a CUDA device); layers are not compiled"
+    assert find("model.compile=true").detail.endswith("; layers are compiled")
+    liger = find("model.kernels=liger")
+    assert liger.state == "problem" and "needs a CUDA device" in liger.detail
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler = find("model.compile=true")
+    assert compiler.state == "problem" and "no-such-compiler" in compiler.detail and compiler.remedy
+
+
 # ---- Isolation ----
 
 
@@ -160,7 +184,7 @@ def test_a_model_whose_attention_leaks_is_refused(
     recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(recipe, quickstart)
-    good = doctor_checks.check_isolation(recipe, config, HERE)
+    good = doctor_checks.check_isolation(recipe, config, HERE, "none")
     assert good.state == "ok" and "the model in full (2 layers)" in good.detail
     original = ochat_train.model.attention._sdpa
 
@@ -168,7 +192,7 @@ def test_a_model_whose_attention_leaks_is_refused(
         return original(q, k, v, cu_seqlens[[0, -1]], *others)
 
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", leaks)
-    bad = doctor_checks.check_isolation(recipe, config, HERE)
+    bad = doctor_checks.check_isolation(recipe, config, HERE, "none")
     assert bad.state == "problem" and bad.remedy
     moved = float(re.search(r"the losses of the others by (\S+)", bad.detail)[1])  # type: ignore[index]
     assert moved > 1e-4
@@ -188,7 +212,7 @@ def test_gradients_that_are_wrong_are_refused(
 
     original = ochat_train.model.attention._sdpa
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *args: WithWrongGradient.apply(original(*args)))
-    found = doctor_checks.check_isolation(recipe, config_of(recipe, quickstart), HERE)
+    found = doctor_checks.check_isolation(recipe, config_of(recipe, quickstart), HERE, "none")
     assert found.state == "problem"
 
 
@@ -484,7 +508,8 @@ def fullest(recipe: Recipe, tokenizer: ChatTokenizer, machine: Machine = HERE) -
     activations = count_activations(config, num_tokens=256, dtype="float32", checkpointing=False)
     size = measure_size(config, lora_rank=None, lora_targets="all-linear")
     batch = collate([store[0], store[1]], store.condition_ids[:2])
-    return doctor_checks.run_fullest(recipe, config, batch, MemoryPlan(recipe, machine, size, activations, 1)).finding
+    plan = MemoryPlan(recipe, machine, size, activations, 1)
+    return doctor_checks.run_fullest(recipe, config, batch, plan, "none").finding
 
 
 def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(

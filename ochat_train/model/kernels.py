@@ -248,7 +248,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
         raise ValueError(f"model.compile: {type(lm).__name__} has no layers of transformers' kind; set it to false")
     name = lm.config._attn_implementation
     AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
-    compiled = {kind: _compiled_class(kind) for kind in {type(layer) for layer in layers}}
+    compiled: dict[type, Any] = {kind: _compiled_class(kind) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = compiled[type(layer)]
 
