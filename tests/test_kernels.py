@@ -105,6 +105,41 @@ def test_kernels_are_in_the_model_and_nowhere_else(found: dict[str, Any]) -> Non
     assert found["replaced"] == []
 
 
+@pytest.mark.parametrize("capability", [80, 90], ids=["A100", "H100"])
+def test_the_kernels_of_a_13b_layer_build_for_gpus_that_are_not_here(capability: int) -> None:
+    from liger_kernel.ops import rms_norm, rope, swiglu
+    from triton import compile as build
+    from triton import language
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    norm = {"casting_mode": 0, "elementwise_affine": True, "BLOCK_SIZE": 8192}
+    gate = {"n_cols": 13_824, "BLOCK_SIZE": 16_384}
+    heads = {"n_qh": 40, "n_kh": 40, "hd": 128, "pad_n_qh": 64, "pad_n_kh": 64, "pad_hd": 128, "pad_rd": 128, "rd": 128}
+    rotate = {"bs": 1, "cos_bs": 1, **heads, "BLOCK_SIZE": 64}
+    for kernel, constants in (
+        (rms_norm._rms_norm_forward_kernel, norm),
+        (rms_norm._rms_norm_backward_kernel, {**norm, "X_dtype": language.bfloat16, "COMPUTE_DW": True}),
+        (swiglu._swiglu_forward_kernel, gate),
+        (swiglu._swiglu_backward_kernel, gate),
+        (rope._triton_rope, {**rotate, "BACKWARD_PASS": False}),
+        (rope._triton_rope, {**rotate, "BACKWARD_PASS": True}),
+    ):
+        signature = {name: type_of_argument(name) for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        built = build(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+        assert built.asm["cubin"]
+
+
+def type_of_argument(name: str) -> str:
+    """Of a kernel's argument by its name in Liger."""
+    if name in ("RSTD_ptr", "dW_ptr"):
+        return "*fp32"
+    if name.endswith("_ptr") or name in ("cos", "sin"):
+        return "*bf16"
+    return "fp32" if name in ("eps", "offset", "gate_multiplier") else "i32"
+
+
 # ---- Compiled layers ----
 
 
