@@ -238,6 +238,23 @@ def test_layers_are_compiled_with_the_functions_that_kernels_put_into_them() -> 
         assert calls[2:] and all(calls[2:])
 
 
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def call_double(x: Tensor) -> Tensor:
+    return double(x)
+
+
+def test_a_function_with_other_globals_keeps_them_where_it_is_compiled_into_another() -> None:
+    changed = kernels._with_globals(call_double, {"double": lambda x: 3 * x})  # type: ignore[arg-type]
+
+    def outer(x: Tensor) -> tuple[Tensor, Tensor]:
+        return call_double(x), changed(x)
+
+    assert [int(value) for value in torch.compile(outer)(torch.ones(()))] == [2, 3]
+
+
 def test_functions_that_no_layer_calls_are_told() -> None:
     with pytest.raises(ValueError, match="no layer of LlamaForCausalLM calls rotate_all"):
         kernels._call_instead(make_model("llama"), {"rotate_all": print}, vars(modeling_llama))

@@ -146,7 +146,8 @@ def _call_instead(lm: PreTrainedModel, functions: dict[str, Any], of_module: dic
 def _with_globals(function: FunctionType, changed: dict[str, Any]) -> FunctionType:
     """The function, whose global names mean what `changed` says, else what they mean now."""
     names = {**function.__globals__, **changed}
-    # torch.compile would look the names up in the module of this name, and share what it compiled for equal code.
+    # torch.compile watches the globals of a function that it inlines in the module of this name, and keeps what it
+    # compiled with the code object.
     del names["__name__"]
     code = function.__code__.replace()
     made = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
