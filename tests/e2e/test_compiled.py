@@ -8,7 +8,7 @@ from tests.e2e.harness import events, preprocess, tiny_recipe, train_several, we
 
 
 def test_a_run_with_compiled_layers_ends_with_the_same_weights(tmp_path: Path) -> None:
-    write_dump(tmp_path, 20)
+    write_dump(tmp_path, 52)
     # SGD, because Adam hides a wrong scale of the gradient.
     sgd = {"algorithm": "sgd", "lr": 0.5, "weight_decay": 0.1, "grad_clip": None, "warmup": 0.5}
     path = tiny_recipe(tmp_path, optim=sgd, train={"epochs": 1, "seed": 5, "max_steps": 2})
