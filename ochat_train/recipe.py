@@ -148,10 +148,19 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa"] = Field(
         "auto", description="Varlen backend."
     )
-    checkpointing: Literal["full", "none"] = Field("full", description="Activation checkpointing.")
+    checkpointing: str = Field(
+        "full", description="Layers computed again in the backward pass: full, none, every_N, or auto by memory."
+    )
     kernels: Literal["auto", "liger", "none"] = Field("auto", description="Fused kernels of a layer.")
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
     lora: LoraSection | None = Field(None, description="null: all weights are trained.")
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _checkpointing_is_a_policy(cls, policy: str) -> str:
+        if not re.fullmatch(r"auto|full|none|every_([2-9]|[1-9]\d+)", policy):
+            raise ValueError("must be auto, full, none or every_N of N from 2, such as every_2")
+        return policy
 
     @model_validator(mode="after")
     def _exactly_one_origin(self) -> Self:
@@ -174,7 +183,9 @@ class PackingSection(Section):
 class OptimSection(Section):
     """The optimizer and its schedule; the defaults are OpenChat's published ones."""
 
-    algorithm: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd for exactness tests.")
+    algorithm: Literal["adamw", "adamw_8bit", "sgd"] = Field(
+        "adamw", description="adamw, or with averages of 8 bits; sgd for exactness tests."
+    )
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="Peak learning rate; auto: OpenChat's published rule."
     )
@@ -310,6 +321,12 @@ class Recipe(Section):
         if self.zero.stage == 3 and self.model.compile:
             # Its hooks on each module, which gather weights, are not compiled: between two of them little is left.
             raise ValueError("model.compile cannot be used with zero.stage 3; use zero.stage 2, or model.compile=false")
+        if self.optim.algorithm == "adamw_8bit" and self.zero.offload == "optimizer":
+            # On a CPU bitsandbytes makes fp32 copies of all averages in each step: 20 bytes a weight, AdamW has 8 + 8.
+            raise ValueError(
+                "optim.algorithm adamw_8bit saves nothing with zero.offload: optimizer, whose updates on the CPU are "
+                "made in fp32 copies; use adamw, or zero.offload: none"
+            )
         if self.model.lora is not None and self.optim.lr == "auto":
             raise ValueError(
                 "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "

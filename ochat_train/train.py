@@ -135,7 +135,7 @@ def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Las
     engine = ready_engine(run, folder, world)
     attention = engine.module.attention
     say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
-    about = describe_run(recipe, world.size, attention.backend)
+    about = describe_run(recipe, world.size, attention.backend, engine.module.checkpointing)
     if run.resumed is not None:
         say(world, f"continuing {run.resumed.path} at step {state.step}, {state.examples_consumed:,} examples consumed")
     table = agree_on_steps(ahead)

@@ -47,9 +47,9 @@ def tell_parity(case: str, config: Any, dtype: torch.dtype = torch.float32) -> N
 
 def tell_packed(case: str, lm: PreTrainedModel, *, is_empty: bool = False) -> None:
     """Print how far a packed, checkpointed model with kernels is from the one without: the sum, the worst gradient."""
-    stock = make_packed(copy.deepcopy(lm), checkpointing=True).train()
+    stock = make_packed(copy.deepcopy(lm), checkpointing="full").train()
     use_kernels(lm, "liger")
-    packed = make_packed(lm, checkpointing=True).train()
+    packed = make_packed(lm, checkpointing="full").train()
     batch = make_batch([] if is_empty else make_examples())
     sums = []
     for model in (packed, stock):

@@ -199,7 +199,7 @@ def test_recipes_lists_what_a_resume_may_change() -> None:
 
 
 def test_recipes_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
-    about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa"}
+    about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa", "checkpointing": "full"}
     sums = torch.ones(2, 3, 1, dtype=torch.float64)
     told = {"num_steps": 1, "num_tokens": 10, "total_examples": 1, "utilisation": None}
     with Metrics(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], start=0, is_main=True, **told) as metrics:

@@ -15,15 +15,18 @@ from transformers import AutoConfig
 
 import ochat_train.model.attention
 from ochat_train import doctor, doctor_checks
-from ochat_train.doctor_checks import GIB, Finding, Machine, MemoryPlan
+from ochat_train.doctor_finding import GIB, Finding
 from ochat_train.doctor_kernels import check_kernels
-from ochat_train.model.memory import count_activations, measure_size
+from ochat_train.doctor_memory import check_memory
+from ochat_train.model.memory import measure_size
+from ochat_train.prepare import size_of
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.report_plan import Rate
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory
 from ochat_train.training.planning import make_run_plan
 from tests.e2e.harness import ROOT, free_port, preprocess, tiny_recipe, write_dump
 
@@ -308,14 +311,14 @@ def test_settings_that_training_would_refuse_are_a_problem(
     monkeypatch.setattr("ochat_train.training.sinks.importlib.util.find_spec", lambda name: None)
     recipe = load_recipe(recipe_path, [override])
     store, config = TokenStore(recipe.data.store), config_of(recipe, quickstart)
-    found = doctor_checks.check_settings(recipe, config, store, 2)
+    found = doctor_checks.check_settings(recipe, config, size_of(recipe, config), store, 2)
     assert found.state == "problem" and told in found.detail
 
 
 # ---- Memory ----
 
 
-def published(num_gpus: int = 8, **changes: Any) -> tuple[MemoryPlan, Any]:
+def published(num_gpus: int = 8, **changes: Any) -> MemoryPlan:
     """The published run of 13B on GPUs of 80 GiB, with other keys of the recipe."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     recipe = load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml", overrides)
@@ -328,19 +331,11 @@ def published(num_gpus: int = 8, **changes: Any) -> tuple[MemoryPlan, Any]:
         num_attention_heads=40,
         num_key_value_heads=40,
     )
-    activations = count_activations(
-        config,
-        num_tokens=recipe.packing.tokens_per_gpu,
-        dtype=recipe.model.dtype,
-        checkpointing=recipe.model.checkpointing == "full",
-    )
-    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
-    return MemoryPlan(recipe, RENTED, size, activations, num_gpus), config
+    return plan_memory(recipe, RENTED, config, size_of(recipe, config), num_gpus)
 
 
 def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None:
-    plan, config = published()
-    found = doctor_checks.check_memory(plan, config, is_quick=False)
+    found = check_memory(published(), is_quick=False)
     assert found.state == "ok"
     rows = {line.split()[0]: line.split()[1:] for line in found.detail.splitlines() if re.match(r" +\d+ +- ", line)}
     assert list(rows) == ["1", "2", "4", "8"]
@@ -355,8 +350,9 @@ def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None
     ("changes", "remedy"),
     [
         ({"model__checkpointing": "none"}, "set model.checkpointing: full"),
+        ({"model__checkpointing": "none", "packing__tokens_per_gpu": 5120}, "set model.checkpointing: every_2"),
         ({"zero__stage": 1}, "set zero.stage: 2"),
-        ({"packing__tokens_per_gpu": 65_536}, "set zero.stage: 3"),
+        ({"packing__tokens_per_gpu": 61_440}, "set zero.stage: 3"),
         ({"packing__tokens_per_gpu": 163_840, "zero__stage": 3}, r"set packing\.tokens_per_gpu: \d+ \(was 163840\)"),
         # 18 bytes of each of 13.0e9 weights, and the largest weight for each process.
         ({"num_gpus": 2}, r"set zero\.stage: 2 and zero\.offload: optimizer, with 218\.\d GiB of host memory"),
@@ -364,21 +360,26 @@ def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None
     ],
 )
 def test_a_recipe_that_does_not_fit_is_told_the_nearest_that_does(changes: dict[str, Any], remedy: str) -> None:
-    plan, config = published(**changes)
-    found = doctor_checks.check_memory(plan, config, is_quick=True)
+    found = check_memory(published(**changes), is_quick=True)
     assert found.state == "problem"
     assert re.match(remedy, found.remedy), found.remedy
 
 
 def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe, quickstart: ChatTokenizer) -> None:
     config = config_of(recipe, quickstart)
-    activations = count_activations(config, num_tokens=256, dtype="float32", checkpointing=False)
-    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
-    needed = MemoryPlan(recipe, HERE, size, activations, 2)
-    total = needed.needs(needed.own).total
+    size = size_of(recipe, config)
+    needed = plan_memory(recipe, HERE, config, size, 2)
+    total = needed.total(needed.own)
     for host, fits in ((2 * total, True), (2 * total - 1, False)):
-        plan = MemoryPlan(recipe, Machine(None, host, is_here=True), size, activations, 2)
+        plan = plan_memory(recipe, Machine(None, host, is_here=True), config, size, 2)
         assert plan.fits(plan.own) is fits
+
+
+def test_auto_is_planned_as_what_training_would_choose(recipe_path: Path, quickstart: ChatTokenizer) -> None:
+    recipe = load_recipe(recipe_path, ["model.checkpointing=auto"])
+    config = config_of(recipe, quickstart)
+    found = check_memory(plan_memory(recipe, HERE, config, size_of(recipe, config), 2), is_quick=True)
+    assert found.state == "ok" and "model.checkpointing auto is none here" in found.detail
 
 
 # ---- Disk ----
@@ -505,10 +506,8 @@ def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe, quick
 
 def fullest(recipe: Recipe, tokenizer: ChatTokenizer, machine: Machine = HERE) -> Finding:
     config, store = config_of(recipe, tokenizer), TokenStore(recipe.data.store)
-    activations = count_activations(config, num_tokens=256, dtype="float32", checkpointing=False)
-    size = measure_size(config, lora_rank=None, lora_targets="all-linear")
+    plan = plan_memory(recipe, machine, config, size_of(recipe, config), 1)
     batch = collate([store[0], store[1]], store.condition_ids[:2])
-    plan = MemoryPlan(recipe, machine, size, activations, 1)
     return doctor_checks.run_fullest(recipe, config, batch, plan, "none").finding
 
 

@@ -152,7 +152,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters.clear()
 
 
-def compiled(lm: PreTrainedModel, *, checkpointing: bool) -> PackedCausalLM:
+def compiled(lm: PreTrainedModel, *, checkpointing: str) -> PackedCausalLM:
     packed = make_packed(lm, checkpointing=checkpointing).train()
     compile_layers(packed.lm)
     return packed
@@ -173,14 +173,14 @@ def batches_of_many_lengths() -> list[PackedBatch]:
 @pytest.mark.parametrize(
     ("model_type", "change", "checkpointing", "most_graphs"),
     [
-        ("llama", make_model, True, 4),
-        ("llama", lambda model_type: adapted(make_model(model_type)), True, 4),
-        ("gemma2", make_model, False, 8),  # layers of two kinds
+        ("llama", make_model, "full", 4),
+        ("llama", lambda model_type: adapted(make_model(model_type)), "full", 4),
+        ("gemma2", make_model, "none", 8),  # layers of two kinds
     ],
     ids=["llama", "adapters", "gemma2"],
 )
 def test_compiled_layers_give_the_same_for_every_number_of_tokens_and_are_compiled_once(
-    model_type: str, change: Callable[[str], PreTrainedModel], checkpointing: bool, most_graphs: int
+    model_type: str, change: Callable[[str], PreTrainedModel], checkpointing: str, most_graphs: int
 ) -> None:
     lm = change(model_type)
     eager = make_packed(copy.deepcopy(lm), checkpointing=checkpointing).train()
@@ -193,7 +193,7 @@ def test_compiled_layers_give_the_same_for_every_number_of_tokens_and_are_compil
 
 def test_compiled_layers_take_a_batch_without_examples_and_evaluate() -> None:
     lm = make_model("llama")
-    eager, packed = make_packed(copy.deepcopy(lm)).train(), compiled(lm, checkpointing=False)
+    eager, packed = make_packed(copy.deepcopy(lm)).train(), compiled(lm, checkpointing="none")
     check_equal(packed, eager, make_batch([]))
     batch = make_batch(make_examples())
     with torch.no_grad():

@@ -145,6 +145,7 @@ def test_nothing_is_trained_when_preprocessing_fails(bench: Bench) -> None:
         ("model:\n  lora:\n    rank: 8\n", [], "[lora]"),
         ("model: {base: explorabase}", ["model.lora.rank=8", "log.tensorboard=true"], "[lora,tensorboard]"),
         ("log: {tensorboard: true}", ["model.base=model.gguf", "model.lora={}"], "[gguf,lora,tensorboard]"),
+        ("optim: {algorithm: adamw_8bit}", [], "[adam8bit]"),
         ("log: {tensorboard: false}", [], ""),
     ],
 )

@@ -37,9 +37,11 @@ MAY_IMPORT = {
     "report_plan_view": {"report_plan", "report_tables"},
     "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
     "serve": BELOW | {"export"},
-    "doctor_checks": BELOW | {"prepare", "report_plan", "report_tables"},
-    "doctor_kernels": BELOW | {"doctor_checks"},
-    "doctor": BELOW | {"doctor_checks", "doctor_kernels", "report_plan"},
+    "doctor_finding": set(),
+    "doctor_kernels": BELOW | {"doctor_finding"},
+    "doctor_memory": BELOW | {"doctor_finding", "report_tables"},
+    "doctor_checks": BELOW | {"doctor_finding", "prepare", "report_plan", "report_tables"},
+    "doctor": BELOW | {"doctor_checks", "doctor_finding", "doctor_kernels", "doctor_memory", "prepare", "report_plan"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 EXTRAS = (
@@ -47,6 +49,7 @@ EXTRAS = (
     "flash_attn_interface",
     "liger_kernel",
     "accelerate",
+    "bitsandbytes",
     "gguf",
     "peft",
     "tensorboard",

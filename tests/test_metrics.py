@@ -25,7 +25,14 @@ from ochat_train.training.sinks import check_sinks, flat_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS, SOURCES = ["GPT4", "GPT3"], ["gpt4", "gpt3", "empty"]
-ABOUT = {"num_processes": 2, "started": "2026-01-01T00:00:00Z", "device": "cpu", "attention": "sdpa", "commit": "x"}
+ABOUT = {
+    "num_processes": 2,
+    "started": "2026-01-01T00:00:00Z",
+    "device": "cpu",
+    "attention": "sdpa",
+    "checkpointing": "full",
+    "commit": "x",
+}
 
 
 def recipe_for(run: Path, *overrides: str) -> Recipe:
@@ -199,6 +206,7 @@ def test_starts_saves_and_the_end_are_told_by_the_main_process_alone(
             "resumed": None,
             "device": "cpu",
             "attention": "sdpa",
+            "checkpointing": "full",
         }
     ]
     assert lines(run, "save") == [

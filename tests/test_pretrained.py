@@ -140,7 +140,7 @@ def test_the_padding_token_of_a_model_from_a_config_learns() -> None:
 
 
 def check_that_token_5_learns(model: PreTrainedModel) -> None:
-    packed = PackedCausalLM(model, attention="sdpa", device_type="cpu", checkpointing=False, num_conditions=1)
+    packed = PackedCausalLM(model, attention="sdpa", device_type="cpu", checkpointing="none", num_conditions=1)
     ids, weights = torch.tensor([1, 5, 7, 8], dtype=torch.int32), torch.tensor([0.0, 0.0, 1.0, 1.0])
     packed(collate([Example(ids.numpy(), weights.numpy())], [0])).nll.backward()
     gradient = model.get_input_embeddings().weight.grad

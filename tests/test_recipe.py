@@ -64,7 +64,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.config.tie_word_embeddings": ("false", False, ()),
     "model.dtype": ("bfloat16", "bfloat16", ()),
     "model.attention": ("sdpa", "sdpa", ()),
-    "model.checkpointing": ("full", "full", ()),
+    "model.checkpointing": ("every_12", "every_12", ()),
     "model.kernels": ("none", "none", ()),
     "model.compile": ("true", True, ()),
     "model.lora": (
@@ -74,7 +74,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     ),
     "packing.tokens_per_gpu": ("1024", 1024, ()),
     "packing.grad_accum": ("4", 4, ()),
-    "optim.algorithm": ("sgd", "sgd", ()),
+    "optim.algorithm": ("adamw_8bit", "adamw_8bit", ()),
     "optim.lr": ("auto", "auto", ()),
     "optim.betas": ("[0.8, 0.99]", [0.8, 0.99], ()),
     "optim.eps": ("1e-8", 1e-8, ()),
@@ -270,6 +270,8 @@ def test_every_mistake_is_named_at_once() -> None:
         ("name=yes", "True"),
         ("template=openchat_v3.3", "'openchat_v3.3'"),
         ("model.dtype=float16", "'float16'"),
+        ("model.checkpointing=every_1", "'every_1'"),
+        ("model.checkpointing=some", "'some'"),
         ("optim.lr=fast", "'fast'"),
         ("optim.lr='0.1'", "'0.1'"),
         ("optim.lr=0", "0"),
@@ -326,6 +328,10 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, addition: st
         ([NO_CONFIG, "model.base=some/model", "model.lora={}", "optim.lr=auto"], ["optim.lr auto", "optim.lr=2e-4"]),
         (["model.compile=true", "zero.stage=3"], ["model.compile cannot be used with zero.stage 3", "zero.stage 2"]),
         (["zero.stage=0", "zero.offload=optimizer"], ["zero: ", "offload", "stage 1, 2 or 3"]),
+        (
+            ["optim.algorithm=adamw_8bit", "zero.offload=optimizer"],
+            ["optim.algorithm adamw_8bit", "use adamw, or zero.offload: none"],
+        ),
     ],
 )
 def test_a_contradiction_is_refused(overrides: list[str], words: list[str]) -> None:

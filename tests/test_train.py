@@ -22,12 +22,13 @@ import torch.nn.functional as F
 import wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ochat_train.prepare
 import ochat_train.tokens.order
 import ochat_train.train
 import ochat_train.training.metrics
 import ochat_train.training.saving
 from ochat_train.export import export
-from ochat_train.prepare import build_engine, prepare
+from ochat_train.prepare import build_engine, prepare, settle_checkpointing
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.recondition import Frame, make_frame, recondition
 from ochat_train.tokens.store import TokenStore
@@ -42,6 +43,7 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from ochat_train.training.engine import World, join_process_group
+from ochat_train.training.memory_plan import Machine
 from ochat_train.training.planning import check_lengths
 from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
@@ -577,11 +579,50 @@ def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: P
     assert prepare(recipe_for(recipe_path, finished, *options), ALONE).resumed is not None
 
 
-def test_states_of_sgd_are_not_for_another_number_of_processes(recipe_path: Path, tmp_path: Path) -> None:
-    sgd = ["zero.stage=1", "optim.algorithm=sgd", "train.max_steps=1"]
-    train(recipe_for(recipe_path, tmp_path, *sgd), ALONE)
+@pytest.mark.parametrize("algorithm", ["sgd", "adamw_8bit"])
+def test_only_states_of_adamw_are_for_another_number_of_processes(
+    recipe_path: Path, tmp_path: Path, algorithm: str
+) -> None:
+    options = ["zero.stage=1", f"optim.algorithm={algorithm}", "train.max_steps=1"]
+    train(recipe_for(recipe_path, tmp_path, *options), ALONE)
     with pytest.raises(ValueError, match=r"number of processes or zero\.stage: 1, 1 -> 2, 1; .* only .* adamw"):
-        prepare(recipe_for(recipe_path, tmp_path, *sgd), World(0, 2, 0, torch.device("cpu")))
+        prepare(recipe_for(recipe_path, tmp_path, *options), World(0, 2, 0, torch.device("cpu")))
+
+
+def test_what_checkpointing_or_the_optimizer_lack_is_told_before_the_model_is_loaded(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"model\.checkpointing every_3 is above the model's 2 layers"):
+        prepare(recipe_for(recipe_path, tmp_path, "model.checkpointing=every_3"), ALONE)
+    monkeypatch.setattr("ochat_train.training.adam8bit.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"adamw_8bit needs the package bitsandbytes: pip install"):
+        prepare(recipe_for(recipe_path, tmp_path, "optim.algorithm=adamw_8bit"), ALONE)
+
+
+def test_auto_takes_the_checkpointing_that_fits_and_a_resume_may_choose_another(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["model.checkpointing=auto", "zero.stage=1"]
+    train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=1"), ALONE)
+    told = capsys.readouterr().out
+    assert re.search(r"model\.checkpointing auto: none, [\d.]+ MiB planned of [\d.]+ GiB for each process", told)
+    monkeypatch.setattr(ochat_train.prepare, "find_machine", lambda: Machine(None, 1000, is_here=True))
+    train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=2"), ALONE)
+    told = capsys.readouterr().out
+    assert "model.checkpointing auto: full, " in told
+    assert "WARNING: this is too much for full checkpointing; train adapters with model.lora" in told
+    assert [start["checkpointing"] for start in events(tmp_path, "start")] == ["none", "full"]
+
+
+def test_auto_is_full_for_a_model_that_cannot_be_counted(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = "model.config={model_type: mixtral, num_local_experts: 2, num_experts_per_tok: 1, hidden_size: 32}"
+    sizes = ["model.config.intermediate_size=32", "model.config.num_hidden_layers=2", "model.config.head_dim=8"]
+    heads = ["model.config.num_attention_heads=4", "model.config.num_key_value_heads=2"]
+    recipe = recipe_for(recipe_path, tmp_path, experts, *sizes, *heads, "model.checkpointing=auto")
+    assert settle_checkpointing(prepare(recipe, ALONE), ALONE) == "full"
+    assert "auto: full, since the activations of mixtral cannot be counted" in capsys.readouterr().out
 
 
 def test_a_resume_on_another_store_is_refused(recipe_path: Path, finished: Path, tmp_path: Path) -> None:

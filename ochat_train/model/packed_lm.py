@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ochat_train.model.attention import register
 from ochat_train.model.attention_backends import AttentionNeeds, BackendChoice, choose_backend
+from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.tokens.batch import PackedBatch
@@ -17,15 +18,15 @@ class PackedCausalLM(nn.Module):
     """A causal LM whose forward takes a PackedBatch and returns LossSums.
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
-    device the model will run on. Raises ValueError for models whose logits we would compute wrongly, or in which
-    sequences of a batch would see each other.
+    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Raises ValueError
+    for models whose logits we would compute wrongly, or in which sequences of a batch would see each other.
 
     The state of the module leaves frozen parameters out: they are the base's. Loading a state of other names, or beside
     another base, raises.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, *, attention: Any, device_type: str, checkpointing: bool, num_conditions: int
+        self, lm: PreTrainedModel, *, attention: Any, device_type: str, checkpointing: str, num_conditions: int
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
@@ -34,10 +35,8 @@ class PackedCausalLM(nn.Module):
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, _attention_needs(config, lm.dtype, device_type))
         lm.set_attn_implementation(register(self.attention.backend))
-        if checkpointing:
-            # The first name replaces the second in the course of transformers 5.
-            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        self.checkpointing = checkpointing
+        enable_checkpointing(lm, checkpointing)
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")

@@ -75,7 +75,7 @@ def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int) -> DiskPlan:
             size.num_trained,
             stage=recipe.zero.stage,
             dtype=recipe.model.dtype,
-            has_adam=recipe.optim.algorithm == "adamw",
+            algorithm=recipe.optim.algorithm,
         ),
         model=DTYPES[recipe.model.dtype].itemsize * size.num_weights,
         light=DTYPES["bfloat16"].itemsize * size.num_weights,

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ochat_train.tokens.batch import PackedBatch
+from ochat_train.training.adam8bit import make_adam8bit
 
 T = TypeVar("T")
 # What a launcher tells each process, and what holds without a launcher.
@@ -133,7 +134,7 @@ def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
 def make_optimizer(
     model: nn.Module, *, algorithm: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over the model's parameters; matrices decay, vectors (norms, biases) do not."""
+    """AdamW, also with states of 8 bits, or SGD over the parameters; matrices decay, vectors (norms, biases) do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -141,6 +142,8 @@ def make_optimizer(
     ]
     if algorithm == "sgd":
         return torch.optim.SGD(groups, lr=lr)
+    if algorithm == "adamw_8bit":
+        return make_adam8bit(groups, lr=lr, betas=betas, eps=eps)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 

@@ -213,7 +213,8 @@ class Metrics:
         about: what `describe_run` gives.
         """
         if self._is_main:
-            told = {name: about[name] for name in ("num_processes", "started", "device", "attention")}
+            names = ("num_processes", "started", "device", "attention", "checkpointing")
+            told = {name: about[name] for name in names}
             self._write({"event": "start", "step": step, "epoch": epoch, **told, "resumed": resumed})
 
     def step(self, report: StepReport) -> None:
@@ -345,7 +346,7 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def describe_run(recipe: Recipe, world_size: int, attention: str) -> dict[str, Any]:
+def describe_run(recipe: Recipe, world_size: int, attention: str, checkpointing: str) -> dict[str, Any]:
     """What is saved with every run: the resolved recipe, the code's commit, versions, hardware."""
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
     return {
@@ -355,6 +356,7 @@ def describe_run(recipe: Recipe, world_size: int, attention: str) -> dict[str, A
         "device": device_name(),
         "num_processes": world_size,
         "attention": attention,
+        "checkpointing": checkpointing,
         "started": utc_now(),
     }
 

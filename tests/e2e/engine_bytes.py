@@ -1,10 +1,13 @@
 """The bytes of a small model's DeepSpeed engine: what its tensors take, found by looking at all that are alive.
 
-python -m tests.e2e.engine_bytes STAGE DTYPE ...      one engine after the other; a JSON line of the first rank
+python -m tests.e2e.engine_bytes KIND ...      one engine after the other; a JSON line of the first rank for each
+
+KIND: JSON, the arguments of `engine_bytes` or, with the key `policy`, of `engine_peak`.
 """
 
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ochat_train.model.activations import LiveBytes, register_sized_attention
+from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.tokens.batch import collate
@@ -29,30 +34,27 @@ from ochat_train.training.engine import (
 NUM_TOKENS = 16  # so few that activations do not count beside the weights
 
 
-def small_config() -> Any:
-    """Of 1,114,560 weights, in matrices of above 100,000 each, so that stage 3 splits all of them between uses."""
+def small_config(num_layers: int = 1) -> Any:
+    """In matrices of above 100,000 weights each, so that stage 3 splits all of them between uses."""
     return AutoConfig.for_model(
         "llama",
         vocab_size=500,
         hidden_size=320,
         intermediate_size=400,
-        num_hidden_layers=1,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=4096,
     )
 
 
-def engine_bytes(stage: int, dtype: str, save_to: Path | None = None) -> dict[str, int]:
+def engine_bytes(stage: int, dtype: str, save_to: Path | None = None, algorithm: str = "adamw") -> dict[str, int]:
     """Bytes of this process: weights, fp32 master, optimizer states; and all tensors behind the backward pass."""
     gc.collect()
     before = _live_bytes()
     lm = AutoModelForCausalLM.from_config(small_config(), dtype=DTYPES[dtype])
-    model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=True, num_conditions=1)
-    optimizer = make_optimizer(model, algorithm="adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
-    extra = {"zero_optimization": {"reduce_bucket_size": 1000}}
-    config = deepspeed_config(stage=stage, offload="none", dtype=dtype, grad_accum=1, grad_clip=1.0, extra=extra)
-    engine = make_engine(model, optimizer, config)
+    model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing="full", num_conditions=1)
+    engine = _make_engine(model, stage, dtype, algorithm, grad_accum=1)
     ids = np.arange(NUM_TOKENS, dtype=np.int32)
     batch = collate([Example(ids, np.ones(NUM_TOKENS, np.float32))], [0])
     behind_backward = 0
@@ -80,13 +82,60 @@ def engine_bytes(stage: int, dtype: str, save_to: Path | None = None) -> dict[st
     return found
 
 
-def _live_bytes() -> int:
+def engine_peak(
+    stage: int,
+    dtype: str,
+    policy: str,
+    algorithm: str = "adamw",
+    grad_accum: int = 1,
+    num_layers: int = 2,
+    num_tokens: int = 128,
+    lora_rank: int | None = None,
+) -> dict[str, int]:
+    """The bytes at most in the second step of an engine, whose attention keeps what flash attention does."""
+    not_its = list(_live_tensors())  # held, so that no storage of the engine's takes the place of one of these
+    others = {tensor.untyped_storage()._cdata for tensor in not_its}
+    lm = AutoModelForCausalLM.from_config(small_config(num_layers), dtype=DTYPES[dtype])
+    if lora_rank is not None:
+        add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=(), seed=0)
+    model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=1)
+    model.lm.set_attn_implementation(register_sized_attention())
+    engine = _make_engine(model, stage, dtype, algorithm, grad_accum)
+    ids = np.arange(num_tokens, dtype=np.int32) % 500
+    batch = collate([Example(ids, np.ones(num_tokens, np.float32))], [0])
+    peaks = {}
+    for _ in range(2):  # the optimizer's states are made in the first step
+        with LiveBytes() as live:
+            for tensor in _live_tensors():
+                live.add(tensor, 0 if tensor.untyped_storage()._cdata in others else None)
+            for _ in range(grad_accum):
+                engine.backward(engine(batch).nll, scale_wrt_gas=False)
+                if engine.is_gradient_accumulation_boundary():
+                    peaks["backward"] = live.restart()
+                engine.step()
+            peaks["step"] = live.peak
+    engine.destroy()
+    return peaks
+
+
+def _make_engine(model: PackedCausalLM, stage: int, dtype: str, algorithm: str, grad_accum: int) -> Any:
+    optimizer = make_optimizer(model, algorithm=algorithm, lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    config = deepspeed_config(
+        stage=stage, offload="none", dtype=dtype, grad_accum=grad_accum, grad_clip=1.0, extra=extra
+    )
+    return make_engine(model, optimizer, config)
+
+
+def _live_tensors() -> Iterator[Tensor]:
     gc.collect()
-    storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            yield thing
+
+
+def _live_bytes() -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _live_tensors()}
     return sum(storages.values())
 
 
@@ -94,9 +143,9 @@ def main() -> None:
     """Print the bytes of each engine that the command line names."""
     world = read_world()
     join_process_group(world)
-    words = iter(sys.argv[1:])
-    for stage, dtype in zip(words, words, strict=True):
-        found = engine_bytes(int(stage), dtype)
+    for word in sys.argv[1:]:
+        kind = orjson.loads(word)
+        found = engine_peak(**kind) if "policy" in kind else engine_bytes(**kind)
         if world.is_main:
             print("BYTES " + orjson.dumps(found).decode(), flush=True)
 

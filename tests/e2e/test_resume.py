@@ -29,6 +29,7 @@ from tests.e2e.harness import (
 KINDS = {str(stage): [f"zero.stage={stage}"] for stage in range(4)} | {
     f"{stage} offloaded": [f"zero.stage={stage}", "zero.offload=optimizer"] for stage in (1, 2, 3)
 }
+KINDS["2 with 8 bits"] = ["zero.stage=2", "optim.algorithm=adamw_8bit"]
 STAGES = (1, 3)
 
 
@@ -45,7 +46,8 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of six steps, the epoch ends between steps 4 and 5. Folders by name:
 
-    "whole KIND" in one go; "parted KIND" in two processes for three steps, and in two new ones for three more;
+    "whole KIND" in one go; "every_2 STAGE" with every second layer computed again; "parted KIND" in two processes for
+    three steps, and in two new ones for three more;
     "2 to 3" two steps in two processes at ZeRO 2, two in one process, the last two in two processes at ZeRO 3; "3 to 2"
     the same from ZeRO 3 over 1 to 2.
     """
@@ -56,6 +58,7 @@ def runs(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     first = [run(f"whole {kind}", 6, *options) for kind, options in KINDS.items()]
     first += [run(f"parted {kind}", 3, *options) for kind, options in KINDS.items()]
+    first += [run(f"every_2 {stage}", 6, f"zero.stage={stage}", "model.checkpointing=every_2") for stage in range(4)]
     first += [run("2 to 3", 2, "zero.stage=2"), run("3 to 2", 2, "zero.stage=3")]
     train_several(recipe_path, *first)
     alone = ["packing.grad_accum=4"]  # as many micro-batches a step as two processes with two each
@@ -87,6 +90,18 @@ def _assert_same_run(run: Path, other: Path) -> None:
 def test_three_steps_and_three_in_a_new_process_equal_six(runs: Path, kind: str) -> None:
     assert len(events(runs / f"parted {kind}", "step")) == 6  # one process writes, and no step was repeated
     _assert_same_run(runs / f"parted {kind}", runs / f"whole {kind}")
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_checkpointing_changes_no_bit_of_a_run(runs: Path, stage: int) -> None:
+    _assert_same_run(runs / f"every_2 {stage}", runs / f"whole {stage}")
+    (start,) = events(runs / f"every_2 {stage}", "start")
+    assert start["checkpointing"] == "every_2"
+
+
+def test_8_bits_are_another_run_than_32(runs: Path) -> None:
+    ours, theirs = weights(runs / "whole 2 with 8 bits"), weights(runs / "whole 2")
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("name", ["2 to 3", "3 to 2"])

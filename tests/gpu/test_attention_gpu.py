@@ -282,7 +282,7 @@ def losses_of_a_step(lm: LlamaForCausalLM, attention: str, device: str) -> tuple
         lm.to(device),  # type: ignore[arg-type]  # transformers' decorator hides the type
         attention=attention,
         device_type=device,
-        checkpointing=True,
+        checkpointing="full",
         num_conditions=1,
     )
     packed.train()

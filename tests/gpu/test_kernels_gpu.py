@@ -33,7 +33,7 @@ def test_auto_takes_kernels_that_agree(model_type: str, dtype: torch.dtype) -> N
     assert choice.kernels == "liger", choice.reason
 
 
-def on_gpu(lm: PreTrainedModel, *, kernels: Kernels, is_compiled: bool, checkpointing: bool) -> PackedCausalLM:
+def on_gpu(lm: PreTrainedModel, *, kernels: Kernels, is_compiled: bool, checkpointing: str) -> PackedCausalLM:
     lm = copy.deepcopy(lm).to(DEVICE)
     use_kernels(lm, kernels)
     packed = PackedCausalLM(lm, attention="sdpa", device_type="cuda", checkpointing=checkpointing, num_conditions=2)
@@ -42,17 +42,17 @@ def on_gpu(lm: PreTrainedModel, *, kernels: Kernels, is_compiled: bool, checkpoi
     return packed.train()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kernels", BOTH)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_each_combination_gives_the_sums_and_gradients_of_the_cpu(
-    model_type: str, kernels: Kernels, is_compiled: bool, checkpointing: bool
+    model_type: str, kernels: Kernels, is_compiled: bool, checkpointing: str
 ) -> None:
     torch._dynamo.reset()
     lm = make_model(model_type)
     packed = on_gpu(lm, kernels=kernels, is_compiled=is_compiled, checkpointing=checkpointing)
-    reference = PackedCausalLM(lm, attention="sdpa", device_type="cpu", checkpointing=False, num_conditions=2).train()
+    reference = PackedCausalLM(lm, attention="sdpa", device_type="cpu", checkpointing="none", num_conditions=2).train()
     for examples in (make_examples(), []):  # and a micro-batch of nothing, as a rank may have it
         packed.zero_grad()
         reference.zero_grad()
@@ -74,7 +74,7 @@ def test_each_combination_gives_the_sums_and_gradients_of_the_cpu(
 @pytest.mark.parametrize("kernels", BOTH)
 def test_other_numbers_of_tokens_compile_nothing_anew(kernels: Kernels) -> None:
     torch._dynamo.reset()
-    packed = on_gpu(make_model("llama"), kernels=kernels, is_compiled=True, checkpointing=True)
+    packed = on_gpu(make_model("llama"), kernels=kernels, is_compiled=True, checkpointing="full")
     first, *others = batches_of_many_lengths()
     packed(first.to(DEVICE)).nll.backward()
     made = counters["stats"]["unique_graphs"]

@@ -1,0 +1,191 @@
+"""The bytes of activations, counted by running the model on the meta device.
+
+There tensors have sizes and no memory, so what is counted holds for any architecture.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from ochat_train.model.lora import add_adapters, require_peft
+from ochat_train.model.meta import meta_model
+from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.pretrained import DTYPES
+from ochat_train.tokens.batch import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of one micro-batch, without parameters and their gradients.
+
+    kept: what the forward pass leaves behind for the backward pass. layer: the most that the backward pass has on top
+    of it, mostly one layer computed again and its gradients. logits: what the loss head has on top of `kept`.
+    """
+
+    kept: int
+    layer: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any time: the loss head is done before the first layer's backward pass begins."""
+        return self.kept + max(self.layer, self.logits)
+
+
+def count_activations(
+    config: Any,
+    *,
+    num_tokens: int,
+    dtype: Literal["bfloat16", "float32"],
+    checkpointing: str,
+    lora_rank: int | None = None,
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+) -> Activations:
+    """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
+
+    checkpointing: full, none or every_N. lora_rank: with adapters in place, beside frozen weights, whose inputs need
+    not be kept for a gradient of theirs; None: all weights are trained.
+
+    A forward and a backward pass run on the meta device, and the bytes of all tensors that are alive are added up. With
+    C, I, A, K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
+    bfloat16, a token,
+
+        norms       2 * (4 C + 2 C + 2 C + 4)   the input in fp32, its norm, the output; 1 / rms
+        attention   2 A + 2 K + 2 K + 2 A + 4 H queries, keys, values, output; log of the sums of exponentials in fp32
+        MLP         4 * 2 I                     gate, silu(gate), up, their product
+
+    and with checkpointing only its input, 2 C. Of the `sdpa` backend on CPU there is one copy of the output more, 2 A.
+    The loss head has, of a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
+    gradients by its weight in fp32 and by the hidden states.
+
+    Raises ValueError for a model that cannot be run without values, such as one that routes tokens to experts, and when
+    there are to be adapters without the package peft.
+    """
+    lm = meta_model(config, DTYPES[dtype])
+    if lora_rank is not None:
+        require_peft()
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=(), seed=0)
+    model = PackedCausalLM(
+        lm,
+        attention="sdpa",  # replaced below
+        device_type="meta",
+        checkpointing=checkpointing,
+        num_conditions=1,
+    )
+    model.lm.set_attn_implementation(register_sized_attention())
+    try:
+        return _run_without_memory(model.train(), num_tokens)
+    except Exception as error:  # of many kinds: whatever a model's code says about tensors without values
+        raise ValueError(f"the activations of {config.model_type} cannot be counted: {error!r}") from error
+
+
+def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
+    """The activations of a model on the meta device."""
+    for parameter in model.parameters():  # gradients are counted where DeepSpeed keeps them
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+    with torch.device("meta"):
+        tokens = torch.zeros(num_tokens, dtype=torch.int64)
+        batch = PackedBatch(
+            input_ids=tokens,
+            position_ids=tokens,
+            labels=tokens,
+            loss_weights=tokens.float(),
+            loss_positions=tokens,
+            cu_seqlens=torch.zeros(2, dtype=torch.int32),
+            max_seqlen=num_tokens,
+            condition_ids=tokens.int(),
+        )
+    with live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
+        hidden = model.hidden(batch)
+        kept = live.now
+        at_hidden: list[int] = []
+        hidden.register_hook(lambda _: at_hidden.append(live.restart()))
+        sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
+        del hidden
+        sums.nll.backward()
+    return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def register_sized_attention() -> str:
+    """Register with transformers attention that keeps as much as flash attention does, of zeros; returns its name."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        rows = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, D]
+        return _SizedAttention.apply(*rows)[None], None  # type: ignore[no-untyped-call]  # of torch
+
+    AttentionInterface.register("ochat_train_sized", attend)
+    return "ochat_train_sized"
+
+
+class _SizedAttention(torch.autograd.Function):
+    """Tensors of flash attention's sizes: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        log_sums = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = ctx.saved_tensors
+        _sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)  # in which the kernel adds up q's gradient
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages of all tensors that are made while it is active, until they are gone: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def restart(self) -> int:
+        """The most so far; from here on the peak is that of what follows."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def add(self, tensor: Tensor, num_bytes: int | None = None) -> None:
+        """Count the tensor's storage until it is gone, if it is not yet; num_bytes: in place of its size."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = size = storage.nbytes() if num_bytes is None else num_bytes
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+@contextmanager
+def live_bytes(known: list[Tensor]) -> Iterator[LiveBytes]:
+    """Counts the bytes of tensors made inside; those of `known` tensors count 0."""
+    with LiveBytes() as live:
+        for tensor in known:
+            live.add(tensor, 0)
+        yield live

@@ -1,0 +1,100 @@
+"""What a recipe takes of a machine's memory, and which checkpointing auto chooses by it."""
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from ochat_train.prepare import size_of
+from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.training.memory_plan import RESERVED, Machine, MemoryPlan, nearest_that_fits, plan_memory, smallest
+from tests.e2e.harness import ROOT
+
+GIB = 2**30
+POLICIES = ("none", "every_4", "every_3", "every_2", "full")
+
+
+def published(*overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml", ["packing.tokens_per_gpu=8192", *overrides])
+
+
+def llama(num_layers: int = 8) -> Any:
+    return AutoConfig.for_model(
+        "llama",
+        vocab_size=32_002,
+        hidden_size=1024,
+        intermediate_size=2752,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+
+
+def plan(recipe: Recipe, gpu_bytes: int | None, config: Any, **others: Any) -> MemoryPlan:
+    machine = Machine(gpu_bytes, others.pop("host_bytes", 1000 * GIB), is_here=False)
+    return plan_memory(recipe, machine, config, size_of(recipe, config), others.pop("num_processes", 8), **others)
+
+
+def test_auto_takes_the_first_policy_that_fits() -> None:
+    recipe, config = published("model.checkpointing=auto"), llama()
+    totals = {}
+    for policy in POLICIES:
+        fixed = plan(published(f"model.checkpointing={policy}"), 80 * GIB, config)
+        totals[policy] = fixed.total(fixed.own)
+    assert list(totals.values()) == sorted(totals.values(), reverse=True)
+    for policy, total in totals.items():  # and the one before it, which needs more, does not fit
+        found = plan(recipe, int(total / (1 - RESERVED)) + 2, config)
+        assert (found.policy, found.fits_device(found.own)) == (policy, True)
+    too_small = plan(recipe, totals["full"] // 2, config)
+    assert too_small.policy == "full" and not too_small.fits_device(too_small.own)
+
+
+def test_auto_tries_no_policy_of_more_layers_than_there_are() -> None:
+    recipe, config = published("model.checkpointing=auto"), llama(2)
+    none, full = (plan(published(f"model.checkpointing={name}"), 80 * GIB, config) for name in ("none", "full"))
+    between = (full.total(full.own) + none.total(none.own)) // 2
+    found = {plan(recipe, int(total / (1 - RESERVED)), config).policy for total in (0, between, none.total(none.own))}
+    assert found <= {"none", "every_2", "full"}
+
+
+def test_on_a_cpu_the_processes_of_a_host_share_its_memory() -> None:
+    recipe, config = published("model.checkpointing=full", "model.dtype=float32"), llama(2)
+    found = plan(recipe, None, config, num_processes=4, num_local=2)
+    total = found.total(found.own)
+    for host, fits in ((2 * total, True), (2 * total - 2, False)):
+        found = plan(recipe, None, config, num_processes=4, num_local=2, host_bytes=host)
+        assert found.fits_device(found.own) is fits
+
+
+def test_an_offloaded_optimizer_leaves_room_for_activations_on_a_gpu_and_none_on_a_cpu() -> None:
+    recipe, offloaded = published(), published("zero.offload=optimizer")
+    config = llama()
+    own, other = plan(recipe, 80 * GIB, config), plan(offloaded, 80 * GIB, config)
+    assert other.total(other.own) < own.total(own.own)
+    auto = [published("model.checkpointing=auto", *words) for words in ([], ["zero.offload=optimizer"])]
+    between = int((own.total(own.own) - GIB / 1024) / (1 - RESERVED))
+    kept, chosen = (plan(each, between, config) for each in auto)
+    assert not kept.fits_device(kept.own) and chosen.fits_device(chosen.own)
+    on_cpu = plan(offloaded, None, config)
+    needs = on_cpu.needs(on_cpu.own)
+    assert on_cpu.total(on_cpu.own) == needs.total + needs.host > needs.total
+
+
+def test_8_bits_are_planned_and_advised() -> None:
+    config = llama()
+    own = plan(published(), 80 * GIB, config, num_processes=1)
+    other = plan(published("optim.algorithm=adamw_8bit"), 80 * GIB, config, num_processes=1)
+    saved = own.needs(own.own).optimizer - other.needs(other.own).optimizer
+    assert saved == pytest.approx((8 - 2 - 8 / 256) * own.size.num_trained, rel=1e-6)
+    # Without host memory for an offloaded optimizer, and already at the least of everything else.
+    enough = int(other.total(other.own) / (1 - RESERVED)) + 2
+    tight = published("packing.tokens_per_gpu=4096", "zero.stage=3")
+    small = plan_memory(tight, Machine(enough, 2 * GIB, is_here=True), config, size_of(tight, config), 1)
+    assert not small.fits(small.own)
+    assert nearest_that_fits(small).startswith("set zero.stage: 2, zero.offload: none and optim.algorithm: adamw_8bit")
+
+
+def test_the_smallest_machine_of_a_run_decides() -> None:
+    machines = [Machine(80, 500, is_here=True), Machine(40, 900, is_here=True)]
+    assert smallest(machines) == Machine(40, 500, is_here=True)
+    assert smallest([Machine(None, 5, is_here=True)]).gpu_bytes is None
