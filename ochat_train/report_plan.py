@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,16 @@ from ochat_train.tokens.plan import RunPlan, StepPlan
 from ochat_train.tokens.plan_ahead import PlanTable, make_table
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
+from ochat_train.training.flops import find_utilisation
 from ochat_train.training.planning import check_store, make_run_plan
+from ochat_train.training.speed import H100, MACHINES, Machine, Prediction, Speed, Work, predict
 
 _MOST_GPUS = 65_536
 _CPU_PROCESSES = 2  # that launch.sh starts on a machine without GPUs
 _WINDOW = 65_536  # examples counted at once
 _MOST_RANKS = 32  # of a picture; of more ranks it shows a selection
 _SELECTED_RANKS = 16
+THIS_MACHINE = "this machine"  # how the name of a prediction's machine begins
 
 
 # ----------------------------------------------------------------------------------------------- what is asked
@@ -102,12 +105,16 @@ class SourceTotals(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Tokens a second of one GPU, and where the number is from: for a measured one, from how many steps and where."""
+    """Tokens a second of one GPU, and where the number is from: for a measured one, from how many steps and where.
+
+    basis: on what a modelled one is modelled; None if it follows from the first plan's.
+    """
 
     tokens_per_s: float
     origin: Literal["given", "measured", "modelled"]
     num_steps: int = 0
     num_processes: tuple[int, ...] = ()
+    basis: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,8 @@ class PlanReport:
     table: the steps that are trained, all those of `whole` unless train.max_steps stops the run. balances: f64[steps],
     the share of a step's modelled time in which ranks do not wait. is_epoch_end: bool[steps], those that are as small
     as they come. sources: in the store's order. scaled: of the sources whose weight is another than the store's, the
-    store's and theirs. rate: None if unknown.
+    store's and theirs. predictions: how long the run takes on this machine, if it has GPUs, and on others; none of a
+    model that is not trained in bfloat16, or is a mixture of experts. rate: None if unknown.
     """
 
     request: Request
@@ -155,6 +163,7 @@ class PlanReport:
     sources: dict[str, SourceTotals]
     scaled: dict[str, tuple[float, float]]
     pictures: tuple[StepPicture, ...]
+    predictions: tuple[Prediction, ...]
     rate: Rate | None
 
     @property
@@ -223,6 +232,7 @@ def _read_plan(request: Request) -> PlanReport:
             _take_picture(store, plan, table, number, names)
             for number, names in _choose_steps(balances, is_epoch_end).items()
         ),
+        predictions=_predict(recipe, config, table),
         rate=None,
     )
 
@@ -343,8 +353,39 @@ def _micro_batches(store: TokenStore, plan: RunPlan, step: StepPlan, rank: int) 
 # ---- Wall time ----
 
 
+def _predict(recipe: Recipe, config: Any, table: PlanTable) -> tuple[Prediction, ...]:
+    """How long the steps take on this machine's GPUs, if it has any, and on other machines."""
+    utilisation = find_utilisation(
+        config,
+        quadratic_length=table.shape.quadratic_length,
+        is_frozen=recipe.model.lora is not None,
+        dtype=recipe.model.dtype,
+        device_name=H100,  # one whose peak is known
+    )
+    if utilisation is None:
+        return ()
+    work = Work(
+        utilisation=utilisation,
+        checkpointing=recipe.model.checkpointing,
+        num_tokens=table.num_tokens,
+        cost=int(table.rows["cost"].sum()),
+        efficiency=table.efficiency,
+        num_micro_batches=table.num_steps * table.shape.num_bins,
+        grad_accum=table.shape.grad_accum,
+        stage=recipe.zero.stage,
+    )
+    machines = list(MACHINES)
+    if torch.cuda.is_available():
+        num_gpus = table.shape.world_size
+        device = torch.cuda.get_device_name()
+        machines.insert(0, Machine(f"{THIS_MACHINE}: {num_gpus:,} x {device}", device, num_gpus))
+    return tuple(prediction for machine in machines for prediction in predict(work, machine))
+
+
 def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
     """The rate that is given, or was measured in the recipe's run folder, or follows from the first plan's.
+
+    Without any of these it is what is predicted for this machine's GPUs.
 
     The time of a plan is that of its dearest micro-batches, in which all ranks wait, so seconds grow with `cost`.
     """
@@ -355,7 +396,8 @@ def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
     if is_own and (rate := measured_rate(report.request.recipe, report.recipe)) is not None:
         return rate
     if first is None or first.seconds is None or _speed_sections(first.recipe) != _speed_sections(report.recipe):
-        return None
+        here = (prediction for prediction in report.predictions if prediction.machine.name.startswith(THIS_MACHINE))
+        return next((Rate(found.tokens_per_s, "modelled", basis=found.basis) for found in here), None)
     seconds = first.seconds * report.cost / first.cost
     return Rate(report.table.num_tokens / (seconds * report.request.num_gpus), "modelled")
 

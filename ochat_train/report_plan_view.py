@@ -21,6 +21,7 @@ from ochat_train.report_tables import (
     table_lines,
     tick_distance,
 )
+from ochat_train.training.speed import Speed
 
 _ORDINALS = ("first", "second")
 _NOTHING = SourceTotals(0, 0, 0, 0)  # of a source that only the other plan has
@@ -172,6 +173,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
             "The wall time is not known: give tokens_per_s=X, the tokens a second of one GPU, or train some steps with "
             f"train.max_steps=20, whose rate is then found in {printable(str(report.metrics))}."
         )
+    elif rate.basis is not None:
+        yield f"The wall time is modelled, {_pace(rate)}, as in the line of this machine below; no run measured it."
     elif rate.origin == "modelled":
         yield (
             "The wall time is modelled: as many seconds as in the first plan for the same cost, which makes "
@@ -257,6 +260,57 @@ def _source_cells(totals: SourceTotals, report: PlanReport) -> tuple[str, ...]:
     )
 
 
+def _bases(reports: Sequence[PlanReport]) -> list[Speed]:
+    """The speeds on which predictions are modelled, each once."""
+    return list(dict.fromkeys(found.basis for report in reports for found in report.predictions))
+
+
+def _predictions(reports: Sequence[PlanReport]) -> list[Table]:
+    """How long the runs take on machines, and on what that is modelled; nothing where nothing can be predicted."""
+    bases = _bases(reports)
+    if not bases:
+        return []
+    rows = []
+    for words, report in _of_each_plan(reports):
+        for found in report.predictions:
+            told = f"{percent(found.communication_s, found.seconds)}{'' if found.is_apart else ', in it'}"
+            numbers = (
+                show_duration(found.seconds),
+                f"{found.tokens_per_s:,.0f}",
+                percent(found.share, 1),
+                told if found.communication_s else "-",
+                f"modelled on {1 + bases.index(found.basis)}",
+            )
+            rows.append((found.machine.name, *words, *numbers))
+    note = (
+        "As if the GPUs reached the share of their peak that they reached at the speed named, all that is computed "
+        "again included. Share: of the peak, by what trains the model. Communication: of ZeRO, by its bytes over "
+        "NVLink; on top where the speed is of one GPU alone, else in it. Start, held-out losses and saving are left "
+        "out, and whether the model fits."
+    )
+    words = ("plan",) * (len(reports) > 1)
+    header = ("machine", *words, "wall time", "tokens/s a GPU", "share", "communication", "how")
+    left = (*range(1 + len(words)), len(header) - 1)
+    known = [
+        (
+            f"{number}",
+            f"{basis.num_devices} x {basis.device}",
+            basis.model,
+            basis.checkpointing,
+            f"{basis.tokens_per_s:,.0f}",
+            percent(basis.share, 1),
+            f"{basis.origin}: {basis.source}",
+        )
+        for number, basis in enumerate(bases, start=1)
+    ]
+    columns = ("", "GPUs", "model", "checkpointing", "tokens/s a GPU", "of the peak", "where from")
+    about = "Of the peak: with all that was computed again."
+    return [
+        Table("predictions", "How long on which machine", note, header, rows, left=left),
+        Table("speeds", "Speeds that these are modelled on", about, columns, known, left=(0, 1, 2, 3, 6)),
+    ]
+
+
 def _shares(reports: Sequence[PlanReport]) -> dict[str, list[float]]:
     """Of the tokens and of the loss, in each plan: the share of each source."""
     shares = {}
@@ -310,6 +364,7 @@ def as_text(reports: Sequence[PlanReport]) -> str:
         lines += table_lines(_compare(reports))
     for words, report in _of_each_plan(reports):
         lines += ["", *note_lines(_note(words, report))]
+    lines += [line for table in _predictions(reports) for line in table_lines(table)]
     lines += [*table_lines(_sources(reports)), "", "STEPS"]
     lines += note_lines(_steps_note("dots are waiting, a line is where all have ended"))
     for words, report in _of_each_plan(reports):
@@ -361,6 +416,7 @@ def as_html(reports: Sequence[PlanReport]) -> str:
         headline=[(figure.name, figure.value, figure.remark) for figure in _figures(reports[0])] if alone else [],
         compared=None if alone else _compare(reports),
         notes=[_note(words, report) for words, report in _of_each_plan(reports)],
+        predictions=_predictions(reports),
         sources=_sources(reports),
         names=[printable(name) for name in _source_names(reports)],
         shares=_shares(reports),

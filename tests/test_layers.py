@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "report_store": {"conversations", "tokens"},
     "report_store_view": {"conversations", "report_store", "report_tables"},
     "report_plan": BELOW | {"report_run"},
-    "report_plan_view": {"report_plan", "report_tables"},
+    "report_plan_view": {"training", "report_plan", "report_tables"},
     "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
     "serve": BELOW | {"export"},
     "doctor_finding": set(),

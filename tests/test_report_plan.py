@@ -19,12 +19,13 @@ from datasets import load_from_disk
 from ochat_train import report
 from ochat_train.model.pretrained import load_config
 from ochat_train.preprocess import preprocess
-from ochat_train.recipe import load_recipe
-from ochat_train.report_plan import MicroBatch, PlanReport, Rate, StepPicture, read_plans, read_requests
+from ochat_train.recipe import LoraSection, load_recipe
+from ochat_train.report_plan import MicroBatch, PlanReport, Rate, StepPicture, _predict, read_plans, read_requests
 from ochat_train.report_plan_view import _bar, _paths, as_html, as_text
 from ochat_train.report_tables import show_duration
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.planning import make_run_plan
+from ochat_train.training.speed import A100, H100, MACHINES
 from tests.e2e.harness import tiny_recipe, write_dump
 from tests.test_report_store import Page
 
@@ -253,6 +254,82 @@ def test_without_a_rate_it_is_said_how_to_get_one(recipe: Path, tmp_path: Path) 
 )
 def test_a_time_is_said_as_people_read_it(seconds: float, shown: str) -> None:
     assert show_duration(seconds) == shown
+
+
+# ---- Predictions ----
+
+
+def on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine have GPUs of a name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+
+
+def test_the_time_on_machines_that_are_not_here_is_predicted_and_said_to_be_modelled(recipe: Path) -> None:
+    found = one(recipe, "gpus=2", "model.dtype=bfloat16")
+    assert found.rate is None  # no GPU is here
+    q = found.table.shape.quadratic_length
+    by_name = {prediction.machine.name: prediction for prediction in reversed(found.predictions)}
+    assert list(reversed(by_name)) == [machine.name for machine in MACHINES]
+    for prediction in by_name.values():
+        machine, basis = prediction.machine, prediction.basis
+        # Two layers of 64 x 64 twice, 64 x 32 twice, 64 x 128 three times, and a head of 1,025 ids.
+        weights = 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128) + 1025 * 64
+        pairs = (found.table.rows["cost"].sum() - q * found.table.num_tokens) / q
+        per_pass = 2 * weights * np.array([found.table.num_tokens, pairs])
+        passes = np.array([2, 3]) if machine.needs_adapters else np.array([3, 3])  # the recipe checkpoints nothing
+        peak = {A100: 312e12, H100: 989.5e12}[machine.device]
+        seconds = (per_pass @ passes) / (basis.share * peak * machine.num_devices * found.table.efficiency)
+        assert prediction.seconds == pytest.approx(seconds, rel=1e-6)
+        assert basis.device == machine.device and basis.checkpointing == "none"
+    text = as_text([found])
+    for name, prediction in by_name.items():
+        (cells, *_) = rows_of(text, name)
+        assert cells[1:3] == [show_duration(prediction.seconds), f"{prediction.tokens_per_s:,.0f}"]
+        number = int(cells[-1].removeprefix("modelled on "))
+        known = rows_of(text, f"{number}")[-1]
+        assert known[1] == f"{prediction.basis.num_devices} x {prediction.basis.device}"
+        assert known[-1] == f"{prediction.basis.origin}: {prediction.basis.source}"
+
+
+def test_checkpointing_and_adapters_of_the_recipe_are_in_the_prediction(recipe: Path) -> None:
+    plain, full = one(recipe, "model.dtype=bfloat16"), one(recipe, "model.dtype=bfloat16", "model.checkpointing=full")
+    flops = [found.predictions[0].seconds * found.predictions[0].basis.share for found in (plain, full)]
+    assert flops[1] / flops[0] == pytest.approx(4 / 3)
+    assert {found.basis.checkpointing for found in full.predictions} >= {"full"}
+    model = plain.recipe.model.model_copy(update={"lora": LoraSection()})
+    config = load_config(None, model.config, 1025)
+    adapters = _predict(plain.recipe.model_copy(update={"model": model}), config, plain.table)
+    assert adapters[0].seconds < plain.predictions[0].seconds
+    assert adapters[-1] == plain.predictions[-1]  # on one GPU there are only adapters
+
+
+def test_without_a_measured_rate_the_time_is_that_which_is_predicted_for_the_gpus_here(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(A100, monkeypatch)
+    found = one(recipe, "gpus=8", "model.dtype=bfloat16")
+    here = found.predictions[0]
+    there = next(prediction for prediction in found.predictions if prediction.machine == MACHINES[0])
+    assert here.machine.name == f"this machine: 8 x {A100}"
+    assert here.seconds == there.seconds == found.seconds
+    assert found.rate == Rate(here.tokens_per_s, "modelled", basis=here.basis)
+    assert "tokens/s a GPU, as in the line of this machine below; no run measured it." in joined(as_text([found]))
+    write_metrics(tmp_path / "run", [4000.0])
+    model = yaml.safe_load(recipe.read_text())["model"] | {"dtype": "bfloat16"}
+    measured = one(change(recipe, tmp_path / "bf16.yaml", model=model), "gpus=8")
+    assert measured.rate == Rate(1000.0, "measured", 1, (4,))
+
+
+def test_nothing_is_predicted_of_what_the_speeds_say_nothing_about(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert one(recipe).predictions == ()  # float32
+    assert "modelled on" not in as_text([one(recipe)])
+    on("Tesla V100-SXM2-32GB", monkeypatch)
+    found = one(recipe, "model.dtype=bfloat16")
+    assert found.rate is None
+    assert found.predictions[0].machine == MACHINES[0]
 
 
 # ---- Two plans ----
