@@ -49,8 +49,8 @@ _WIDTH_13B, _WIDTH_7B = 40 * 5120, 32 * 4096
 _OPENCHAT = "OpenChat V3.2 SUPER, 15 hours for about 80k conversations, 5 epochs (ZeRO-2, packed)"
 _FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md (FSDP, sequences of equal length)"
 
-# Add a line that `benchmarks/train_step.py` prints, and which its result file has under "speed", to the front. Of the
-# published run nobody wrote down the tokens; 1,690 tokens/s is what 15 hours mean for 1,825 tokens a conversation.
+# To add what was measured, put a line that `benchmarks/train_step.py` prints, as its result file has it under "speed",
+# in front. Nobody wrote down the tokens of the published run; at 1,825 a conversation, 15 hours are 1,690 tokens/s.
 SPEEDS = (
     Speed(A100, "Llama-2-13B", _LLAMA_13B, _WIDTH_13B, 2102, "full", 8, 1690, "published", _OPENCHAT),
     Speed(A100, "MPT-13B", _MPT_13B, _WIDTH_13B, 4096, "full", 8, 2060, "published", _FOUNDRY),
@@ -66,7 +66,7 @@ SPEEDS = (
 # Bytes a second that a device sends to the others of its node: NVLink's figure for one direction (half of what its data
 # sheet says for both), of which collectives of large messages are assumed to reach 0.8.
 _REACHED = 0.8
-BANDWIDTHS = {A100: _REACHED * 300e9, H100: _REACHED * 450e9}
+BANDWIDTHS = {A100: _REACHED * 300e9, H100: _REACHED * 450e9, "NVIDIA H200": _REACHED * 450e9}
 _BYTES = 2  # of a weight and of a gradient on their way, bfloat16
 
 
