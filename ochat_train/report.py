@@ -14,10 +14,11 @@ kept and dropped, what each source counts in the loss, lengths, packing, and sam
 the same instead.
 
 plan shows the steps of the recipe's run before it is begun: figures, wall time, what each source counts, how the ranks
-wait for each other. A WORD is gpus=N, tokens_per_s=X (of one GPU; else it is taken from the run's metrics.jsonl), or
-key=value, an override of the recipe; the weights and epochs of sources, too, can be tried without preprocessing again.
---vs sets a second plan beside the first: of another recipe, or of the same with these words on top. Prints it, and
-writes it as a page, checkpoint.dir/plan.html or FILE, whose path is the last line. --text writes nothing.
+wait for each other; and how long it would take on other machines. A WORD is gpus=N, tokens_per_s=X (of one GPU; else
+it is taken from the run's metrics.jsonl, or modelled for the GPUs that are here), or key=value, an override of the
+recipe; the weights and epochs of sources, too, can be tried without preprocessing again. --vs sets a second plan beside
+the first: of another recipe, or of the same with these words on top. Prints it, and writes it as a page,
+checkpoint.dir/plan.html or FILE, whose path is the last line. --text writes nothing.
 """
 
 import argparse

@@ -273,20 +273,18 @@ def _predictions(reports: Sequence[PlanReport]) -> list[Table]:
     rows = []
     for words, report in _of_each_plan(reports):
         for found in report.predictions:
-            told = f"{percent(found.communication_s, found.seconds)}{'' if found.is_apart else ', in it'}"
             numbers = (
                 show_duration(found.seconds),
                 f"{found.tokens_per_s:,.0f}",
                 percent(found.share, 1),
-                told if found.communication_s else "-",
+                percent(found.communication_s, found.seconds) if found.communication_s else "-",
                 f"modelled on {1 + bases.index(found.basis)}",
             )
             rows.append((found.machine.name, *words, *numbers))
     note = (
         "As if the GPUs reached the share of their peak that they reached at the speed named, all that is computed "
         "again included. Share: of the peak, by what trains the model. Communication: of ZeRO, by its bytes over "
-        "NVLink; on top where the speed is of one GPU alone, else in it. Start, held-out losses and saving are left "
-        "out, and whether the model fits."
+        "NVLink, as part of the time. Start, held-out losses and saving are left out, and whether the model fits."
     )
     words = ("plan",) * (len(reports) > 1)
     header = ("machine", *words, "wall time", "tokens/s a GPU", "share", "communication", "how")

@@ -142,8 +142,7 @@ class Prediction(NamedTuple):
     """How long a run takes on a machine, modelled on `basis`.
 
     tokens_per_s: of one device. share: of the peak, by what trains the model, nothing that is repeated.
-    communication_s: of all steps; is_apart: whether it is on top of the basis, which was reached by one device, else it
-    is in it already.
+    communication_s: of all steps, in `seconds`.
     """
 
     machine: Machine
@@ -152,7 +151,6 @@ class Prediction(NamedTuple):
     tokens_per_s: float
     share: float
     communication_s: float
-    is_apart: bool
 
 
 def predict(work: Work, machine: Machine, speeds: Sequence[Speed] = SPEEDS) -> tuple[Prediction, ...]:
@@ -162,7 +160,10 @@ def predict(work: Work, machine: Machine, speeds: Sequence[Speed] = SPEEDS) -> t
     model that is the fewest times larger or smaller. A measured one comes before those published. Where no source knows
     the device, the nearest speed of all others lends its share of the peak. Empty where the device's peak is unknown.
 
-        seconds = FLOP of the work / (share * peak * devices * efficiency) + communication, where that is apart
+        seconds = FLOP of the work / (share * peak * devices * efficiency) + communication
+
+    A speed of several devices has communication in it already, which then counts twice: of the published ones, whose
+    steps are large, about 1 %. Taken as done, it would be missing where steps are small.
     """
     peak = peak_flops(machine.device)
     if peak is None:
@@ -194,8 +195,7 @@ def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Predict
             grad_accum=work.grad_accum,
             bytes_per_s=BANDWIDTHS.get(machine.device, BANDWIDTHS[A100]),
         )
-    is_apart = basis.num_devices == 1
-    seconds = busy + communication * is_apart
+    seconds = busy + communication
     of_step = replace(work.utilisation, peak=peak).of_step
     return Prediction(
         machine=machine,
@@ -204,5 +204,4 @@ def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Predict
         tokens_per_s=work.num_tokens / (seconds * machine.num_devices),
         share=of_step(work.num_tokens, work.cost, seconds=seconds, num_devices=machine.num_devices),
         communication_s=communication,
-        is_apart=is_apart,
     )
