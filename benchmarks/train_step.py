@@ -322,16 +322,18 @@ def measure_group(
             inputs = [way.prepare(examples) for examples in batches]
             one.note = way.note
             look_at(lm, way, inputs[0], one)
-            for parts in inputs[1:]:  # compiles for their sizes, if anything is compiled
-                clear(lm)
-                way.step(parts)
             alive.append((way, one, inputs))
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats + 1):
         for number, examples in enumerate(batches):
             for way, one, inputs in alive:
+                if one.failure:
+                    continue
                 clear(lm)
                 with failures_of(one):
-                    one.seconds.append(seconds_of(partial(way.step, inputs[number]), lm.device))
+                    seconds = seconds_of(partial(way.step, inputs[number]), lm.device)
+                    if repeat == 0:  # it may compile for these sizes, and again, since what looked at a step is gone
+                        continue
+                    one.seconds.append(seconds)
                     one.num_tokens.append(sum(len(example.input_ids) for example in examples))
                     one.num_supervised.append(count_supervised(examples))
     for one in group:
