@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from machine import describe_machine, write_results
 from measure import peak_bytes, seconds_of
-from steps import Way, checkpointing_of, count_supervised, make_lm, ours, padded, twin
+from steps import Way, count_supervised, make_lm, ours, padded, twin
 from torch import Tensor, nn
 from train_step import clear, make_batches, make_config, padding_ratio
 from transformers import PreTrainedModel
@@ -154,7 +154,7 @@ def layer_ways(lm: PreTrainedModel, batch_size: int) -> tuple[Way, Way]:
     """The same up to the last hidden states, whose squares are what is minimised."""
     whole, padded_whole = whole_ways(lm, batch_size)
     packed = PackedCausalLM(
-        twin(lm), attention="sdpa", device_type="cpu", checkpointing=checkpointing_of("none"), num_conditions=1
+        twin(lm), attention="sdpa", device_type="cpu", checkpointing="none", num_conditions=1
     ).train()
     plain = twin(lm)
 
@@ -225,9 +225,10 @@ def compare_heads(name: str, num_tokens: int, width: int, vocab_size: int, share
     weights = (torch.rand(num_tokens, generator=generator) < share).float()
     conditions = torch.zeros(num_tokens, dtype=torch.int32)
     ours = LossHead(head, softcap=None, num_conditions=1).train()
+    positions = weights.nonzero().squeeze(1)
 
     def chunked() -> Tensor:
-        return ours(hidden, labels, weights, conditions).nll
+        return ours(hidden, labels, weights, conditions, positions).nll
 
     def full() -> Tensor:
         logits = F.linear(hidden, head.weight).float()

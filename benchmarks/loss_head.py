@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ochat_train.model import loss
+from ochat_train.model.activations import live_bytes
 from ochat_train.model.loss import LossHead
-from ochat_train.model.memory import live_bytes
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ochat_train.model.memory import live_bytes
+from ochat_train.model.activations import live_bytes
 
 # Operations after which the host would wait for a GPU: a value is read, or a size depends on values.
 _WAITING_OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")

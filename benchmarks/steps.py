@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Llama
 from transformers.models.llama import modeling_llama
 
 from ochat_train.model.attention import varlen_attention
+from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.tokens.batch import collate
+from ochat_train.tokens.batch import CUDA_MULTIPLE, collate
 from ochat_train.tokens.encode import Example
 
 _IGNORED = -100  # transformers' label of a token without a loss
@@ -98,31 +99,29 @@ def twin(lm: PreTrainedModel, *, num_layers: int | None = None, attention: str =
 # ---------------------------------------------------------------------------------------------------------- ours
 
 
-def checkpointing_of(policy: str) -> Any:
-    """What PackedCausalLM and the memory planner take for a policy: full, none or every_N."""
-    if policy not in ("full", "none"):
-        raise ValueError(f"checkpointing {policy} is not there yet")
-    return policy == "full"
-
-
 def ours(lm: PreTrainedModel, *, num_layers: int, attention: str, policy: str, kernels: str, is_compiled: bool) -> Way:
     """The way that training goes, with the kernels none or liger, layers compiled or not. Raises ValueError."""
     device = lm.device
     model = twin(lm, num_layers=num_layers)
+    if is_compiled:
+        require_compiler(device.type)
     if kernels != "none":
-        _use_kernels(model, is_compiled)
+        chosen = choose_kernels(kernels, model.config, device=device, dtype=model.dtype, is_compiled=is_compiled)
+        use_kernels(model, chosen.kernels)
     packed = PackedCausalLM(
         model,
         attention=attention,
         device_type=device.type,
-        checkpointing=checkpointing_of(policy),
+        checkpointing=policy,
         num_conditions=1,
     ).train()
     if is_compiled:
-        _compile(model)
+        packed.compile_parts()
 
     def prepare(examples: Sequence[Example]) -> list[Any]:
-        return [(collate(examples, [0] * len(examples)).to(device), count_supervised(examples))]
+        multiple = CUDA_MULTIPLE if device.type == "cuda" else 1  # as in training
+        batch = collate(examples, [0] * len(examples), multiple=multiple)
+        return [(batch.to(device), count_supervised(examples))]
 
     def loss(part: Any) -> Tensor:
         batch, num_supervised = part
@@ -133,24 +132,6 @@ def ours(lm: PreTrainedModel, *, num_layers: int, attention: str, policy: str, k
     name = "+".join(["ours", *words])
     note = f"attention {packed.attention.backend}"
     return Way(name, num_layers, prepare, loss, note=note)
-
-
-def _use_kernels(model: PreTrainedModel, is_compiled: bool) -> None:
-    try:
-        from ochat_train.model.kernels import choose_kernels, use_kernels
-    except ImportError as error:
-        raise ValueError(f"other kernels are not there yet: {error}") from error
-    chosen = choose_kernels("liger", model.config, device=model.device, dtype=model.dtype, is_compiled=is_compiled)
-    use_kernels(model, chosen.kernels)
-
-
-def _compile(model: PreTrainedModel) -> None:
-    try:
-        from ochat_train.model.kernels import compile_layers, require_compiler
-    except ImportError as error:
-        raise ValueError(f"compiled layers are not there yet: {error}") from error
-    require_compiler(model.device.type)
-    compile_layers(model)
 
 
 @contextmanager
@@ -272,7 +253,7 @@ def upstream(lm: PreTrainedModel, *, policy: str, attention: str) -> Way:
         twin(lm),
         attention=attention,
         device_type=device.type,
-        checkpointing=checkpointing_of("none"),
+        checkpointing="none",
         num_conditions=1,
     )
     backend = packed.attention.backend

@@ -21,7 +21,7 @@ What the columns say, medians over all steps, with the quarters around them:
     TFLOP/s       6 FLOP a weight and token for layers, and for the head where there is a loss, and causal attention;
                   what checkpointing repeats is not counted
     of peak       of the fastest matrix product that was measured in the same run
-    GB, planned   the most memory at one time, and what model/memory.py says of it
+    GB, planned   the most memory at one time, and what model/activations.py says of it
     waits         how often the host waits for the device in a step; on a CPU, operations that would make it wait
     40 layers     tokens/s of a GPU of 8 that train the whole model: 40 layers by the time of one, embedding and head;
                   AdamW over an eighth of the weights; ZeRO-2's communication, none of it hidden, as
@@ -50,7 +50,6 @@ from measure import count_waits, optimizer_seconds, peak_bytes, product_peak, se
 from packing import sharegpt_like
 from steps import (
     Way,
-    checkpointing_of,
     count_padded,
     count_supervised,
     flattened,
@@ -61,7 +60,7 @@ from steps import (
 )
 from transformers import LlamaConfig, PreTrainedModel
 
-from ochat_train.model.memory import count_activations
+from ochat_train.model.activations import count_activations
 from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import DataOrder
@@ -408,9 +407,7 @@ def summarise(
 
 def plan_bytes(config: Any, num_tokens: int, one: Measured, options: argparse.Namespace) -> int:
     """What the planner says of weights, gradients of their dtype, and the activations of one micro-batch."""
-    activations = count_activations(
-        config, num_tokens=num_tokens, dtype=options.dtype, checkpointing=checkpointing_of(one.policy)
-    )
+    activations = count_activations(config, num_tokens=num_tokens, dtype=options.dtype, checkpointing=one.policy)
     head_and_embedding = 2 * config.vocab_size * config.hidden_size
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
     num_weights = head_and_embedding + config.num_hidden_layers * layer + config.hidden_size

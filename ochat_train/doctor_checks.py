@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ochat_train.doctor_finding import GIB, Finding
-from ochat_train.model.kernels import Kernels, compile_layers, use_kernels
+from ochat_train.model.kernels import Kernels, use_kernels
 from ochat_train.model.lora import require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.meta import meta_model
@@ -195,7 +195,7 @@ def _as_in_a_run(
         num_conditions=num_conditions,
     ).train()
     if recipe.model.compile:
-        compile_layers(lm)
+        packed.compile_parts()
     return packed
 
 

@@ -10,7 +10,7 @@ from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.checkpointing import check_policy
-from ochat_train.model.kernels import choose_kernels, compile_layers, require_compiler, use_kernels
+from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize, measure_size
 from ochat_train.model.packed_lm import PackedCausalLM
@@ -351,7 +351,7 @@ def build_model(run: Run, world: World, checkpointing: str) -> PackedCausalLM:
         num_conditions=len(run.store.manifest.conditions),
     )
     if recipe.model.compile:
-        compile_layers(lm)
+        packed.compile_parts()
     return packed
 
 

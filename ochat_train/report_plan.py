@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.model.memory import measure_size
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.report_run import read_events
@@ -22,6 +23,8 @@ from ochat_train.tokens.plan_ahead import PlanTable, make_table
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.flops import find_utilisation
+from ochat_train.training.memory_plan import Machine as Memory
+from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory
 from ochat_train.training.planning import check_store, make_run_plan
 from ochat_train.training.speed import H100, MACHINES, Machine, Prediction, Speed, Work, predict
 
@@ -30,6 +33,7 @@ _CPU_PROCESSES = 2  # that launch.sh starts on a machine without GPUs
 _WINDOW = 65_536  # examples counted at once
 _MOST_RANKS = 32  # of a picture; of more ranks it shows a selection
 _SELECTED_RANKS = 16
+_GPU_BYTES = 85 * 10**9  # that torch finds in an A100 or H100 of 80 GB
 THIS_MACHINE = "this machine"  # how the name of a prediction's machine begins
 
 
@@ -366,7 +370,7 @@ def _predict(recipe: Recipe, config: Any, table: PlanTable) -> tuple[Prediction,
         return ()
     work = Work(
         utilisation=utilisation,
-        checkpointing=recipe.model.checkpointing,
+        checkpointing="full",  # each machine's own below
         num_tokens=table.num_tokens,
         cost=int(table.rows["cost"].sum()),
         efficiency=table.efficiency,
@@ -379,7 +383,28 @@ def _predict(recipe: Recipe, config: Any, table: PlanTable) -> tuple[Prediction,
         num_gpus = table.shape.world_size
         device = torch.cuda.get_device_name()
         machines.insert(0, Machine(f"{THIS_MACHINE}: {num_gpus:,} x {device}", device, num_gpus))
-    return tuple(prediction for machine in machines for prediction in predict(work, machine))
+    policies: dict[tuple[bool, int], str] = {}  # counting activations of a large model takes seconds
+    found: list[Prediction] = []
+    for machine in machines:
+        key = machine in MACHINES, machine.num_devices
+        if key not in policies:
+            policies[key] = _policy_on(machine, recipe, config)
+        found += predict(replace(work, checkpointing=policies[key]), machine)
+    return tuple(found)
+
+
+def _policy_on(machine: Machine, recipe: Recipe, config: Any) -> str:
+    """The recipe's checkpointing; for auto what it chooses on such a machine: those of MACHINES have GPUs of 80 GB."""
+    if recipe.model.checkpointing != "auto":
+        return recipe.model.checkpointing
+    lora = recipe.model.lora
+    memory = Memory(_GPU_BYTES, free_host_bytes(), is_here=False) if machine in MACHINES else find_machine()
+    with suppress(ValueError):  # of a model whose activations cannot be counted; training takes full then
+        size = measure_size(
+            config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
+        )
+        return plan_memory(recipe, memory, config, size, machine.num_devices).policy
+    return "full"
 
 
 def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ochat_train.model import loss
+from ochat_train.model.activations import live_bytes
 from ochat_train.model.loss import LossHead, LossSums
-from ochat_train.model.memory import live_bytes
 from ochat_train.model.rows import HeadWithRows
 from tests.host_waits import host_waits
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
+from ochat_train.model.checkpointing import share_of
 from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
 from ochat_train.training.flops import Utilisation, peak_flops
 from ochat_train.training.speed import (
@@ -17,7 +18,6 @@ from ochat_train.training.speed import (
     Work,
     communication_seconds,
     predict,
-    repeated_share,
 )
 
 LLAMA_13B = LlamaConfig(
@@ -63,7 +63,7 @@ def test_checkpointing_costs_the_forward_passes_that_it_repeats() -> None:
         (found,) = predict(replace(WORK, checkpointing=policy), ON_1_A100, [known()])
         times[policy] = found.seconds
     assert [times[policy] / times["none"] for policy in times] == pytest.approx([1, 13 / 12, 7 / 6, 4 / 3])
-    assert [repeated_share(policy) for policy in times] == [0, 0.25, 0.5, 1]
+    assert [share_of(policy) for policy in times] == [0, 0.25, 0.5, 1]
 
 
 def test_frozen_matrices_get_no_gradient_of_their_own() -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ochat_train.model.attention import register
 from ochat_train.model.attention_backends import AttentionNeeds, BackendChoice, choose_backend
 from ochat_train.model.checkpointing import enable_checkpointing
+from ochat_train.model.kernels import compile_layers
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.tokens.batch import PackedBatch
@@ -47,6 +48,11 @@ class PackedCausalLM(nn.Module):
         self.register_state_dict_post_hook(_leave_frozen_out)  # type: ignore[no-untyped-call]  # of torch
         self.register_load_state_dict_pre_hook(_refuse_another_base)  # type: ignore[no-untyped-call]  # of torch
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]  # of torch
+
+    def compile_parts(self) -> None:
+        """Compile the layers, and what the head does beside its products; see `compile_layers` and `compile_chunk`."""
+        compile_layers(self.lm)
+        self.loss_head.compile_chunk()
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """The loss sums of one micro-batch."""

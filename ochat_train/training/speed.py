@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from ochat_train.model.checkpointing import share_of
 from ochat_train.training.flops import Utilisation, peak_flops
 
 
@@ -39,7 +40,7 @@ class Speed(NamedTuple):
         peak = peak_flops(self.device)
         assert peak is not None, f"{self.device} has no peak in flops.PEAKS"
         per_token = self.num_weights + self.attention_width * self.pairs_per_token
-        return (6 + 2 * repeated_share(self.checkpointing)) * per_token * self.tokens_per_s / peak
+        return (6 + 2 * share_of(self.checkpointing)) * per_token * self.tokens_per_s / peak
 
 
 A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
@@ -68,13 +69,6 @@ SPEEDS = (
 _REACHED = 0.8
 BANDWIDTHS = {A100: _REACHED * 300e9, H100: _REACHED * 450e9, "NVIDIA H200": _REACHED * 450e9}
 _BYTES = 2  # of a weight and of a gradient on their way, bfloat16
-
-
-def repeated_share(checkpointing: str) -> float:
-    """The share of the forward pass that the backward pass computes again, under full, none or every_N."""
-    if checkpointing == "none":
-        return 0.0
-    return 1.0 if checkpointing == "full" else 1 / int(checkpointing.removeprefix("every_"))
 
 
 def communication_seconds(
@@ -119,7 +113,7 @@ class Work:
     def flops(self) -> float:
         """FLOP of the run, with the forward passes that are repeated: a third of all, or half of frozen matrices'."""
         forward = replace(self.utilisation, is_frozen=False).flops(self.num_tokens, self.cost) / 3
-        return self.utilisation.flops(self.num_tokens, self.cost) + repeated_share(self.checkpointing) * forward
+        return self.utilisation.flops(self.num_tokens, self.cost) + share_of(self.checkpointing) * forward
 
 
 class Machine(NamedTuple):
