@@ -40,8 +40,9 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.training.checkpoint import find_checkpoints
 
 WORLD_SIZE = 2
-# When one rank has ended, the launcher kills the others after 30 s. They end by themselves before.
-PATIENCE_S = 30.0
+# When one rank has ended, the launcher kills the others after 30 s. They end by themselves well before, unless they
+# still wait for it to join them: only then does the watchdog begin.
+PATIENCE_S = 15.0
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -64,6 +65,10 @@ def main() -> None:
             *(f"model.config.{key}={value}" for key, value in SIZES.items()),
         ]
         preprocess(common)
+        # Forks inherit these. A handler that raises, such as that of preprocess, is swallowed in the first moments of a
+        # fork; and a shell starts what it puts into the background with SIGINT ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         alone, disturbed = folder / "alone", folder / "disturbed"
         assert Ranks(common, alone).wait() == [0] * WORLD_SIZE, (alone / "log-0").read_text()
         results |= disturb(common, disturbed, random.Random(options.seed), options.disturbances)
@@ -124,8 +129,7 @@ def train(rank: int, port: int, arguments: list[str], run: Path) -> int:
     log = os.open(run / f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    # A shell starts what it puts into the background with SIGINT ignored, and forks inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_SIZE": WORLD_SIZE}
     os.environ |= {name: str(value) for name, value in world.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
