@@ -1,6 +1,7 @@
 """A checkpoint to a Hugging Face model that everything else can load.
 
 python -m ochat_train.export [--adapter] CHECKPOINT OUT
+python -m ochat_train.export --check MODEL STORE [--num N]
 """
 
 import argparse
@@ -19,13 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.files import flush, flush_tree
+from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
+from ochat_train.tokens.parity import Parity, check_parity
+from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
 
-METADATA_FILE = "ochat_train.json"
+_NUM_COMPARED = 20  # conversations of the store at each export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,12 +38,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: CHECKPOINT is an exported model and OUT a token store, whose prompts are compared",
+    )
+    parser.add_argument("--num", type=int, default=200, metavar="N", help="conversations that --check reads (200)")
     options = parser.parse_args(arguments)
     try:
+        if options.check:
+            parity = check(options.checkpoint, options.out, num=options.num)
+            print(parity)
+            sys.exit(0 if parity.is_equal else 1)
         export(options.checkpoint, options.out, adapter=options.adapter)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
+
+
+def check(model: str | Path, store: str | Path, *, num: int) -> Parity:
+    """Compare the prompts of answers in a store with those that the exported model is served.
+
+    Raises ValueError when one of them is not what it should be, or they do not belong together.
+    """
+    if num < 1:
+        raise ValueError(f"--num {num} is below 1")
+    metadata = read_export(Path(model))
+    if metadata is None:
+        raise ValueError(f"{model} is not an exported model, for {METADATA_FILE} is not there")
+    examples = TokenStore(store)
+    if examples.manifest.template != metadata["template"]:
+        raise ValueError(
+            f"{model} has the template {metadata['template']}, and {store} {examples.manifest.template}; name the "
+            "store that it was trained on"
+        )
+    return check_parity(examples, load_tokenizer(str(model), TEMPLATES[metadata["template"]]), num=num)
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
@@ -79,6 +112,7 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
             dtype=_dtype(checkpoint),
             metadata=metadata,
         )
+    _compare_prompts(partial, checkpoint)
     flush_tree(partial)
     if out.exists():
         shutil.rmtree(out)
@@ -134,16 +168,18 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def read_export(model: Path) -> dict[str, Any] | None:
-    """The metadata of an exported model; None when the folder holds none."""
-    file = model / METADATA_FILE
-    return dict(orjson.loads(file.read_bytes())) if file.is_file() else None
-
-
 def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
     """Whether the folder `model` holds the export of this very checkpoint."""
     metadata, checkpoint = read_export(model), read_checkpoint(checkpoint_dir)
     return metadata is not None and (metadata["step"], metadata["run"]) == (checkpoint.state.step, checkpoint.run)
+
+
+def _compare_prompts(model: Path, checkpoint: Checkpoint) -> None:
+    """Say whether the model is served the prompts of its training, where the store of that is still there."""
+    store = checkpoint.state.recipe["data"]["store"]
+    manifest = read_manifest(store)
+    if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:
+        print(check(model, store, num=_NUM_COMPARED), flush=True)
 
 
 def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:

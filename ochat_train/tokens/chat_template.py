@@ -27,14 +27,24 @@ def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
     return source
 
 
-def apply_chat_template(tokenizer: ChatTokenizer, source: str, conversation: Conversation) -> list[int]:
-    """The conversation's ids through transformers' own `apply_chat_template` with the Jinja template `source`."""
+def apply_chat_template(
+    tokenizer: ChatTokenizer, source: str, conversation: Conversation, *, for_reply: bool = False
+) -> list[int]:
+    """The conversation's ids through transformers' own `apply_chat_template` with the Jinja template `source`.
+
+    With `for_reply` up to where the assistant would begin to answer.
+    """
     messages = [{"role": message.role, "content": message.text} for message in conversation.messages]
     if conversation.system:
         messages.insert(0, {"role": "system", "content": conversation.system})
     return list(
         tokenizer.pretrained.apply_chat_template(
-            messages, chat_template=source, condition=conversation.condition, tokenize=True, return_dict=False
+            messages,
+            chat_template=source,
+            condition=conversation.condition,
+            add_generation_prompt=for_reply,
+            tokenize=True,
+            return_dict=False,
         )
     )
 

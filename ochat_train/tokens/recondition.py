@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ochat_train.conversations.schema import Conversation, Message, Role
-from ochat_train.tokens.encode import Example, TokenIds, encode
+from ochat_train.tokens.encode import Example, TokenIds, Turn, encode
 from ochat_train.tokens.store import Examples
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -46,31 +46,32 @@ def recondition(example: Example, own: Frame, other: Frame) -> Example:
 
     Equal to encoding its conversation with the other condition. Texts, end tokens and their weights stay as they are.
     Of a part of a split conversation the same texts stay, cut where they were.
-
-    An end token ends a turn and stands nowhere else, because text never becomes a special token. So every turn is
-    found, and what it begins with is its header. One thing cannot be told: where a template gives system messages no
-    header, one whose text begins like the header of another turn is read as that turn.
     """
-    assert np.array_equal(example.input_ids[: len(own.beginning)], own.beginning), "the example has another condition"
     ids, weights = [other.beginning], [np.zeros(len(other.beginning), np.float32)]
-    for start, end in _turns(example.input_ids, own):
-        role = _role_at(start, example.input_ids, own)
-        text_start = start + len(own.headers[role])
-        ids += (other.headers[role], example.input_ids[text_start:end])
-        weights += (np.zeros(len(other.headers[role]), np.float32), example.loss_weights[text_start:end])
+    for turn in find_turns(example.input_ids, own):
+        header = other.headers[turn.role]
+        ids += (header, example.input_ids[turn.text_start : turn.end])
+        weights += (np.zeros(len(header), np.float32), example.loss_weights[turn.text_start : turn.end])
     return Example(np.concatenate(ids), np.concatenate(weights))
 
 
-def _turns(ids: TokenIds, frame: Frame) -> Iterator[tuple[int, int]]:
-    """Where each turn starts and ends. The last one of a part may lack its end token."""
+def find_turns(ids: TokenIds, frame: Frame) -> Iterator[Turn]:
+    """The turns of an example that was made under the frame, system messages among them.
+
+    An end token ends a turn and stands nowhere else, because text never becomes a special token. So every turn is
+    found, and what it begins with is its header. One thing cannot be told: where a template gives system messages no
+    header, one whose text begins like the header of another turn is read as that turn. The last turn of a part of a
+    split conversation may lack its end token.
+    """
+    assert np.array_equal(ids[: len(frame.beginning)], frame.beginning), "the example has another condition"
     start = len(frame.beginning)
-    for position in np.flatnonzero(ids == frame.end_id).tolist():
-        if position >= start:  # the beginning may hold one too
-            end = position + 1 + len(frame.after_end)
-            yield start, end
+    ends = [position for position in np.flatnonzero(ids == frame.end_id).tolist() if position >= start]
+    for text_end in [*ends, len(ids)]:
+        if start < len(ids):
+            role = _role_at(start, ids, frame)
+            end = min(text_end + 1 + len(frame.after_end), len(ids))
+            yield Turn(role, start, start + len(frame.headers[role]), text_end, end)
             start = end
-    if start < len(ids):
-        yield start, len(ids)
 
 
 def _role_at(start: int, ids: TokenIds, frame: Frame) -> Role:

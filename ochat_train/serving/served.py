@@ -1,0 +1,113 @@
+"""What is served: an exported model, or adapters beside their base, and what it answers to."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from transformers import AutoConfig
+
+from ochat_train.conversations.template import TEMPLATES
+from ochat_train.model.exported import METADATA_FILE, read_export
+from ochat_train.model.pretrained import max_positions_of
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base
+
+ALIAS = "openchat"
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Adapters as `export --adapter` writes them. has_tokens: rows of added tokens are among them."""
+
+    base: str
+    rank: int
+    has_tokens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model and its names.
+
+    folder: of the export: tokenizer, template, and weights or adapters. names: what requests may call it, the recipe's
+    name first. conditions: those that it was trained under. condition: of a request that names none. num_positions: how
+    many tokens prompt and answer may have together.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    template: str
+    conditions: tuple[str, ...]
+    condition: str
+    num_positions: int
+    adapter: Adapter | None
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.names[0]
+
+    def load_tokenizer(self) -> ChatTokenizer:
+        """The tokenizer of the export. Raises ValueError."""
+        return load_tokenizer(str(self.folder), TEMPLATES[self.template])
+
+
+def find_served(path: str, condition: str | None = None, num_positions: int | None = None) -> Served:
+    """What `path` holds: an exported model, a run (its RUN/model is taken), or adapters.
+
+    condition, num_positions: in place of the model's own. Raises ValueError.
+    """
+    folder, metadata = _find_export(Path(path).expanduser())
+    adapter = _read_adapter(folder)
+    if adapter is None and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither config.json nor {_ADAPTER}; export the checkpoint again")
+    files = locate_base(adapter.base if adapter else str(folder.absolute()))
+    try:
+        config = AutoConfig.from_pretrained(files.name, **files.options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the configuration of {files.name} cannot be read: {error}") from error
+    inference = metadata["inference_condition"]
+    conditions = tuple(dict.fromkeys([inference, *metadata["conditions"]]))
+    if condition is not None and condition not in conditions:
+        raise ValueError(f"--condition {condition!r}: {explain_unknown(condition, conditions)}")
+    name = metadata["run"].get("recipe", {}).get("name") or folder.name
+    return Served(
+        folder=folder,
+        names=tuple(dict.fromkeys([name, ALIAS])),
+        template=metadata["template"],
+        conditions=conditions,
+        condition=inference if condition is None else condition,
+        num_positions=num_positions or max_positions_of(config),
+        adapter=adapter,
+    )
+
+
+def explain_unknown(condition: str, conditions: tuple[str, ...]) -> str:
+    """Says which conditions there are, and which is meant most likely."""
+    near = difflib.get_close_matches(condition, conditions, n=1, cutoff=0.4)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}The model was trained under {', '.join(map(repr, conditions))}"
+
+
+def _find_export(path: Path) -> tuple[Path, dict[str, Any]]:
+    if not path.is_dir():
+        raise ValueError(f"no folder {path}; name an exported model, or the folder of a run")
+    for folder in (path, path / "model"):
+        try:
+            metadata = read_export(folder)
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"{folder / METADATA_FILE} is damaged ({error}); export the checkpoint again") from error
+        if metadata is not None:
+            return folder, metadata
+    checkpoints = sorted(path.glob("step-" + "[0-9]" * 8))
+    remedy = f"python -m ochat_train.export {checkpoints[-1]} OUT makes one" if checkpoints else "name another folder"
+    raise ValueError(f"{path} holds no exported model, for {METADATA_FILE} is not there; {remedy}")
+
+
+def _read_adapter(folder: Path) -> Adapter | None:
+    file = folder / _ADAPTER
+    if not file.is_file():
+        return None
+    config = orjson.loads(file.read_bytes())
+    return Adapter(config["base_model_name_or_path"], config["r"], bool(config.get("trainable_token_indices")))

@@ -1,0 +1,43 @@
+"""A model small enough to be served in a test, exported as training exports."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from ochat_train.export import write_model
+from ochat_train.tokens.tokenizer import ChatTokenizer
+
+NUM_POSITIONS = 512
+
+
+def write_chat_model(folder: Path, tokenizer: ChatTokenizer, *, name: str = "tiny-chat") -> Path:
+    """A model with random weights, trained under nothing, that answers to `name`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.num_ids,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=NUM_POSITIONS,
+        initializer_range=0.2,  # so that no two tokens are about as likely
+    )
+    folder.mkdir(parents=True)
+    write_model(
+        folder,
+        dict(LlamaForCausalLM(config).state_dict()),
+        config=config,
+        generation_config=GenerationConfig(),
+        tokenizer=tokenizer,
+        inference_condition="Careful",
+        dtype=torch.float32,
+        metadata={
+            "template": tokenizer.template.name,
+            "inference_condition": "Careful",
+            "conditions": ["Careful", "Hasty"],
+            "run": {"recipe": {"name": name}},
+        },
+    )
+    return folder
