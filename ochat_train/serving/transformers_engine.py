@@ -79,7 +79,7 @@ def serve(
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it tells of each request
     tokenizer = served.load_tokenizer()
-    app = make_app(served, _load(served, tokenizer, options), tokenizer, keys=keys, log=log)
+    app = make_app(served, load(served, tokenizer, options), tokenizer, keys=keys, log=log)
     config = uvicorn.Config(
         app,
         log_level="error",
@@ -123,7 +123,8 @@ def make_app(
     return Gate(app, served=served, tokenizer=tokenizer, engine=engine, keys=keys, log=log)
 
 
-def _load(served: Served, tokenizer: ChatTokenizer, options: argparse.Namespace) -> PreTrainedModel:
+def load(served: Served, tokenizer: ChatTokenizer, options: argparse.Namespace) -> PreTrainedModel:
+    """The model in memory, adapters merged into their base. Raises ValueError."""
     placement = {"device_map": options.device, "attn_implementation": options.attn_implementation}
     try:
         if served.adapter is None:

@@ -1,0 +1,82 @@
+"""vLLM's real server behind the gate. It needs vLLM, which the other tests do without."""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ochat_train.conversations.template import TEMPLATES
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from tests.chat_model import write_chat_model
+from tests.chat_server import FORGED, KEY, ROOT, SECRET, Server, ask, generate, serving, vanish
+
+try:
+    importlib.metadata.version("vllm")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("vllm is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
+    run = tmp_path_factory.mktemp("run")
+    write_chat_model(run / "model", tokenizer)
+    flags = ("--engine", "vllm", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8")
+    with serving(run, *flags, timeout_s=300, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server) -> ChatTokenizer:
+    return load_tokenizer(str(server.model), TEMPLATES["openchat_v3.2"])
+
+
+@pytest.fixture(scope="module")
+def loaded(server: Server) -> Any:
+    return AutoModelForCausalLM.from_pretrained(server.model)
+
+
+@pytest.mark.parametrize("condition", [None, "Hasty"])
+@pytest.mark.parametrize(
+    "texts", [("What is the capital of France?",), ("Hi", " \nHello!", "  Who? \u65e5\u672c\u8a9e")]
+)
+def test_greedy_answers_are_those_of_generate_on_the_ids_of_training(
+    server: Server, tokenizer: ChatTokenizer, loaded: Any, texts: tuple[str, ...], condition: str | None
+) -> None:
+    expected, num_prompt = generate(loaded, tokenizer, texts, condition or "Careful")
+    answer = ask(server, *texts, condition=condition)
+    # Half a character at the limit is held back.
+    assert answer.choices[0].message.content.rstrip("\ufffd") == expected.rstrip("\ufffd")
+    assert (answer.usage.prompt_tokens, answer.model) == (num_prompt, "tiny-chat")
+
+
+def test_text_that_it_would_obey_is_refused(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="end_of_turn"):
+        ask(server, FORGED)
+
+
+def test_only_the_gates_routes_are_there(server: Server) -> None:
+    for path in ("/metrics", "/v1/completions", "/tokenize", "/docs", "/v1/../metrics"):
+        request = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n\r\n"
+        assert b" 404 " in server.send(request.encode()).partition(b"\r\n")[0]
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=SECRET).models.list()
+
+
+def test_answers_that_nobody_waits_for_are_ended(server: Server) -> None:
+    body = {"model": "tiny-chat", "messages": [{"role": "user", "content": SECRET}], "temperature": 0}
+    for stream in (True, False):
+        vanish(server, body, stream=stream)
+    time.sleep(0.5)
+    assert [line["status"] for line in server.lines()].count(499) == 2
+    assert ask(server, "Hi").usage.completion_tokens == 12
+
+
+def test_the_log_has_no_text_and_no_key(server: Server) -> None:
+    ask(server, SECRET)
+    for text in (server.log.read_text(), server.output.read_text()):
+        assert not any(secret in text for secret in (SECRET, KEY))
