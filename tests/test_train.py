@@ -529,6 +529,13 @@ def test_an_export_ends_answers_at_the_end_token_and_tells_where_it_is_from(fini
     assert about["run"]["versions"]["torch"]
 
 
+def test_an_export_compares_its_prompts_with_those_of_the_store(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(find_checkpoints(finished)[-1], tmp_path / "out")
+    assert re.search(r"piece by piece: [1-9]\d* equal to training, 0 different", capsys.readouterr().out)
+
+
 def test_an_export_replaces_only_an_export(finished: Path, tmp_path: Path) -> None:
     checkpoint = find_checkpoints(finished)[-1]
     export(checkpoint, tmp_path / "out")
