@@ -60,8 +60,8 @@ def find_turns(ids: TokenIds, frame: Frame) -> Iterator[Turn]:
 
     An end token ends a turn and stands nowhere else, because text never becomes a special token. So every turn is
     found, and what it begins with is its header. One thing cannot be told: where a template gives system messages no
-    header, one whose text begins like the header of another turn is read as that turn. The last turn of a part of a
-    split conversation may lack its end token.
+    header, one whose text, or the part of it that a split left, begins like the header of another turn is read as that
+    turn. The last turn of a part of a split conversation may lack its end token.
     """
     assert np.array_equal(ids[: len(frame.beginning)], frame.beginning), "the example has another condition"
     start = len(frame.beginning)
