@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig
 
 from ochat_train.export import write_model
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -11,10 +11,10 @@ from ochat_train.tokens.tokenizer import ChatTokenizer
 NUM_POSITIONS = 512
 
 
-def write_chat_model(folder: Path, tokenizer: ChatTokenizer, *, name: str = "tiny-chat") -> Path:
-    """A model with random weights, trained under nothing, that answers to `name`."""
+def write_chat_model(folder: Path, tokenizer: ChatTokenizer, kind: type[PretrainedConfig] = LlamaConfig) -> Path:
+    """A model with random weights, tiny-chat, as if it was trained under Careful and Hasty."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         vocab_size=tokenizer.num_ids,
         hidden_size=64,
         intermediate_size=128,
@@ -27,7 +27,7 @@ def write_chat_model(folder: Path, tokenizer: ChatTokenizer, *, name: str = "tin
     folder.mkdir(parents=True)
     write_model(
         folder,
-        dict(LlamaForCausalLM(config).state_dict()),
+        dict(AutoModelForCausalLM.from_config(config).state_dict()),
         config=config,
         generation_config=GenerationConfig(),
         tokenizer=tokenizer,
@@ -37,7 +37,7 @@ def write_chat_model(folder: Path, tokenizer: ChatTokenizer, *, name: str = "tin
             "template": tokenizer.template.name,
             "inference_condition": "Careful",
             "conditions": ["Careful", "Hasty"],
-            "run": {"recipe": {"name": name}},
+            "run": {"recipe": {"name": "tiny-chat"}},
         },
     )
     return folder

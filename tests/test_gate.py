@@ -16,6 +16,7 @@ from ochat_train.serving.keys import ApiKeys, read_keys
 from ochat_train.serving.served import Served
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.tokenizer import ChatTokenizer
+from tests.asgi import Answer, exchange
 
 SECRET = "a very private text"
 KEY = "sk-0123456789"
@@ -52,20 +53,6 @@ class EngineApp:
             except asyncio.CancelledError:
                 self.was_cancelled = True
                 raise
-
-
-@dataclass
-class Answer:
-    status: int = 0
-    headers: dict[bytes, bytes] = field(default_factory=dict)
-    body: bytes = b""
-
-    @property
-    def error(self) -> dict[str, Any]:
-        """Of OpenAI's error JSON, which has nothing else."""
-        fields = orjson.loads(self.body)
-        assert list(fields) == ["error"] and sorted(fields["error"]) == ["code", "message", "param", "type"]
-        return dict(fields["error"])
 
 
 class Lines(logging.Handler):
@@ -109,48 +96,18 @@ def ask(quickstart: ChatTokenizer, lines: Lines) -> Ask:
     ) -> Answer:
         gate = Gate(app or EngineApp(), served=SERVED, tokenizer=quickstart, engine=engine, keys=ApiKeys(keys), log=log)
         whole = body if isinstance(body, bytes) else orjson.dumps(body)
-        return asyncio.run(_exchange(gate, method, path, raw_path, headers, parts or [whole], vanishes))
+        sent = exchange(
+            gate,
+            parts or [whole],
+            method=method,
+            path=path,
+            raw_path=raw_path,
+            headers=headers,
+            vanishes=vanishes,
+        )
+        return asyncio.run(sent)
 
     return send
-
-
-async def _exchange(
-    gate: Gate,
-    method: str,
-    path: str,
-    raw_path: bytes | None,
-    headers: Iterable[tuple[bytes, bytes]],
-    parts: list[bytes],
-    vanishes: bool,
-) -> Answer:
-    answer, begun = Answer(), asyncio.Event()
-
-    async def receive() -> dict[str, Any]:
-        if parts:
-            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
-        if vanishes:
-            await begun.wait()
-            return {"type": "http.disconnect"}
-        await asyncio.sleep(60)
-        raise AssertionError("the exchange did not end")
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            answer.status, answer.headers = message["status"], dict(message["headers"])
-        else:
-            answer.body += message["body"]
-            begun.set()
-
-    scope = {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "raw_path": path.encode() if raw_path is None else raw_path,
-        "query_string": b"",
-        "headers": list(headers),
-    }
-    await asyncio.wait_for(gate(scope, receive, send), timeout=20)
-    return answer
 
 
 def chat(*texts: str, **fields: Any) -> dict[str, Any]:

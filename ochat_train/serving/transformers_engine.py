@@ -10,6 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def make_app(
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     tokenizer.pretrained.apply_chat_template = apply_chat_template
-    one: Any = _OneModel(model, tokenizer.pretrained)
+    one: Any = _OneModel(_Generator(model), tokenizer.pretrained)
     handler = _ChatHandler(model_manager=one, generation_state=_OneAfterTheOther())
 
     async def chat(request: Request) -> Response:
@@ -155,20 +156,32 @@ def _merge_adapter(served: Served, tokenizer: ChatTokenizer, options: argparse.N
     return model
 
 
+class _Generator:
+    """What the handler needs of a model. It hides the type.
+
+    For some types, Qwen 2 among them, the handler parses answers, and begins with the prompt, decoded to a string: what
+    a user writes is control again there, and comes back as a part of the answer.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.device, self.generation_config, self.generate = model.device, model.generation_config, model.generate
+        self.config = SimpleNamespace(model_type="")
+
+
 class _OneModel:
     """What the handler needs of transformers' ModelManager, for a model that is loaded already."""
 
     force_model = None
     get_model_modality = staticmethod(ModelManager.get_model_modality)
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        self._loaded = model, tokenizer
+    def __init__(self, generator: _Generator, tokenizer: Any) -> None:
+        self._loaded = generator, tokenizer
 
     def process_model_name(self, name: str) -> str:
         """The name under which answers show the model."""
         return name
 
-    def load_model_and_processor(self, name: str, **_: Any) -> tuple[PreTrainedModel, Any]:
+    def load_model_and_processor(self, name: str, **_: Any) -> tuple[_Generator, Any]:
         """The model and its tokenizer."""
         return self._loaded
 
