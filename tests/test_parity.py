@@ -155,6 +155,13 @@ def test_a_prompt_is_what_training_has_before_the_answer(template: str) -> None:
         assert encode_prompt(conversation, tokenizer) == expected
 
 
+def test_a_system_message_is_the_same_as_the_first_message_of_a_request(tokenizer: ChatTokenizer) -> None:
+    trained = chat("Hi", "Hello", "Bye", system="Be brief.")
+    requested = replace(trained, system="", messages=(Message("system", "Be brief."), *trained.messages))
+    assert encode_prompt(requested, tokenizer) == encode_prompt(trained, tokenizer)
+    assert encode_as_one_string(requested, tokenizer) == encode_prompt(trained, tokenizer)
+
+
 def test_control_text_is_found_where_one_string_would_obey_it(tokenizer: ChatTokenizer) -> None:
     control, end = ControlText(tokenizer), tokenizer.template.end_token
     assert control.find(PLAIN[0]) is None
