@@ -164,12 +164,13 @@ class Watchdog:
 
     def _lost(self, rank: int) -> Verdict:
         beat = self._seen[rank].beat if rank in self._seen else self._beat
+        latest = max(beat, self._beat, key=lambda one: one.mark)  # what was seen of it may be a second old
         return Verdict(
             [rank],
-            f"rank {rank} was lost at step {max(beat.step, self._beat.step)} ({beat.doing}): process {beat.pid} on "
-            f"host {beat.host} ended or no longer answers. What it printed last, or the kernel's log, says why; a "
-            "process that was killed without a word has often met the host's memory limit. Run the same command again "
-            "to go on from the newest checkpoint.",
+            f"rank {rank} was lost at step {latest.step} ({latest.doing}): process {beat.pid} on host {beat.host} "
+            "ended or no longer answers. What it printed last, or the kernel's log, says why; a process that was "
+            "killed without a word has often met the host's memory limit. Run the same command again to go on from the "
+            "newest checkpoint.",
         )
 
     def _stalled(self) -> Verdict:

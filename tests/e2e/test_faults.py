@@ -111,11 +111,11 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
 STALLED = """
 import time, ochat_train.train as t
 original, calls = t.make_batch, []
-def make_batch(*arguments):
+def make_batch(*arguments, **options):
     calls.append(1)
     if rank == 1 and len(calls) > 5:
         time.sleep(600)
-    return original(*arguments)
+    return original(*arguments, **options)
 t.make_batch = make_batch
 """
 
