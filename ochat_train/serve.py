@@ -1,6 +1,6 @@
 """A trained model on an OpenAI-compatible API, prompted exactly as it was trained.
 
-python -m ochat_train.serve MODEL [--host HOST] [--port PORT] [--api-keys K ...] [--condition C] [engine flags]
+python -m ochat_train.serve MODEL [--host HOST] [--port PORT] [--api-keys K ...] [--condition C] [--ui] [engine flags]
 """
 
 import argparse
@@ -14,11 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ochat_train.serving import page_process
+from ochat_train.serving.asking import Page
 from ochat_train.serving.keys import VARIABLE, ApiKeys, read_keys
 from ochat_train.serving.log import open_log
 from ochat_train.serving.served import Served, find_served
 
 _PACKAGES = ("fastapi", "uvicorn", "openai", "accelerate")  # of transformers' server
+_PAGE_PACKAGES = ("fastapi", "uvicorn", "openai", "gradio")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--engine", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM if there"
     )
+    parser.add_argument("--ui", action="store_true", help="show a page to chat on, too")
+    parser.add_argument("--ui-port", type=int, metavar="PORT", help="port of that page (the next after --port)")
     parser.add_argument("--log-file", type=Path, help="where a line for each request goes (stderr)")
     parser.add_argument("--disable-log-requests", action="store_true", help="no line for each request")
     options, flags = parser.parse_known_args(arguments)
@@ -57,6 +62,8 @@ def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
         raise ValueError(
             f"--tensor-parallel-size {options.tensor_parallel_size} needs vLLM ({reason}); install it, or leave it out"
         )
+    if options.ui:
+        check_page(options)
     keys = read_keys(options.api_keys)
     served = find_served(options.model, options.condition)
     print(f"engine: {engine}, {reason}")
@@ -87,6 +94,17 @@ def choose_engine(wanted: str) -> tuple[str, str]:
     return "transformers", reason
 
 
+def check_page(options: argparse.Namespace) -> None:
+    """Give the page its port. Raises ValueError when the page cannot be shown."""
+    missing = [package for package in _PAGE_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"--ui needs {', '.join(missing)}: pip install 'ochat_train[ui]'")
+    if options.ui_port is None:
+        options.ui_port = options.port + 1
+    if options.ui_port == options.port:
+        raise ValueError(f"--ui-port {options.ui_port} is the API's; name another")
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the host."""
     try:
@@ -95,10 +113,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to all addresses of the host, which do not listen yet. Raises ValueError."""
+def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
+    """Sockets bound to all addresses of the host, which do not listen yet. Raises ValueError, which names the flag."""
     if not 1 <= port <= 65535:
-        raise ValueError(f"--port {port} is not between 1 and 65535")
+        raise ValueError(f"{flag} {port} is not between 1 and 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -116,7 +134,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             one.close()
             if family == socket.AF_INET6 and len(found) > 1 and error.errno != errno.EADDRINUSE:
                 continue  # a machine may have the name, and no IPv6
-            raise ValueError(f"port {port} of {host} cannot be used ({error.strerror}); name another --port") from error
+            raise ValueError(f"port {port} of {host} cannot be used ({error.strerror}); name another {flag}") from error
     return sockets
 
 
@@ -135,7 +153,10 @@ def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[st
     )
     if options.log_file is not None:
         open_log(options.log_file)
-    for one in bind(options.host, options.port):
+    sockets = bind(options.host, options.port)
+    if options.ui:
+        _start_page(served, options, keys)
+    for one in sockets:
         one.close()
     print(_ready(served, options), flush=True)
     os.execve(command.words[0], command.words, {**os.environ, **command.environment})
@@ -148,20 +169,40 @@ def _serve_with_transformers(
 
     engine_options = parse_flags(flags)
     log = None if options.disable_log_requests else open_log(options.log_file)
+    sockets = bind(options.host, options.port)
+    if options.ui:
+        _start_page(served, options, keys)
     serve(
         served,
         engine_options,
-        bind(options.host, options.port),
+        sockets,
         keys=ApiKeys(keys),
         log=log,
         ready=_ready(served, options),
     )
 
 
+def _start_page(served: Served, options: argparse.Namespace, keys: Sequence[str]) -> None:
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    page = Page(
+        api=f"http://{_written(reached)}:{options.port}/v1",
+        address=f"http://{_written(options.host)}:{options.ui_port}",
+        model=served.name,
+        conditions=served.conditions,
+        condition=served.condition,
+        num_positions=served.num_positions,
+    )
+    page_process.start(page, bind(options.host, options.ui_port, "--ui-port"), keys)
+
+
+def _written(host: str) -> str:
+    """The host as it stands in an address."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _ready(served: Served, options: argparse.Namespace) -> str:
-    host = f"[{options.host}]" if ":" in options.host else options.host
     also = "".join(f", also {name}" for name in served.names[1:])
-    return f"serving {served.name}{also}, condition {served.condition!r}, on http://{host}:{options.port}/v1"
+    return f"serving {served.name}{also}, condition {served.condition!r}, on http://{_written(options.host)}:{options.port}/v1"
 
 
 if __name__ == "__main__":
