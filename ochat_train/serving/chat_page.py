@@ -12,7 +12,7 @@ _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
-_HEIGHT = "calc(100vh - 240px)"  # what a condition above and a question below leave
+_HEIGHT = "calc(100vh - 216px)"  # what a condition above and a question below leave
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
 
 
@@ -61,8 +61,8 @@ def build(page: Page, client: Any) -> Any:
         chats = (chats[0], chats[0]) if is_comparing else chats[:1]  # both go on from the same
         return chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
 
-    def column(label: str, value: str) -> tuple[Any, Any]:
-        condition = gr.Dropdown(names, value=value, label=label, interactive=True, filterable=len(names) > 8)
+    def column(value: str) -> tuple[Any, Any]:
+        condition = gr.Dropdown(names, value=value, label="Condition", interactive=True, filterable=len(names) > 8)
         bubbles = gr.Chatbot(show_label=False, height=_HEIGHT, min_height=240, buttons=["copy"], feedback_options=None)
         return condition, bubbles
 
@@ -78,9 +78,9 @@ def build(page: Page, client: Any) -> Any:
             new = gr.Button("New chat")
         with gr.Row(scale=1):
             with gr.Column():
-                left, left_bubbles = column("Condition", page.condition)
+                left, left_bubbles = column(page.condition)
             with gr.Column(visible=False) as beside:
-                right, right_bubbles = column("Beside it", other)
+                right, right_bubbles = column(other)
         question = gr.Textbox(show_label=False, placeholder="Ask something", autofocus=True, max_lines=12, **idle)
         asked = question.submit(
             ask,
@@ -90,8 +90,13 @@ def build(page: Page, client: Any) -> Any:
             show_progress="hidden",
         )
         question.stop(lambda: gr.update(**idle), None, question, cancels=asked, queue=False)
-        everything = [question, chats, left_bubbles, right_bubbles]
-        new.click(lambda: (gr.update(**idle), ((), ()), [], []), None, everything, cancels=asked)
+        gr.on(
+            [new.click, left_bubbles.clear, right_bubbles.clear],
+            lambda: (gr.update(**idle), ((),), [], []),
+            None,
+            [question, chats, left_bubbles, right_bubbles],
+            cancels=asked,
+        )
         is_comparing.input(compare, [is_comparing, chats], [chats, beside, right_bubbles], cancels=asked)
     blocks.queue(default_concurrency_limit=None)
     return blocks
