@@ -58,6 +58,8 @@ EXTRAS = (
     "vllm",
     "ray",
     "fastapi",
+    "gradio",
+    "gradio_client",
     "openai",
     "uvicorn",
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 REFRESH_S = 0.05  # how often a growing answer is shown
+_LOST = "The connection to the server was lost before the end of the answer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and what came back. A turn with an error is shown, and not sent again."""
+    """A question and what came back. A turn with an error or without an answer is shown, and not sent again."""
 
     question: str
     answer: str = ""
@@ -47,7 +48,7 @@ def to_messages(chat: Chat, system: str) -> list[dict[str, str]]:
     """The request's messages of a chat whose last turn is to be answered."""
     messages = [{"role": "system", "content": system}] if system else []
     for turn in chat[:-1]:
-        if not turn.error:
+        if turn.answer and not turn.error:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
     return [*messages, {"role": "user", "content": chat[-1].question}]
@@ -74,16 +75,21 @@ async def answer(client: Any, page: Page, chat: Chat, condition: str, sampling: 
                     if choice.delta.content:
                         turn = replace(turn, answer=turn.answer + choice.delta.content)
                         yield turn
-    except openai.APIConnectionError:
-        yield replace(turn, error=f"The server does not answer at {page.api}. Is it still starting, or was it stopped?")
-    except openai.APIError as error:
+    except openai.APIStatusError as error:
         body = error.body if isinstance(error.body, dict) else {}
         yield replace(turn, error=str(body.get("message") or error.message))
-    except Exception as error:  # what the client's transport raises in the middle of a stream differs by its version
-        yield replace(turn, error=f"The connection to the server was lost ({type(error).__name__}).")
+    except openai.APIConnectionError:
+        lost = f"The server does not answer at {page.api}. Is it still starting, or was it stopped?"
+        yield replace(turn, error=_LOST if turn.answer else lost)
+    except openai.APIError as error:  # in the middle of a stream
+        yield replace(turn, error=error.message)
+    except Exception:  # of the client's transport, in the middle of a stream; which one differs by its version
+        yield replace(turn, error=_LOST)
     else:
         if not is_ended:
-            yield replace(turn, error="The connection to the server was lost before the answer's end.")
+            yield replace(turn, error=_LOST)
+        elif not turn.answer:
+            yield replace(turn, error="The answer is empty.")
 
 
 async def answer_all(

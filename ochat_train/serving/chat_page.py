@@ -21,8 +21,8 @@ def to_bubbles(chat: Chat) -> list[dict[str, Any]]:
     bubbles: list[dict[str, Any]] = []
     for turn in chat:
         bubbles.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-        if turn.answer:
-            bubbles.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        if turn.answer or not turn.error:
+            bubbles.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer or "…"}]})
         if turn.error:
             text = {"type": "text", "text": turn.error}
             bubbles.append({"role": "assistant", "content": [text], "metadata": {"title": "⚠️ Error"}})
