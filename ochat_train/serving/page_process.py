@@ -60,6 +60,8 @@ def serve(page: Page, sockets: list[socket.socket], keys: Sequence[str], parent:
         server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
+    for one in sockets:
+        one.listen(config.backlog)  # so that the address answers from when it is printed on
     print(f"chat page on {page.address}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=sockets)
