@@ -59,7 +59,7 @@ def build(page: Page, client: Any) -> Any:
 
     def compare(is_comparing: bool, chats: Chats) -> tuple[Any, ...]:
         chats = (chats[0], chats[0]) if is_comparing else chats[:1]  # both go on from the same
-        return chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
+        return gr.update(**idle), chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
 
     def column(value: str) -> tuple[Any, Any]:
         condition = gr.Dropdown(names, value=value, label="Condition", interactive=True, filterable=len(names) > 8)
@@ -97,7 +97,7 @@ def build(page: Page, client: Any) -> Any:
             [question, chats, left_bubbles, right_bubbles],
             cancels=asked,
         )
-        is_comparing.input(compare, [is_comparing, chats], [chats, beside, right_bubbles], cancels=asked)
+        is_comparing.input(compare, [is_comparing, chats], [question, chats, beside, right_bubbles], cancels=asked)
     blocks.queue(default_concurrency_limit=None)
     return blocks
 
