@@ -2,11 +2,8 @@
 
 import contextlib
 import http.client
-import os
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ import orjson
 import torch
 
 from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.evaluation.endpoint import started
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -56,36 +54,14 @@ class Server:
             return answer
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def serving(run: Path, *flags: str, timeout_s: float = 120, **variables: str) -> Iterator[Server]:
     """A server of the model in a run's folder, from when it answers on."""
-    port, log, output = free_port(), run / "requests.log", run / "output"
-    command = [sys.executable, "-m", "ochat_train.serve", str(run), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--log-file", str(log), *flags]
-    environment = os.environ | {"OCHAT_TRAIN_API_KEYS": f"other-{KEY} {KEY}", "OMP_NUM_THREADS": "1"} | variables
-    with open(output, "wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    break
-            except OSError:
-                time.sleep(0.1)
-        yield Server(run / "model", port, log, output, process)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+    log, output = run / "requests.log", run / "output"
+    environment = {"OCHAT_TRAIN_API_KEYS": f"other-{KEY} {KEY}", "OMP_NUM_THREADS": "1"} | variables
+    arguments = [str(run), "--log-file", str(log), *flags]
+    with started(arguments, output=output, variables=environment, timeout_s=timeout_s) as own:
+        yield Server(run / "model", own.port, log, output, own.process)
 
 
 def ask(server: Server, *texts: str, condition: str | None = None, **options: Any) -> Any:

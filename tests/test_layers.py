@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
     "serving": {"conversations", "tokens", "model", "serving"},
     "serve": {"serving"},
+    "evaluation": BELOW | {"evaluation", "serving"},
+    "evaluate": {"evaluation"},
     "doctor_finding": set(),
     "doctor_kernels": BELOW | {"doctor_finding"},
     "doctor_memory": BELOW | {"doctor_finding", "report_tables"},
@@ -60,6 +62,7 @@ EXTRAS = (
     "fastapi",
     "gradio",
     "gradio_client",
+    "lm_eval",
     "openai",
     "uvicorn",
 )

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.evaluation.endpoint import free_port
 from ochat_train.serve import bind, choose_engine, is_loopback, main
 from ochat_train.serving.keys import ApiKeys
 from ochat_train.serving.served import find_served
@@ -24,7 +25,7 @@ from ochat_train.serving.vllm_engine import make_command
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.asgi import exchange
 from tests.chat_model import NUM_POSITIONS, write_chat_model
-from tests.chat_server import FORGED, KEY, ROOT, SECRET, Server, ask, free_port, generate, serving, vanish
+from tests.chat_server import FORGED, KEY, ROOT, SECRET, Server, ask, generate, serving, vanish
 
 
 @pytest.fixture(scope="module")
