@@ -17,7 +17,6 @@ from pathlib import Path
 
 from ochat_train.model.exported import METADATA_FILE
 from ochat_train.serving.keys import VARIABLE
-from ochat_train.serving.served import find_served
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHOWN = 2000  # characters of a server's output, when it does not start
@@ -55,6 +54,8 @@ def reach(target: str, *, model: str | None, condition: str | None, flags: Seque
         key = os.environ.get(KEY_VARIABLE) or "none"
         yield Endpoint(target.rstrip("/"), key, model or _first_model(target, key), target.rstrip("/"))
         return
+    from ochat_train.serving.served import find_served  # loads transformers, for which a URL has no use
+
     served = find_served(target, condition)
     if model is not None:
         raise ValueError("--model names a model at a URL; a folder has one")

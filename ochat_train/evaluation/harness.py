@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ochat_train.evaluation.endpoint import KEY_VARIABLE, Endpoint, is_url, reach
-from ochat_train.serving.served import find_served
 
 
 def run_tasks(
@@ -26,6 +25,7 @@ def run_tasks(
     """
     require_harness()
     import lm_eval
+    import torch
 
     common: dict[str, Any] = {
         "tasks": list(tasks),
@@ -33,17 +33,22 @@ def run_tasks(
         "apply_chat_template": True,
         "fewshot_as_multiturn": True,
     }
+    results: dict[str, Any] | None
     if is_url(target):
         with reach(target, model=model, condition=condition, flags=()) as endpoint:
-            kind, arguments, generation = "local-chat-completions", _of_url(endpoint, concurrency), None
-            if condition is not None:
-                generation = {"chat_template_kwargs": {"condition": condition}}
-            results: dict[str, Any] | None = lm_eval.simple_evaluate(
-                kind, model_args=arguments, gen_kwargs=generation, **common
+            results = lm_eval.simple_evaluate(
+                "local-chat-completions",
+                model_args=_of_url(endpoint, concurrency),
+                gen_kwargs=None if condition is None else {"chat_template_kwargs": {"condition": condition}},
+                **common,
             )
     else:
         results = lm_eval.simple_evaluate(
-            "hf", model_args=_of_folder(target, condition), batch_size=batch_size, **common
+            "hf",
+            model_args=_of_folder(target, condition),
+            batch_size=batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",  # its own default is cuda, there or not
+            **common,
         )
     assert results is not None  # only ranks other than the first get none
     return results
@@ -52,10 +57,12 @@ def run_tasks(
 def require_harness() -> None:
     """Raise ValueError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("the package lm-eval is not installed: pip install 'lm-eval[api]>=0.4.9'")
+        raise ValueError("the package lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'")
 
 
 def _of_folder(target: str, condition: str | None) -> dict[str, Any]:
+    from ochat_train.serving.served import find_served  # loads transformers, for which a URL has no use
+
     served = find_served(target, condition)
     if served.adapter is not None:
         raise ValueError(f"{served.folder} holds adapters alone; export the merged model, or serve it and name its URL")
