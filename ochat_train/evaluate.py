@@ -212,7 +212,9 @@ def _harness(options: argparse.Namespace, flags: Sequence[str]) -> int:
                 print(f"{task}  {name}  {value:.4f}")
     if options.out is not None:
         del results["samples"]
-        replace_file(options.out, orjson.dumps(results, default=str, option=orjson.OPT_INDENT_2))
+        replace_file(
+            options.out, orjson.dumps(results, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY)
+        )
     return 0
 
 

@@ -36,12 +36,15 @@ def run_tasks(
     results: dict[str, Any] | None
     if is_url(target):
         with reach(target, model=model, condition=condition, flags=()) as endpoint:
-            results = lm_eval.simple_evaluate(
-                "local-chat-completions",
-                model_args=_of_url(endpoint, concurrency),
-                gen_kwargs=None if condition is None else {"chat_template_kwargs": {"condition": condition}},
-                **common,
-            )
+            try:
+                results = lm_eval.simple_evaluate(
+                    "local-chat-completions",
+                    model_args=_of_url(endpoint, concurrency),
+                    gen_kwargs=None if condition is None else {"chat_template_kwargs": {"condition": condition}},
+                    **common,
+                )
+            except NotImplementedError as error:
+                raise ValueError(f"a URL cannot be asked for this task ({error}); name the model's folder") from None
     else:
         results = lm_eval.simple_evaluate(
             "hf",
