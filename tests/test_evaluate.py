@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,16 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
         assert figures[name] == (
             pytest.approx(reported[name], rel=2e-5) if not isinstance(reported[name], dict) else near(reported[name])
         ), name
+    adapters = tmp_path / "adapters"
+    shutil.copytree(tmp_path / "run/model", adapters)
+    (adapters / "adapter_config.json").write_bytes(
+        orjson.dumps({"base_model_name_or_path": str(tmp_path / "run/model"), "r": 2})
+    )
+    assert "export the merged model" in refusal("held-out", adapters, recipe.data.store)
+    manifest = tmp_path / "store/manifest.json"
+    manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | {"template": "chatml"}))
+    assert "has the template chatml" in refusal("held-out", tmp_path / "run", recipe.data.store)
+    manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | {"template": recipe.template}))
     with pytest.raises(ValueError, match=r"packing.tokens_per_gpu 8"):
         evaluate_held_out(str(tmp_path / "run"), recipe.data.store, split="eval", tokens_per_batch=8)
 

@@ -13,6 +13,7 @@ from ochat_train.serving.served import find_served
 from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
 from ochat_train.tokens.plan import PlanShape, StepPlan
 from ochat_train.tokens.store import Examples, Split, TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.engine import join_process_group, read_world
 from ochat_train.training.evaluate import evaluate, probe_conditions
 from ochat_train.training.metrics import evaluation_to_json
@@ -48,7 +49,7 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
     assert metadata is not None  # or it would not have been found
     examples = TokenStore(store, split)
     tokenizer = served.load_tokenizer()
-    _check_store(examples, served.template, metadata, str(store))
+    _check_store(examples, tokenizer, metadata, str(store))
     capacity = tokens_per_batch or metadata["run"].get("recipe", {}).get("packing", {}).get("tokens_per_gpu")
     if not capacity:
         raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
@@ -92,11 +93,13 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
     return {"model": served.name, "store": str(store), "split": split} | line
 
 
-def _check_store(examples: TokenStore, template: str, metadata: dict[str, Any], store: str) -> None:
+def _check_store(examples: TokenStore, tokenizer: ChatTokenizer, metadata: dict[str, Any], store: str) -> None:
     """Raise ValueError unless the store's ids are what the model knows."""
     manifest = examples.manifest
-    if manifest.template != template:
-        raise ValueError(f"{store} has the template {manifest.template}, and the model {template}")
+    if manifest.template != metadata["template"]:
+        raise ValueError(f"{store} has the template {manifest.template}, and the model {metadata['template']}")
+    if manifest.made_from["tokenizer"] != tokenizer.digest:
+        raise ValueError(f"{store} was made with another tokenizer than the model's; preprocess with that")
     if set(manifest.conditions) - set(metadata["conditions"]):
         raise ValueError(
             f"{store} has the conditions {', '.join(map(repr, manifest.conditions))}, and the model was trained under "
