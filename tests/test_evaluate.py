@@ -229,7 +229,7 @@ def test_a_model_of_a_folder_is_served_while_it_answers_alpaca_eval(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    texts = ["Name a colour.", "Name a city."]
+    texts = ["Name a colour.", "Name a city.", "Name a colour."]  # one of them twice: answered once, written twice
     (tmp_path / "eval.json").write_bytes(
         orjson.dumps([{"instruction": text, "output": "x", "generator": "y", "dataset": "koala"} for text in texts])
     )
@@ -490,8 +490,10 @@ def test_mistakes_are_refused_before_anything_is_asked(
     assert "no file" in refusal(*answer[:5], tmp_path / "nothing")
     (tmp_path / "bad.jsonl").write_text('{"question_id": 1}\n')
     assert "does not hold questions" in refusal(*answer[:5], tmp_path / "bad.jsonl")
-    (tmp_path / "twice.jsonl").write_bytes(b"\n".join([orjson.dumps(QUESTIONS[0])] * 2))
-    assert "81 more than once" in refusal(*answer[:5], tmp_path / "twice.jsonl")
+    (tmp_path / "twice.jsonl").write_bytes(
+        b"\n".join(orjson.dumps({"question_id": 81, "category": "math", "turns": [turn]}) for turn in "ab")
+    )
+    assert "holds two questions 81" in refusal(*answer[:5], tmp_path / "twice.jsonl")
     (tmp_path / "input.json").write_bytes(orjson.dumps([{"instruction": "Add.", "input": "1 2"}]))
     assert "has an input" in refusal("answer", "alpaca-eval", *answer[2:5], tmp_path / "input.json")
     some = write_answers(tmp_path / "1.jsonl", [["a", "b"], ["a", "b"], ["a"]])

@@ -43,7 +43,7 @@ class Counts:
             lines.append(f"{self.num_cut:,} answers were cut at --max-tokens")
         if self.failures:
             lines.append(f"{len(self.failures):,} failed; the same command asks them again:")
-            lines += [f"  {name}: {reason}" for name, reason in self.failures.items()]
+            lines += [f"  {_one_line(name)[:60]}: {reason}" for name, reason in self.failures.items()]
         return "\n".join(lines)
 
 

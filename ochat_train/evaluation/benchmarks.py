@@ -69,14 +69,17 @@ def find_questions(benchmark: Benchmark, path: Path | None) -> Path:
 
 
 def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
-    """All questions of a file, JSON lines or one JSON list. Raises ValueError for what is none, and for names twice."""
+    """All questions of a file, JSON lines or one JSON list.
+
+    The same question may stand there twice. Raises ValueError for what is none, and for two questions of one name.
+    """
     try:
         questions = [benchmark.read(row) for row in read_rows(path)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold questions of this benchmark: {error!r}") from None
-    names = [question.name for question in questions]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{path} holds question {twice} more than once")
+    by_name = {question.name: question for question in questions}
+    if twice := next((question.name for question in questions if question.turns != by_name[question.name].turns), None):
+        raise ValueError(f"{path} holds two questions {twice}")
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return questions
@@ -139,7 +142,7 @@ def _read_alpaca(row: dict[str, Any]) -> Question:
     if row.get("input"):
         raise ValueError(f"the instruction {row['instruction'][:60]!r} has an input beside it; write it into the text")
     fields = {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
-    return Question(key_of({"instruction": row["instruction"]})[:12], (row["instruction"],), 0.0, fields)
+    return Question(row["instruction"], (row["instruction"],), 0.0, fields)
 
 
 def _write_alpaca(answered: Iterable[tuple[Question, Sequence[Answer]]], model: str) -> bytes:
