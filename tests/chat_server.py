@@ -46,9 +46,10 @@ class Server:
         """The answer to raw bytes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
             answer = b""
-            with contextlib.suppress(ConnectionError):  # it does not read all of what it refuses
+            with contextlib.suppress(OSError):  # it does not read all of what it refuses, and may have closed before
                 connection.sendall(request)
                 connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
                 while part := connection.recv(65536):
                     answer += part
             return answer

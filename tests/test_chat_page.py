@@ -16,13 +16,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.evaluation.endpoint import free_port
 from ochat_train.serve import bind, check_page, main
 from ochat_train.serving import page_process
 from ochat_train.serving.asking import Chats, Page, Sampling, Turn, answer_all, to_messages
 from ochat_train.serving.chat_page import to_bubbles
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
-from tests.chat_server import KEY, ROOT, Server, free_port, generate, serving
+from tests.chat_server import KEY, ROOT, Server, generate, serving
 
 GREEDY = Sampling(system="", temperature=0, max_tokens=12)
 
