@@ -75,7 +75,8 @@ if [ "$1" = test ]; then
   set_up test
   install_smollm2
   cd "$root"
-  exec "$python" -m pytest "$@"
+  # Two at a time; a file's tests share what they set up.
+  exec "$python" -m pytest -n 2 --dist loadfile "$@"
 fi
 
 # ---- One command after the other, and signals ----
