@@ -27,12 +27,12 @@ from ochat_train.model.lora import merge_adapters
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, recipe_arguments
-from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
-from ochat_train.tokens.order import Indices
+from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import Examples, StoreChanged
+from ochat_train.training.batches import make_batches
 from ochat_train.training.checkpoint import Checkpoint, TrainState
 from ochat_train.training.engine import (
     Failed,
@@ -314,21 +314,6 @@ def _checked_steps(run: Run, table: PlanTable) -> Iterator[StepPlan]:
     for number, step in enumerate(run.plan.steps(run.start.examples_consumed)):
         table.check(number, step)
         yield step
-
-
-def make_batches(store: Examples, step: StepPlan, world: World) -> list[PackedBatch]:
-    """This rank's micro-batches of a step, in memory from which the accelerator copies by itself."""
-    multiple = CUDA_MULTIPLE if world.device.type == "cuda" else 1
-    return [
-        make_batch(store, positions, multiple=multiple).pin(world.device)
-        for positions in step.bins[world.rank :: world.size]
-    ]
-
-
-def make_batch(store: Examples, positions: Indices, *, multiple: int = 1) -> PackedBatch:
-    """The packed batch of some of the store's examples; `multiple` as for `collate`."""
-    examples = [store[position] for position in positions.tolist()]
-    return collate(examples, store.condition_ids[positions], multiple=multiple)
 
 
 def _one_step(

@@ -32,8 +32,9 @@ from ochat_train.prepare import build_engine, prepare, settle_checkpointing
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.recondition import Frame, make_frame, recondition
 from ochat_train.tokens.store import TokenStore
-from ochat_train.train import export_model, make_batch
+from ochat_train.train import export_model
 from ochat_train.train import train as train_run
+from ochat_train.training.batches import make_batch
 from ochat_train.training.checkpoint import (
     FileMark,
     find_checkpoints,

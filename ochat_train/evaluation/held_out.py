@@ -10,10 +10,11 @@ from ochat_train.model.exported import read_export
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_model, max_positions_of
 from ochat_train.serving.served import find_served
-from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
+from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import PlanShape, StepPlan
 from ochat_train.tokens.store import Examples, Split, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.batches import make_batches
 from ochat_train.training.engine import join_process_group, read_world
 from ochat_train.training.evaluate import evaluate, probe_conditions
 from ochat_train.training.metrics import evaluation_to_json
@@ -70,23 +71,15 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
         num_conditions=len(conditions),
     )
     engine: Any = _Engine(packed, world.device)
-    multiple = CUDA_MULTIPLE if world.device.type == "cuda" else 1
     # How batches are balanced changes no sum, so the cost of length need not be the run's.
     shape = PlanShape(capacity=capacity, world_size=1, grad_accum=1, quadratic_length=capacity)
 
-    def make_batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
-        return [
-            collate(
-                [examples[position] for position in positions.tolist()],
-                examples.condition_ids[positions],
-                multiple=multiple,
-            ).pin(world.device)
-            for positions in step.bins
-        ]
+    def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
+        return make_batches(examples, step, world)
 
-    sums = evaluate(engine, examples, shape, make_batches, len(conditions))
+    sums = evaluate(engine, examples, shape, batches, len(conditions))
     most = min(capacity, max_positions_of(lm.config))
-    probe = probe_conditions(engine, examples, tokenizer, shape, make_batches, sums, max_tokens=most)
+    probe = probe_conditions(engine, examples, tokenizer, shape, batches, sums, max_tokens=most)
     line = evaluation_to_json(metadata["step"], 0, sums, probe, conditions, is_epoch_end=False)
     for place in ("event", "epoch", "epoch_end"):
         del line[place]

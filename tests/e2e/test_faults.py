@@ -109,14 +109,14 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
 
 
 STALLED = """
-import time, ochat_train.train as t
-original, calls = t.make_batch, []
+import time, ochat_train.training.batches as b
+original, calls = b.make_batch, []
 def make_batch(*arguments, **options):
     calls.append(1)
     if rank == 1 and len(calls) > 5:
         time.sleep(600)
     return original(*arguments, **options)
-t.make_batch = make_batch
+b.make_batch = make_batch
 """
 
 

@@ -21,8 +21,9 @@ from ochat_train.model.pretrained import load_model
 from ochat_train.prepare import Run, build_engine, prepare
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.store import TokenStore
-from ochat_train.train import export_model, make_batch, make_batches
+from ochat_train.train import export_model
 from ochat_train.train import train as train_run
+from ochat_train.training.batches import make_batch, make_batches
 from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint
 from ochat_train.training.engine import World, join_process_group, train_step
 from ochat_train.training.planning import make_run_plan
