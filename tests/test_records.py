@@ -63,11 +63,16 @@ def zstd(data: bytes) -> bytes:
     return bytes(pa.Codec("zstd").compress(data))
 
 
+def gzip_of(data: bytes) -> bytes:
+    # Tests are named by these bytes, in several processes alike: so no time of now is in them, here and below.
+    return gzip.compress(data, mtime=0)
+
+
 def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data, method)  # with no time of now
     return file.getvalue()
 
 
@@ -171,9 +176,9 @@ NUM_HALF = len(LINES) // 2
 FORMS: dict[str, tuple[bytes, str]] = {
     "lines": (LINES, "JSON lines"),
     "array": (ARRAY, "JSON array"),
-    "gzip": (gzip.compress(LINES), "JSON lines, gzip"),
+    "gzip": (gzip_of(LINES), "JSON lines, gzip"),
     "gzip of many members": (
-        gzip.compress(ARRAY[:99]) + gzip.compress(b"") + gzip.compress(ARRAY[99:]) + gzip.compress(b""),
+        gzip_of(ARRAY[:99]) + gzip_of(b"") + gzip_of(ARRAY[99:]) + gzip_of(b""),
         "JSON array, gzip",
     ),
     "zstd": (zstd(ARRAY), "JSON array, zstd"),
@@ -183,12 +188,12 @@ FORMS: dict[str, tuple[bytes, str]] = {
     ),
     "zip": (zip_of({"a/b.jsonl": LINES}), "JSON lines in zip"),
     "stored zip": (zip_of({"a/b.json": ARRAY}, zipfile.ZIP_STORED), "JSON array in zip"),
-    "gzip in zip": (zip_of({"a.json.gz": gzip.compress(ARRAY)}), "JSON array, gzip in zip"),
+    "gzip in zip": (zip_of({"a.json.gz": gzip_of(ARRAY)}), "JSON array, gzip in zip"),
     "tar": (tar_of({"a.jsonl": LINES}), "JSON lines in tar"),
     "old tar": (tar_of({"a.jsonl": LINES}, tarfile.USTAR_FORMAT), "JSON lines in tar"),
-    "gzip tar": (gzip.compress(tar_of({"a.json": ARRAY})), "JSON array in tar, gzip"),
+    "gzip tar": (gzip_of(tar_of({"a.json": ARRAY})), "JSON array in tar, gzip"),
     "zstd tar": (zstd(tar_of({"x" * 150 + ".json": ARRAY}, tarfile.GNU_FORMAT)), "JSON array in tar, zstd"),
-    "zstd in gzip tar": (gzip.compress(tar_of({"a.json.zst": zstd(ARRAY)})), "JSON array, zstd in tar, gzip"),
+    "zstd in gzip tar": (gzip_of(tar_of({"a.json.zst": zstd(ARRAY)})), "JSON array, zstd in tar, gzip"),
     "parquet": (parquet_of(ROWS), "parquet"),
     "zstd parquet of many groups": (parquet_of(ROWS, compression="zstd", row_group_size=7), "parquet"),
     "Arrow file": (arrow_of(ROWS, is_stream=False), "Arrow file"),
@@ -441,7 +446,7 @@ def test_deep_nesting_is_bad_syntax(write: Write) -> None:
         (b"  x", 2, "starts with b'  x'"),
         (b"BZh91AY", 0, "decompress"),
         (b"\x1f\x8b\x08", 0, "Truncated compressed stream"),
-        (gzip.compress(gzip.compress(b"{}")), 0, "decompress"),
+        (gzip_of(gzip_of(b"{}")), 0, "decompress"),
         (b'\xff\xfe[\x00"', 0, "UTF-8"),
         (b'{"a": \n1}\n', 0, "no line"),
         (b'{\n  "a": [\n    "x"\n  ]\n}\n', 0, "no line"),
@@ -575,9 +580,9 @@ def test_members_are_named_behind_the_archive_and_only_known_ones_are_read(tmp_p
         "pages/": b"",
         "b.json": b'[{"b": 1}]',
         "../../up.jsonl": b'{"c": 1}\n',
-        "/etc/abs.ndjson.gz": gzip.compress(b'{"d": 1}\n'),
+        "/etc/abs.ndjson.gz": gzip_of(b'{"d": 1}\n'),
     }
-    for kind, data in (("zip", zip_of(members)), ("tar", tar_of(members)), ("tgz", gzip.compress(tar_of(members)))):
+    for kind, data in (("zip", zip_of(members)), ("tar", tar_of(members)), ("tgz", gzip_of(tar_of(members)))):
         path = tmp_path / f"dump.{kind}"
         path.write_bytes(data)
         got = {record.file.removeprefix(f"{path}/"): record.fields for record in read(str(path))}
@@ -605,18 +610,18 @@ def test_members_of_an_archive_are_packed_into_chunks_by_form(write: Write) -> N
         (zip_of({"a.json": b"x"}), "/a.json", "starts with b'x'"),
         (tar_of({"a/b.json": b""}), "/a/b.json", "empty"),
         (zip_of({"in.zip": zip_of({"a.json": b"[1]"})}), "/in.zip", "starts with b'PK"),
-        (tar_of({"in.tgz": gzip.compress(tar_of({"a.json": b"[1]"}))}), "/in.tgz", "decompress or unpack it"),
+        (tar_of({"in.tgz": gzip_of(tar_of({"a.json": b"[1]"}))}), "/in.tgz", "decompress or unpack it"),
         (zip_of({"a.parquet": parquet_of(ROWS)}), "/a.parquet", "unpack it"),
-        (gzip.compress(arrow_of(ROWS, is_stream=True)), "", "Arrow stream, gzip cannot be read; unpack it"),
-        (gzip.compress(zip_of({"a.json": b"[1]"})), "", "decompress it to the zip file first"),
+        (gzip_of(arrow_of(ROWS, is_stream=True)), "", "Arrow stream, gzip cannot be read; unpack it"),
+        (gzip_of(zip_of({"a.json": b"[1]"})), "", "decompress it to the zip file first"),
         (zip_of({"a.jsonl": LINES}, zipfile.ZIP_BZIP2), "/a.jsonl", "packed by method 12"),
         (zip_of({"a.jsonl": LINES}, zipfile.ZIP_LZMA), "/a.jsonl", "zip it again"),
         (zip_of({"a.jsonl": LINES})[:-30], "", "not a whole zip file (BadZipFile"),
         (zip_of({"a.jsonl": b"[1]"}, 0).replace(b"[1]", b"[2]"), "/a.jsonl", "Bad CRC-32"),
         (tar_of({"a.jsonl": LINES})[:2000], "/a.jsonl", "unexpected end of data"),
-        (gzip.compress(tar_of({"a.jsonl": LINES}))[:300], "", "Truncated"),
-        (gzip.compress(LINES)[:-9], "", "Truncated compressed stream"),
-        (gzip.compress(LINES) + b"more", "", "reading stops here"),
+        (gzip_of(tar_of({"a.jsonl": LINES}))[:300], "", "Truncated"),
+        (gzip_of(LINES)[:-9], "", "Truncated compressed stream"),
+        (gzip_of(LINES) + b"more", "", "reading stops here"),
         (zstd(LINES)[:-1], "", "Truncated compressed stream"),
         (tar_of({"a.json": b"[1]"})[:1024] + b"x" * 512, "", "no valid header"),
         (tar_of({"a.json": b"[1]"}) + tar_of({"b.json": b"[1]"}), "", "something follows the archive's end"),
@@ -710,7 +715,7 @@ def test_a_page_without_data_is_a_record_that_says_so(write: Write, raw: bytes, 
 
 def test_what_is_named_html_and_is_no_form_is_a_page_without_data(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.html", "b.htm", "c.HTML.gz")]
-    for path, data in zip(paths, (b"", b"Too many requests", gzip.compress(b" \n")), strict=True):
+    for path, data in zip(paths, (b"", b"Too many requests", gzip_of(b" \n")), strict=True):
         Path(path).write_bytes(data)
     assert [record.damage for record in read(*paths)] == ["no_next_data"] * 3
     path = tmp_path / "dump.zip"
@@ -1051,10 +1056,10 @@ def test_a_bomb_is_refused_in_bounded_memory_and_time(tmp_path: Path, name: str)
 def test_what_compresses_well_is_no_bomb(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "BOMB_BYTES", 100_000)
     line = b'{"a": "' + b"x" * 1000 + b'"}\n'
-    assert len(read(write(gzip.compress(line * 90)))) == 90
-    assert "are taken for a bomb" in error_of(write(gzip.compress(line * 2000)))
+    assert len(read(write(gzip_of(line * 90)))) == 90
+    assert "are taken for a bomb" in error_of(write(gzip_of(line * 2000)))
     monkeypatch.setattr(containers, "BOMB_RATIO", 2000)
-    assert len(read(write(gzip.compress(line * 2000)))) == 2000
+    assert len(read(write(gzip_of(line * 2000)))) == 2000
 
 
 def test_a_table_that_swells_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
