@@ -74,13 +74,12 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.doctor_kernels import check_kernels
     from ochat_train.doctor_memory import check_memory
     from ochat_train.model.pretrained import load_config
-    from ochat_train.prepare import size_of
     from ochat_train.report_plan import measured_rate, read_requests
     from ochat_train.tokens.batch import collate
     from ochat_train.tokens.plan_ahead import PlanTable, make_table
     from ochat_train.tokens.store import TokenStore
     from ochat_train.tokens.tokenizer import load_tokenizer
-    from ochat_train.training.memory_plan import plan_memory
+    from ochat_train.training.memory_plan import plan_memory, size_of
     from ochat_train.training.planning import make_run_plan
 
     machine = checks.machine_of(options.gpu_gib)

@@ -12,7 +12,7 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.checkpointing import check_policy
 from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
-from ochat_train.model.memory import ModelSize, measure_size
+from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, load_model, new_rows
 from ochat_train.recipe import Recipe, to_json
@@ -46,7 +46,7 @@ from ochat_train.training.engine import (
     say,
     together,
 )
-from ochat_train.training.memory_plan import find_machine, nearest_that_fits, plan_memory, smallest
+from ochat_train.training.memory_plan import find_machine, nearest_that_fits, plan_memory, size_of, smallest
 from ochat_train.training.planning import check_lengths, check_store, make_run_plan
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import auto_learning_rate
@@ -120,14 +120,6 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_disk(recipe, size, run.plan)
     check_continues(run, world)
     return run
-
-
-def size_of(recipe: Recipe, config: Any) -> ModelSize:
-    """The size of the recipe's model, of this transformers configuration. Raises ValueError when there is none."""
-    lora = recipe.model.lora
-    return measure_size(
-        config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
-    )
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:

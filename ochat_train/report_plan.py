@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.model.memory import measure_size
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.report_run import read_events
@@ -24,7 +23,7 @@ from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.flops import find_utilisation
 from ochat_train.training.memory_plan import Machine as Memory
-from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory
+from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory, size_of
 from ochat_train.training.planning import check_store, make_run_plan
 from ochat_train.training.speed import H100, MACHINES, Machine, Prediction, Speed, Work, predict
 
@@ -397,13 +396,9 @@ def _policy_on(machine: Machine, recipe: Recipe, config: Any) -> str:
     """The recipe's checkpointing; for auto what it chooses on such a machine: those of MACHINES have GPUs of 80 GB."""
     if recipe.model.checkpointing != "auto":
         return recipe.model.checkpointing
-    lora = recipe.model.lora
     memory = Memory(_GPU_BYTES, free_host_bytes(), is_here=False) if machine in MACHINES else find_machine()
     with suppress(ValueError):  # of a model whose activations cannot be counted; training takes full then
-        size = measure_size(
-            config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
-        )
-        return plan_memory(recipe, memory, config, size, machine.num_devices).policy
+        return plan_memory(recipe, memory, config, size_of(recipe, config), machine.num_devices).policy
     return "full"
 
 

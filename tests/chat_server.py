@@ -15,7 +15,7 @@ import openai
 import orjson
 import torch
 
-from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.schema import Conversation, Message, Role
 from ochat_train.evaluation.endpoint import started
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -76,7 +76,8 @@ def ask(server: Server, *texts: str, condition: str | None = None, **options: An
 
 def generate(loaded: Any, tokenizer: ChatTokenizer, texts: tuple[str, ...], condition: str) -> tuple[str, int]:
     """The greedy answer of 12 tokens to the ids of training, and how many those are."""
-    turns = [Message(("user", "assistant")[position % 2], text) for position, text in enumerate(texts)]  # type: ignore[arg-type]
+    roles: tuple[Role, Role] = ("user", "assistant")
+    turns = [Message(roles[position % 2], text) for position, text in enumerate(texts)]
     whole = Conversation("", "", condition, "", (*turns, Message("assistant", "")))
     trained = encode([whole], tokenizer.template, tokenizer)[0]
     prompt = torch.from_numpy(trained.example.input_ids[: trained.turns[-1].text_start]).long()[None]

@@ -240,7 +240,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
         module: types.ModuleType | None = None  # importing it raises ModuleNotFoundError
         if name in present:
             module = types.ModuleType(name)
-            module.flash_attn_varlen_func = present[name]  # type: ignore[attr-defined]
+            module.flash_attn_varlen_func = present[name]  # type: ignore[attr-defined]  # made here
         elif name == "flash_attn" and "flash_attn.cute" in present:
             module = types.ModuleType(name)  # flash-attn-4 alone leaves a package without FlashAttention 2
         monkeypatch.setitem(sys.modules, name, module)

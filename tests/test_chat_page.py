@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.evaluation.endpoint import free_port
+from ochat_train.ports import free_port
 from ochat_train.serve import bind, check_page, main
 from ochat_train.serving import page_process
 from ochat_train.serving.asking import Chats, Page, Sampling, Turn, answer_all, to_messages

@@ -19,16 +19,16 @@ from ochat_train.doctor_finding import GIB, Finding
 from ochat_train.doctor_kernels import check_kernels
 from ochat_train.doctor_memory import check_memory
 from ochat_train.model.memory import measure_size
-from ochat_train.prepare import size_of
+from ochat_train.ports import free_port
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.report_plan import Rate
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory
+from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory, size_of
 from ochat_train.training.planning import make_run_plan
-from tests.e2e.harness import ROOT, free_port, preprocess, tiny_recipe, write_dump
+from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 
 HERE = Machine(None, 8 * GIB, is_here=True)
 RENTED = Machine(80 * GIB, 8 * GIB, is_here=False)

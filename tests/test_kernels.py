@@ -247,7 +247,7 @@ def call_double(x: Tensor) -> Tensor:
 
 
 def test_a_function_with_other_globals_keeps_them_where_it_is_compiled_into_another() -> None:
-    changed = kernels._with_globals(call_double, {"double": lambda x: 3 * x})  # type: ignore[arg-type]
+    changed = kernels._with_globals(call_double, {"double": lambda x: 3 * x})  # type: ignore[arg-type]  # a def is a FunctionType
 
     def outer(x: Tensor) -> tuple[Tensor, Tensor]:
         return call_double(x), changed(x)

@@ -545,7 +545,7 @@ class WidestLogits(TorchDispatchMode):
     """Most rows that any tensor over the vocabulary has, of all results of all operations."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.rows = 0
         self.seen = 0
 

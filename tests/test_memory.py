@@ -24,6 +24,7 @@ from ochat_train.model.memory import (
     run_bytes,
 )
 from ochat_train.model.pretrained import DTYPES
+from ochat_train.ports import free_port
 from ochat_train.training.engine import World, join_process_group
 from tests.activation_grid import (
     HEADS,
@@ -42,7 +43,7 @@ from tests.activation_grid import (
     small,
 )
 from tests.e2e.engine_bytes import engine_bytes, small_config
-from tests.e2e.harness import ROOT, free_port
+from tests.e2e.harness import ROOT
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 NOTHING = Activations(0, 0, 0)

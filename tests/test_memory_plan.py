@@ -5,9 +5,16 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from ochat_train.prepare import size_of
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.training.memory_plan import RESERVED, Machine, MemoryPlan, nearest_that_fits, plan_memory, smallest
+from ochat_train.training.memory_plan import (
+    RESERVED,
+    Machine,
+    MemoryPlan,
+    nearest_that_fits,
+    plan_memory,
+    size_of,
+    smallest,
+)
 from tests.e2e.harness import ROOT
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.evaluation.endpoint import free_port
+from ochat_train.ports import free_port
 from ochat_train.serve import bind, choose_engine, is_loopback, main
 from ochat_train.serving.keys import ApiKeys
 from ochat_train.serving.served import find_served

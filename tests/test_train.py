@@ -28,6 +28,7 @@ import ochat_train.train
 import ochat_train.training.metrics
 import ochat_train.training.saving
 from ochat_train.export import export
+from ochat_train.ports import free_port
 from ochat_train.prepare import build_engine, prepare, settle_checkpointing
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.recondition import Frame, make_frame, recondition
@@ -47,7 +48,7 @@ from ochat_train.training.engine import World, join_process_group
 from ochat_train.training.memory_plan import Machine
 from ochat_train.training.planning import check_lengths
 from ochat_train.training.watchdog import Watchdog
-from tests.e2e.harness import ROOT, events, free_port, preprocess, tiny_recipe, weights, write_dump
+from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
 from tests.host_waits import host_waits
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -5,7 +5,6 @@ import http.client
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ochat_train.model.exported import METADATA_FILE
+from ochat_train.ports import free_port
 from ochat_train.serving.keys import VARIABLE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -118,13 +118,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, output: Path,
         except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    """A port of this machine on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _first_model(url: str, key: str) -> str:

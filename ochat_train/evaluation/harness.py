@@ -43,7 +43,7 @@ def run_tasks(
                     gen_kwargs=None if condition is None else {"chat_template_kwargs": {"condition": condition}},
                     **common,
                 )
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # what lm-eval raises for likelihoods, which no chat API gives
                 raise ValueError(f"a URL cannot be asked for this task ({error}); name the model's folder") from None
     else:
         results = lm_eval.simple_evaluate(

@@ -207,7 +207,7 @@ class _OneAfterTheOther(GenerationState):
 
     def __init__(self) -> None:
         super().__init__()
-        self._queue: GenerateManager = _Queue()  # type: ignore[no-untyped-call]
+        self._queue: GenerateManager = _Queue()  # type: ignore[no-untyped-call]  # of transformers
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
         """The queue, whatever the model is called."""

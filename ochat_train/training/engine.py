@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from ochat_train.ports import free_port
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.training.adam8bit import make_adam8bit
 
@@ -50,7 +50,7 @@ def read_world() -> World:
 def join_process_group(world: World) -> None:
     """Connect to the other ranks: gloo on CPU, the accelerator's own library else."""
     if "MASTER_ADDR" not in os.environ:  # started without a launcher: a group of one
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ |= {name: os.environ.get(name, default) for name, default in _WORLD_VARIABLES}
     if world.device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce at this point; plain gloo needs no compiler on the machine.
@@ -59,12 +59,6 @@ def join_process_group(world: World) -> None:
     else:
         get_accelerator().set_device(world.local_rank)
         deepspeed.init_distributed(verbose=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 # Keys of DeepSpeed that would put another precision, optimizer, schedule or scale in place of the recipe's.

@@ -9,7 +9,7 @@ import torch
 
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
-from ochat_train.model.memory import MemoryNeeds, ModelSize, ZeroSetting, memory_needs
+from ochat_train.model.memory import MemoryNeeds, ModelSize, ZeroSetting, measure_size, memory_needs
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe
 from ochat_train.training.disk import show_bytes
@@ -134,6 +134,14 @@ class MemoryPlan:
         """What is planned, and what there is, in a few words."""
         own = self.own
         return f"{show_bytes(self.total(own))} planned of {show_bytes(self.limit(own))} for each process"
+
+
+def size_of(recipe: Recipe, config: Any) -> ModelSize:
+    """The size of the recipe's model, of this transformers configuration. Raises ValueError when there is none."""
+    lora = recipe.model.lora
+    return measure_size(
+        config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
+    )
 
 
 def plan_memory(

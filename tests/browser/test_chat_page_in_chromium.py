@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.evaluation.endpoint import free_port
+from ochat_train.ports import free_port
 from ochat_train.serve import bind
 from ochat_train.serving import page_process
 from ochat_train.serving.asking import Page
@@ -130,7 +130,7 @@ def test_a_key_opens_the_page(browser: Browser) -> None:
             field.send_keys(text)
         browser.click("button.primary")
         expected = "textarea[placeholder='Ask something']" if is_right else "h2, p, .error"
-        wait_for(lambda expected=expected: browser.all(expected))  # type: ignore[misc]
+        wait_for(lambda expected=expected: browser.all(expected))  # type: ignore[misc]  # bound now
         if not is_right:
             wait_for(lambda: "Incorrect" in browser.texts("body")[0])
             assert not browser.all("textarea")

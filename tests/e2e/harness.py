@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import orjson
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ochat_train.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -218,14 +219,6 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     """The run's metrics of one kind, `step` or `eval`."""
     lines: Sequence[bytes] = (run / "metrics.jsonl").read_bytes().splitlines()
     return [event for event in map(orjson.loads, lines) if event["event"] == kind]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _source(name: str, path: Path, weight: float) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ochat_train.ports import free_port
 from tests.e2e.harness import (
     await_steps,
     events,
-    free_port,
     launch_environment,
     preprocess,
     start_launch,

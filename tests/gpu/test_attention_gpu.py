@@ -52,7 +52,7 @@ def can_run(backend: Backend, asked: AttentionNeeds) -> bool:
     try:
         choose_backend(backend, asked)
     except ValueError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # a package that is not installed, or another GPU
     return True
 
 
