@@ -152,6 +152,8 @@ def test_a_weighted_user_turn_and_turns_behind_the_last_answer_are_trained_too()
 def naive_parts(encoded: Encoded, max_tokens: int, context_tokens: int) -> list[list[tuple[int, float]]]:
     """The parts as (position, weight), for conversations of which every exchange fits: by trying everything."""
     turns, weights = encoded.turns, encoded.example.loss_weights.tolist()
+    while not any(weights[turns[-1].start : turns[-1].end]):
+        turns.pop()
     groups: list[list[int]] = [[]]
     for position, turn in enumerate(turns):
         groups[-1].append(position)
@@ -167,6 +169,10 @@ def naive_parts(encoded: Encoded, max_tokens: int, context_tokens: int) -> list[
             for token in range(turns[position].start, turns[position].end)
         ]
 
+    def fits(positions: list[int]) -> bool:
+        after_end = turns[positions[-1]].end - turns[positions[-1]].weighted_end
+        return len(prefix + tokens(positions, False)) - after_end <= max_tokens
+
     parts = []
     while groups:
         own = groups.pop(0)
@@ -175,17 +181,20 @@ def naive_parts(encoded: Encoded, max_tokens: int, context_tokens: int) -> list[
             context
             for context in contexts
             if len(tokens(context, False)) <= min(context_tokens, (max_tokens - len(prefix)) // 2)
-            and len(prefix + tokens(context + own, False)) <= max_tokens
+            and fits(context + own)
         ]
         allowed = [["user"], [] if "user" in {turns[position].role for position in own} else ["tool", "system"]]
         found = [context for roles in allowed for context in contexts if turns[context[0]].role in roles]
         context = found[0] if found else []
-        while groups and len(prefix + tokens(context + own + groups[0], False)) <= max_tokens:
+        while groups and fits(context + own + groups[0]):
             own += groups.pop(0)
         while own and not any(weight for _, weight in tokens(own[-1:], True)):
             own.pop()
         if own:
-            parts.append(prefix + tokens(context, False) + tokens(own, True))
+            part = prefix + tokens(context, False) + tokens(own, True)
+            while not part[-1][1]:
+                part.pop()
+            parts.append(part)
     return parts
 
 
@@ -246,7 +255,7 @@ def test_every_weighted_token_is_trained_once_and_every_answer_ends(
         assert not weights.any()
         return
     if fitted.reason == "too_long":
-        assert len(weights) > max_tokens
+        assert np.flatnonzero(weights)[-1] >= max_tokens
         frame = header + 1 + after_end
         assert max_tokens < prefix + 3 * frame + 2 * least
         return
@@ -257,7 +266,7 @@ def test_every_weighted_token_is_trained_once_and_every_answer_ends(
         assert part.input_ids.dtype == np.int32
         assert part.loss_weights.dtype == np.float32
         assert len(ids) == len(part.loss_weights) <= max_tokens
-        assert part.loss_weights[0] == 0 and part.loss_weights.any()
+        assert part.loss_weights[0] == 0 and part.loss_weights[-1] > 0
         assert ids[:prefix] == list(range(prefix))
         assert ids == sorted(set(ids))
         for position, weight in zip(ids, part.loss_weights.tolist(), strict=True):
@@ -282,13 +291,14 @@ def test_every_weighted_token_is_trained_once_and_every_answer_ends(
             if not held:
                 continue
             assert {*range(turn.start, turn.text_start)} <= held  # its header
-            is_cut_at_right = turn.end - 1 not in held
+            is_cut_at_right = turn.weighted_end - 1 not in held
             if is_cut_at_right:  # a window that is not the last one
                 assert max(ids) in held and part.loss_weights[-1]
                 assert turn.text_end - 1 not in held
                 is_windowed = True
             else:
-                assert {*range(max(turn.text_start, turn.text_end - 1), turn.end)} <= held
+                end = turn.end if max(ids) >= turn.end else turn.weighted_end
+                assert {*range(max(turn.text_start, turn.text_end - 1), end)} <= held
             body = sorted(held - {*range(turn.start, turn.text_start)})
             assert body == list(range(body[0], body[-1] + 1))  # only a beginning of a text is ever left out
     for part in fitted.examples:  # what a part leaves out between its turns is never a whole turn
@@ -299,10 +309,10 @@ def test_every_weighted_token_is_trained_once_and_every_answer_ends(
 
     distinct = {token for part in fitted.examples for token in part.input_ids.tolist()}
     assert fitted.kept["split"] == (len(distinct), int(np.count_nonzero(weights)))
-    ends = [turn.end for turn in encoded.turns if turn.role == "assistant" and turn.end <= max_tokens]
-    if len(weights) > max_tokens:
-        supervised = int(np.count_nonzero(weights[: ends[-1]])) if ends else 0
-        assert fitted.kept["truncate"] == ((ends[-1], supervised) if supervised else (0, 0))
+    ends = [turn.weighted_end for turn in encoded.turns if turn.role == "assistant" and turn.weighted_end <= max_tokens]
+    if np.flatnonzero(weights)[-1] >= max_tokens:
+        weighted = np.flatnonzero(weights[: ends[-1]]).tolist() if ends else []
+        assert fitted.kept["truncate"] == ((weighted[-1] + 1, len(weighted)) if weighted else (0, 0))
         assert fitted.kept["drop"] == (0, 0)
 
 
@@ -362,8 +372,8 @@ def test_an_answer_that_leaves_64_tokens_to_its_question_stays_whole() -> None:
 def test_the_end_token_stays_with_the_last_token_of_the_text(text: int) -> None:
     encoded = laid_out([("assistant", text, 1.0)], after_end=2)  # 290 of room: 288, then 144 behind as many
     last = split(encoded, 300, context_tokens=144).examples[-1]
-    assert last.loss_weights[-4:].tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert last.input_ids[-4:].tolist() == list(range(12 + text - 1, 12 + text + 3))
+    assert last.loss_weights[-2:].tolist() == [1.0, 1.0]
+    assert last.input_ids[-2:].tolist() == [12 + text - 1, 12 + text]
 
 
 def test_weighted_turns_of_one_long_exchange_are_trained_one_by_one() -> None:
@@ -478,12 +488,10 @@ def test_a_split_conversation_reads_like_this(template: str, shared: Path) -> No
 def test_each_part_has_the_ids_of_its_turns_alone(template: str, shared: Path) -> None:
     tokenizer = tokenizer_for(template, shared)
     encoded = tell(STORY, tokenizer)
-    alone = [
-        tell(STORY[start:stop], tokenizer).example.input_ids.tolist()
-        for start, stop in combinations(range(len(STORY) + 1), 2)
-    ]
+    turns = [tell(STORY[start:stop], tokenizer) for start, stop in combinations(range(len(STORY) + 1), 2)]
+    alone = [turn.example.input_ids[: turn.turns[-1].weighted_end].tolist() for turn in turns]
     longest = max(encoded.turns[last].end - encoded.turns[last - 2].start for last in (2, 5, 8))
-    for max_tokens in range(encoded.prefix_length + longest, len(encoded.example.input_ids)):
+    for max_tokens in range(encoded.prefix_length + longest, encoded.turns[-1].weighted_end):
         fitted = split(encoded, max_tokens, context_tokens=45)
         assert fitted.actions == ("overlong_split",)
         assert all(part.input_ids.tolist() in alone for part in fitted.examples)

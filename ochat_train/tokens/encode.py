@@ -46,6 +46,11 @@ class Turn(NamedTuple):
         return self.end - self.start
 
     @property
+    def weighted_end(self) -> int:
+        """Where its text and end token end, which are all of it that may have a weight."""
+        return min(self.text_end + 1, self.end)
+
+    @property
     def frame_length(self) -> int:
         """The number of tokens besides the text."""
         return self.length - (self.text_end - self.text_start)

@@ -58,8 +58,9 @@ class _Cut(NamedTuple):
 def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens: int) -> Fitted:
     """The conversation as examples of at most `max_tokens` tokens.
 
-    One without any weight is dropped (`no_weight`). One within the limit is one example, the same arrays. A longer one
-    is dropped (`too_long`), truncated behind its last whole answer within the limit, or split into parts:
+    Nothing is kept behind the last token with a weight. A conversation without any is dropped (`no_weight`). One within
+    the limit is one example, views into the same arrays. A longer one is dropped (`too_long`), truncated behind its
+    last whole answer within the limit, or split into parts:
 
     - Every part begins with the prefix: the beginning, the condition where it comes first, the system message.
     - It holds as many exchanges in a row as fit. An exchange is the turns behind an answer up to and including the
@@ -82,6 +83,7 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     Worked example: a prefix p, user turns u and answers a of 10 tokens each. With max_tokens 50 and context_tokens 20,
     p u1 a1 u2 a2 u3 a3 becomes p u1 a1 u2 a2 and p (u2 a2) u3 a3, the context in brackets.
     """
+    encoded = _without_tail(encoded)
     example = encoded.example
     whole = TokenCounts(len(example.input_ids), int(np.count_nonzero(example.loss_weights)))
     kept: dict[Overlong, TokenCounts] = {"split": whole, "truncate": whole, "drop": whole}
@@ -108,11 +110,23 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     return Fitted((), (), "too_long", detail, kept)
 
 
+def _without_tail(encoded: Encoded) -> Encoded:
+    """The conversation up to its last token with a weight; as it is where there is none."""
+    example = encoded.example
+    weighted = np.flatnonzero(example.loss_weights)
+    if not len(weighted) or (end := int(weighted[-1]) + 1) == len(example.input_ids):
+        return encoded
+    num_turns = bisect_left(encoded.edges[4::4].tolist(), end) + 1
+    edges = np.minimum(encoded.edges[: 1 + 4 * num_turns], end)
+    return Encoded(Example(example.input_ids[:end], example.loss_weights[:end]), encoded.roles[:num_turns], edges)
+
+
 def _truncate(encoded: Encoded, max_tokens: int) -> _Cut:
-    ends = [turn.end for turn in encoded.turns if turn.role == "assistant" and turn.end <= max_tokens]
+    ends = [turn.end for turn in encoded.turns if turn.role == "assistant" and turn.weighted_end <= max_tokens]
     if not ends or not encoded.example.loss_weights[: ends[-1]].any():
         return _Cut()
-    return _Cut(((_Span(0, ends[-1], True),),), ("overlong_truncated",))
+    end = int(np.flatnonzero(encoded.example.loss_weights[: ends[-1]])[-1]) + 1
+    return _Cut(((_Span(0, end, True),),), ("overlong_truncated",))
 
 
 def _split(encoded: Encoded, max_tokens: int, context_tokens: int) -> _Cut:
@@ -131,7 +145,7 @@ def _split(encoded: Encoded, max_tokens: int, context_tokens: int) -> _Cut:
     first = 0
     while stops:
         stop = stops.popleft()  # the first exchange of the part is turns[first:stop]
-        length = turns[stop - 1].end - turns[first].start
+        length = turns[stop - 1].weighted_end - turns[first].start
         if length > room:
             for position, group in _group(turns, is_weighted, first, stop, room // 2):
                 if not can_squeeze:
@@ -141,11 +155,11 @@ def _split(encoded: Encoded, max_tokens: int, context_tokens: int) -> _Cut:
                 actions += squeezed.actions
         else:
             start = turns[_find_context(turns, first, stop, min(context_tokens, room // 2, room - length))].start
-            while stops and turns[stops[0] - 1].end - start <= room:
+            while stops and turns[stops[0] - 1].weighted_end - start <= room:
                 stop = stops.popleft()
             if trained := [turns[position] for position in range(first, stop) if is_weighted[position]]:
                 own = turns[first].start
-                parts.append((prefix, _Span(start, own, False), _Span(own, trained[-1].end, True)))
+                parts.append((prefix, _Span(start, own, False), _Span(own, trained[-1].weighted_end, True)))
         first = stop
     return _Cut(tuple(parts), tuple(dict.fromkeys(actions)))
 
@@ -174,6 +188,8 @@ def _group(
         behind = position + 1
         while behind < stop and turns[behind].end - turns[position].start <= max_tokens:
             behind += 1
+        while not is_weighted[behind - 1]:
+            behind -= 1
         last = turns[behind - 1]
         yield position, turns[position]._replace(text_end=last.text_end, end=last.end)
 
@@ -183,18 +199,19 @@ def _squeeze(question: Sequence[Turn], turn: Turn, room: int, least: int, contex
     header = _Span(turn.start, turn.text_start, False)
     half = (room - _length(header)) // 2
     needed = min(question[-1].length, question[-1].frame_length + least) if question else 0
-    is_whole = turn.length + needed <= room
-    asked = _keep_end(question, room - turn.length if is_whole else half, least)
+    length = turn.weighted_end - turn.start
+    is_whole = length + needed <= room
+    asked = _keep_end(question, room - length if is_whole else half, least)
     actions = []
     if question and sum(map(_length, asked)) < turn.start - question[0].start:
         actions.append("question_cut")
 
     parts: list[_Part] = []
     before, start = (*asked, header), turn.text_start
-    while start < turn.end:
+    while start < turn.weighted_end:
         end = start + room - sum(map(_length, before))
-        # The last token of the text, the end token and what is behind it stay together.
-        end = turn.end if end >= turn.end else min(end, turn.text_end - 1)
+        # The last token of the text and the end token stay together.
+        end = turn.weighted_end if end >= turn.weighted_end else min(end, turn.text_end - 1)
         parts.append((*before, _Span(start, end, True)))
         carried = min(max(context_tokens, least), half)
         before, start = (header, _Span(end - carried, end, False)), end
