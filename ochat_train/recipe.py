@@ -32,6 +32,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
+class FieldsSection(Section):
+    """What the parts of a source's records are called there, where they have other names than the usual ones."""
+
+    turns: str | None = Field(None, description="Field that holds the list of turns.")
+    role: str | None = Field(None, description="Of a turn: the field that says whose it is.")
+    text: str | None = Field(None, description="Of a turn: the field that holds its text.")
+    question: str | tuple[str, ...] | None = Field(
+        None, description="Field of the record that holds the user's text; of several, a blank line between."
+    )
+    answer: str | None = Field(None, description="Field of the record that holds the answer; the record has no turns.")
+    system: str | None = Field(None, description="Field of the record that holds the system text.")
+
+    @model_validator(mode="after")
+    def _turns_or_an_answer(self) -> Self:
+        if self.question and not self.answer:
+            raise ValueError("question needs answer: the field that holds what is trained")
+        if self.answer and (self.turns or self.role or self.text):
+            raise ValueError("give either turns, role and text (a list of turns) or question and answer, not both")
+        return self
+
+
 class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
@@ -53,6 +74,23 @@ class SourceSection(Section):
         "auto",
         description="Convert HTML to markdown; auto: saved pages, and records whose answers are ChatGPT's own HTML.",
     )
+    encoding: str | None = Field(None, description="Of its JSON files and pages, as Python names it; null: UTF-8.")
+    fields: FieldsSection = Field(FieldsSection(), description="Other names of the parts of a record.")
+    roles: dict[str, Literal["user", "assistant", "system", "tool"]] = Field(
+        default_factory=dict, description="Names of roles besides those that are known: {agent: assistant}."
+    )
+    weight_field: str | None = Field(
+        "weight", description="Record field that holds the record's own weight, which multiplies; null: none."
+    )
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, encoding: str | None) -> str | None:
+        try:
+            "".encode(encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"{encoding!r} is no encoding that Python knows, such as gb18030 or cp1252") from None
+        return encoding
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -103,6 +141,20 @@ class DataSection(Section):
     )
     dedupe: DedupeSection = DedupeSection()
     filters: FiltersSection = FiltersSection()
+    leading_answers: Literal["context", "train", "drop"] = Field(
+        "context",
+        description="Answers before the first user turn that have no weight of their own: kept without a loss, trained "
+        "as all others, or removed.",
+    )
+    reasoning: Literal["drop", "keep"] = Field(
+        "drop", description="Reasoning that stands beside an answer's text: left out, or written before it and trained."
+    )
+    tool_calls: Literal["context", "train"] = Field(
+        "context", description="Calls of tools without a weight of their own: kept without a loss, or trained."
+    )
+    media: Literal["drop", "text"] = Field(
+        "drop", description="Records with pictures, sound or video: dropped, or trained on their text alone."
+    )
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of conversations held out of training.")
 
     @model_validator(mode="after")

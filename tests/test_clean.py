@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ochat_train.conversations import clean
 from ochat_train.conversations.clean import (
+    LeadingAnswers,
     Messages,
     clean_turns,
     find_fences,
@@ -52,7 +53,30 @@ def test_empty_and_blank_turns_are_removed() -> None:
 
 def test_answers_before_the_first_user_turn_are_removed_but_not_system_turns() -> None:
     assert texts(remove_leading_answers(turns("satsuata"))) == ["s0", "s3", "u4", "a5", "t6", "a7"]
-    assert repair_turns("", turns("aua")) == ("", turns("aua")[1:], ("leading_answer_removed",))
+    dropped = repair_turns("", turns("aua"), leading_answers="drop")
+    assert dropped == ("", turns("aua")[1:], ("leading_answer_removed",))
+
+
+def test_answers_before_the_first_user_turn_are_context_or_trained() -> None:
+    muted = tuple(Message(m.role, m.text, 0.0 if m.text == "a1" else None) for m in turns("satua"))
+    assert repair_turns("", turns("satua")) == ("s0", muted[1:], ("leading_answer_untrained",))
+    assert repair_turns("", turns("satua"), leading_answers="train") == ("s0", turns("satua")[1:], ())
+    for choice, alone in (("context", "no_answer"), ("drop", "no_answer"), ("train", ("", turns("a"), ()))):
+        assert repair_turns("", turns("a"), leading_answers=choice) == alone  # type: ignore[arg-type]
+        assert repair_turns("", turns("au"), leading_answers=choice) == (  # type: ignore[arg-type]
+            alone if isinstance(alone, str) else ("", turns("a"), ("unanswered_turn_removed",))
+        )
+
+
+@pytest.mark.parametrize("choice", ["context", "train", "drop"])
+def test_a_turn_to_which_the_record_gives_a_weight_is_trained_wherever_it_stands(choice: LeadingAnswers) -> None:
+    for letter, role in ROLE_LETTERS.items():
+        for text in ("x", " "):
+            own = Message(role, text, 0.5)
+            for before, behind in (("", ""), ("", "ua"), ("ua", ""), ("ua", "u"), ("u", "ua"), ("uau", "")):
+                messages = (*turns(before), own, *turns(behind))
+                _, repaired, _ = expect_repaired("", messages, leading_answers=choice)
+                assert own in repaired, (letter, text, before, behind)
 
 
 def test_user_turns_in_a_row_are_joined_by_a_blank_line() -> None:
@@ -61,11 +85,12 @@ def test_user_turns_in_a_row_are_joined_by_a_blank_line() -> None:
     assert (system, texts(messages), repairs) == ("", ["u0\n\nu1", "a2"], ("user_turns_joined",))
 
 
-def test_user_turns_of_unequal_weight_are_left_as_they_are() -> None:
+def test_user_turns_that_are_trained_are_left_as_they_are() -> None:
     one, two, three = Message("user", "a", 1.0), Message("user", "b"), Message("user", "c")
     assert join_user_turns((one, two)) == (one, two)
     assert join_user_turns((one, two, three)) == (one, Message("user", "b\n\nc"))
-    assert join_user_turns((one, one)) == (Message("user", "a\n\na", 1.0),)
+    assert join_user_turns((one, one)) == (one, one)
+    assert join_user_turns((Message("user", "a", 0.0), two)) == (Message("user", "a\n\nb", 0.0),)
 
 
 def test_turns_behind_the_last_answer_are_removed() -> None:
@@ -110,8 +135,10 @@ def test_no_text_is_trimmed() -> None:
     assert repair_turns(" s ", messages[1:]) == (" s ", messages[1:], ())
 
 
-def expect_repaired(system: str, messages: Messages) -> tuple[str, Messages, tuple[str, ...]]:
-    repaired = repair_turns(system, messages)
+def expect_repaired(
+    system: str, messages: Messages, *, leading_answers: LeadingAnswers = "context"
+) -> tuple[str, Messages, tuple[str, ...]]:
+    repaired = repair_turns(system, messages, leading_answers=leading_answers)
     assert not isinstance(repaired, str)
     return repaired
 
@@ -142,11 +169,11 @@ def test_a_conversation_changes_only_by_rules_that_are_named(system: str, messag
     if not isinstance(repaired, str) and not repaired[2]:
         assert (repaired[0], repaired[1]) == lift_leading_system(system, messages)
     if not isinstance(repaired, str):
-        # every answer's text is there, whole and in order, but for those before the first question
-        first = [message.role for message in messages].index("user")
-        answers = [m.text for m in messages[first:] if m.role == "assistant" and m.text.strip()]
-        if all(m.text.strip() for m in messages if m.role == "user"):
-            assert [m.text for m in repaired[1] if m.role == "assistant"] == answers
+        # every answer's text is there, whole and in order
+        answers = [m.text for m in messages if m.role == "assistant" and (m.text.strip() or m.weight)]
+        assert [m.text for m in repaired[1] if m.role == "assistant"] == answers
+        # and every turn to which the record gives a weight
+        assert [m for m in repaired[1] if m.weight] == [m for m in messages if m.weight]
 
 
 # ---- The whole of `clean_turns` ----
@@ -156,7 +183,7 @@ Html = Literal["auto", "always", "never"]
 
 def record(*messages: tuple[Role, str], is_page: bool = False, system: str = "") -> Turns:
     texts = tuple(Message(role, text) for role, text in messages)
-    return Turns("id7", "from/value", is_page, "GPT4", system, texts, ("invalid_utf8_replaced",))
+    return Turns("id7", "from/value", is_page, "GPT4", system, texts, ("surrogate_replaced",))
 
 
 def expect_clean(turns: Turns, html: Html = "auto") -> tuple[list[str], tuple[str, ...]]:
@@ -169,7 +196,7 @@ def expect_clean(turns: Turns, html: Html = "auto") -> tuple[list[str], tuple[st
         turns.is_page,
         "GPT4",
     )
-    assert cleaned.repairs[0] == "invalid_utf8_replaced"
+    assert cleaned.repairs[0] == "surrogate_replaced"
     return texts(cleaned.messages), cleaned.repairs[1:]
 
 
@@ -246,12 +273,12 @@ def test_repairs_are_named_once_and_in_order() -> None:
         is_page=True,
     )
     assert expect_clean(page) == (
-        ["one\n\nthanks", "Yes"],
+        ["Hi", "one\n\nthanks", "Yes"],
         (
             "html_converted",
             "page_noise_removed",
             "empty_turn_removed",
-            "leading_answer_removed",
+            "leading_answer_untrained",
             "user_turns_joined",
             "unanswered_turn_removed",
         ),
@@ -260,12 +287,12 @@ def test_repairs_are_named_once_and_in_order() -> None:
 
 def test_a_record_that_cannot_be_used_says_why() -> None:
     assert clean_turns(record(("system", "s"), ("user", "q")), html="auto") == Drop(
-        "id7", "no_answer", "turns: system user", ("invalid_utf8_replaced",)
+        "id7", "no_answer", "turns: system user", ("surrogate_replaced",)
     )
     many = clean_turns(record(*[("user", "q")] * 9), html="auto")
     assert isinstance(many, Drop) and many.detail == "turns:" + " user" * 8 + " ..."
     deep = clean_turns(record(("user", "q"), ("assistant", "<div>" * 9999 + "x"), is_page=True), html="auto")
-    assert isinstance(deep, Drop) and (deep.reason, deep.repairs) == ("html_too_deep", ("invalid_utf8_replaced",))
+    assert isinstance(deep, Drop) and (deep.reason, deep.repairs) == ("html_too_deep", ("surrogate_replaced",))
     nulls = clean_turns(record(("user", "q"), ("assistant", "<p>" + "\0" * 999), is_page=True), html="auto")
     assert isinstance(nulls, Drop) and nulls.reason == "html_not_converted"
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-from ochat_train.conversations.clean import RULES
 from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.sharegpt import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
@@ -32,9 +31,19 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Every name that the ledger can hold. A new one fails `test_every_reason_and_action_of_the_code_is_listed_here`.
-ACTIONS = {name for name, _ in RULES} | {
-    "invalid_utf8_replaced",
-    "nan_replaced",
+ACTIONS = {
+    "surrogate_replaced",
+    "nan_read",
+    "media_left_out",
+    "reasoning_kept",
+    "reasoning_dropped",
+    "calls_untrained",
+    "tools_in_system",
+    "empty_turn_removed",
+    "leading_answer_untrained",
+    "leading_answer_removed",
+    "user_turns_joined",
+    "unanswered_turn_removed",
     "html_converted",
     "page_noise_removed",
     "refusal_masked",
@@ -46,6 +55,7 @@ ACTIONS = {name for name, _ in RULES} | {
 }
 REASONS = {
     "not_json",
+    "not_utf8",
     "truncated_record",
     "record_too_large",
     "no_next_data",
@@ -56,7 +66,7 @@ REASONS = {
     "unknown_role",
     "bad_pair",
     "value_not_text",
-    "not_text_part",
+    "not_text",
     "bad_weight",
     "bad_condition",
     "bad_system",
@@ -76,10 +86,17 @@ REASONS = {
 
 # Where reasons and actions arise, what else stands in those files in the same form, and what does not have that form.
 NAMING_FILES = (
-    *(f"conversations/{name}.py" for name in ("records", "json_scan", "sharegpt", "html", "clean", "filters")),
+    *(
+        f"conversations/{name}.py"
+        for name in ("records", "json_scan", "sharegpt", "spell_out", "html", "clean", "filters")
+    ),
     "tokens/overlong.py",
 )
-OTHER_NAMES = set(ROLES) | {"tool_calls", "line_end", "depth_limit_exceeded"}
+OTHER_NAMES = set(ROLES) | {
+    *("tool_calls", "reasoning_content", "input_text", "output_text"),  # fields and types of records
+    *("bos_token", "eos_token", "date_string", "tools_in_user_message"),  # variables of templates
+    *("line_end", "depth_limit_exceeded"),
+}
 ONE_WORD = {"refusal", "bad_condition", "bad_system"}
 
 # Folders that a run makes: what lies in them need not exist.
@@ -242,7 +259,10 @@ def test_every_reason_and_action_of_the_code_is_listed_here() -> None:
 def test_data_explains_every_repair_in_the_order_of_the_rules() -> None:
     listed = first_names(table(DATA, "repair", "meaning"))
     assert sorted(listed) == sorted(ACTIONS)
-    rules = [name for name, _ in RULES]
+    rules = [
+        *("empty_turn_removed", "leading_answer_untrained", "leading_answer_removed"),
+        *("user_turns_joined", "unanswered_turn_removed"),
+    ]
     assert [name for name in listed if name in rules] == rules
 
 

@@ -51,7 +51,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dump = write_lines(folder / "a.jsonl", *records)
     with dump.open("ab") as file:
         file.write(
-            json.dumps(chat("latin 1", "Le caf", "Oui", "?")).encode().replace(b"caf", b"caf\xe9") + b"\nnot JSON\n"
+            json.dumps(chat("half", "Le caf", "Oui", "?")).encode().replace(b"caf", b"caf\\ud83d") + b"\nnot JSON\n"
         )
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"\n" + json.dumps(chat("gzipped", "Where?", "There.")).encode()))
     with zipfile.ZipFile(folder / "c.zip", "w") as archive:
@@ -143,15 +143,16 @@ def test_repairs_are_named_at_the_stage_that_made_them(made: Path, capsys: pytes
         "   5 user: 'Bye'",
     ]
     assert lines[read + 6 : cleaned] == [
-        "-- cleaned (empty_turn_removed, leading_answer_removed, unanswered_turn_removed)",
-        "   1 user: 'Hi'",
-        "   2 assistant: 'Hello there'",
+        "-- cleaned (empty_turn_removed, leading_answer_untrained, unanswered_turn_removed)",
+        "   1 assistant, weight 0: 'Welcome!'",
+        "   2 user: 'Hi'",
+        "   3 assistant: 'Hello there'",
     ]
 
 
 def test_each_repair_is_named_once(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = explained(made, "latin 1", capsys)
-    assert "-- read as from/value (invalid_utf8_replaced)" in lines
+    lines = explained(made, "half", capsys)
+    assert "-- read as from/value (surrogate_replaced)" in lines
     assert "-- cleaned (unanswered_turn_removed)" in lines
 
 

@@ -281,13 +281,16 @@ def test_a_huge_condition_or_system_text_makes_a_conversation_too_long(
     assert entry["reason"] == "too_long"
 
 
-@pytest.mark.parametrize("weight", ["1e999", "1" + "0" * 5000])
-def test_a_weight_that_is_no_number_of_json_is_a_bad_line(
-    weight: str, tmp_path: Path, shard_settings: ShardSettings
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [("1e999", "bad_weight"), ("NaN", "bad_weight"), ("-Infinity", "bad_weight"), ("1" + "0" * 5000, "not_json")],
+)
+def test_a_weight_that_is_no_finite_number_costs_its_record_alone(
+    weight: str, reason: str, tmp_path: Path, shard_settings: ShardSettings
 ) -> None:
     dump = tmp_path / "dump.jsonl"
     dump.write_text(f'{{"id": "a", "conversations": [{{"from": "gpt", "value": "x", "weight": {weight}}}]}}\n{OWN}\n')
-    assert [entry["reason"] for entry in entries_of(dump, shard_settings)] == ["not_json", None]
+    assert [entry["reason"] for entry in entries_of(dump, shard_settings)] == [reason, None]
 
 
 @pytest.mark.parametrize("depth", [1_000, 1_025, 1_000_000])

@@ -84,7 +84,7 @@ DROPPED: list[dict[str, Any]] = [
     said("unknown_role", ("narrator", "x"), ("assistant", "y")),
     {"id": "bad_pair", "conversation": [{"human": "x", "user": "y", "assistant": "z"}]},
     said("value_not_text", ("user", 5), ("assistant", "y")),
-    said("not_text_part", ("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "y")),
+    said("not_text", ("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "y")),
     {"id": "bad_weight", "items": [{"role": "user", "content": "a", "weight": -1}]},
     chat("bad_condition", "a", "b", condition=4),
     chat("bad_system", "a", "b", system=["x"]),
@@ -110,14 +110,14 @@ KEPT = [
     said("two users", ("user", prose(70, 9)), ("user", prose(71, 9)), *UNLIKE[1:3], ("assistant", prose(72, 30))),
     chat("unanswered", *talk(6), "And?"),
     said("greeting", ("assistant", "Welcome!"), *[(role, text[9:]) for role, text in UNLIKE]),
-    chat("latin 1", *talk(7)[:3], "caf\udce9"),
+    chat("half", *talk(7)[:3], "caf\\ud83d"),
 ]
 ACTIONS = {
     "blank": ["empty_turn_removed"],
     "two users": ["user_turns_joined"],
     "unanswered": ["unanswered_turn_removed"],
-    "greeting": ["leading_answer_removed"],
-    "latin 1": ["invalid_utf8_replaced"],
+    "greeting": ["leading_answer_untrained"],
+    "half": ["surrogate_replaced"],
     "page": ["html_converted"],
 }
 BAD_HTML = {"html_too_deep": "<blockquote>" * 99, "html_not_converted": "<table><td colspan=999>x</table>"}
@@ -125,6 +125,7 @@ REASON_OF_PLACE = {  # of those that have no id
     "a.jsonl:{not_json}": "not_json",
     "a.jsonl:{not_an_object}": "not_an_object",
     "a.jsonl:{too_large}": "record_too_large",
+    "a.jsonl:{not_utf8}": "not_utf8",
     "a.jsonl:{truncated}": "truncated_record",
     "pages/no_content.html:0": "no_page_content",
     "pages/no_script.html:0": "no_next_data",
@@ -150,8 +151,9 @@ class Messy:
 def messy(tmp_path_factory: pytest.TempPathFactory) -> Messy:
     folder = tmp_path_factory.mktemp("messy")
     records = (json.dumps(record, ensure_ascii=False) for record in (*KEPT, *DROPPED))
-    lines = [record.encode("utf-8", "surrogateescape") for record in records]
+    lines = [record.encode().replace(b"caf\\\\ud83d", b"caf\\ud83d") for record in records]
     raw = {"not_json": b'{"id": "x", "conversations": [', "not_an_object": b'"just text"', "too_large": b"7" * 60_000}
+    raw["not_utf8"] = b'{"id": "x\xff"}'
     raw["truncated"] = json.dumps(chat("cut", "Hi", "Hello")).encode()[:-9]
     (folder / "a.jsonl").write_bytes(b"\n".join([*lines, *raw.values()]))
     offsets, offset = {}, sum(len(line) + 1 for line in lines)
@@ -212,7 +214,7 @@ def test_the_records_in_are_those_kept_and_those_dropped_by_reason_for_each_sour
     num_lines = (messy.folder / "a.jsonl").read_bytes().count(b"\n") + 1
     records_in = {name: of_source["in"] for name, of_source in counts.items()}
     # What is no object may be of either source of its file; what cannot be read of a page is of its only one.
-    assert records_in == {"strong": 1, "other": num_lines - 5, "(unreadable)": 4, "pages": 5}
+    assert records_in == {"strong": 1, "other": num_lines - 6, "(unreadable)": 5, "pages": 5}
     rows = ledger_of(messy.store)
     for name, of_source in counts.items():
         mine = [row for row in rows if row["source"] == name]
@@ -245,7 +247,7 @@ def test_the_table_shows_the_forms_the_reasons_and_some_ids(messy: Messy) -> Non
     lines = [" ".join(line.split()) for line in messy.printed.splitlines()]
     assert f"{messy.folder}/a.jsonl: JSON lines, from/value: 13 records" in lines
     assert f"{messy.folder}/a.jsonl: JSON lines, role/content: 5 records" in lines
-    assert f"{messy.folder}/a.jsonl: JSON lines, not read: 13 records" in lines
+    assert f"{messy.folder}/a.jsonl: JSON lines, not read: 14 records" in lines
     assert "ShareGPT page, from/value: 3 records" in lines
     assert any(line.startswith("strong 1 1 0 1 ") for line in lines)
     assert any(line.startswith(f"total {len(messy.expected)} 9 {len(messy.expected) - 9} 9 ") for line in lines)
@@ -291,14 +293,13 @@ def test_an_example_that_gets_lost_stops_the_command_and_no_store_is_made(
     assert not (tmp_path / "store").exists()
 
 
-def test_bytes_that_are_no_utf8_are_marked_in_the_text_and_the_ledger(
-    tmp_path: Path, quickstart: ChatTokenizer
-) -> None:
+def test_a_record_that_is_not_utf8_is_never_trained(tmp_path: Path) -> None:
     dump = tmp_path / "dump.jsonl"
-    dump.write_bytes(b'{"conversations": [{"from": "human", "value": "a\xff"}, {"from": "gpt", "value": "b"}]}\n')
+    bad = b'{"conversations": [{"from": "human", "value": "a\xff"}, {"from": "gpt", "value": "b"}]}\n'
+    dump.write_bytes(bad + json.dumps(chat("good", "Hi", "Hello")).encode())
     path = make(write_recipe(tmp_path, [source("s", dump)]))
-    assert "GPT4 User:a\ufffd<|end_of_turn|>" in quickstart.pretrained.decode(TokenStore(path)[0].input_ids)
-    assert [row["actions"] for row in ledger_of(path)] == [["invalid_utf8_replaced"]]
+    assert [row["reason"] for row in ledger_of(path)] == ["not_utf8", None]
+    assert len(TokenStore(path)) == 1
 
 
 def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(tmp_path: Path) -> None:
@@ -547,9 +548,8 @@ def test_openchats_own_lines_bring_weight_condition_and_system_of_their_own(
     for position, (condition, user, answer) in enumerate((("GPT4", 0.0, 0.05), ("GPT3", 0.1, 0.1), ("", 0.2, 0.0))):
         text = quickstart.pretrained.decode(store[position].input_ids)
         lead = f"{condition} " if condition else ""
-        assert text == (
-            f"<s>You are kind.<|end_of_turn|>{lead}User:Hi<|end_of_turn|>{lead}Assistant:Hello<|end_of_turn|>"
-        )
+        behind = f"{lead}Assistant:Hello<|end_of_turn|>" if answer else ""  # nothing without a loss stays at the end
+        assert text == f"<s>You are kind.<|end_of_turn|>{lead}User:Hi<|end_of_turn|>{behind}"
         expected: list[float] = []
         for words, weight in (
             ("You are kind.", 0.0),
@@ -560,6 +560,7 @@ def test_openchats_own_lines_bring_weight_condition_and_system_of_their_own(
         ):
             expected += [weight] * len(quickstart.encode_texts([words])[0])
             expected += [] if words.endswith(":") else [weight]  # the end token
+        expected = expected[: max(i for i, weight in enumerate(expected, start=1) if weight)]
         weights = store[position].loss_weights
         assert weights.tolist() == np.array([0.0, *expected], dtype=np.float32).tolist()
     assert [row["reason"] for row in ledger_of(path)] == [None, None, "no_weight", None]

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -348,41 +349,90 @@ def test_offsets_point_at_records_behind_multibyte_and_invalid_bytes(write: Writ
 @pytest.mark.parametrize(
     ("inside", "expected"),
     [
-        (b"\xff\xfe", "\ufffd\ufffd"),
-        (b"\xc3", "\ufffd"),
         (rb"\ud83d", "\ufffd"),
         (rb"\uDE00 x", "\ufffd x"),
         (rb"\ud83d\ud83d\ude00", "\ufffd😀"),
         (rb"\ud83d\u0041", "\ufffdA"),
         (rb"\\ud83d \ud83d", "\\ud83d \ufffd"),
-        (b'\\" \xff \\\\', '" \ufffd \\'),
     ],
 )
-def test_bytes_and_surrogates_that_are_no_text_become_replacement_characters(
+def test_surrogates_that_are_no_text_become_replacement_characters(
     write: Write, form: str, inside: bytes, expected: str
 ) -> None:
     raw = b'{"id": "' + inside + b'", "x' + inside + b'": [{"deep": "' + inside + b'"}]}'
     (record,) = read(write(b"[" + raw + b"]" if form == "array" else raw))
     assert record.fields == {"id": expected, "x" + expected: [{"deep": expected}]}
-    assert record.repairs == ("invalid_utf8_replaced",)
+    assert record.repairs == ("surrogate_replaced",)
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3", b"caf\xe9", b'\\" \xff NaN \\\\'])
+def test_a_record_that_is_not_utf8_is_damage_and_the_others_are_read(write: Write, form: str, bad: bytes) -> None:
+    records = [b'{"a": "x"}', b'{"a": "' + bad + b'", "b": NaN}', b'{"a": "y"}']
+    first, damaged, last = read(write(b"[" + b",".join(records) + b"]" if form == "array" else b"\n".join(records)))
+    assert (first.fields, last.fields) == ({"a": "x"}, {"a": "y"})
+    assert (damaged.fields, damaged.damage, damaged.repairs) == (None, "not_utf8", ())
+
+
+ENCODED = {
+    "gb18030": "你好吗。我很好。谢谢你。今天天气不错",
+    "cp1252": "Où est la bibliothèque ? Elle est à côté de l'école, près du café.",
+    "cp1251": "Привет, как дела? Спасибо, хорошо.",
+    "cp932": "こんにちは、元気ですか。今日はいい天気ですね",
+}
+
+
+@pytest.mark.parametrize("form", ["array", "lines", "lines, late"])
+@pytest.mark.parametrize("encoding", [*ENCODED, "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_file_in_another_encoding_is_refused_with_its_name_and_read_by_it(
+    write: Write, form: str, encoding: str
+) -> None:
+    text = ENCODED.get(encoding, ENCODED["gb18030"])
+    ascii_only = '{"a": "x"}\n' * 200_000 if form == "lines, late" else ""
+    objects = json.dumps([{"a": text}] * 3, ensure_ascii=False)
+    path = write((objects if form == "array" else ascii_only + objects[1:-1].replace("}, ", "}\n")).encode(encoding))
+    message = error_of(path)
+    assert f"it is likely {encoding.replace('-', '_')}" in message.replace("-", "_")
+    assert "as in encoding: " in message
+    chunks = [record.fields for chunk in read_chunks([path], encoding=encoding) for record in chunk.records()]
+    assert chunks[-3:] == [{"a": text}] * 3
+    if "utf" not in encoding:
+        with pytest.raises(ValueError, match=r"this is not ascii .* name the file's encoding"):
+            list(read_chunks([path], encoding="ascii"))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, MIB])
+def test_utf8_is_never_taken_for_another_encoding(write: Write, piece: int) -> None:
+    for text in ENCODED.values():
+        assert [record.damage for record in read(write(json.dumps({"a": text * 9}, ensure_ascii=False).encode()))] == [
+            None
+        ]
+    mixed = [json.dumps({"a": ENCODED["cp1252"]}, ensure_ascii=False).encode(), b'{"a": "\xe9\xe9\xe9\xe9\xe9 \xe8"}']
+    assert [record.damage for record in read(write(b"\n".join(mixed)), chunk_bytes=piece)] == [None, "not_utf8"]
 
 
 @pytest.mark.parametrize("form", ["array", "lines"])
 @pytest.mark.parametrize(
     ("raw", "expected", "repairs"),
     [
-        (b'{"a": NaN, "b":[Infinity,-Infinity]}', {"a": None, "b": [None, None]}, ("nan_replaced",)),
-        (rb'{"NaN": "NaN \" Infinity", "\\": NaN}', {"NaN": 'NaN " Infinity', "\\": None}, ("nan_replaced",)),
-        (b'{"a": "\xff NaN", "b": NaN}', {"a": "\ufffd NaN", "b": None}, ("invalid_utf8_replaced", "nan_replaced")),
-        (b'{"a": "\xff NaN"}', {"a": "\ufffd NaN"}, ("invalid_utf8_replaced",)),
+        (b'{"a": NaN, "b":[Infinity,-Infinity]}', {"a": math.nan, "b": [math.inf, -math.inf]}, ("nan_read",)),
+        (rb'{"NaN": "NaN \" Infinity", "\\": NaN}', {"NaN": 'NaN " Infinity', "\\": math.nan}, ("nan_read",)),
+        (
+            rb'{"a": "\ud83d NaN", "b": NaN}',
+            {"a": "\ufffd NaN", "b": math.nan},
+            ("surrogate_replaced", "nan_read"),
+        ),
         (b'{"a": "NaN"}', {"a": "NaN"}, ()),
+        (b'{"a": 1e999, "b": -1E9999}', {"a": math.inf, "b": -math.inf}, ()),
+        (b'{"id": 123456789012345678901234567890123}', {"id": 123456789012345678901234567890123}, ()),
     ],
 )
-def test_numbers_that_json_does_not_have_become_null(
+def test_numbers_that_orjson_does_not_have_are_read_as_python_reads_them(
     write: Write, form: str, raw: bytes, expected: Any, repairs: tuple[str, ...]
 ) -> None:
     (record,) = read(write(b"[" + raw + b"]" if form == "array" else raw))
-    assert (record.fields, record.repairs) == (expected, repairs)
+    assert repr(record.fields) == repr(expected)  # NaN equals nothing
+    assert record.repairs == repairs
 
 
 @pytest.mark.parametrize("bad", ["NaNs", "xNaN", "1NaN", "-NaN", "--Infinity", "+Infinity", "NaN NaN", "nan"])
@@ -420,7 +470,7 @@ def test_a_bad_line_is_damage_and_the_lines_behind_it_are_read(write: Write, chu
 def test_of_a_bad_line_the_beginning_is_shown_and_never_compared(write: Write) -> None:
     (_, record) = read(write(b'{"a": 1}\n{"\xff' + b"x" * 5000 + b"\n"))
     assert record.raw == '{"\\xff' + "x" * 1997
-    assert record == Record(record.file, 9, 9 + 5003, None, "not_json")
+    assert record == Record(record.file, 9, 9 + 5003, None, "not_utf8")
 
 
 def test_a_bad_last_line_with_a_line_end_is_not_called_truncated(write: Write) -> None:
@@ -723,10 +773,9 @@ def test_what_is_named_html_and_is_no_form_is_a_page_without_data(tmp_path: Path
     assert [record.damage for record in read(str(path))] == ["no_next_data", None]
 
 
-def test_invalid_bytes_in_a_page_are_replaced_and_named(write: Write) -> None:
+def test_a_page_that_is_not_utf8_is_damage(write: Write) -> None:
     (record,) = read(write(page_of("a", "MARK").replace(b"MARK", b"x\xff")))
-    assert record.fields == fields_of_page("a", "x\ufffd")
-    assert record.repairs == ("invalid_utf8_replaced",)
+    assert (record.fields, record.damage) == (None, "not_utf8")
 
 
 def test_small_pages_share_a_chunk_and_keep_their_files(tmp_path: Path) -> None:
@@ -836,13 +885,13 @@ def test_any_objects_in_any_layout_read_back_equal_at_exact_offsets(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(json_objects, min_size=1, max_size=3), st.data())
-def test_replacing_bad_bytes_equals_decoding_and_replacing_in_every_string(
+def test_replacing_surrogates_equals_decoding_and_replacing_in_every_string(
     write: Write, objects: list[dict[str, Any]], data: st.DataObject
 ) -> None:
-    bad = data.draw(st.sampled_from([b"\xff", b"\xe6\x97", rb"\ud800", rb"\udfff", rb"\ud83d\ud83d\ude00"]))
+    bad = data.draw(st.sampled_from([rb"\ud800", rb"\udfff", rb"\ud83d\ud83d\ude00"]))
     raw = json.dumps([*objects, {"z\ue000": ["\\\ue000"]}], ensure_ascii=data.draw(st.booleans())).encode()
     raw = raw.replace("\ue000".encode(), bad).replace(rb"\ue000", bad)
-    naive = json.loads(raw.decode("utf-8", "surrogateescape"), parse_int=lambda number: orjson.loads(number))
+    naive = json.loads(raw)
     assert fields_of(write(raw), chunk_bytes=data.draw(chunk_sizes)) == replace_surrogates(naive)
 
 

@@ -126,7 +126,7 @@ def test_actions_of_all_stages_stand_in_their_order(tmp_path: Path, settings: Sh
     refusal = "As an AI language model, I cannot."
     texts = [text for number in range(5) for text in (prose(number, 20), prose(100 + number, 20))]
     (tmp_path / "dump.jsonl").write_bytes(
-        b'{"id": "a", "messages": [{"role": "assistant", "content": "\xff"}, '
+        b'{"id": "a", "messages": [{"role": "assistant", "content": "\\ud800"}, '
         + b", ".join(
             b'{"role": "%b", "content": "%b"}' % ((b"user", b"assistant")[position % 2], text.encode())
             for position, text in enumerate(["Do it.", refusal, *texts])
@@ -134,7 +134,7 @@ def test_actions_of_all_stages_stand_in_their_order(tmp_path: Path, settings: Sh
         + b"]}\n"
     )
     (actions,) = shard_of(settings, tmp_path / "dump.jsonl").records["actions"].to_pylist()
-    assert actions == ["invalid_utf8_replaced", "leading_answer_removed", "refusal_masked", "overlong_split"]
+    assert actions == ["surrogate_replaced", "leading_answer_untrained", "refusal_masked", "overlong_split"]
 
 
 @pytest.mark.parametrize("overlong", ["split", "drop"])

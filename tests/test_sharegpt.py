@@ -1,17 +1,29 @@
 """A record of any dialect becomes turns as they are written, or says why not."""
 
 import json
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat_train.conversations.records import Record
 from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import ANSWER_KEYS, ROLES, USER_KEYS, Drop, Turns, parse_record
+from ochat_train.conversations.sharegpt import (
+    ANSWER_KEYS,
+    CALL_ROLES,
+    ROLES,
+    USER_KEYS,
+    Drop,
+    Reading,
+    Turns,
+    hint_fields,
+    parse_record,
+)
 
 
 def record_of(fields: Any, damage: str | None = None, repairs: tuple[str, ...] = ()) -> Record:
@@ -123,7 +135,8 @@ def test_every_role_of_the_table_is_matched_without_case() -> None:
     for name, role in ROLES.items():
         assert name == name.lower()
         for key, text in (("from", "value"), ("role", "content")):
-            assert turns_of([{key: f" {name.upper()}\n", text: " x "}]).messages == (Message(role, " x "),)
+            said = Message(role, "", calls=" x ") if name in CALL_ROLES else Message(role, " x ")
+            assert turns_of([{key: f" {name.upper().replace('_', '-')}\n", text: " x "}]).messages == (said,)
 
 
 def test_the_roles_that_dumps_are_known_to_use_are_in_the_table() -> None:
@@ -139,16 +152,43 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 CALL_TEXT = '[{"id":"c1","type":"function","function":{"name":"add","arguments":"{\\"a\\": 1}"}}]'
 
 
-def test_calls_of_an_assistant_follow_its_text_as_a_tool_turn() -> None:
+def call(text: str, **more: Any) -> Message:
+    return Message("assistant", "", calls=text, **more)
+
+
+def test_calls_of_an_assistant_stand_beside_its_text_and_keep_its_weight() -> None:
     said = {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL], "weight": 0.5}
-    call = Message("tool", CALL_TEXT)
-    assert turns_of([said]).messages == (Message("assistant", "Let me see.", 0.5), call)
+    assert turns_of([said]).messages == (Message("assistant", "Let me see.", 0.5, calls=CALL_TEXT),)
     for nothing in (None, "", []):
-        assert turns_of([said | {"content": nothing}]).messages == (call,)
+        assert turns_of([said | {"content": nothing}]).messages == (call(CALL_TEXT, weight=0.5),)
     old = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "é"}}
-    assert turns_of([old]).messages == (Message("tool", '{"name":"add","arguments":"é"}'),)
-    assert turns_of([old | {"function_call": "add(1)"}]).messages == (Message("tool", "add(1)"),)
-    assert turns_of([old | {"function_call": {"a": Decimal("1.5")}}]).messages == (Message("tool", '{"a":"1.5"}'),)
+    assert turns_of([old]).messages == (call('{"name":"add","arguments":"é"}'),)
+    assert turns_of([old | {"function_call": "add(1)"}]).messages == (call("add(1)"),)
+    assert turns_of([old | {"function_call": {"a": Decimal("1.5")}}]).messages == (call('{"a":"1.5"}'),)
+    sharegpt = [{"from": "function_call", "value": "add(1)", "weight": 1.0}]
+    assert turns_of(sharegpt).messages == (call("add(1)", weight=1.0),)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_stands_beside_the_text(key: str) -> None:
+    turn = {"role": "assistant", key: "Hm.", "content": "Hello"}
+    assert turns_of([turn]).messages == (Message("assistant", "Hello", reasoning="Hm."),)
+    assert turns_of([turn | {"content": None}]).messages == (Message("assistant", "", reasoning="Hm."),)
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello"}]
+    assert turns_of([{"role": "assistant", "content": parts}]).messages == (
+        Message("assistant", "Hello", reasoning="Hm."),
+    )
+    assert turns_of([turn | {key: None}]).messages == (HELLO,)
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name":"add"}]'])
+def test_definitions_of_tools_are_kept_as_they_are_written(tools: Any) -> None:
+    parsed = parse(chat(tools=tools))
+    assert isinstance(parsed, Turns)
+    assert (parsed.tools, parsed.unread) == ('[{"name":"add"}]', ())
+    for nothing in (None, "", [], float("nan")):
+        without = parse(chat(tools=nothing))
+        assert isinstance(without, Turns) and without.tools == ""
 
 
 def test_calls_that_are_null_or_of_another_role_are_no_calls() -> None:
@@ -161,9 +201,17 @@ def test_calls_that_are_null_or_of_another_role_are_no_calls() -> None:
 def test_what_tools_are_asked_and_answer_keeps_its_text() -> None:
     turns = [{"from": name, "value": f" <{name}>\n"} for name in ("function_call", "observation", "function")]
     turns.append({"role": "tool", "content": ' {"a": 1} ', "tool_call_id": "c1", "name": "add"})
-    messages = turns_of(turns).messages
+    called, *messages = turns_of(turns).messages
+    assert called == call(" <function_call>\n")
     assert {message.role for message in messages} == {"tool"}
-    assert [m.text for m in messages] == [" <function_call>\n", " <observation>\n", " <function>\n", ' {"a": 1} ']
+    assert [m.text for m in messages] == [" <observation>\n", " <function>\n", ' {"a": 1} ']
+    for value, text in (
+        ({"a": 1}, '{"a":1}'),
+        ([{"a": 1}], '[{"a":1}]'),
+        (7, "7"),
+        ([{"type": "text", "text": "x"}], "x"),
+    ):
+        assert turns_of([{"role": "tool", "content": value}]).messages == (Message("tool", text),)
 
 
 # ---- Tables ----
@@ -183,7 +231,7 @@ def test_a_row_of_a_table_with_every_column_is_read_as_the_record_it_was() -> No
     assert [turns.dialect for turns in parsed if isinstance(turns, Turns)] == ["from/value", "role/content", "pairs"]
     assert [turns.messages for turns in parsed if isinstance(turns, Turns)] == [
         (HI,),
-        (HI, Message("tool", CALL_TEXT)),
+        (HI, call(CALL_TEXT)),
         (HI, HELLO),
     ]
     assert [turns.id for turns in parsed] == ["a", "dump.json:0", "dump.json:0"]
@@ -193,11 +241,11 @@ def test_a_row_of_a_table_with_every_column_is_read_as_the_record_it_was() -> No
 
 
 def test_a_page_is_marked_and_repairs_of_reading_are_kept() -> None:
-    record = Record("a.html", 0, 99, chat(title="t", views=3), None, ("invalid_utf8_replaced",), is_page=True)
-    expected = Turns("d", "from/value", True, None, "", (HI, HELLO), ("invalid_utf8_replaced",))
+    record = Record("a.html", 0, 99, chat(title="t", views=3), None, ("surrogate_replaced",), is_page=True)
+    expected = Turns("d", "from/value", True, None, "", (HI, HELLO), ("surrogate_replaced",))
     assert parse_record(record, default_id="d") == expected
-    dropped = parse_record(record_of([], repairs=("invalid_utf8_replaced",)), default_id="d")
-    assert dropped.repairs == ("invalid_utf8_replaced",)
+    dropped = parse_record(record_of([], repairs=("surrogate_replaced",)), default_id="d")
+    assert dropped.repairs == ("surrogate_replaced",)
 
 
 def test_turns_are_left_as_they_are_written() -> None:
@@ -207,8 +255,8 @@ def test_turns_are_left_as_they_are_written() -> None:
 
 
 def test_the_id_is_the_records_own_text_or_number_or_else_the_default() -> None:
-    ids = [parse(chat(id=id)).id for id in ("a", 7, 0, "", None, True, 1.5, [1])]
-    assert ids == ["a", "7", "0", *["dump.json:0"] * 5]
+    ids = [parse(chat(id=id)).id for id in ("a", 7, 0, 1.5, "", None, True, float("nan"), [1])]
+    assert ids == ["a", "7", "0", "1.5", *["dump.json:0"] * 5]
 
 
 @pytest.mark.parametrize(
@@ -226,13 +274,13 @@ def test_the_id_is_the_records_own_text_or_number_or_else_the_default() -> None:
         ({"items": [{"value": "x"}]}, "unknown_role", "missing"),
         ({"items": [{"from": 7, "value": "x"}]}, "unknown_role", "a number"),
         ({"items": [{"from": "human", "value": None}]}, "value_not_text", "turn 1"),
-        ({"items": [{"from": "human", "value": ["x"]}]}, "value_not_text", "a list"),
+        ({"items": [{"from": "human", "value": ["x", 7]}]}, "value_not_text", "a list"),
         ({"items": [{"from": "human"}]}, "value_not_text", "missing"),
         (chat(condition=4), "bad_condition", "a number"),
         (chat(system=["x"]), "bad_system", "a list"),
-        ({"items": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not_text_part", "'image_url'"),
-        ({"items": [{"role": "user", "content": [{"text": "x"}]}]}, "not_text_part", "missing"),
-        ({"items": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "not_text_part", "turn 1"),
+        ({"items": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not_text", "'image_url'"),
+        ({"items": [{"role": "user", "content": [{"type": 7}]}]}, "not_text", "a number"),
+        ({"items": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "not_text", "turn 1"),
         ({"items": [{"role": "assistant", "content": None}]}, "value_not_text", "missing"),
         ({"items": [["x"]]}, "bad_pair", "turn 1 is a list of 1"),
         ({"items": [["x", "y", "z"]]}, "bad_pair", "turn 1 is a list of 3"),
@@ -251,13 +299,193 @@ def test_a_record_that_cannot_be_used_says_why(fields: Any, reason: str, detail:
     assert detail in parsed.detail
 
 
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), 3.41e38, 10**39, 10**400, True, False, "1", [1]])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), 3.41e38, 10**39, 10**400, "1", [1]])
 def test_a_weight_is_a_finite_float32_of_at_least_0(weight: object) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": weight}]
     parsed = parse({"items": turns})
     assert isinstance(parsed, Drop)
     assert parsed.reason == "bad_weight"
     assert "turn 2" in parsed.detail
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({}, None),
+        ({"weight": True}, 1.0),
+        ({"weight": False}, 0.0),
+        ({"weight": None, "train": None}, None),
+        *[({flag: False}, 0.0) for flag in ("train", "trainable", "training", "loss", "loss_mask")],
+        *[({flag: 0}, 0.0) for flag in ("train", "loss", "loss_mask")],
+        *[({flag: True}, 1.0) for flag in ("train", "trainable", "loss")],
+        ({"masked": True}, 0.0),
+        ({"masked": False}, None),
+        ({"weight": 0.5, "train": True}, 0.5),
+        ({"weight": 0.5, "train": False}, 0.0),
+        ({"weight": 0.5, "loss_weight": 0.5}, 0.25),
+    ],
+)
+def test_flags_of_a_turn_are_its_weight(flags: dict[str, Any], weight: float | None) -> None:
+    for turn in ({"from": "gpt", "value": "Hello"}, {"role": "assistant", "content": "Hello"}):
+        assert turns_of([turn | flags]).messages == (Message("assistant", "Hello", weight),)
+    pair = turns_of([{"human": "Hi", "gpt": "Hello"} | flags])
+    assert pair.messages == (HI, Message("assistant", "Hello", weight))
+    assert pair.unread == ()
+
+
+@pytest.mark.parametrize(
+    "flags", [{"train": "false"}, {"loss": 0.37}, {"trainable": float("nan")}, {"masked": 2}, {"train_detail": [{}]}]
+)
+def test_a_flag_that_is_neither_true_nor_false_is_a_bad_weight(flags: dict[str, Any]) -> None:
+    parsed = parse({"items": [{"role": "assistant", "content": "y"} | flags]})
+    assert isinstance(parsed, Drop)
+    assert (parsed.reason, next(iter(flags)) in parsed.detail) == ("bad_weight", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "weights"),
+    [
+        ("weights", [0, 0.5], [0.0, 0.5]),
+        ("loss_mask", [False, True], [0.0, 1.0]),
+        ("mask", [0, 1], [0.0, 1.0]),
+        ("train", [None, False], [None, 0.0]),
+        ("weight", [None, 0.25], [None, 0.25]),
+        ("mask", "User", [None, None]),
+    ],
+)
+def test_a_list_beside_the_turns_has_an_entry_for_each(name: str, entries: Any, weights: list[float | None]) -> None:
+    parsed = parse(chat(**{name: entries}))
+    assert isinstance(parsed, Turns)
+    assert [message.weight for message in parsed.messages] == weights
+    assert parsed.weight == 1.0
+
+
+@pytest.mark.parametrize("more", [{"mask": [1]}, {"weights": [1, 1, 1]}, {"weights": [1, -1]}, {"mask": [1, 0.5]}])
+def test_a_list_that_does_not_fit_the_turns_is_a_bad_weight(more: dict[str, Any]) -> None:
+    parsed = parse(chat(**more))
+    assert isinstance(parsed, Drop)
+    assert (parsed.reason, next(iter(more)) in parsed.detail) == ("bad_weight", True)
+
+
+@pytest.mark.parametrize(
+    ("more", "weight"),
+    [({}, 1.0), ({"weight": 0}, 0.0), ({"weight": 0.25}, 0.25), ({"train": False}, 0.0), ({"weight": None}, 1.0)],
+)
+def test_a_record_may_have_a_weight(more: dict[str, Any], weight: float) -> None:
+    parsed = parse(chat(**more))
+    assert isinstance(parsed, Turns) and parsed.weight == weight
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1.0", {"a": 1}])
+def test_a_records_weight_is_as_bad_as_a_turns(weight: Any) -> None:
+    parsed = parse(chat(weight=weight))
+    assert isinstance(parsed, Drop) and parsed.reason == "bad_weight"
+
+
+def test_a_recipe_names_the_field_of_a_records_weight() -> None:
+    def weigh(field: str | None, **more: Any) -> Turns | Drop:
+        return parse_record(record_of(chat(**more)), default_id="d", reading=Reading(weight_field=field))
+
+    for parsed, weight in ((weigh("reward", reward=0.5, weight=7), 0.5), (weigh(None, weight=7), 1.0)):
+        assert isinstance(parsed, Turns)
+        assert (parsed.weight, parsed.unread) == (weight, (("record field", "weight"),))
+    lost = weigh("reward")
+    assert isinstance(lost, Drop) and (lost.reason, "reward" in lost.detail) == ("bad_weight", True)
+
+
+# ---- Pictures, sound, video ----
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        chat(image="000.jpg"),
+        chat(images=["a.png"]),
+        chat(audios=[{"path": "a"}]),
+        {"conversations": [{"from": "human", "value": "Hi", "video": "v.mp4"}, {"from": "gpt", "value": "Hello"}]},
+        {"pic": "0.jpg", "items": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}]},
+        {"items": [{"role": "user", "content": [{"type": "image"}, "Hi"]}, {"role": "assistant", "content": "Hello"}]},
+    ],
+)
+def test_a_record_with_media_is_dropped_unless_its_text_is_asked_for(fields: dict[str, Any]) -> None:
+    parsed = parse(fields)
+    assert isinstance(parsed, Drop)
+    assert (parsed.reason, parsed.hint) == ("not_text", "data.media: text")
+    text = parse_record(record_of(fields), default_id="d", reading=Reading(media="text"))
+    assert isinstance(text, Turns)
+    assert (text.messages, text.repairs) == ((HI, HELLO), ("media_left_out",))
+
+
+def test_a_placeholder_that_no_field_explains_is_text() -> None:
+    for fields in (chat(image=None, images=[]), chat(cover="0.jpg")):
+        assert isinstance(parse(fields), Turns)
+    talk = [{"from": "human", "value": "What does <image> do in HTML?"}]
+    assert turns_of(talk).messages == (Message("user", "What does <image> do in HTML?"),)
+
+
+# ---- Other names ----
+
+
+def test_a_source_may_name_the_parts_of_its_records() -> None:
+    reading = Reading(fields={"turns": "chat", "role": "who", "text": "said"}, roles={"Agent": "assistant"})
+    chatty = {"chat": [{"who": "user", "said": "Hi", "at": 1}, {"who": "agent", "said": "Hello", "train": False}]}
+    parsed = parse_record(record_of(chatty), default_id="d", reading=reading)
+    assert isinstance(parsed, Turns)
+    assert parsed.messages == (HI, Message("assistant", "Hello", 0.0))
+    assert parsed.unread == (("turn field", "at"),)
+
+    flat = {"instruction": "Add.", "input": "1 2", "output": "3", "sys": "S", "weight": 0.5, "source": "x"}
+    reading = Reading(fields={"question": ("instruction", "input"), "answer": "output", "system": "sys"})
+    for record, asked in ((flat, "Add.\n\n1 2"), (flat | {"input": ""}, "Add."), (flat | {"input": None}, "Add.")):
+        parsed = parse_record(record_of(record), default_id="d", reading=reading)
+        assert isinstance(parsed, Turns)
+        assert parsed.messages == (Message("user", asked), Message("assistant", "3"))
+        assert (parsed.system, parsed.weight, parsed.unread) == ("S", 0.5, (("record field", "source"),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "hint"),
+    [
+        ({"chat": [{"speaker": "user", "text": "Hi"}]}, "fields: {turns: chat, role: speaker, text: text}"),
+        ({"my turns": [{"from": "human", "text": "Hi"}]}, 'fields: {turns: "my turns", role: from, text: text}'),
+        (
+            {"instruction": "Add.", "input": "", "output": "3"},
+            "fields: {question: [instruction, input], answer: output}",
+        ),
+        ({"question": "Add.", "answer": "3"}, "fields: {question: question, answer: answer}"),
+        ({"text": "Once"}, ""),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, ""),
+    ],
+)
+def test_a_line_of_a_recipe_is_guessed_that_reads_other_names(fields: dict[str, Any], hint: str) -> None:
+    assert hint_fields(fields) == hint
+    if hint:
+        parsed = parse(fields)
+        assert isinstance(parsed, Drop) and parsed.hint == hint
+        section = yaml.safe_load(hint)["fields"]
+        assert isinstance(parse_record(record_of(fields), default_id="d", reading=Reading(fields=section)), Turns)
+
+
+def test_what_is_met_and_not_read_is_named() -> None:
+    turns = [{"from": "human", "value": "Hi", "tag": 1}, {"from": "gpt", "value": "Hello", "tag": 2, "role": "x"}]
+    parsed = parse({"conversations": turns, "messages": turns, "id": "a", "title": "T", "lang": None})
+    assert isinstance(parsed, Turns)
+    assert Counter(parsed.unread) == {
+        ("record field", "messages"): 1,
+        ("record field", "title"): 1,
+        ("turn field", "tag"): 2,
+        ("turn field", "role"): 1,
+    }
+    unknown = parse({"items": [{"from": "alice", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    assert isinstance(unknown, Drop)
+    assert (unknown.reason, unknown.unread) == ("unknown_role", (("role", "alice"),))
+    assert unknown.hint.startswith("roles: {alice: assistant}")
+
+
+@pytest.mark.parametrize("missing", ["system", "condition", "tools"])
+def test_nan_is_as_good_as_nothing_but_for_a_weight(missing: str) -> None:
+    parsed = parse(chat(**{missing: float("nan")}))
+    assert isinstance(parsed, Turns) and parsed.messages == (HI, HELLO)
 
 
 def test_the_largest_float32_is_a_weight() -> None:
@@ -285,7 +513,7 @@ def test_calls_nested_more_deeply_than_json_is_written_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["not_json", "truncated_record", "record_too_large", "no_next_data", "no_page_content"]
+    "damage", ["not_json", "not_utf8", "truncated_record", "record_too_large", "no_next_data", "no_page_content"]
 )
 def test_a_damaged_record_is_dropped_for_its_damage(damage: str) -> None:
     parsed = parse_record(record_of(None, damage), default_id="d")

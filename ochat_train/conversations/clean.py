@@ -14,19 +14,29 @@ from typing import Literal
 from ochat_train.conversations.html import HtmlError, convert_text, is_rendered
 from ochat_train.conversations.schema import Message
 from ochat_train.conversations.sharegpt import Drop, Turns
+from ochat_train.conversations.spell_out import AS_WRITTEN, Spelling, spell_out
 
 Messages = tuple[Message, ...]
 
 BLANK_LINE = "\n\n"
 
 
-def clean_turns(turns: Turns, *, html: Literal["auto", "always", "never"]) -> Turns | Drop:
-    """The turns as markdown, without page noise and repaired, or why they cannot be used.
+LeadingAnswers = Literal["context", "train", "drop"]
+
+
+def clean_turns(
+    turns: Turns,
+    *,
+    html: Literal["auto", "always", "never"],
+    spelling: Spelling = AS_WRITTEN,
+    leading_answers: LeadingAnswers = "context",
+) -> Turns | Drop:
+    """The turns as markdown, without page noise, spelled out and repaired, or why they cannot be used.
 
     HTML becomes markdown in saved pages, and in records whose answers are ChatGPT's own HTML (`html` "auto"), in all
     ("always") or in none ("never"). Names of what changed something are added to `repairs`, in the order in which it
-    was done: "html_converted", "page_noise_removed", then those of `repair_turns`. The drop's reason is "no_answer",
-    "html_too_deep" or "html_not_converted".
+    was done: "html_converted", "page_noise_removed", then those of `spell_out` and of `repair_turns`. The drop's reason
+    is "no_answer", "html_too_deep" or "html_not_converted".
 
     Worked example: user "2 / 2\\n\\nIs a &lt; b?" and assistant "<p>Yes</p>" of a page become user "Is a < b?" and
     assistant "Yes", (html_converted, page_noise_removed).
@@ -37,18 +47,19 @@ def clean_turns(turns: Turns, *, html: Literal["auto", "always", "never"]) -> Tu
         try:
             system, messages = convert_html(system, messages, sure=html == "always")
         except HtmlError as error:
-            return Drop(turns.id, error.reason, error.detail, repairs)
+            return Drop(turns.id, error.reason, error.detail, repairs, unread=turns.unread)
         if (system, messages) != (turns.system, turns.messages):
             repairs += ("html_converted",)
     clean = remove_page_noise(messages, is_page=turns.is_page or "html_converted" in repairs)
     if clean != messages:
         repairs += ("page_noise_removed",)
-    repaired = repair_turns(system, clean)
+    spelled = spell_out(replace(turns, system=system, messages=clean, repairs=repairs), spelling)
+    repaired = repair_turns(spelled.system, spelled.messages, leading_answers=leading_answers)
     if isinstance(repaired, str):
         roles = " ".join(message.role for message in clean[:8]) + (" ..." if len(clean) > 8 else "")
-        return Drop(turns.id, repaired, f"turns: {roles}", repairs)
+        return Drop(turns.id, repaired, f"turns: {roles}", spelled.repairs, unread=turns.unread)
     system, messages, names = repaired
-    return replace(turns, system=system, messages=messages, repairs=repairs + names)
+    return replace(spelled, system=system, messages=messages, repairs=spelled.repairs + names)
 
 
 # ---- HTML ----
@@ -314,25 +325,43 @@ def remove_glued_buttons(text: str) -> str:
 
 # ---- The order of turns ----
 
+# A turn to which the record itself gives a weight above 0 is trained: no rule removes it or joins it to another.
 
-def repair_turns(system: str, messages: Messages) -> tuple[str, Messages, tuple[str, ...]] | str:
+
+def repair_turns(
+    system: str, messages: Messages, *, leading_answers: LeadingAnswers = "context"
+) -> tuple[str, Messages, tuple[str, ...]] | str:
     """(system, messages, names of the rules that changed something), or "no_answer" if no answer is left.
 
-    Applies RULES in their order, then lifts leading system turns into `system`, which counts as no repair:
+    Applies the rules below in their order, then lifts leading system turns into `system`, which counts as no repair:
     the two are two ways to write the same. A `system` of only white space is an empty turn too. Repairing
     twice changes nothing that repairing once left.
 
+    leading_answers: whether answers before the first user turn stay as context without a loss, are trained as all
+    others, or are removed.
+
     Worked example: "", [assistant "Welcome!", user "Hi", user "there", assistant "Hello", user "Bye"] gives
-    "", [user "Hi\\n\\nthere", assistant "Hello"],
-    (leading_answer_removed, user_turns_joined, unanswered_turn_removed).
+    "", [assistant "Welcome!" of weight 0, user "Hi\\n\\nthere", assistant "Hello"],
+    (leading_answer_untrained, user_turns_joined, unanswered_turn_removed).
     """
+    rules: list[tuple[str, Callable[[Messages], Messages]]] = [
+        # First, so that no other rule sees them.
+        ("empty_turn_removed", remove_empty_turns),
+        *_LEADING_RULES[leading_answers],
+        # After removals that make turns neighbours.
+        ("user_turns_joined", join_user_turns),
+        ("unanswered_turn_removed", remove_unanswered_turns),
+    ]
     repairs = []
-    for name, rule in RULES:
+    for name, rule in rules:
         repaired = rule(messages)
         if repaired != messages:
             repairs.append(name)
         messages = repaired
-    if not any(message.role == "assistant" for message in messages):
+    num_leading = 0 if leading_answers == "train" else _num_leading(messages)
+    if not any(message.role == "assistant" for message in messages[num_leading:]) and not any(
+        map(_is_trained, messages)
+    ):
         return "no_answer"
     if system and not system.strip():
         system = ""
@@ -342,35 +371,60 @@ def repair_turns(system: str, messages: Messages) -> tuple[str, Messages, tuple[
     return system, messages, tuple(repairs)
 
 
+def _is_trained(message: Message) -> bool:
+    return bool(message.weight)
+
+
+def _num_leading(messages: Messages) -> int:
+    """How many turns stand before the first user turn."""
+    return sum(1 for _ in takewhile(lambda message: message.role != "user", messages))
+
+
 def remove_empty_turns(messages: Messages) -> Messages:
     """Without the turns whose text is empty or only white space."""
-    return tuple(message for message in messages if message.text.strip())
+    return tuple(message for message in messages if message.text.strip() or _is_trained(message))
 
 
 def remove_leading_answers(messages: Messages) -> Messages:
     """Without the assistant and tool turns before the first user turn: they answer nothing that is known."""
-    leading = tuple(takewhile(lambda message: message.role != "user", messages))
-    return tuple(message for message in leading if message.role == "system") + messages[len(leading) :]
+    leading, rest = messages[: _num_leading(messages)], messages[_num_leading(messages) :]
+    return tuple(message for message in leading if message.role == "system" or _is_trained(message)) + rest
+
+
+def mute_leading_answers(messages: Messages) -> Messages:
+    """With the weight 0 on the assistant turns before the first user turn that have none of their own."""
+    leading, rest = messages[: _num_leading(messages)], messages[_num_leading(messages) :]
+    return (
+        tuple(
+            replace(message, weight=0.0) if message.role == "assistant" and message.weight is None else message
+            for message in leading
+        )
+        + rest
+    )
+
+
+_LEADING_RULES: dict[LeadingAnswers, tuple[tuple[str, Callable[[Messages], Messages]], ...]] = {
+    "context": (("leading_answer_untrained", mute_leading_answers),),
+    "train": (),
+    "drop": (("leading_answer_removed", remove_leading_answers),),
+}
 
 
 def join_user_turns(messages: Messages) -> Messages:
-    """With user turns in a row made one, a blank line between their texts.
-
-    Turns of unequal weight stay two, since a turn has one weight.
-    """
+    """With user turns in a row made one, a blank line between their texts."""
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None
-        if last and last.role == message.role == "user" and last.weight == message.weight:
-            joined[-1] = Message("user", last.text + BLANK_LINE + message.text, message.weight)
+        if last and last.role == message.role == "user" and not _is_trained(last) and not _is_trained(message):
+            joined[-1] = replace(last, text=last.text + BLANK_LINE + message.text)
         else:
             joined.append(message)
     return tuple(joined)
 
 
 def remove_unanswered_turns(messages: Messages) -> Messages:
-    """Without the turns behind the last assistant turn."""
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    """Without the turns behind the last one that is the assistant's or is trained."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" or _is_trained(message)]
     return messages[: answers[-1] + 1] if answers else ()
 
 
@@ -380,16 +434,6 @@ def lift_leading_system(system: str, messages: Messages) -> tuple[str, Messages]
     A system turn that carries a weight above 0 stays a message, and so do those behind it: the system text of
     a conversation has no weight, so lifting would silently take it out of the loss.
     """
-    leading = tuple(takewhile(lambda message: message.role == "system" and not message.weight, messages))
+    leading = tuple(takewhile(lambda message: message.role == "system" and not _is_trained(message), messages))
     texts = ([system] if system else []) + [message.text for message in leading]
     return BLANK_LINE.join(texts), messages[len(leading) :]
-
-
-# Empty turns go first, so that no other rule sees them; turns are joined after removals that make them
-# neighbours.
-RULES: tuple[tuple[str, Callable[[Messages], Messages]], ...] = (
-    ("empty_turn_removed", remove_empty_turns),
-    ("leading_answer_removed", remove_leading_answers),
-    ("user_turns_joined", join_user_turns),
-    ("unanswered_turn_removed", remove_unanswered_turns),
-)

@@ -115,6 +115,12 @@ class ByteStream:
         self._swelling = swelling
         self._ahead = b""
 
+    def through(self, read: Callable[[int], bytes]) -> "ByteStream":
+        """A stream of what `read` makes of the bytes that are left of this one."""
+        stream = ByteStream(self.name, self.packing, read, _Swelling(self.disk))
+        stream.offset = self.offset
+        return stream
+
     def close(self) -> None:
         """Arrow asks for it; the file on disk is closed by `open_streams`."""
 

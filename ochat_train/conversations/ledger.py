@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -129,11 +130,13 @@ def _tally(tallies: dict[str, Tally], names: pa.ChunkedArray, ids: pa.ChunkedArr
 class Ledger:
     """Counts every record by source, and writes the rows to a Parquet file unless `path` is None.
 
-    `sources` are those that are to be in the table even without a record. Use it as a context manager, or call `close`.
+    `unread` is how often which (file, kind, name) was met and not read; it goes into the file's metadata. `sources` are
+    those that are to be in the table even without a record. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, path: str | None, sources: Sequence[str] = ()) -> None:
         self.counts = {source: SourceCounts() for source in sources}
+        self.unread: Mapping[tuple[str, str, str], int] = {}
         self._file = pq.ParquetWriter(path, LEDGER_SCHEMA, compression="zstd") if path is not None else None
 
     def add(self, table: pa.Table) -> None:
@@ -209,6 +212,10 @@ class Ledger:
     def close(self) -> None:
         """Write out what is left and close the file."""
         if self._file is not None:
+            by_file: dict[str, dict[str, dict[str, int]]] = {}
+            for (file, kind, name), count in sorted(self.unread.items()):
+                by_file.setdefault(file, {}).setdefault(kind, {})[name] = count
+            self._file.add_key_value_metadata({"unread": orjson.dumps(by_file)})
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -224,6 +231,12 @@ def read_entries(path: str, id: str) -> list[dict[str, Any]]:
     """The rows of a ledger file for the records of this id; a file's records need not have different ids."""
     rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "==", id)]).to_pylist()
     return rows
+
+
+def read_unread(path: str) -> dict[str, dict[str, dict[str, int]]]:
+    """{file: {kind: {name: how often}}} of what was met and not read, from a ledger file; "" stands for saved pages."""
+    by_file: dict[str, dict[str, dict[str, int]]] = orjson.loads(pq.read_metadata(path).metadata[b"unread"])
+    return by_file
 
 
 _HEADER = (

@@ -26,10 +26,12 @@ from ochat_train.conversations.containers import (
     open_streams,
     unreadable,
 )
-from ochat_train.conversations.json_scan import SPACE, not_valid, parse_json, scan_array
+from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
+from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array
 
 MAX_RECORD_BYTES = 64 << 20
-TURN_LISTS = ("conversations", "items", "messages", "conversation")  # fields that may hold a record's turns
+# Fields that may hold a record's turns; the last is Gemini's.
+TURN_LISTS = ("conversations", "items", "messages", "conversation", "contents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ class Record:
     `file` is the path, for an archive's member with its name behind: "dump.zip/pages/a.html", and with each byte that
     is not UTF-8 escaped. Of a compressed file the bytes count after decompression; of parquet and Arrow `offset` is the
     row's number. `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop:
-    "not_json", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was
-    done to its bytes before they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is how a line
-    that is not JSON begins, its first 2,000 bytes, for a person to look at; it is left out of comparisons.
+    "not_json", "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names
+    what was done to its bytes before they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is
+    how a line that is not JSON begins, its first 2,000 bytes, for a person to look at; it is left out of comparisons.
     """
 
     file: str
@@ -140,22 +142,29 @@ class Chunk:
             yield from part.records()
 
 
-def read_chunks(files: Sequence[str], *, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
+def read_chunks(
+    files: Sequence[str],
+    *,
+    chunk_bytes: int = 8 << 20,
+    encoding: str | None = None,
+    columns: Sequence[str] | None = TURN_LISTS,
+) -> Iterator[Chunk]:
     """All records of `files`, in order, in chunks of about `chunk_bytes`; only their borders are looked for.
 
     Read are JSON arrays, JSON lines, saved pages, parquet and Arrow files, the first three also in gzip, zstd, zip and
     tar. The first bytes of a file tell what it is, never its name, but for one thing: what is named .html and is no
-    form at all is a page without data. Byte order marks and blank lines are skipped. Bytes that are not UTF-8,
-    and numbers such as NaN, are repaired.
+    form at all is a page without data. Byte order marks and blank lines are skipped. JSON and pages are UTF-8, or else
+    in the `encoding` of that name in Python. A table must have one of the `columns`; None takes any.
 
     The same files and `chunk_bytes` give the same chunks, and any `chunk_bytes` the same records. Memory is bounded by
     a few times `chunk_bytes` or MAX_RECORD_BYTES, and for Arrow by a record batch if its buffers are compressed. A
     worker needs up to 30 times a record's bytes to parse it.
 
-    A line that is not JSON is a record with `damage`, and so are a page without data, and a line, page or row above
-    MAX_RECORD_BYTES, which is never held. Raises ValueError, with name and byte, while iterating: for a file of another
-    form or without records, for an array that breaks, for lines of which none looks like an object, for a table without
-    turns, for damaged files and for bombs (see `containers.py`).
+    A line that is not JSON is a record with `damage`, and so are one that is not UTF-8 in a file that otherwise is, a
+    page without data, and a line, page or row above MAX_RECORD_BYTES, which is never held. Raises ValueError, with name
+    and byte, while iterating: for a file of another form or without records, for an array that breaks, for lines of
+    which none looks like an object, for a table without the columns, for a text in another encoding, for damaged files
+    and for bombs (see `containers.py`).
 
     Worked example: the file `[{"a": 1},\\n 7]` gives one chunk, of `Record(path, 1, 9, {"a": 1})` and
     `Record(path, 12, 13, 7)`.
@@ -165,7 +174,7 @@ def read_chunks(files: Sequence[str], *, chunk_bytes: int = 8 << 20) -> Iterator
     form = ""
     for file in files:
         for stream in open_streams(file):
-            next_form, parts = _recognise(stream, chunk_bytes)
+            next_form, parts = _recognise(stream, chunk_bytes, encoding, columns)
             for part in parts:
                 # what is small is packed together: a shard for each of many files would cost more than they do
                 if pending and (next_form != form or num_pending + len(part.data) > chunk_bytes):
@@ -184,7 +193,9 @@ _PAGE = "ShareGPT page"
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
-def _recognise(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Part]]:
+def _recognise(
+    stream: ByteStream, chunk_bytes: int, encoding: str | None, columns: Sequence[str] | None
+) -> tuple[str, Iterator[_Part]]:
     """The form of what `stream` begins with, and its parts."""
     head = stream.peek(8)
     for magic, form, read_batches in (
@@ -196,8 +207,14 @@ def _recognise(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Par
             if stream.packing:
                 found = f"{form}{stream.packing} cannot be read"
                 raise unreadable(stream.name, 0, found, "unpack it, and name the file itself")
-            return form, _read_table(stream, read_batches(stream), chunk_bytes)
-    first = _skip_space(stream)
+            return form, _read_table(stream, read_batches(stream, columns), chunk_bytes)
+    if encoding:
+        stream = decode(stream, encoding)
+        first = _skip_space(stream)
+    else:
+        refuse_wide(stream)
+        first = _skip_space(stream)
+        stream = check_utf8(stream)
     if first == b"[":
         return f"JSON array{stream.packing}", _read_array(stream, chunk_bytes)
     if first == b"{":
@@ -207,7 +224,7 @@ def _recognise(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Par
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
     found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow file"
-    raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, save it as UTF-8, or leave it out")
+    raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
 
 
 def _skip_space(stream: ByteStream) -> bytes:
@@ -246,8 +263,9 @@ class _Lines:
             elif raw:
                 try:
                     fields, repairs = parse_json(raw)
-                except ValueError:
+                except ValueError as error:
                     damage = "not_json" if has_end else "truncated_record"
+                    damage = "not_utf8" if isinstance(error, NotUtf8) else damage
                     beginning = raw[:2000].decode("utf-8", "backslashreplace")
                     yield Record(self.file, start, end, None, damage, raw=beginning)
                 else:
@@ -328,9 +346,12 @@ class _Values:
         for offset, length in zip(self.offsets, self.lengths, strict=True):
             try:
                 fields, repairs = parse_json(self.data[at : at + length])
+            except NotUtf8:
+                yield Record(self.file, offset, offset + length, None, "not_utf8")
             except ValueError as error:
                 raise not_valid(self.file, offset, error) from None
-            yield Record(self.file, offset, offset + length, fields, None, repairs)
+            else:
+                yield Record(self.file, offset, offset + length, fields, None, repairs)
             at += length
 
 
@@ -388,6 +409,8 @@ def _parse_page(data: bytes) -> tuple[dict[str, Any] | None, str | None, tuple[s
     closing = _SCRIPT_END.search(data, opening.end())
     try:
         page, repairs = parse_json(data[opening.end() : closing.start() if closing else len(data)])
+    except NotUtf8:
+        return None, "not_utf8", ()
     except ValueError:
         return None, "not_json", ()
     try:
@@ -450,14 +473,14 @@ def _read_table(stream: ByteStream, batches: Iterator[Any], chunk_bytes: int) ->
         raise unreadable(stream.name, 0, "the table has no rows", "remove it, or fetch it again", unit="row")
 
 
-def _read_parquet(stream: ByteStream) -> Iterator[Any]:
+def _read_parquet(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow.parquet  # as in _read_table
 
     disk = stream.disk
     # not the defaults, which hold all columns of a row group
     source = pyarrow.OSFile(os.fsencode(disk.path))  # as text, Arrow would take no name that is not UTF-8
     file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
-    _check_columns(stream, file.schema_arrow)
+    _check_columns(stream, file.schema_arrow, columns)
     num_rows = 0
     for index in range(file.num_row_groups):
         group = file.metadata.row_group(index)
@@ -469,7 +492,7 @@ def _read_parquet(stream: ByteStream) -> Iterator[Any]:
             yield batch
 
 
-def _read_arrow(stream: ByteStream) -> Iterator[Any]:
+def _read_arrow(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow  # as in _read_table
 
     disk = stream.disk
@@ -477,7 +500,7 @@ def _read_arrow(stream: ByteStream) -> Iterator[Any]:
     source = pyarrow.BufferReader(pyarrow.py_buffer(memory))
     is_file = memory[:6] == b"ARROW1"
     reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
-    _check_columns(stream, reader.schema)
+    _check_columns(stream, reader.schema, columns)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
     for index, batch in enumerate(batches, start=1):
         disk.num_read = disk.size * index // reader.num_record_batches if is_file else source.tell()
@@ -485,10 +508,14 @@ def _read_arrow(stream: ByteStream) -> Iterator[Any]:
         memory.madvise(mmap.MADV_DONTNEED)  # or the pages read would count as our memory until the file's end
 
 
-def _check_columns(stream: ByteStream, schema: Any) -> None:
-    if not set(schema.names) & set(TURN_LISTS):
+def _check_columns(stream: ByteStream, schema: Any, columns: Sequence[str] | None) -> None:
+    if columns is not None and not set(schema.names) & set(columns):
         found = f"no column is named as turns are; there are: {', '.join(schema.names)[:200] or 'none'}"
-        raise unreadable(stream.name, 0, found, f"rename the right one to one of {', '.join(TURN_LISTS)}", unit="row")
+        remedy = (
+            f"rename the right one to one of {', '.join(columns)}, or name it in the source, as in "
+            "fields: {turns: NAME} or fields: {question: NAME, answer: NAME}"
+        )
+        raise unreadable(stream.name, 0, found, remedy, unit="row")
 
 
 def _refuse_bomb(stream: ByteStream, num_bytes: int) -> None:

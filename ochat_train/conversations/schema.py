@@ -12,11 +12,16 @@ class Message:
 
     `weight` is the loss weight of every token of `text` and of the end token behind it; None means
     "as the role says": the source's weight on an assistant turn, 0 on any other.
+
+    `reasoning` and `calls` are an assistant's thoughts before its text and the tools it calls after it, as the record
+    writes them; empty where there are none. `spell_out` writes them into the text, and a Conversation has neither.
     """
 
     role: Role
     text: str
     weight: float | None = None
+    reasoning: str = ""
+    calls: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,13 @@
 """Sources: which part of the dumps a record is of, and the condition and loss weight it has from there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import Repr
 from typing import Literal
 
+from ochat_train.conversations.own_weights import MAX_FLOAT32
 from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.conversations.sharegpt import Turns
-
-_LARGEST_FLOAT32 = 3.4028234663852886e38
+from ochat_train.conversations.sharegpt import Reading, Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +16,8 @@ class Source:
 
     `where` and `where_not` map a field's name to a value, or to a list that means any of its values.
     `condition` None leaves the condition to the record. `weight` is the loss weight of every assistant token.
-    `html` says whether its texts are HTML.
+    `html` says whether its texts are HTML, `encoding` is that of its files where it is not UTF-8, and `reading` how its
+    records are written.
     """
 
     name: str
@@ -26,6 +26,8 @@ class Source:
     where: Mapping[str, object]
     where_not: Mapping[str, object]
     html: Literal["auto", "always", "never"] = "auto"
+    encoding: str | None = None
+    reading: Reading = field(default_factory=Reading)
 
 
 def match_source(
@@ -83,6 +85,8 @@ def _field_equals(fields: Mapping[str, object], name: str, wanted: object) -> bo
 
 
 def _equals(value: object, wanted: object) -> bool:
+    if isinstance(value, float) and value != value:
+        value = None  # NaN, which pandas writes for what is missing
     return isinstance(value, bool) == isinstance(wanted, bool) and value == wanted
 
 
@@ -104,8 +108,8 @@ def assign_source(turns: Turns, source: Source) -> Conversation:
     """The conversation that `turns` becomes in `source`: condition settled, every message weight a number.
 
     The condition is the source's; where that is None the record's own, or else empty. An assistant turn
-    weighs `source.weight`, times its own weight if it has one; a turn of another role weighs `source.weight`
-    times its own weight, and 0.0 without one.
+    weighs `source.weight` times the record's own weight, times its own weight if it has one; a turn of another role
+    weighs their product too, and 0.0 without a weight of its own.
 
     Raises ValueError if the product is above the largest float32, which is how weights are stored. Worked
     example: at source weight 0.1, an assistant turn of its own weight 0.5 weighs 0.05, a plain one 0.1.
@@ -115,18 +119,18 @@ def assign_source(turns: Turns, source: Source) -> Conversation:
         source=source.name,
         condition=source.condition if source.condition is not None else turns.condition or "",
         system=turns.system,
-        messages=tuple(_weigh(message, source, turns.id) for message in turns.messages),
+        messages=tuple(_weigh(message, source, turns) for message in turns.messages),
     )
 
 
-def _weigh(message: Message, source: Source, id: str) -> Message:
+def _weigh(message: Message, source: Source, turns: Turns) -> Message:
     own = message.weight
     if own is None:
         own = 1.0 if message.role == "assistant" else 0.0
-    weight = float(source.weight * own)
-    if weight > _LARGEST_FLOAT32:
+    weight = float(source.weight * turns.weight * own)
+    if weight > MAX_FLOAT32:
         raise ValueError(
-            f"record {id!r}: a turn's weight {own} times the weight {source.weight} of source {source.name} "
-            "is not finite in float32; lower one of them"
+            f"record {turns.id!r}: a turn's weight {own} times the record's {turns.weight} and the weight "
+            f"{source.weight} of source {source.name} is not finite in float32; lower one of them"
         )
     return Message(message.role, message.text, weight)

@@ -20,10 +20,15 @@ from ochat_train.tokens.work import WorkFolder
 
 @dataclass(slots=True)
 class Totals:
-    """Over all shards. overlong: i64[len(OVERLONG_COLUMNS)]. dialects: as of a Shard."""
+    """Over all shards. overlong: i64[len(OVERLONG_COLUMNS)]. dialects and unread: as of a Shard.
+
+    outcomes: how many records of which (file, reason of the drop), the reason empty where they are kept.
+    """
 
     overlong: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(OVERLONG_COLUMNS), dtype=np.int64))
     dialects: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def num_records(self) -> int:
@@ -51,7 +56,11 @@ def assemble(
         # Those that were dropped for another reason than their length were never to be cut.
         is_counted = [reason in (None, "too_long") for reason in records["reason"].to_pylist()]
         totals.overlong += shard.overlong[np.array(is_counted, dtype=bool)].sum(axis=0)
-        totals.dialects += shard.dialects
+        totals.dialects.update(shard.dialects)
+        totals.unread.update(shard.unread)
+        counted = records.group_by(["file", "reason"]).aggregate([([], "count_all")]).to_pydict()
+        for file, reason, count in zip(counted["file"], counted["reason"], counted["count_all"], strict=True):
+            totals.outcomes[file, reason or ""] += count
     return totals
 
 

@@ -6,7 +6,7 @@ machines make the same ones.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ochat_train.conversations.clean import clean_turns
+from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.dedupe import TextKeys, text_keys
 from ochat_train.conversations.filters import FilterRules, judge
 from ochat_train.conversations.ledger import Entry, ledger_table
 from ochat_train.conversations.records import Chunk, Record
 from ochat_train.conversations.schema import Conversation
-from ochat_train.conversations.sharegpt import Drop, Turns, parse_record
+from ochat_train.conversations.sharegpt import Drop, Reading, Turns, own_id, parse_record
 from ochat_train.conversations.sources import Source, assign_source, match_source
+from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.tokens.encode import Example, encode
 from ochat_train.tokens.overlong import Fitted, Overlong, fit
@@ -45,6 +46,7 @@ OVERLONG_COLUMNS = (
 )
 UNREADABLE = "(unreadable)"  # the source of a record that could be of several and says nothing
 _BATCH_CONVERSATIONS = 256  # tokenized at once
+_MAX_NAMES = 10_000  # of fields that are not read; a record may have keys that no other has
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class ShardSettings:
     overlong: Overlong
     overlong_context: int
     minhash: bool
+    leading_answers: LeadingAnswers = "context"
+    spelling: Spelling = field(default_factory=Spelling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class Shard:
     rows: E rows of ROW_SCHEMA. records: R rows of LEDGER_SCHEMA. keys: of the N records. key_records: i32[N], their
     positions among the R. overlong: i64[R, len(OVERLONG_COLUMNS)], 0 where a conversation was not above max_tokens.
     dialects: how many records of which (file, form, dialect); they are counted as they are read, before anything is
-    done to them, so their sum must be R.
+    done to them, so their sum must be R. unread: how often which (file, "record field" | "turn field" | "role", name)
+    was met and not read, and under "hint" which line of a recipe would have read records that were dropped.
     """
 
     rows: pa.Table
@@ -84,6 +89,7 @@ class Shard:
     key_records: npt.NDArray[np.int32]
     overlong: npt.NDArray[np.int64]
     dialects: Counter[tuple[str, str, str]]
+    unread: Counter[tuple[str, str, str]]
 
 
 def make_shard(settings: ShardSettings, task: Task) -> Shard:
@@ -104,19 +110,27 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
 # ---- The stages, each a function from one thing to the next, so that one record can be followed through them ----
 
 
-def parse(record: Record) -> Turns | Drop:
-    """The record's turns as they are, or why there are none; without an id of its own it has its place for one."""
-    return parse_record(record, default_id=f"{record.file}:{record.offset}")
-
-
-def clean(turns: Turns, source: Source) -> Turns | Drop:
-    """The turns as markdown, without a page's noise, in an order that can be trained on."""
-    return clean_turns(turns, html=source.html)
-
-
-def find_source(record: Record, id: str, sources: Sequence[Source]) -> Source | None:
+def find_source(record: Record, sources: Sequence[Source]) -> Source | None:
     """The record's source; None for one that is no object where several sources could have it."""
+    id = _default_id(record)
+    if isinstance(record.fields, dict):
+        id = own_id(record.fields) or id
     return match_source(record.fields, sources, file=record.file, offset=record.offset, id=id)
+
+
+def parse(record: Record, source: Source | None) -> Turns | Drop:
+    """The record's turns as they are, or why there are none; without an id of its own it has its place for one."""
+    reading = source.reading if source is not None else Reading()
+    return parse_record(record, default_id=_default_id(record), reading=reading)
+
+
+def _default_id(record: Record) -> str:
+    return f"{record.file}:{record.offset}"
+
+
+def clean(turns: Turns, source: Source, settings: ShardSettings) -> Turns | Drop:
+    """The turns as markdown, without a page's noise, spelled out, in an order that can be trained on."""
+    return clean_turns(turns, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers)
 
 
 def has_weight(conversation: Conversation) -> bool:
@@ -138,18 +152,24 @@ class _ShardMaker:
         self._key_records: list[int] = []
         self._rows: list[pa.RecordBatch] = []
         self._dialects: Counter[tuple[str, str, str]] = Counter()
+        self._unread: Counter[tuple[str, str, str]] = Counter()
 
     def receive(self, record: Record) -> Conversation | None:
         """The record's conversation; None when it has none, and its entry says why."""
         chunk = self._task.chunk
-        parsed = parse(record)
-        dialect = parsed.dialect if isinstance(parsed, Turns) else "not read"
-        self._dialects["" if record.is_page else record.file, chunk.form, dialect] += 1
-        source = find_source(record, parsed.id, self._task.sources)
+        source = find_source(record, self._task.sources)
+        parsed = parse(record, source)
+        file = "" if record.is_page else record.file
+        self._dialects[file, chunk.form, parsed.dialect if isinstance(parsed, Turns) else "not read"] += 1
+        for kind, unread in parsed.unread:
+            key = file, kind, unread
+            self._unread[key if key in self._unread or len(self._unread) < _MAX_NAMES else (file, kind, "...")] += 1
+        if isinstance(parsed, Drop) and parsed.hint:
+            self._unread[file, "hint", parsed.hint] += 1
         name = source.name if source is not None else UNREADABLE
         if isinstance(parsed, Turns):
             assert source is not None  # only a record that is no object, which is a Drop, belongs to none
-            parsed = clean(parsed, source)
+            parsed = clean(parsed, source, self._settings)
         self._entries.append(Entry(parsed.id, record.file, record.offset, name, parsed.repairs))
         self._overlong.append((0,) * len(OVERLONG_COLUMNS))
         if isinstance(parsed, Drop):
@@ -214,6 +234,7 @@ class _ShardMaker:
             key_records=np.array(self._key_records, dtype=np.int32),
             overlong=np.array(self._overlong, dtype=np.int64).reshape(-1, len(OVERLONG_COLUMNS)),
             dialects=self._dialects,
+            unread=self._unread,
         )
 
     def _act(self, position: int, actions: tuple[str, ...]) -> None:

@@ -84,7 +84,8 @@ class WorkFolder:
         _write_table(partial / "records.arrow", shard.records)
         np.save(partial / "key_records.npy", shard.key_records)
         np.save(partial / "overlong.npy", shard.overlong)
-        (partial / "dialects.json").write_bytes(orjson.dumps([[*key, count] for key, count in shard.dialects.items()]))
+        for name, counts in (("dialects", shard.dialects), ("unread", shard.unread)):
+            (partial / f"{name}.json").write_bytes(orjson.dumps([[*key, count] for key, count in counts.items()]))
         shard.keys.save(partial / "keys.npz")
         flush_tree(partial)
         partial.rename(folder)
@@ -92,7 +93,7 @@ class WorkFolder:
     def load(self, number: int) -> Shard:
         """Read a shard back, its tables memory-mapped."""
         folder = self.shard_folder(number)
-        dialects = orjson.loads((folder / "dialects.json").read_bytes())
+        dialects, unread = (orjson.loads((folder / f"{name}.json").read_bytes()) for name in ("dialects", "unread"))
         return Shard(
             rows=_read_table(folder / "rows.arrow"),
             records=_read_table(folder / "records.arrow"),
@@ -100,6 +101,7 @@ class WorkFolder:
             key_records=np.load(folder / "key_records.npy"),
             overlong=np.load(folder / "overlong.npy"),
             dialects=Counter({(file, form, dialect): count for file, form, dialect, count in dialects}),
+            unread=Counter({(file, kind, name): count for file, kind, name, count in unread}),
         )
 
 

@@ -1,0 +1,90 @@
+"""The loss weights that a record itself gives: flags on its turns, lists beside them, and a weight of the whole."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # weights are stored as float32
+
+WEIGHTS = ("weight", "loss_weight")  # a number of at least 0, or true or false
+FLAGS = ("train", "trainable", "training", "loss", "loss_mask")  # true, false, 1 or 0; what is false has no loss
+EXCLUSIONS = ("masked",)  # true, false, 1 or 0; what is true has no loss, and what is false is as its role says
+PARTS = ("train_detail",)  # marks parts of a text, and here a whole turn has one weight
+
+# Beside the turns: a list with an entry for each turn.
+LISTS = (*WEIGHTS, *FLAGS, "weights", "loss_weights", "turn_weights", "train_mask", "mask", "masks", "loss_masks")
+
+# Beside the turns, of the whole record. `loss` is left out: there it is a number that somebody measured.
+RECORD_FLAGS = ("train", "trainable")
+
+
+class BadWeight(ValueError):
+    """A weight that is none; the message says which and why."""
+
+
+def weight_of_turn(turn: Mapping[str, Any], name: str) -> float | None:
+    """The product of all weights and flags of a turn; None if it has none. `name` says which turn, for errors.
+
+    Raises BadWeight for what is neither null nor a weight: a text, NaN, Infinity, a number below 0 or above float32, a
+    flag that is neither true nor false.
+    """
+    weight = None
+    for key in WEIGHTS:
+        weight = _times(weight, turn.get(key), f"{key} of {name}")
+    for key in FLAGS:
+        weight = _times(weight, turn.get(key), f"{key} of {name}", is_flag=True)
+    for key in EXCLUSIONS:
+        if _times(None, turn.get(key), f"{key} of {name}", is_flag=True):
+            weight = 0.0
+    for key in PARTS:
+        if turn.get(key):
+            raise BadWeight(f"{key} of {name} marks parts of its text; give the whole turn a weight, or split the turn")
+    return weight
+
+
+def weights_of_turns(fields: Mapping[str, Any], num_turns: int) -> list[float | None]:
+    """The product of all lists of LISTS for each turn, f64[num_turns]; None for a turn to which none says anything.
+
+    Raises BadWeight for a list of another length, and as `weight_of_turn` does.
+    """
+    weights: list[float | None] = [None] * num_turns
+    for key in LISTS:
+        entries = fields.get(key)
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            continue
+        if len(entries) != num_turns:
+            raise BadWeight(f"{key} has {len(entries):,} entries beside {num_turns:,} turns; it must have one for each")
+        is_flag = key not in (*WEIGHTS, "weights", "loss_weights", "turn_weights")
+        for position, entry in enumerate(entries):
+            name = f"entry {position + 1} of {key}"
+            weights[position] = _times(weights[position], entry, name, is_flag=is_flag)
+    return weights
+
+
+def weight_of_record(fields: Mapping[str, Any], field: str | None) -> float:
+    """The product of the weight in `field` and the record's own flags, 1.0 without any.
+
+    `field` None reads no weight. A record without the field has weight 1.0 if the field is "weight", the default, and
+    is a BadWeight if somebody named the field, since a typing error would train everything alike.
+    """
+    weight = None
+    if field is not None and not (field in LISTS and isinstance(fields.get(field), list)):
+        value = fields.get(field)
+        if value is None and field != "weight":
+            raise BadWeight(f"{field}, which the source names as weight_field, is missing or null")
+        weight = _times(weight, value, field)
+    for key in RECORD_FLAGS:
+        if isinstance(fields.get(key), bool):
+            weight = _times(weight, fields[key], key)
+    return 1.0 if weight is None else weight
+
+
+def _times(weight: float | None, value: object, name: str, *, is_flag: bool = False) -> float | None:
+    """`weight` times the value, where None stands for nothing said."""
+    if value is None:
+        return weight
+    if not isinstance(value, int | float) or not 0 <= value <= MAX_FLOAT32:  # NaN is not between them either
+        shown = f"{value!r:.80}" if isinstance(value, str | int | float) else "a list or an object"
+        raise BadWeight(f"{name} is {shown}; a weight is a number from 0 to {MAX_FLOAT32:.3g}, or true or false")
+    if is_flag and value not in (0, 1):
+        raise BadWeight(f"{name} is {value}; it must be true or false")
+    return (1.0 if weight is None else weight) * float(value)

@@ -1,0 +1,144 @@
+"""What dumps hold, for whoever writes a recipe: `python -m ochat_train.preprocess --fields PATH ...`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ochat_train.conversations.records import Chunk, Record, list_files, read_chunks
+from ochat_train.conversations.sharegpt import Drop, Reading, find_role, find_turns, parse_record
+
+_MAX_VALUES = 1000  # different ones that are counted of a field
+_MAX_NAMES = 200  # of fields and roles that are counted
+_NUM_SHOWN = 6
+_MAX_CHARS = 60
+
+
+def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str]:
+    """The lines for each path: forms, dialects, what is not read, fields with their commonest values, roles, lengths.
+
+    Memory does not grow with the number of records. Raises ValueError for a path that matches no file.
+    """
+    for path in paths:
+        files = list_files(path)
+        yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}"
+        seen = _Seen()
+        with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="reading", delay=2) as bar:
+            for file in files:
+                try:
+                    for chunk in read_chunks([file], encoding=encoding, columns=None):
+                        seen.add(chunk)
+                        bar.update(chunk.bytes_read - bar.n)
+                except ValueError as error:
+                    yield f"  error: {error}"
+        yield from seen.lines()
+
+
+class _Seen:
+    """What was met in the records so far."""
+
+    def __init__(self) -> None:
+        self._dialects: Counter[str] = Counter()
+        self._drops: Counter[str] = Counter()
+        self._hints: Counter[str] = Counter()
+        self._fields: Counter[str] = Counter()
+        self._values: dict[str, Counter[str]] = {}
+        self._turn_fields: Counter[str] = Counter()
+        self._roles: Counter[str] = Counter()
+        self._num_turns: Counter[int] = Counter()
+        self._num_chars: Counter[int] = Counter()
+
+    def add(self, chunk: Chunk) -> None:
+        for record in chunk.records():
+            self._add(record, chunk.form)
+
+    def _add(self, record: Record, form: str) -> None:
+        parsed = parse_record(record, default_id="")
+        if isinstance(parsed, Drop):
+            self._dialects[f"{form}, not read"] += 1
+            self._drops[parsed.reason] += 1
+            if parsed.hint:
+                self._hints[parsed.hint] += 1
+        else:
+            self._dialects[f"{form}, {parsed.dialect}"] += 1
+            self._num_chars.update(_round(len(message.text)) for message in parsed.messages)
+        if not isinstance(record.fields, dict):
+            return
+        list_name, turns = find_turns(record.fields, Reading())
+        if turns:
+            self._num_turns[len(turns)] += 1
+        for name, value in record.fields.items():
+            if value is None or (name not in self._fields and len(self._fields) >= _MAX_NAMES):
+                continue
+            self._fields[name] += 1
+            if name != list_name:
+                values = self._values.setdefault(name, Counter())
+                shown = _show(value)
+                if shown in values or len(values) < _MAX_VALUES:
+                    values[shown] += 1
+        for turn in (turn for turn in turns if isinstance(turn, dict)):
+            self._turn_fields.update(name for name, value in turn.items() if value is not None)
+            role = turn.get("role") if turn.get("from") is None else turn["from"]
+            if isinstance(role, str) and (role in self._roles or len(self._roles) < _MAX_NAMES):
+                self._roles[role] += 1
+
+    def lines(self) -> Iterator[str]:
+        for dialect, count in self._dialects.most_common():
+            yield f"  {dialect}: {count:,} record{'s' * (count != 1)}"
+        if self._drops:
+            yield f"  not read, because of: {_show_counts(self._drops)}"
+        for hint, count in self._hints.most_common(3):
+            yield f"  to read {count:,} of them, a source may say: {hint}"
+        if self._fields:
+            yield "  fields of records, with their commonest values:"
+        width = max(map(len, self._fields), default=0)
+        for name, count in self._fields.most_common():
+            yield f"    {name:<{width}}  {count:>10,}  {self._describe(name)}"
+        if self._num_turns:
+            yield f"  fields of turns: {_show_counts(self._turn_fields)}"
+            yield f"  turns a record: {_spread(self._num_turns)}"
+        roles = [
+            f"{name} {count:,} ({find_role(name, Reading()) or 'not known'})"
+            for name, count in self._roles.most_common(20)
+        ]
+        if roles:
+            yield f"  roles: {', '.join(roles)}"
+        if self._num_chars:
+            yield f"  characters a text: {_spread(self._num_chars)}"
+
+    def _describe(self, name: str) -> str:
+        values = self._values.get(name)
+        if values is None:
+            return "the turns"
+        if len(values) > 20 and len(values) in (values.total(), _MAX_VALUES):
+            return f"many different ones, such as {', '.join(list(values)[:3])}"
+        more = f", and {len(values) - _NUM_SHOWN:,} others" if len(values) > _NUM_SHOWN else ""
+        return ", ".join(f"{value} {count:,}" for value, count in values.most_common(_NUM_SHOWN)) + more
+
+
+def _show(value: Any) -> str:
+    """A value as a recipe would write it, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
+
+
+def _show_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common(20))
+
+
+def _round(number: int) -> int:
+    """The number to two digits, so that few different ones are counted."""
+    digits = max(len(str(number)) - 2, 0)
+    return int(number // 10**digits * 10**digits)
+
+
+def _spread(counts: Counter[int]) -> str:
+    """The least, the median and the largest of counted numbers."""
+    numbers = np.array(sorted(counts))
+    ends = np.cumsum([counts[number] for number in numbers.tolist()])
+    median = int(numbers[np.searchsorted(ends, ends[-1] / 2)])
+    return f"{int(numbers[0]):,} to {int(numbers[-1]):,}, median {median:,}"
