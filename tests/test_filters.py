@@ -605,3 +605,29 @@ def test_a_megabyte_of_anything_takes_no_longer_than_text(unit: str) -> None:
     start = time.perf_counter()
     judge([conversation(huge, huge, huge, huge + "x")], rules(("en",), "mask", "mask", 1))
     assert time.perf_counter() - start < 2, "a megabyte of text takes 0.03 s"
+
+
+@pytest.mark.parametrize(
+    ("answer", "refuses"),
+    [
+        ("Robot: I'm sorry, but as an AI language model I cannot help with that. Human: Fine!", False),
+        ("**Alice**: Hi! **Bot**: As an AI language model, I cannot dance. **Alice**: Oh.", False),
+        ('The bot said "As an AI language model, I cannot do that" and left.', False),
+        ("It said \u201cAs an AI language model, I cannot do that\u201d.", False),
+        ("Here is the mail:\n> As an AI language model, I cannot do that.\nThat is all.", False),
+        ('"As an AI language model, I cannot do that."', True),
+        ('A "quotation". As an AI language model, I cannot do that.', True),
+        ("Alice: Hi! As an AI language model, I cannot do that.", True),
+        ("Answer: 42. Note: As an AI language model, I cannot be sure.", True),
+        ("As an AI language model, I cannot. Alice: Why? Bob: Who knows.", True),
+    ],
+)
+def test_an_answer_that_lets_others_refuse_does_not_refuse(answer: str, refuses: bool) -> None:
+    assert (find_refusals([answer])[0] is not None) == refuses
+
+
+def test_a_turn_of_another_role_with_a_weight_counts_as_an_answer() -> None:
+    rules = FilterRules(None, 0.7, "mask", "mask", 1)
+    for weight, reason in ((1.0, None), (0.0, "too_few_answers")):
+        told = Conversation("a", "s", "", "", (Message("user", "Bye now", weight),))
+        assert judge([told], rules)[0].reason == reason

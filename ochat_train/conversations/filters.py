@@ -49,11 +49,11 @@ class Judgement:
 def judge(conversations: Sequence[Conversation], rules: FilterRules) -> list[Judgement]:
     """A judgement for each conversation, in their order.
 
-    Asked in this order, the first that applies is the reason: fewer assistant turns than `min_answers`
-    (too_few_answers), `find_other_languages` (other_language), `find_refusals` (refusal), `find_repeats`
-    (repeated_answer). The last two look at answers with a weight, and do what the rules say: "mask" makes
-    the answer's weight 0.0 and says refusal_masked or repeated_answer_masked, "drop" drops the conversation,
-    "keep" does not even look. A repeat that is masked as a refusal is no repeat any more.
+    Asked in this order, the first that applies is the reason: fewer answers than `min_answers`, where a turn of
+    another role with a weight counts as one (too_few_answers), `find_other_languages` (other_language),
+    `find_refusals` (refusal), `find_repeats` (repeated_answer). The last two look at answers with a weight, and do what
+    the rules say: "mask" makes the answer's weight 0.0 and says refusal_masked or repeated_answer_masked, "drop" drops
+    the conversation, "keep" does not even look. A repeat that is masked as a refusal is no repeat any more.
 
     Worked example: "Hi", "As an AI language model, I cannot greet.", "Try", "Hello!" with refusals="mask"
     stays with weights 0.0, 0.0, 0.0, 1.0 and says refusal_masked; with "drop" it is dropped for "refusal",
@@ -83,7 +83,7 @@ def judge(conversations: Sequence[Conversation], rules: FilterRules) -> list[Jud
 def _judge(
     conversation: Conversation, other_language: str | None, refusals: dict[int, str], rules: FilterRules
 ) -> Judgement:
-    num_answers = sum(message.role == "assistant" for message in conversation.messages)
+    num_answers = sum(message.role == "assistant" or bool(message.weight) for message in conversation.messages)
     if num_answers < rules.min_answers:
         return Judgement(conversation, (), "too_few_answers", f"{num_answers} of at least {rules.min_answers}")
     if other_language:
@@ -222,8 +222,10 @@ def find_refusals(answers: Sequence[str]) -> list[str | None]:
     """For each answer the first phrase of refusals.txt that it holds, or None.
 
     Case, the amount and kind of white space, and the form of apostrophes make no difference. A phrase ends where a
-    word ends: letters of any script, their accents, digits and the underscore are parts of words. Code,
-    fenced or between backticks, is not looked at: a program that looks for refusals does not refuse.
+    word ends: letters of any script, their accents, digits and the underscore are parts of words. What somebody else
+    says is not looked at, since a program, a quotation or a figure of a dialogue that refuses is no refusal: code,
+    fenced or between backticks; text in double quotation marks, and lines behind `>`, beside text that is not; and what
+    follows a name and a colon, where another name speaks too.
 
     Worked example: ["It was an airplane, I said.", "As an AI, I\\u00a0fly."] gives [None, "as an AI, I"].
     """
@@ -252,13 +254,38 @@ def _refusal_pattern() -> str:
 
 def _find_phrase(answer: str) -> str | None:
     # A backtick in place of code is a border but no white space: what stands behind code does not begin the answer.
-    prose = re.sub(_APOSTROPHE, "'", " ".join(re.sub(_CODE, "`", answer).lower().split()))
+    own = re.sub(_CODE, "`", answer)
+    unquoted = re.sub(_QUOTED, "`", own)
+    if re.search(r"\w", unquoted):  # an answer that is in quotation marks as a whole says it all the same
+        own = unquoted
+    prose = re.sub(_APOSTROPHE, "'", " ".join(own.lower().split()))
     for phrase in read_refusals():
         words = phrase.lstrip("^").lower()
         begin = r"\A" if phrase.startswith("^") else f"(?<!{_IN_WORD})"
-        if words in prose and re.search(f"{begin}{re.escape(words)}(?!{_IN_WORD})", prose):
-            return phrase.lstrip("^")
+        if words not in prose:
+            continue
+        for found in re.finditer(f"{begin}{re.escape(words)}(?!{_IN_WORD})", prose):
+            if not _is_of_a_dialogue(prose, found.start()):
+                return phrase.lstrip("^")
     return None
+
+
+_QUOTED = r'"[^"\n]*"|\u201c[^\u201d\n]*\u201d|\u00ab[^\u00bb\n]*\u00bb|(?m:^[ \t]*>.*$)'
+_SPEAKER = re.compile(r"(?:\A|(?<=[.!?`*] ))[*_]*([^\W\d_]+(?: [^\W\d_]+)?)[*_]*: ")
+# What stands before a colon and speaks for the answer itself, or for nobody.
+_NO_SPEAKERS = frozenset(
+    re.split(
+        " ",
+        "a q answer question response reply assistant ai chatgpt gpt note notes disclaimer important warning caution "
+        "example examples title summary conclusion step update edit tip hint explanation input output pros cons",
+    )
+)
+
+
+def _is_of_a_dialogue(prose: str, position: int) -> bool:
+    """Whether a figure of a dialogue says what stands there."""
+    speakers = [(found.start(), found[1]) for found in _SPEAKER.finditer(prose) if found[1] not in _NO_SPEAKERS]
+    return len({name for _, name in speakers}) > 1 and speakers[0][0] <= position
 
 
 # ---- Repeats
