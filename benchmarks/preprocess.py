@@ -264,13 +264,13 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
         measure("cut into chunks", lambda: list(islice(read_chunks([file], chunk_bytes=CHUNK_BYTES), len(chunks))))
         measure("send a chunk to a worker", lambda: [pickle.loads(pickle.dumps(chunk)) for chunk in chunks])
         measure("read records", lambda: [record for chunk in chunks for record in chunk.records()])
-        parsed = measure("parse", lambda: [parse(record) for record in records])
+        parsed = measure("parse", lambda: [parse(record, None) for record in records])
         found = measure(
             "find the source",
-            lambda: [find_source(record, turns.id, sources) for record, turns in zip(records, parsed, strict=True)],
+            lambda: [find_source(record, sources) for record in records],
         )
         pairs = [(turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, Turns)]
-        cleaned = measure("clean", lambda: [(clean(turns, source), source) for turns, source in pairs])
+        cleaned = measure("clean", lambda: [(clean(turns, source, settings), source) for turns, source in pairs])
         pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, Turns)]
         assigned = measure("assign the source", lambda: [assign_source(turns, source) for turns, source in pairs])
         batches = [assigned[start : start + BATCH] for start in range(0, len(assigned), BATCH)]
