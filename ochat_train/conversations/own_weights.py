@@ -11,10 +11,15 @@ EXCLUSIONS = ("masked",)  # true, false, 1 or 0; what is true has no loss, and w
 PARTS = ("train_detail",)  # marks parts of a text, and here a whole turn has one weight
 
 # Beside the turns: a list with an entry for each turn.
-LISTS = (*WEIGHTS, *FLAGS, "weights", "loss_weights", "turn_weights", "train_mask", "mask", "masks", "loss_masks")
+LISTS = frozenset(
+    (*WEIGHTS, *FLAGS, "weights", "loss_weights", "turn_weights", "train_mask", "mask", "masks", "loss_masks")
+)
 
 # Beside the turns, of the whole record. `loss` is left out: there it is a number that somebody measured.
 RECORD_FLAGS = ("train", "trainable")
+
+
+_OF_A_TURN = frozenset((*WEIGHTS, *FLAGS, *EXCLUSIONS, *PARTS))
 
 
 class BadWeight(ValueError):
@@ -27,6 +32,8 @@ def weight_of_turn(turn: Mapping[str, Any], name: str) -> float | None:
     Raises BadWeight for what is neither null nor a weight: a text, NaN, Infinity, a number below 0 or above float32, a
     flag that is neither true nor false.
     """
+    if turn.keys().isdisjoint(_OF_A_TURN):
+        return None
     weight = None
     for key in WEIGHTS:
         weight = _times(weight, turn.get(key), f"{key} of {name}")
@@ -47,7 +54,7 @@ def weights_of_turns(fields: Mapping[str, Any], num_turns: int) -> list[float | 
     Raises BadWeight for a list of another length, and as `weight_of_turn` does.
     """
     weights: list[float | None] = [None] * num_turns
-    for key in LISTS:
+    for key in fields.keys() & LISTS:
         entries = fields.get(key)
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             continue

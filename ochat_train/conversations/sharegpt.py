@@ -227,6 +227,7 @@ _MESSAGE_FIELDS = frozenset(
     )
 )
 _PAIR_KEYS = frozenset(USER_KEYS + ANSWER_KEYS)
+_SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}  # turns of nearly all records
 
 
 def _find_unread(
@@ -240,7 +241,7 @@ def _find_unread(
     if fields.get("weight") is not None and reading.weight_field != "weight" and not isinstance(fields["weight"], list):
         yield "record field", "weight"
     for turn in turns:
-        if not isinstance(turn, dict):
+        if not isinstance(turn, dict) or turn.keys() == _SHAREGPT or turn.keys() == _OPENAI:
             continue
         if _get(turn, "from") is None and _get(turn, "role") is None and _is_pair(turn):
             names = {name for name in turn if name.strip().lower() not in _PAIR_KEYS} - {"system"}
@@ -267,9 +268,10 @@ def find_media(fields: Mapping[str, Any], turns: Sequence[Any]) -> str:
     """
     objects = [fields, *(turn for turn in turns if isinstance(turn, dict))]
     for part in objects:
-        for name in sorted(part.keys() & MEDIA_KEYS):
-            if _get(part, name):
-                return str(name)
+        if not part.keys().isdisjoint(MEDIA_KEYS):
+            for name in sorted(part.keys() & MEDIA_KEYS):
+                if _get(part, name):
+                    return str(name)
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
         if all(isinstance(one, str) and one.lower().endswith(_MEDIA_SUFFIXES) for one in values) and values:
@@ -359,14 +361,18 @@ def _parse_message(turn: dict[str, Any], name: object, number: int, parts: "_Par
         shown = f"{name!r:.80}" if isinstance(name, str) else _kind(name)
         hint = f"roles: {{{_yaml(name)}: assistant}}   (or user, system, tool)" if isinstance(name, str) else ""
         raise _Refusal("unknown_role", f"the role of turn {number} is {shown}", hint)
-    value = next((turn[field] for field in ("value", "content", "parts") if _get(turn, field) is not None), None)
+    value = turn.get("value")
+    for other in ("content", "parts"):
+        value = turn.get(other) if value is None else value
     if role == "call":
         return Message("assistant", "", calls=_write_json(value, f"the call of turn {number}"))
     if role == "tool" and not isinstance(value, str) and not _are_parts(value):
         return Message("tool", _write_json(value, f"the text of turn {number}"))
     if role != "assistant":
         return Message(role, parts.text(value, number)[0])
-    reasoning = next((said for key in REASONING_KEYS if (said := _get(turn, key))), "")
+    reasoning: object = ""
+    if not turn.keys().isdisjoint(REASONING_KEYS):
+        reasoning = next((said for key in REASONING_KEYS if (said := _get(turn, key))), "")
     if not isinstance(reasoning, str):
         raise _Refusal("value_not_text", f"the reasoning of turn {number} is {_kind(reasoning)}")
     calls = _find_calls(turn)
@@ -381,6 +387,8 @@ def find_role(name: object, reading: Reading) -> Role | Literal["call"] | None:
     """The role of that name, "call" where the assistant does nothing but call tools, or None."""
     if not isinstance(name, str):
         return None
+    if name in ROLES and name not in CALL_ROLES and not reading.roles:  # nearly always
+        return ROLES[name]
     as_written = name.strip().lower()
     for own, role in reading.roles.items():
         if own.strip().lower() == as_written:
