@@ -8,19 +8,20 @@ Every key is documented on its field below; `docs/recipes.md` shows them all wit
 """
 
 import argparse
-import difflib
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import orjson
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ochat_train.recipe_mistakes import list_mistakes
 
 Scalar = str | int | float | bool | None
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -57,7 +58,7 @@ class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
-    path: str | tuple[str, ...] = Field(description="File, folder, glob, or a list of them.")
+    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     epochs: float = Field(
@@ -207,17 +208,18 @@ class ModelSection(Section):
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
     lora: LoraSection | None = Field(None, description="null: all weights are trained.")
 
-    @field_validator("checkpointing")
+    @field_validator("checkpointing", mode="before")
     @classmethod
-    def _checkpointing_is_a_policy(cls, policy: str) -> str:
-        if not re.fullmatch(r"auto|full|none|every_([2-9]|[1-9]\d+)", policy):
+    def _checkpointing_is_a_policy(cls, policy: Any) -> Any:
+        if not re.fullmatch(r"auto|full|none|every_([2-9]|[1-9]\d+)", str(policy)):
             raise ValueError("must be auto, full, none or every_N of N from 2, such as every_2")
         return policy
 
     @model_validator(mode="after")
     def _exactly_one_origin(self) -> Self:
         if (self.base is None) == (self.config is None):
-            raise ValueError("give either base (a pretrained model) or config (a model from scratch), not both")
+            given = "" if self.base is None else ", not both"
+            raise ValueError(f"give either base (a pretrained model) or config (a model from scratch){given}")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, such as llama")
         if self.lora is not None and self.base is None:
@@ -393,22 +395,73 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without two of its traps: a key given twice, and 1e-5 read as text."""
+    """YAML without its traps: a key given twice, 1e-5 read as text, 010 as 8, 1:30 as 90, a date as no text."""
 
 
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for position, (key_node, _) in enumerate(node.value):
-        if (key := keys[position]) in keys[:position]:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; keep one")
-    mapping: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
-    return mapping
+class _Word(str):
+    """yes, no, on or off without quotes: true or false to YAML 1.1, text to YAML 1.2, and here what the key takes."""
+
+
+def _construct_bool(loader: _Loader, node: yaml.ScalarNode) -> bool | _Word:
+    value = node.value.lower()
+    return value == "true" if value in ("true", "false") else _Word(node.value)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    keys: list[str] = []
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # what it brings may be replaced
+            continue
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise ValueError(f"line {line}: the key {key!r} is not text; quote it, or correct it")
+        if key in keys:
+            raise ValueError(f"line {line}: the key {key!r} stands twice; keep one")
+        keys.append(key)
+    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _construct_bool)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d+(?=[eE]))([eE][-+]?\d+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
+
+# What YAML's parser says, and what to do.
+_YAML_REMEDIES = {
+    r"'\t' that cannot start": "indent with spaces, not with tabs",
+    "that cannot start any token": "put the text in quotes",
+    "mapping values are not allowed": "put a text that holds a colon in quotes, and a space behind each key's colon",
+    "but found another document": "a recipe is one document: remove the line ---",
+    "could not determine a constructor": "leave the tag out",
+    "expected <block end>": "keys of one section are indented alike",
+    "found unexpected end of stream": "close the quotes",
+    "expected ',' or": "close the brackets before it, or quote the text",
+}
+
+
+def _read_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError in one line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        remedy = next((f"; {remedy}" for words, remedy in _YAML_REMEDIES.items() if words in told), "")
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None and "\n" in text else ""
+        raise ValueError(f"{where}{told}{remedy}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -418,26 +471,67 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     wrong key's path, value, what is allowed and the nearest known key.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        tree = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no recipe at {path}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} is not a recipe: it cannot be read ({error.strerror}); name a YAML file") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not a recipe: line {line} is not UTF-8; save it as UTF-8 text") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not a recipe: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is not a recipe: its top level must be keys, such as name: and data:")
+        what = "it is empty" if tree is None else f"it is {'a list' if isinstance(tree, list) else 'one value'}"
+        raise ValueError(f"{path} is not a recipe: {what}; its top level must be keys, such as name: and data:")
     for override in overrides:
         _apply_override(tree, override)
-    for key, value in _leaves(tree):  # JSON would turn them into null, which means something else
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {key}: {value} is not a finite number")
+    found: dict[str, str] = {}
+    errors: list[Any] = []
+    tree = _settle(tree, "", found)
     try:
         # Through JSON, because pydantic's strict mode then takes a list for a tuple and still nothing else.
-        return Recipe.model_validate_json(orjson.dumps(tree))
+        recipe = Recipe.model_validate_json(orjson.dumps(tree))
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ValueError("\n  ".join([f"{path} has {len(lines)} mistake(s):", *lines])) from None
-    except TypeError as error:  # a YAML date, a mapping with keys that are not text
+        errors = error.errors()
+    except TypeError as error:  # a key that is no UTF-8
         raise ValueError(f"{path} is not a recipe: {error}") from None
+    if found or errors:
+        lines = list_mistakes(errors, list(known_keys()), list(_required_keys()), found)
+        raise ValueError("\n  ".join([f"{path} has {len(lines)} mistake(s):", *lines]))
+    return recipe
+
+
+def _settle(value: Any, key: str, found: dict[str, str]) -> Any:
+    """The value at `key` as JSON can say it, null for what it cannot; `found` gets the reason, by key."""
+    if isinstance(value, dict):
+        return {name: _settle(inner, f"{key}.{name}" if key else name, found) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_settle(inner, f"{key}.{position}", found) for position, inner in enumerate(value)]
+    if isinstance(value, _Word):
+        kind = dict(_fields()).get(re.sub(r"\.\d+(?=\.|$)", ".N", key))
+        means = "true" if value.lower() in ("yes", "on") else "false"
+        if kind is bool:
+            return means == "true"
+        if kind is None and re.search(r"(^|\.)(where|where_not|config|deepspeed)\.", key):  # any value may be there
+            found[key] = f"{value} without quotes may mean {means} or text; write {means} or '{value}'"
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):  # JSON would turn it into null
+        found[key] = f"{value} is not a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        found[key] = f"{value} is beyond 64 bits"
+    elif isinstance(value, str) and not _is_utf8(value):
+        found[key] = f"{value!r} is not UTF-8 text"
+    elif not isinstance(value, str | int | float | None):
+        found[key] = f"a value of YAML's type {type(value).__name__} means nothing here; write text or a number"
+    return None if key in found else value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode()) or True
+    except UnicodeEncodeError:
+        return False
 
 
 def to_json(section: BaseModel) -> dict[str, Any]:
@@ -467,25 +561,25 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {override!r} is not of the form key=value, such as optim.lr=1e-5")
     *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ValueError(f"override {override!r} is not of the form key=value, such as optim.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (ValueError, yaml.YAMLError) as error:
+        value = _read_yaml(text)
+    except ValueError as error:
         raise ValueError(f"override {override!r}: the value is not YAML: {error}") from None
     here: Any = tree
-    for part in parents:
-        here = _child(here, part, override)
+    for position, part in enumerate(parents):
+        here = _child(here, part, parents[:position], override)
     if isinstance(here, list):
-        here[_index(here, last, override)] = value
+        here[_index(here, last, parents, override)] = value
     else:
         here[last] = value
 
 
-def _child(here: Any, part: str, override: str) -> Any:
+def _child(here: Any, part: str, parents: list[str], override: str) -> Any:
     if isinstance(here, list):
-        child = here[_index(here, part, override)]
+        child = here[_index(here, part, parents, override)]
     else:
         child = here.get(part)
         if child is None:  # a section that the file leaves out, or sets to null
@@ -495,22 +589,28 @@ def _child(here: Any, part: str, override: str) -> Any:
     return child
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, parents: list[str], override: str) -> int:
     if not part.isdecimal() or int(part) >= len(items):
-        raise ValueError(f"override {override!r}: {part!r} must be a number from 0 to {len(items) - 1}")
+        allowed = f"must be a number from 0 to {len(items) - 1}" if items else "stands for no item, since it is empty"
+        raise ValueError(f"override {override!r}: in the list {'.'.join(parents)} {part!r} {allowed}")
     return int(part)
 
 
-# ------------------------------------------------------------------------------------------ error messages
+# ---------------------------------------------------------------------------------------------------- keys
 
 
-def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+def known_keys() -> Iterator[str]:
     """Every dotted key of a recipe, list positions written as N: `data.sources.N.weight`."""
+    return (key for key, _ in _fields())
+
+
+def _fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its annotation."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        yield key
+        yield key, field.annotation
         for section, is_list in _sections_in(field.annotation):
-            yield from known_keys(section, f"{key}.N." if is_list else f"{key}.")
+            yield from _fields(section, f"{key}.N." if is_list else f"{key}.")
 
 
 def _sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
@@ -522,36 +622,14 @@ def _sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
                 yield section, typing.get_origin(annotation) is tuple
 
 
-def _explain(detail: Any) -> str:
-    location = list(detail["loc"])
-    known = set(known_keys())
-    parts: list[str] = []  # union members stand in pydantic's location too; keep what is a key or a position
-    for part in location:
-        generic = ".".join("N" if piece.isdecimal() else piece for piece in [*parts, str(part)])
-        is_open = any(generic.startswith(f"{key}.") for key in ("model.config", "deepspeed"))
-        if isinstance(part, int) or generic in known or is_open or detail["type"] == "extra_forbidden":
-            parts.append(str(part))
-    key = ".".join(parts)
-    if detail["type"] == "extra_forbidden":
-        wrong = ".".join("N" if part.isdecimal() else part for part in parts)
-        return f"{key}: unknown key (value {_short(detail['input'])}){_nearest(wrong, known)}"
-    if detail["type"] == "missing":
-        return f"{key}: missing; the recipe must give it"
-    message = detail["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(detail["input"], dict) else f" (value {_short(detail['input'])})"
-    return f"{key + ': ' if key else ''}{message}{value}"
-
-
-def _nearest(wrong: str, known: set[str]) -> str:
-    last = wrong.rpartition(".")[2]
-    same_name = sorted((key for key in known if key.rpartition(".")[2] == last), key=lambda key: (key.count("."), key))
-    close = same_name or difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)
-    return f"; the nearest known key is {close[0]}" if close else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _required_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """The keys that a recipe must give, down to those that are no sections, or sections without such keys."""
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            section: Any = field.annotation
+            is_section = isinstance(section, type) and issubclass(section, BaseModel)
+            below = list(_required_keys(section, f"{prefix}{name}.")) if is_section else []
+            yield from below or [f"{prefix}{name}"]
 
 
 # -------------------------------------------------------------------------------------------- command line

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.recipe import Recipe, differences, known_keys, load_recipe, main, to_json
+from ochat_train.recipe_mistakes import FOREIGN_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
@@ -276,7 +277,10 @@ def test_every_mistake_is_named_at_once() -> None:
         ("data.sources.0.epochs=0", "0"),
         ("data.sources.0.name=3", "3"),
         ("data.sources.0.name=", "None"),
-        ("data.sources.0.html=yes", "True"),
+        ("data.sources.0.html=yes", "'yes'"),
+        ("data.sources.0.path=3", "3"),
+        ("data.sources.0.path=[]", "[]"),
+        ("data.sources.0.where={a: {b: c}}", "{'b': 'c'}"),
         ("data.overlong=cut", "'cut'"),
         ("data.overlong_context=-1", "-1"),
         ("data.dedupe.exact=1", "1"),
@@ -289,7 +293,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ("data.filters.refusals=false", "False"),
         ("data.filters.repeated_answers=remove", "'remove'"),
         ("data.filters.min_answers=0", "0"),
-        ("name=yes", "True"),
+        ("name=true", "True"),
         ("template=openchat_v3.3", "'openchat_v3.3'"),
         ("model.dtype=float16", "'float16'"),
         ("model.checkpointing=every_1", "'every_1'"),
@@ -299,14 +303,14 @@ def test_every_mistake_is_named_at_once() -> None:
         ("optim.lr=0", "0"),
         ("optim.betas=[0.9, 1.0]", "[0.9, 1.0]"),
         ("optim.betas=0.9", "0.9"),
-        ("log.wandb.mode=on", "True"),
         ("log=[1]", "[1]"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_with_key_and_value(override: str, shown: str) -> None:
     message = refusal(override)
-    assert f"\n  {override.partition('=')[0]}: " in message
-    assert f"(value {shown})" in message
+    (line,) = message.splitlines()[1:]
+    assert line.startswith(f"  {override.partition('=')[0]}")
+    assert f"(value {shown})" in line
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
@@ -314,6 +318,115 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_key_and_value(overri
 def test_a_number_that_is_not_finite_is_refused_and_never_read_as_null(key: str, value: str) -> None:
     message = refusal(f"{key}={value}")
     assert key in message and "finite" in message
+
+
+# A mistake, as overrides of the quickstart, and the one line that is said of it.
+MISTAKES: dict[tuple[str, ...], str] = {
+    ("data.sources.0.wieght=0.5",): "data.sources.0.wieght: unknown key (value 0.5); the nearest known key is "
+    "data.sources.N.weight",
+    ("data.sources.0={nmae: x, path: b}",): "data.sources.0.nmae: unknown key (value 'x'); the nearest known key is "
+    "data.sources.N.name",
+    ("data.sources.1.weight='0.1'",): "data.sources.1.weight: must be a number (value '0.1'); write it without quotes",
+    ("data.sources=[a.json]",): "data.sources.0: must be a section with keys of its own, such as data.sources.N.name "
+    "(value 'a.json')",
+    ("data.sources=a.json",): "data.sources: must be a list (value 'a.json'); each item is a section",
+    ("data.sources.0={path: x}",): "data.sources.0.name: missing; the recipe must give it",
+    ("data.sources.0.path=null",): "data.sources.0.path: must be text or a list (value None); an empty value is null",
+    ("data.sources.0.path=[a, 3]",): "data.sources.0.path.1: must be text (value 3); in quotes it is text",
+    ("data.sources.0.where={a: [b, [c]]}",): "data.sources.0.where.a.1: must be text, a number or true or false (value "
+    "['c'])",
+    ("data.sources.0.where.lang=no",): "data.sources.0.where.lang: no without quotes may mean false or text; write "
+    "false or 'no'",
+    ("model.config.tie_word_embeddings=off",): "model.config.tie_word_embeddings: off without quotes may mean false or "
+    "text; write false or 'off'",
+    ("data.filters.languages=en",): "data.filters.languages: must be a list (value 'en'); a list of it is [en]",
+    ("data.filters.languages=[true]",): "data.filters.languages.0: must be text (value True); in quotes it is text",
+    ("train.epochs=010",): "train.epochs: must be a whole number (value '010')",
+    ("train.epochs=1:30",): "train.epochs: must be a whole number (value '1:30')",
+    ("train.epochs=99999999999999999999",): "train.epochs: 99999999999999999999 is beyond 64 bits",
+    ("name=!!binary aGVsbG8=",): "name: a value of YAML's type bytes means nothing here; write text or a number",
+    ("optim.lr=fast",): "optim.lr: must be a number or 'auto' (value 'fast')",
+    ("optim.lr=-1",): "optim.lr: must be above 0 or 'auto' (value -1)",
+    ("optim.lr=.nan",): "optim.lr: nan is not a finite number",
+    ("optim.betas=[0.9]",): "optim.betas: must be a longer list (value [0.9])",
+    ("optim.foo=3", "packing.tokens_per_gpu=256"): "optim.foo: unknown key (value 3); the keys of optim are algorithm, "
+    "lr, betas, eps, weight_decay, warmup, min_lr, grad_clip",
+    ("model.checkpointing=3",): "model.checkpointing: must be auto, full, none or every_N of N from 2, such as every_2 "
+    "(value 3)",
+    ("model.bse=x", NO_CONFIG): "model.bse: unknown key (value 'x'); the nearest known key is model.base",
+    (NO_CONFIG,): "model: give either base (a pretrained model) or config (a model from scratch)",
+    ("train=null",): "train: must be a section with keys of its own, such as train.epochs (value None); an empty value "
+    "is null",
+    ("log.wandb.projct=x",): "log.wandb.projct: unknown key (value 'x'); the nearest known key is log.wandb.project",
+    ("deepspeed=ds.json",): "deepspeed: must be a mapping (value 'ds.json'); the settings themselves, not the path of "
+    "their file; the stage is zero.stage",
+    ("packing=true",): "packing: must be a section with keys of its own, such as packing.tokens_per_gpu (value True); "
+    "sequences are always packed, without padding",
+    ("x.y.z=3",): "x.y.z: unknown key (value 3); docs/recipes.md lists every key",
+}
+
+
+@pytest.mark.parametrize("overrides", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line(overrides: tuple[str, ...]) -> None:
+    header, line = refusal(*overrides).splitlines()
+    assert header == f"{QUICKSTART} has 1 mistake(s):"
+    assert line == f"  {MISTAKES[overrides]}"
+
+
+def test_a_misspelt_section_is_not_missing_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(QUICKSTART.read_text().replace("train: {", "trian: {"))
+    (line,) = refusal(path=path).splitlines()[1:]
+    assert line == "  trian: unknown key (value {'epochs': 20, 'seed': 0}); the nearest known key is train"
+
+
+def test_missing_sections_are_named_by_what_they_must_hold(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\n")
+    missing = ["data.store", "data.sources", "template", "model", "packing.tokens_per_gpu", "train.epochs"]
+    lines = [f"  {key}: missing; the recipe must give it" for key in (*missing, "checkpoint.dir")]
+    assert refusal(path=path).splitlines()[1:] == lines
+
+
+# ---- Keys of other frameworks ----
+
+
+def test_a_hint_names_a_key_that_there_is_and_no_foreign_name_has_two() -> None:
+    known = set(known_keys())
+    assert {ours for _, ours, _ in FOREIGN_KEYS if ours is not None} <= known
+    names = [name for foreign, _, _ in FOREIGN_KEYS for name in foreign.split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("place", ["", "training_args.", "optim.", "data.sources.0."])
+def test_a_foreign_key_is_hinted_at_wherever_it_stands(place: str) -> None:
+    hints = {name: ours for names, ours, _ in FOREIGN_KEYS for name in names.split() if name not in Recipe.model_fields}
+    lines = dict(
+        line.strip().split(": ", 1) for line in refusal(*(f"{place}{name}=1" for name in hints)).splitlines()[1:]
+    )
+    assert len(lines) == len(hints)
+    called_so = {key.rpartition(".")[2] for key in known_keys()}
+    for name, ours in hints.items():
+        hint = "the nearest known key is" if name in called_so else "here it is"
+        expected = "there is nothing like it here: " if ours is None else f"{hint} {ours}"
+        assert lines[f"{place}{name}"].startswith(f"unknown key (value 1); {expected}"), name
+
+
+def test_a_recipe_of_another_framework_gets_a_line_for_each_key(tmp_path: Path) -> None:
+    path = tmp_path / "axolotl.yml"
+    path.write_text(
+        "base_model: a/b\nload_in_4bit: true\nadapter: qlora\nsequence_len: 4096\nmicro_batch_size: 2\n"
+        "datasets:\n  - path: x.json\n    type: chat_template\nnum_epochs: 4\noutput_dir: out\nlearning_rate: 0.0002\n"
+    )
+    lines = [line.strip() for line in refusal(path=path).splitlines()[1:]]
+    assert [line.partition(":")[0] for line in lines] == [
+        *("base_model", "load_in_4bit", "adapter", "sequence_len", "micro_batch_size", "datasets", "num_epochs"),
+        *("output_dir", "learning_rate", "name", "data.store", "template"),
+    ]
+    assert lines[4] == (
+        "micro_batch_size: unknown key (value 2); here it is packing.tokens_per_gpu, it counts tokens, not sequences: "
+        "2 sequences are 2 x data.max_tokens"
+    )
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -363,7 +476,8 @@ def test_a_contradiction_is_refused(overrides: list[str], words: list[str]) -> N
 
 @pytest.mark.parametrize("position", ["2", "-1", "x"])
 def test_a_list_position_out_of_range_is_refused(position: str) -> None:
-    assert f"{position!r} must be a number from 0 to 1" in refusal(f"data.sources.{position}.weight=1.0")
+    message = refusal(f"data.sources.{position}.weight=1.0")
+    assert f"in the list data.sources {position!r} must be a number from 0 to 1" in message
 
 
 @pytest.mark.parametrize(
@@ -372,6 +486,7 @@ def test_a_list_position_out_of_range_is_refused(position: str) -> None:
         ("optim.lr", "not of the form key=value"),
         ("=3", "not of the form key=value"),
         ("", "not of the form key=value"),
+        ("optim..lr=3", "not of the form key=value"),
         ("optim.lr=[1, 2", "the value is not YAML"),
         ("optim.lr.peak=3", "lr is the value 0.003, it has no keys of its own"),
         ("name.first=x", "name is the value 'quickstart', it has no keys of its own"),
@@ -386,11 +501,73 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert f"no recipe at {tmp_path / 'none.yaml'}" == refusal(path=tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n", "name: [a\n", "name: !!python/object:os.system x\n"])
-def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "it is empty; its top level must be keys, such as name: and data:"),
+        (b"# only a comment\n", "it is empty; its top level must be keys, such as name: and data:"),
+        (b"- a\n- b\n", "it is a list; its top level must be keys, such as name: and data:"),
+        (b"just text\n", "it is one value; its top level must be keys, such as name: and data:"),
+        (b"name: x\n---\nname: y\n", "a recipe is one document: remove the line ---"),
+        (b"data:\n\tstore: x\n", "line 2, column 1: while scanning for the next token, found character '\\t' that "),
+        (b"data:\n\tstore: x\n", "; indent with spaces, not with tabs"),
+        (b"name: my: run\nx: 1\n", "line 1, column 9: mapping values are not allowed here; put a text that holds"),
+        (b"data: {a: [b\nc: d\n", "; close the brackets before it, or quote the text"),
+        (b"data:\n  a: 1\n   b: 2\n", "line 3, column 5: mapping values are not allowed here"),
+        (b"name: @x\n", "line 1, column 7: while scanning for the next token, found character '@'"),
+        (b"name: caf\xe9\n", "line 1 is not UTF-8; save it as UTF-8 text"),
+        (b"name: x\n3: y\n", "line 2: the key 3 is not text; quote it, or correct it"),
+        (b"name: x\ntrue: y\n", "line 2: the key True is not text; quote it, or correct it"),
+        (b"name: x\n? [a, b]\n: y\n", "line 2: the key ['a', 'b'] is not text; quote it, or correct it"),
+        (b"name: !!python/object:os.system x\nx: y\n", "could not determine a constructor for the tag"),
+        (b"deepspeed: " + b"{a: " * 2000 + b"1" + b"}" * 2000, "it is nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: bytes, words: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
-    assert f"{path} is not a recipe" in refusal(path=path)
+    path.write_bytes(text)
+    message = refusal(path=path)
+    assert message.startswith(f"{path} is not a recipe: ") and "\n" not in message
+    assert words in message
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert refusal(path=tmp_path) == f"{tmp_path} is not a recipe: it cannot be read (Is a directory); name a YAML file"
+
+
+# ---- YAML's traps ----
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=2024-01-01", "2024-01-01"),
+        ("name=2001-12-14 21:59:43", "2001-12-14 21:59:43"),
+        ("name=yes", "yes"),
+        ("name=1:30", "1:30"),
+        ("data.sources.0.where.model=007", "007"),
+        ("data.sources.0.where.model=2024-01-01", "2024-01-01"),
+        ("data.filters.languages=[en, no]", ["en", "no"]),
+        ("log.tensorboard=on", True),
+        ("model.compile=No", False),
+        ("data.max_tokens=1_00", 100),
+        ("train.seed=+0", 0),
+    ],
+)
+def test_a_value_arrives_as_it_was_written(override: str, value: Any) -> None:
+    key = override.partition("=")[0]
+    assert value_at(to_json(load_recipe(QUICKSTART, [override])), key) == value
+
+
+def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    first = (
+        "- &first {name: careful, path: data/quickstart.json, where: {model: careful}, condition: Careful, weight: 1.0}"
+    )
+    text = QUICKSTART.read_text().replace(first.replace("&first ", ""), first)
+    path.write_text(text.replace("  max_tokens", "    - {<<: *first, name: third}\n  max_tokens"))
+    careful, _, third = load_recipe(path).data.sources
+    assert (third.name, third.where) == ("third", careful.where)
 
 
 def test_a_recipe_is_frozen() -> None:
