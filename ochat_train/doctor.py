@@ -78,7 +78,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.tokens.batch import collate
     from ochat_train.tokens.plan_ahead import PlanTable, make_table
     from ochat_train.tokens.store import TokenStore
-    from ochat_train.tokens.tokenizer import load_tokenizer
+    from ochat_train.tokens.tokenizer import load_tokenizer, require_model
     from ochat_train.training.memory_plan import plan_memory, size_of
     from ochat_train.training.planning import make_run_plan
 
@@ -110,6 +110,8 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         return
     yield checks.check_special_tokens(tokenizer)
     try:
+        if recipe.model.base is not None:
+            require_model(recipe.model.base)
         loaded = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
         config = loaded.get_text_config()
         size = size_of(recipe, config)

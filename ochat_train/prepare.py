@@ -19,7 +19,7 @@ from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import RunPlan, digest_index
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
 from ochat_train.tokens.store import Manifest, TokenStore
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.adam8bit import check_adam8bit
 from ochat_train.training.checkpoint import (
     Checkpoint,
@@ -98,6 +98,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
     tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
     check_store(recipe, store.manifest, tokenizer)
+    if recipe.model.base is not None:
+        require_model(recipe.model.base)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
     run = Run(
         recipe=recipe,

@@ -47,7 +47,7 @@ from ochat_train.survey import survey
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, check_store_path, read_manifest
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
@@ -124,6 +124,8 @@ def make_plan(recipe: Recipe) -> Plan:
     files = find_files(data)
     template = TEMPLATES[recipe.template]
     tokenizer = load_tokenizer(recipe.tokenizer_name, template)
+    if recipe.model.base is not None:  # nothing could be trained
+        require_model(recipe.model.base)
     chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
     settings = ShardSettings(
         template=template,

@@ -251,6 +251,14 @@ def test_a_missing_special_token_is_a_problem(recipe_path: Path, capsys: pytest.
     assert re.search(r"^PROBLEM +special tokens: template openchat_3\.6 needs the special token", text, re.MULTILINE)
 
 
+def test_a_folder_without_a_model_is_a_problem(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = run_doctor(capsys, "--quick", str(recipe_path), "model.config=null", f"model.base={tmp_path}")
+    assert code == 1
+    assert f"PROBLEM  model: the folder {tmp_path} holds no model: no config.json is in it" in text
+
+
 def test_each_special_token_is_shown_with_its_id_and_as_text(quickstart: ChatTokenizer) -> None:
     found = doctor_checks.check_special_tokens(quickstart)
     assert found.state == "ok"

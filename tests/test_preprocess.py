@@ -360,6 +360,19 @@ def test_a_language_that_nobody_knows_is_named_before_anything_is_read(tmp_path:
     assert "'dee' is no language that the model knows" in failure(recipe)
 
 
+def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello")))])
+    base = ["model.config=null", f"model.base={tmp_path}"]
+    assert (
+        failure(recipe, *base)
+        == f"error: the folder {tmp_path} holds no model: no config.json is in it; copy it there, or name another"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert f"the folder {tmp_path} holds no weights" in failure(recipe, *base)
+    assert f"the folder {tmp_path} holds no tokenizer" in failure(recipe, *base, "tokenizer=null")
+    assert no_store_is_made(tmp_path, "dump.jsonl", "config.json")
+
+
 def test_a_place_that_holds_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     (tmp_path / "store").mkdir()

@@ -196,8 +196,9 @@ def test_the_dtype_is_the_recipes(tmp_path: Path, dtype: str, expected: torch.dt
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("./no/such/folder", r"no folder \./no/such/folder; give a Hugging Face id, a folder or a \.gguf file"),
-        ("no/such/folder", "model.base no/such/folder"),
+        ("./no/such/folder", r"no folder \./no/such/folder in .*; give a folder, a \.gguf file, or a Hugging Face id"),
+        ("no/such/folder", "no folder no/such/folder in .*; give a folder"),
+        ("no/model", "model.base no/model: there is no folder of this name in .*, and none came from the Hugging Face"),
         ("{tmp}", "{tmp}"),  # a folder without a model in it
         ("{tmp}/model.gguf", r"no file {tmp}/model\.gguf"),
         ("package:ochat_no_such_package/model.gguf", "package ochat_no_such_package is not installed"),

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ochat_train.conversations.schema import Conversation, Message, Role
 from ochat_train.conversations.template import TEMPLATES, Segment
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base, require_model
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "data/quickstart_tokenizer"
@@ -274,10 +274,21 @@ def test_no_conversations_give_no_examples(quickstart: ChatTokenizer) -> None:
         ("~/none/none.gguf", "none/none.gguf"),
         ("/none/folder", "no folder /none/folder"),
         ("./none", "no folder ./none"),
-        ("~/none/folder", "no folder ~/none/folder"),
+        ("~/none/folder", "no folder ~/none/folder; give a folder, a .gguf file, or a Hugging Face id"),
+        (
+            "data/none",
+            f"no folder data/none, though there is {ROOT}/data; correct the name, or if it is a Hugging Face",
+        ),
+        ("models/llama/7b", f"no folder models/llama/7b in {ROOT}; give a folder"),
+        ("models/", f"no folder models/ in {ROOT}; give a folder"),
+        ("https://huggingface.co/some/model", f"no folder https://huggingface.co/some/model in {ROOT}; "),
+        ("two words", f"no folder two words in {ROOT}; "),
+        ("", f"no folder '' in {ROOT}; "),
+        ("README.md", "README.md is a file; give the folder that it is in"),
     ],
 )
-def test_a_base_that_is_not_there_is_refused_by_name(base: str, words: str) -> None:
+def test_a_base_that_is_not_there_is_refused_by_name(base: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError) as error:
         locate_base(base)
     assert words in str(error.value)
@@ -297,6 +308,46 @@ def test_a_base_is_located_as_id_folder_file_or_package(tmp_path: Path) -> None:
     assert locate_base("package:pytest/").name == str(package)
 
 
-def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}"):
+def test_a_name_that_neither_a_folder_nor_the_hub_has_says_both() -> None:
+    for base in ("no-such-model", "some/model"):
+        with pytest.raises(ValueError) as error:
+            load_tokenizer(base, TEMPLATES["openchat_v3.2"])
+        message = str(error.value)
+        assert message.startswith(f"no tokenizer could be loaded from {base}: there is no folder of this name in ")
+        assert "and none came from the Hugging Face hub: We couldn't connect" in message and "\n" not in message
+
+
+def test_an_id_whose_files_are_in_the_cache_is_one_though_a_folder_has_its_first_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--data--model").mkdir()
+    assert locate_base("data/model").name == "data/model"
+
+
+def test_a_folder_that_lacks_files_says_which(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
         load_tokenizer(str(tmp_path), TEMPLATES["openchat_v3.2"])
+    assert str(error.value) == (
+        f"the folder {tmp_path} holds no tokenizer: none of tokenizer.json, *.model, vocab.json, vocab.txt, *.tiktoken "
+        "is in it; copy it there, or name another"
+    )
+    with pytest.raises(ValueError, match=r"holds no model: no config\.json is in it"):
+        require_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"holds no weights: none of model\*\.safetensors, pytorch_model\*\.bin is in it"
+    ):
+        require_model(str(tmp_path))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    require_model(str(tmp_path))
+    require_model("some/model")  # the hub is asked when its files are needed
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(str(tmp_path), TEMPLATES["openchat_v3.2"])
+    message = str(error.value)
+    assert message.startswith(f"no tokenizer could be loaded from {tmp_path}: ") and "\n" not in message

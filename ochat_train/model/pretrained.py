@@ -21,10 +21,11 @@ def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -
     """
     if base is not None:
         files = locate_base(base)
+        files.require("model", ("config.json",))
         try:
             return AutoConfig.from_pretrained(files.name, **files.options)
-        except OSError as error:
-            raise ValueError(f"model.base {base}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
     assert config is not None
     made = AutoConfig.for_model(**{"vocab_size": num_ids, **config})
     if (vocab_size := made.get_text_config().vocab_size) < num_ids:
@@ -98,7 +99,7 @@ def load_model(
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
     except OSError as error:
-        raise ValueError(f"model.base {base}: {error}") from error
+        raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"model.base {base} has quantized weights, which cannot be trained; take its unquantized base")
     forget_padding(model)

@@ -1,6 +1,7 @@
 """A base model's tokenizer, made ready for a chat template: its special tokens are single ids, text never is."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer
 
 from ochat_train.conversations.template import ChatTemplate
+
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,26 @@ class BaseFiles:
     def options(self) -> dict[str, str]:
         """Extra keyword arguments of `from_pretrained`."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine, in which transformers looks for files by their names."""
+        return self.gguf_file is None and Path(self.name).is_dir()
+
+    def require(self, what: str, names: tuple[str, ...]) -> None:
+        """Raise ValueError if it is a folder that has no file of any of these names."""
+        if self.is_folder and not any(any(Path(self.name).glob(name)) for name in names):
+            listed = f"none of {', '.join(names)}" if len(names) > 1 else f"no {names[0]}"
+            raise ValueError(
+                f"the folder {self.name} holds no {what}: {listed} is in it; copy it there, or name another"
+            )
+
+    def why_not(self, error: Exception) -> str:
+        """One line about files that transformers could not load."""
+        said = " ".join(str(error).split())
+        if self.gguf_file is not None or self.is_folder:
+            return said
+        return f"there is no folder of this name in {Path.cwd()}, and none came from the Hugging Face hub: {said}"
 
 
 def locate_base(base: str) -> BaseFiles:
@@ -41,17 +65,43 @@ def locate_base(base: str) -> BaseFiles:
         if spec is None or spec.origin is None:
             raise ValueError(f"{base!r}: the Python package {package} is not installed; install it with pip")
         base = str(Path(spec.origin).parent / file)
-    if not base.endswith(".gguf"):
-        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-            raise ValueError(f"no folder {base}; give a Hugging Face id, a folder or a .gguf file")
-        return BaseFiles(str(Path(base).expanduser()) if base.startswith("~") else base, None)
     path = Path(base).expanduser()
+    if not base.endswith(".gguf"):
+        if base and path.is_dir():
+            return BaseFiles(str(path) if base.startswith("~") else base, None)
+        if base and path.exists():
+            raise ValueError(f"{base} is a file; give the folder that it is in, a Hugging Face id or a .gguf file")
+        organization = re.fullmatch(r"(?:(\w[\w.-]*)/)?\w[\w.-]*", base, re.ASCII)
+        if organization is None:
+            below = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise ValueError(
+                f"no folder {base or repr(base)}{below}; give a folder, a .gguf file, or a Hugging Face id"
+            )
+        if organization[1] and Path(organization[1]).is_dir() and not _is_in_hub_cache(base):
+            raise ValueError(
+                f"no folder {base}, though there is {Path(organization[1]).absolute()}; correct the name, or if it is "
+                f"a Hugging Face id, run: hf download {base}"
+            )
+        return BaseFiles(base, None)
     if not path.is_file():
         raise ValueError(f"no file {path}")
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
             raise ValueError(f"reading a .gguf file needs the package {needed}: pip install 'ochat_train[gguf]'")
     return BaseFiles(str(path.parent), path.name)
+
+
+def _is_in_hub_cache(id: str) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE  # slow to import, and rarely needed
+
+    return (Path(HF_HUB_CACHE) / f"models--{id.replace('/', '--')}").is_dir()
+
+
+def require_model(base: str) -> None:
+    """Raise ValueError if a base that is a folder has no configuration or no weights. A hub is not asked."""
+    files = locate_base(base)
+    files.require("model", ("config.json",))
+    files.require("weights", _WEIGHT_FILES)
 
 
 class TextEncoder:
@@ -153,10 +203,11 @@ def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
     from transformers import AutoTokenizer  # slow to import, and processes that only encode need none of it
 
     files = locate_base(name)
+    files.require("tokenizer", _TOKENIZER_FILES)
     try:
         pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+    except Exception as error:  # of many kinds: tokenizers itself raises nothing narrower
+        raise ValueError(f"no tokenizer could be loaded from {name}: {files.why_not(error)}") from error
     if not getattr(pretrained, "is_fast", False):
         raise ValueError(f"{name} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     return ChatTokenizer(pretrained, template)
