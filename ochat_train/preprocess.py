@@ -70,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoding", metavar="NAME", help="with --fields: of the files, where it is not UTF-8")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or a Ray cluster")
     parser.add_argument("--workers", type=int, metavar="N", help="number of worker processes; default: one a core")
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--explain" in words[:-1]:  # an id may begin as an option does
+        place = words.index("--explain")
+        words[place : place + 2] = [f"--explain={words[place + 1]}"]
+    options = parser.parse_args(words)
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1")
     signal.signal(signal.SIGTERM, _interrupt)

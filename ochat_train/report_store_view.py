@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ochat_train.conversations.ledger import NUM_EXAMPLES, Tally
+from ochat_train.conversations.ledger import NUM_EXAMPLES, Tally, show_id
 from ochat_train.report_store import PACKING_BINS, StoreReport, Totals, Turn, quantile, sum_by
 from ochat_train.report_tables import (
     Table,
@@ -188,7 +188,7 @@ def _by_name(of_sources: Iterable[Mapping[str, Tally]]) -> list[tuple[str, list[
     for name in dict.fromkeys(chain.from_iterable(by_source)):
         tallies = [of_source.get(name, Tally()) for of_source in by_source]
         ids = chain.from_iterable(tally.ids for tally in tallies)
-        shown = ", ".join(_show_id(id) for id in islice(ids, NUM_EXAMPLES))
+        shown = ", ".join(show_id(id) for id in islice(ids, NUM_EXAMPLES))
         found.append((name, [tally.num_records for tally in tallies], shown))
     return sorted(found, key=lambda row: (-sum(row[1]), row[0]))
 
@@ -249,11 +249,6 @@ def _part(part: int, whole: int) -> str:
     return f"{part:,} ({percent(part, whole)})" if part else "0"
 
 
-def _show_id(id: str) -> str:
-    text = printable(id)
-    return text if len(text) <= 40 else f"{text[:9]}…{text[-30:]}"  # an id that is a place has its number at the end
-
-
 # ------------------------------------------------------------------------------------------------- showing
 
 
@@ -266,7 +261,7 @@ def as_text(report: StoreReport) -> str:
     for sample in report.samples:
         lines += [
             "",
-            f"{sample.source}, {show_condition(sample.condition)}: {sample.num_tokens:,} tokens, {_show_id(sample.id)}",
+            f"{sample.source}, {show_condition(sample.condition)}: {sample.num_tokens:,} tokens, {show_id(sample.id)}",
         ]
         lines += chain.from_iterable(map(_turn_lines, sample.head))
         if sample.num_hidden:
@@ -288,7 +283,7 @@ def as_html(report: StoreReport) -> str:
     weights = sorted({piece.weight for turn in turns for piece in turn if piece.weight})
     return render_page(
         "report_store.html.j2",
-        {"condition": show_condition, "id": _show_id, "visible": _visible},
+        {"condition": show_condition, "id": show_id, "visible": _visible},
         report=report,
         origin=_origin(report),
         headline=_headline(report),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ochat_train.conversations.ledger import show_id
 from ochat_train.preprocess import main
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -250,6 +251,16 @@ def test_an_id_of_no_record_is_an_error(made: Path) -> None:
     assert with_store.startswith("error: no record has the id 'nobody' in the store's ledger; ")
     without = failure("--explain", "nobody", made, f"data.store={made.parent}/other")
     assert without.startswith("error: no record has the id 'nobody' in the input files; ")
+
+
+def test_an_id_is_taken_as_the_table_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = ["--dry-run", "two\nlines", f"{'long ' * 30}id"]
+    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "a.jsonl", *(chat(id, "Hi") for id in ids)))])
+    main(["--dry-run", str(recipe)])
+    assert f"no_answer 3 ({', '.join(map(show_id, ids))})" in capsys.readouterr().out
+    for id in ids:
+        lines = explained(recipe, id, capsys)
+        assert sum(line.startswith("== ") for line in lines) == 1
 
 
 def test_the_name_of_a_part_means_its_record(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

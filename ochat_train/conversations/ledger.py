@@ -1,5 +1,6 @@
 """The ledger of a preprocess run: a row for every record, saying what happened to it and why."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -281,10 +282,19 @@ def _details(counts: SourceCounts) -> list[str]:
 
 
 def _show_tally(name: str, tally: Tally) -> str:
-    return f"{name} {tally.num_records:,} ({', '.join(map(_show_id, tally.ids))})"
+    return f"{name} {tally.num_records:,} ({', '.join(map(show_id, tally.ids))})"
 
 
-def _show_id(id: str) -> str:
-    # an id is the dump's text: it may be long, and a line end in it would break the table
-    text = id if id.isprintable() else repr(id)
-    return text if len(text) <= 40 else f"{text[:9]}…{text[-30:]}"  # an id that is a place has its number at the end
+def show_id(id: str) -> str:
+    """The id, whole, as a word that bash and zsh read back, for `--explain`: an id is the dump's text, of any kind."""
+    if id.isprintable():
+        return shlex.quote(id)
+    return f"$'{''.join(map(_escape, id))}'"
+
+
+def _escape(c: str) -> str:
+    if c in "\\'":
+        return f"\\{c}"
+    if c.isprintable():
+        return c
+    return c.encode("unicode_escape").decode() if c.isascii() else f"\\U{ord(c):08x}"
