@@ -1,11 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then run a recipe from its dump to a trained and exported model, or run the tests.
-#
-#   ./launch.sh RECIPE [key=value ...]     preprocess, train, export, show the result
-#   ./launch.sh test [pytest options]      the test-suite
-#
-# Ctrl-C, SIGTERM or SIGUSR1 lets training finish its step and save: exit code 75, and the same command goes on from
-# there. A second one stops at once. README.md lists the variables that are read from the environment.
+# Set up, then run a recipe from its dump to a trained and exported model, or run the tests: see `usage` below.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -13,7 +7,50 @@ stopped=75 # the exit code of what was asked to stop and can go on; training has
 say() { printf 'launch: %s\n' "$*"; }
 die() { printf 'launch: %s\n' "$*" >&2; exit 1; }
 
-[ $# -ge 1 ] || die "usage: ./launch.sh RECIPE [key=value ...]   or   ./launch.sh test [pytest options]"
+usage() {
+  cat <<'END'
+./launch.sh RECIPE [key=value ...]     from a recipe's dump to a trained and exported model
+./launch.sh test [pytest options]      the test-suite
+./launch.sh --help                     this
+
+With a recipe, such as recipes/quickstart.yaml, it takes these steps in the current folder:
+  1. the environment: the current Python if it has ochat_train, else .venv beside launch.sh, made once
+  2. what the recipe needs besides is installed into .venv
+  3. preprocess: the dump to a token store, unless that is up to date
+  4. doctor --quick: what would end the run later
+  5. train: on all GPUs, or in two processes on the CPU, from the newest checkpoint if there is one; then export
+  6. report run: the result, also as a page
+
+key=value overrides any key of the recipe: train.epochs=1 checkpoint.dir=runs/second
+Other commands, such as python -m ochat_train.preprocess --dry-run RECIPE, run after: source .venv/bin/activate
+
+Ctrl-C, SIGTERM or SIGUSR1 lets training finish its step and save: exit code 75, and the same command goes on from
+there. A second one stops at once.
+
+Variables of the environment, which README.md explains:
+  NUM_GPUS      processes on each node
+  MAX_RESTARTS  how often to start again after a crash
+  HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT, SLURM_JOB_NUM_NODES    for several nodes
+END
+}
+
+case "${1:-}" in
+  -h | --help) usage; exit ;;
+  "") usage >&2; exit 1 ;;
+  test) ;;
+  -*) die "$1 is no option; see ./launch.sh --help" ;;
+  *)
+    for word in "${@:2}"; do
+      case "$word" in
+        -h | --help) usage; exit ;;
+        [!-=]*=*) ;;
+        *) die "$word is not of the form key=value, such as optim.lr=1e-5; see ./launch.sh --help" ;;
+      esac
+    done
+    [ ! -d "$1" ] || die "$1 is a folder; name a recipe, a YAML file such as recipes/quickstart.yaml"
+    [ -f "$1" ] || die "no recipe at $1 in $PWD; name a YAML file such as recipes/quickstart.yaml"
+    ;;
+esac
 
 # ---- The environment ----
 
@@ -269,7 +306,6 @@ train_with_restarts() {
 recipe="$1"
 max_restarts="${MAX_RESTARTS:-0}"
 [[ $max_restarts =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$max_restarts is not a number of restarts, such as 3"
-[ -f "$recipe" ] || die "no recipe at $recipe"
 is_named() { grep -qE -- "$1" "$recipe" || printf '%s\n' "$@" | tail -n +3 | grep -qE -- "$1"; }
 extras=()
 if is_named '\.gguf' "$@"; then extras+=(gguf); fi

@@ -170,6 +170,55 @@ def test_an_environment_that_has_the_extras_is_left_as_it_is(bench: Bench) -> No
     assert "using the current environment" in bench.launch("model.lora.rank=8")[1]
 
 
+# ---- What is said of a command that is not understood ----
+
+
+def bare(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """Exit code, output and errors of launch.sh with these arguments alone."""
+    process = subprocess.run([LAUNCH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=30)
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_help_names_commands_steps_and_variables(tmp_path: Path) -> None:
+    code, told, errors = bare("--help", cwd=tmp_path)
+    assert (code, errors) == (0, "")
+    for words in (
+        "./launch.sh RECIPE [key=value ...]",
+        "./launch.sh test",
+        "source .venv/bin/activate",
+        "exit code 75",
+    ):
+        assert words in told
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", LAUNCH.read_text()))
+    assert variables and variables <= set(re.findall(r"[A-Z_]+", told))
+    assert bare("-h", cwd=tmp_path) == bare("recipe.yaml", "a=1", "--help", cwd=tmp_path) == (0, told, "")
+    assert bare(cwd=tmp_path) == (1, "", told)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.yaml"], "no recipe at none.yaml in {here}; name a YAML file such as recipes/quickstart.yaml"),
+        ([""], "./launch.sh RECIPE"),
+        (["."], ". is a folder; name a recipe, a YAML file such as recipes/quickstart.yaml"),
+        (["--quick"], "--quick is no option; see ./launch.sh --help"),
+        (["recipe.yaml", "--quick"], "--quick is not of the form key=value, such as optim.lr=1e-5"),
+        (["recipe.yaml", "--optim.lr=1"], "--optim.lr=1 is not of the form key=value"),
+        (["recipe.yaml", "a=1", "optim.lr"], "optim.lr is not of the form key=value"),
+        (["recipe.yaml", "=1"], "=1 is not of the form key=value"),
+        (["recipe.yaml", ""], " is not of the form key=value"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_anything_is_installed(
+    bench: Bench, arguments: list[str], words: str
+) -> None:
+    code, told, errors = bare(*arguments, cwd=bench.here)
+    assert (code, told) == (1, "")
+    assert words.format(here=bench.here) in errors
+    assert not (bench.here / "calls").exists()
+
+
 # ---- Signals ----
 
 
