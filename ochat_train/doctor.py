@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ochat_train.recipe import Recipe, load_recipe, recipe_arguments
+from ochat_train.recipe import Recipe, load_recipe, parse_arguments, recipe_arguments
 
 if TYPE_CHECKING:
     from ochat_train.doctor_finding import Finding
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="number of processes, each on its GPU")
     parser.add_argument("--gpu-gib", type=float, metavar="X", help="memory of each GPU, for GPUs that are not here")
     recipe_arguments(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_arguments(parser, arguments)
     try:
         if options.gpus is not None and options.gpus < 1:
             raise ValueError(f"--gpus {options.gpus} is below 1; give the number of processes")

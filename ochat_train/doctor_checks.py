@@ -356,8 +356,10 @@ def check_disk(recipe: Recipe, size: ModelSize, num_steps: int | None) -> Findin
     disk = plan_disk(recipe, size, num_steps or 0)
     if disk.missing:
         return Finding("disk", "problem", disk.describe(), disk.remedy)
-    if not os.access(parent := existing_parent(disk.folder), os.W_OK):
-        return Finding("disk", "problem", f"{parent} cannot be written", "name another folder in checkpoint.dir")
+    if not (parent := existing_parent(disk.folder)).is_dir() or not os.access(parent, os.W_OK):
+        return Finding(
+            "disk", "problem", f"{parent} is no folder that can be written", "name another folder in checkpoint.dir"
+        )
     return Finding("disk", "ok", disk.describe())
 
 

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(parity)
             sys.exit(0 if parity.is_equal else 1)
         export(options.checkpoint, options.out, adapter=options.adapter)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
 

@@ -42,7 +42,7 @@ from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
 from ochat_train.preprocess_table import make_table
-from ochat_train.recipe import DataSection, Recipe, SourceSection, load_recipe, recipe_arguments
+from ochat_train.recipe import DataSection, Recipe, SourceSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.survey import survey
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--explain" in words[:-1]:  # an id may begin as an option does
         place = words.index("--explain")
         words[place : place + 2] = [f"--explain={words[place + 1]}"]
-    options = parser.parse_args(words)
+    options = parse_arguments(parser, words)
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1")
     signal.signal(signal.SIGTERM, _interrupt)
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, WorkerDied) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"error: {error}; mend it and run the same command again: it goes on from the shards that are done")
+        sys.exit(f"error: {error}; fix it and run the same command again: it goes on from the shards that are done")
     except KeyboardInterrupt:
         goes_on = "" if options.dry_run else ", and the same command goes on from the shards that are done"
         sys.exit(f"interrupted; the store was not touched{goes_on}")
@@ -167,10 +167,12 @@ def preprocess(
         if not ledger.total().num_kept:
             raise ValueError("no conversation is kept: see above")
         return
+    manifest = read_manifest(store)
+    if manifest is None:
+        _require_writable(store)  # before all files are read for the fingerprint
     stamps = _stamp(plan.files)
     made_from = describe_origin(recipe, plan)
     fingerprint = fingerprint_of(made_from)
-    manifest = read_manifest(store)
     is_up_to_date = manifest is not None and manifest.fingerprint == fingerprint
     with suppress(FileNotFoundError):
         for leftover in find_leftovers(store):
@@ -181,10 +183,23 @@ def preprocess(
         return
     if manifest is not None:
         print(f"token store {store} is stale ({_what_changed(manifest.made_from, made_from)} changed); making it anew")
-    store.parent.mkdir(parents=True, exist_ok=True)
+        _require_writable(store)
     with WorkFolder.beside(store, fingerprint) as work:
         _Run(plan, work, engine, num_workers).write(store, fingerprint, made_from, stamps)
         work.remove()
+
+
+def _require_writable(store: Path) -> None:
+    """Raise ValueError unless a folder can be made beside the store, as its work folder will be."""
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=store.parent, prefix=f"{store.name}.", suffix=".seen"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"data.store {store}: nothing can be written in {store.parent} ({error.strerror}); name another folder, or "
+            "get the right to write there"
+        ) from None
 
 
 def _stamp(files: Iterable[str]) -> dict[str, tuple[int, int]]:

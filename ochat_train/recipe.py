@@ -638,7 +638,17 @@ def _required_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterato
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every entry point shares: RECIPE [key=value ...]."""
     parser.add_argument("recipe", metavar="RECIPE", help="the recipe's YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override of any key: optim.lr=1e-5")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="override of any key: optim.lr=1e-5"
+    )
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, which may stand between overrides. Exits when there is another, or an override written as one."""
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        parser.error(f"{unknown[0]} is no option; a key of the recipe has no dashes, as in optim.lr=1e-5")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -650,7 +660,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
     parser.add_argument("--key", help="print only the value of this key, such as checkpoint.dir")
     recipe_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except ValueError as error:
@@ -660,7 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     values = dict(_leaves(to_json(recipe)))
     if options.key not in values:
-        sys.exit(f"error: {options.key} is no key with a single value, such as optim.lr")
+        sys.exit(f"error: --key {options.key}: no key of this recipe with a single value, such as optim.lr")
     value = values[options.key]
     print(value if isinstance(value, str) else orjson.dumps(value).decode())  # text as it is, for a shell to use
 

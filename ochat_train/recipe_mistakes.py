@@ -116,7 +116,11 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("type formatting format ds_type", None, "the dialect of each record is found from the record"),
     ("special_tokens added_tokens new_special_tokens", None, "the template brings its special tokens"),
     ("load_best_model_at_end early_stopping_patience", None, "the report names the best epoch"),
-    ("num_gpus n_gpus num_processes", None, "launch.sh takes all GPUs, or NUM_GPUS of the environment"),
+    (
+        "gpus num_gpus n_gpus num_processes",
+        None,
+        "launch.sh takes all GPUs, or NUM_GPUS of the environment; report plan takes gpus=N",
+    ),
     ("logging_steps log_interval", None, "every step is logged to checkpoint.dir/metrics.jsonl"),
     ("per_device_eval_batch_size eval_batch_size", None, "evaluation takes packing.tokens_per_gpu as training does"),
     ("group_by_length", None, "the plan balances lengths by itself"),
@@ -145,9 +149,9 @@ _WANTED = {
     "greater_than_equal": "at least {ge:g}",
     "less_than": "below {lt:g}",
     "less_than_equal": "at most {le:g}",
-    "too_short": "a list of at least {min_length}",
+    "too_short": "not empty",  # of our fields none has another least length
     "too_long": "a list of at most {max_length}",
-    "string_too_short": "text of at least {min_length} character",
+    "string_too_short": "not empty",
     "missing": "a longer list",  # of a fixed length
 }
 _OPEN = ("model.config", "deepspeed", "where", "where_not")  # any key may be below
@@ -250,6 +254,7 @@ def _describe(key: str, errors: list[Any], known: Sequence[str]) -> str:
         wanted = [_WANTED[error["type"]].format(**error.get("ctx", {})) for error in errors if error["type"] in told]
         *others, last = dict.fromkeys(wanted)
         message = f"must be {' or '.join([*([', '.join(others)] if others else []), last])}"
+        message = message.replace("be not", "not be")
     else:
         message = errors[0]["msg"].removeprefix("Value error, ")
         if isinstance(value, dict):

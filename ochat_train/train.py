@@ -26,7 +26,7 @@ from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
-from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, recipe_arguments
+from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     recipe_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     world = read_world()
     _use_own_share_of_cores(world)
     join_process_group(world)

@@ -404,6 +404,14 @@ def test_a_disk_that_is_too_small_is_a_problem(recipe: Recipe, monkeypatch: pyte
     assert f"{recipe.checkpoint.keep + 1} checkpoints of" in found.detail
 
 
+def test_a_file_where_the_folder_would_be_is_a_problem(recipe_path: Path, tmp_path: Path) -> None:
+    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        found = doctor_checks.check_disk(load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / place}"]), size, None)
+        assert (found.state, found.detail) == ("problem", f"{tmp_path}/file is no folder that can be written")
+
+
 def test_what_a_resumed_run_has_already_on_disk_is_not_needed_again(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

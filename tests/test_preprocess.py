@@ -373,6 +373,25 @@ def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_pa
     assert no_store_is_made(tmp_path, "dump.jsonl", "config.json")
 
 
+def test_a_store_that_cannot_be_written_is_refused_before_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    monkeypatch.setattr("ochat_train.preprocess.describe_origin", lambda *_: pytest.fail("files were read"))
+    for place in (dump, Path("/proc/self")):
+        message = failure(write_recipe(tmp_path, [source("s", dump)], store=str(place / "store")))
+        assert message.startswith(
+            f"error: data.store {place.resolve()}/store: nothing can be written in {place.resolve()} ("
+        )
+
+
+def test_the_current_folder_is_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    monkeypatch.chdir(tmp_path)
+    message = failure(write_recipe(tmp_path, [source("s", dump)], store="."))
+    assert message == "error: data.store . exists and is not a token store; name another folder"
+
+
 def test_a_place_that_holds_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     (tmp_path / "store").mkdir()
@@ -422,7 +441,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "save", save)
-        assert failure(recipe).startswith("error: [Errno 28] No space left on device; mend it and run the same command")
+        assert failure(recipe).startswith("error: [Errno 28] No space left on device; fix it and run the same command")
     assert ids_in(make(recipe)) == ["1"]
 
 

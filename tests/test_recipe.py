@@ -161,6 +161,13 @@ def test_every_committed_recipe_loads_and_survives_json(path: Path) -> None:
     assert Recipe.model_validate_json(orjson.dumps(to_json(recipe))) == recipe
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_committed_recipe_reads_files_of_the_repository_or_dumps_of_the_user(path: Path) -> None:
+    recipe = load_recipe(path)
+    for name in (*(name for source in recipe.data.sources for name in source.paths), recipe.tokenizer or "data"):
+        assert name.startswith("dumps/") or (name.startswith("data") and (ROOT / name).exists())
+
+
 def test_the_published_run_is_written_down_as_published() -> None:
     recipe = load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml")
     assert [(source.condition, source.weight) for source in recipe.data.sources] == [("GPT4", 1.0), ("GPT3", 0.1)]
@@ -458,7 +465,7 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, addition: st
         (["model.config={hidden_size: 64}"], ["model: ", "config needs model_type"]),
         (["data.sources.0.weight=0", "data.sources.1.weight=0.0"], ["every source has weight 0"]),
         (["data.sources.1.name=careful"], ["two sources are named 'careful'"]),
-        (["data.sources=[]"], ["data.sources", "at least 1"]),
+        (["data.sources=[]"], ["data.sources: must not be empty"]),
         (["model.lora.rank=8"], ["model: lora trains beside a base", "give base"]),
         ([NO_CONFIG, "model.base=some/model", "model.lora={}", "optim.lr=auto"], ["optim.lr auto", "optim.lr=2e-4"]),
         (["model.compile=true", "zero.stage=3"], ["model.compile cannot be used with zero.stage 3", "zero.stage 2"]),
@@ -638,8 +645,32 @@ def test_one_value_is_printed_as_a_shell_can_use_it(
 
 def test_a_key_that_has_no_single_value_is_refused() -> None:
     for key in ("optim.lrr", "optim"):
-        with pytest.raises(SystemExit, match=rf"error: {key} is no key with a single value"):
+        with pytest.raises(SystemExit, match=rf"error: --key {key}: no key of this recipe with a single value"):
             main([str(QUICKSTART), "--key", key])
+
+
+def test_options_may_stand_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(QUICKSTART), "train.epochs=3", "--key", "train.epochs", "train.seed=1"])
+    assert capsys.readouterr().out == "3\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: RECIPE\n"),
+        (
+            [str(QUICKSTART), "--optim.lr=1"],
+            "--optim.lr=1 is no option; a key of the recipe has no dashes, as in optim.lr",
+        ),
+        ([str(QUICKSTART), "--optim.lr", "1"], "--optim.lr is no option; a key of the recipe has no dashes"),
+    ],
+)
+def test_arguments_that_are_wrong_are_said_to_be_so(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def test_the_command_prints_one_value_or_fails_in_one_line() -> None:

@@ -190,7 +190,7 @@ def _read_index(folder: Path, name: str) -> npt.NDArray[Any]:
 
 def check_store_path(path: Path) -> None:
     """Raises ValueError when `path` holds something that is not a store, so that nothing of anybody's is lost."""
-    if path.is_mount():  # it could not be moved to its place
+    if path.resolve().is_mount():  # it could not be moved to its place
         raise ValueError(f"data.store {path} is where a disk is mounted; name a folder below it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_manifest_fields(path) is None:
         raise ValueError(f"data.store {path} exists and is not a token store; name another folder")

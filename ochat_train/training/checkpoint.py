@@ -113,7 +113,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{path} is not a complete checkpoint (it has no {MANIFEST})")
+        raise ValueError(f"{path} is not a complete checkpoint (it has no {MANIFEST}); name a RUN/step-NNNNNNNN")
     try:
         fields = orjson.loads(file.read_bytes())
         version, digest = fields.pop("format_version"), fields.pop("digest", None)
