@@ -26,7 +26,7 @@ from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import Parity, check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
 
 _NUM_COMPARED = 20  # conversations of the store at each export
@@ -176,6 +176,8 @@ def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
 
 def _compare_prompts(model: Path, checkpoint: Checkpoint) -> None:
     """Say whether the model is served the prompts of its training, where the store of that is still there."""
+    if note := compare_with_auto(str(model), load_tokenizer(str(model), TEMPLATES[checkpoint.template])):
+        print(f"{note}; serve it by --engine transformers", flush=True)
     store = checkpoint.state.recipe["data"]["store"]
     manifest = read_manifest(store)
     if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:

@@ -47,7 +47,7 @@ from ochat_train.survey import survey
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, check_store_path, read_manifest
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
+from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer, require_model
 from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
@@ -159,6 +159,8 @@ def preprocess(
 ) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
     plan = make_plan(recipe)
+    if note := compare_with_auto(recipe.tokenizer_name, plan.tokenizer):
+        print(note)
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:

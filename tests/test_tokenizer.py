@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ochat_train.conversations.schema import Conversation, Message, Role
 from ochat_train.conversations.template import TEMPLATES, Segment
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base, require_model
+from ochat_train.tokens.tokenizer import (
+    ChatTokenizer,
+    compare_with_auto,
+    load_tokenizer,
+    locate_base,
+    require_model,
+)
+from tests.small_tokenizers import CLASSES, TEXTS, write_base
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "data/quickstart_tokenizer"
@@ -181,6 +189,122 @@ def test_the_digest_is_stable_and_changes_with_the_vocabulary(quickstart: ChatTo
 
     digests.add(load_tokenizer(str(QUICKSTART), TEMPLATES["chatml"]).digest)
     assert len(digests) == 4
+
+
+# ---- tokenizer.json as it is ----
+
+
+def ids_of(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_ids_are_those_of_tokenizer_json_in_training_and_in_what_is_saved(
+    kind: str, model_type: str | None, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", kind, model_type=model_type)
+    file = Tokenizer.from_file(str(base / "tokenizer.json"))
+    expected = [file.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    tokenizer = load_tokenizer(str(base), TEMPLATES["chatml"])
+    assert [ids.tolist() for ids in tokenizer.encode_texts(list(TEXTS))] == expected
+    tokenizer.save(tmp_path / "saved")
+    if model_type is not None:
+        shutil.copy(base / "config.json", tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert ids_of(saved, TEXTS) == expected
+    after = [tokenizer.template.end_token + text for text in TEXTS]
+    assert ids_of(saved, after) == ids_of(tokenizer.pretrained, after)
+    assert compare_with_auto(str(tmp_path / "saved"), tokenizer) is None
+
+
+def test_a_space_in_front_of_a_text_is_kept_for_llama_2(llama2: ChatTokenizer) -> None:
+    plain, spaced = llama2.encode_texts(["Hi", " Hi"])
+    assert llama2.pretrained.convert_ids_to_tokens(spaced) == ["▁", "▁Hi"]
+    assert llama2.pretrained.convert_ids_to_tokens(plain) == ["▁Hi"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [("llama2", "' Hi'"), ("yi", "'Hi'"), ("gpt2_prefix", "'Hi'"), ("gpt2", None), ("metaspace", None)],
+)
+def test_what_auto_tokenizer_would_encode_otherwise_is_said_in_one_line(
+    kind: str, first: str | None, tmp_path: Path
+) -> None:
+    name = str(write_base(tmp_path / kind, kind))
+    line = compare_with_auto(name, load_tokenizer(name, TEMPLATES["chatml"]))
+    if first is None:
+        assert line is None
+    else:
+        assert line is not None and "\n" not in line
+        assert name in line and CLASSES[kind] in line and f"of 48 probes, first {first}: " in line
+
+
+def test_a_model_whose_type_makes_auto_tokenizer_ignore_the_file_is_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(QUICKSTART), TEMPLATES["chatml"])
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert "Qwen2Tokenizer" in str(compare_with_auto(str(tmp_path), tokenizer))
+
+
+def test_a_base_without_tokenizer_json_is_what_transformers_converts_it_to(tmp_path: Path) -> None:
+    model = json.loads((write_base(tmp_path / "gpt2", "gpt2") / "tokenizer.json").read_text())["model"]
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (base / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}')
+    tokenizer = load_tokenizer(str(base), TEMPLATES["chatml"])
+    assert "has no tokenizer.json" in str(compare_with_auto(str(base), tokenizer))
+    tokenizer.save(tmp_path / "saved")
+    assert ids_of(AutoTokenizer.from_pretrained(tmp_path / "saved"), TEXTS) == ids_of(tokenizer.pretrained, TEXTS)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_that_an_earlier_version_saved_keeps_its_ids(legacy: bool, tmp_path: Path) -> None:
+    # It trained with what AutoTokenizer made of the base, and saved that.
+    earlier = AutoTokenizer.from_pretrained(write_base(tmp_path / "base", "llama2"), legacy=legacy)
+    trained = ChatTokenizer(earlier, TEMPLATES["openchat_v3.2"])
+    earlier.save_pretrained(tmp_path / "checkpoint")
+    assert (
+        json.loads((tmp_path / "checkpoint/tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    )
+    loaded = load_tokenizer(str(tmp_path / "checkpoint"), TEMPLATES["openchat_v3.2"])
+    assert loaded.digest == trained.digest
+    assert loaded.encode_texts([" Hi"])[0].tolist() == loaded.encode_texts(["Hi"])[0].tolist()
+
+
+def test_transformers_4_and_code_beside_the_base_are_no_hindrance(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama2")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["code.Slow", None]}, "additional_special_tokens": ["<|begin_of_text|>"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(str(base), TEMPLATES["chatml"]).save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 knows no TokenizersBackend
+    assert saved["additional_special_tokens"] == ["<|begin_of_text|>"]  # under another name it wants no list
+    assert not {"auto_map", "extra_special_tokens"} & set(saved)
+    assert "<|begin_of_text|>" in AutoTokenizer.from_pretrained(tmp_path / "saved").all_special_tokens
+
+
+def test_a_tokenizer_whose_saved_ids_would_be_others_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "gpt2")
+    fields = json.loads((base / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["<last>"] = 2000
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 2000, "content": "<last>"})
+    (base / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match=r"gaps between its ids, so that <\|im_end\|> would be 2001 in training and 707"
+    ):
+        load_tokenizer(str(base), TEMPLATES["chatml"])
+
+
+@pytest.mark.parametrize("written", ["{", '{"version": "1.0"}'])
+def test_a_tokenizer_json_that_cannot_be_read_is_refused_by_name(written: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama2")
+    (base / "tokenizer.json").write_text(written)
+    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {base}"):
+        load_tokenizer(str(base), TEMPLATES["chatml"])
 
 
 # ---- Encoding ----

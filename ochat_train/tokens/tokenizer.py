@@ -1,6 +1,7 @@
 """A base model's tokenizer, made ready for a chat template: its special tokens are single ids, text never is."""
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,12 @@ from ochat_train.conversations.template import ChatTemplate
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
+# Texts on which tokenizers of the same vocabulary differ.
+_PROBES = (
+    *("Hi", " Hi", "  Hi", "Hi ", "", " ", "\nHi", "\n\n Hi", "\tHi\r\n", "a  b   c", "▁Hi", "\u00a0Hi", "don't I'LL"),
+    *("0123456789", "3.14, 1,000", "größer, Привет", "漢字 ひらがな 한국어", "مرحبا हिन्दी", "🦙 🙂", "e\u0301\u200b"),
+    *("\uff46\uff55ll \ufdfa", "\x00\x7f", "<div>", "def f(x):\n    return  x\n"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,10 @@ class TextEncoder:
         """SHA-256 of everything that decides ids."""
         return sha256(self._tokenizer.to_str().encode()).hexdigest()
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token; None when there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """The ids of each text alone, on all cores. No text yields a special token."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -155,6 +166,12 @@ class ChatTokenizer:
         special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
         self.added = {token: special_ids[token] for token in missing}
         self.text = TextEncoder(pretrained.backend_tokenizer.to_str(), special_ids)
+        for token, id_ in special_ids.items():
+            if (saved_id := self.text.id_of(token)) != id_:  # a tokenizer.json gives added tokens ids of its own
+                raise ValueError(
+                    f"this tokenizer ({pretrained.name_or_path}) has gaps between its ids, so that {token} would be "
+                    f"{id_} in training and {saved_id} once saved; choose a template whose special tokens it has"
+                )
         self._refuse_text_that_becomes_control()
 
     @property
@@ -183,11 +200,15 @@ class ChatTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer, so that `AutoTokenizer.from_pretrained(folder)` gives it back."""
-        if hasattr(self.pretrained, "legacy"):
-            # Llama's: transformers 5 reads it and forgets to save it; without it, text behind a special token loses the
-            # space in front, and the ids differ from training's.
-            self.pretrained.init_kwargs["legacy"] = self.pretrained.legacy
         self.pretrained.save_pretrained(folder)
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_bytes())
+        # The class with which transformers 4 and 5 take tokenizer.json as it is; of code beside a base we ran none.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("auto_map", None)
+        if extra := config.pop("extra_special_tokens", None):  # a list, which transformers 4 reads under this name
+            config["additional_special_tokens"] = extra
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _refuse_text_that_becomes_control(self) -> None:
         for token, ids in zip(self.special_ids, self.encode_texts(list(self.special_ids)), strict=True):
@@ -199,15 +220,60 @@ class ChatTokenizer:
 
 
 def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
-    """The tokenizer of a base model (see `locate_base`), with the template's special tokens."""
-    from transformers import AutoTokenizer  # slow to import, and processes that only encode need none of it
+    """The tokenizer of a base model (see `locate_base`), with the template's special tokens.
+
+    A base's tokenizer.json is taken as it is; AutoTokenizer would make parts of it anew for many classes, and encode
+    `Hi` and ` Hi` alike for Llama 2. A base without one is what transformers converts it to. Raises ValueError.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import; processes that encode do without
 
     files = locate_base(name)
     files.require("tokenizer", _TOKENIZER_FILES)
     try:
-        pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
+        if _has_tokenizer_json(files):
+            pretrained = PreTrainedTokenizerFast.from_pretrained(files.name)
+        else:
+            pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
     except Exception as error:  # of many kinds: tokenizers itself raises nothing narrower
         raise ValueError(f"no tokenizer could be loaded from {name}: {files.why_not(error)}") from error
     if not getattr(pretrained, "is_fast", False):
         raise ValueError(f"{name} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     return ChatTokenizer(pretrained, template)
+
+
+def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
+    """How `tokenizer`, loaded from `name`, differs from what AutoTokenizer makes of the same files, in a line.
+
+    None where the ids are the same, or AutoTokenizer would run code that is not of transformers.
+    """
+    from transformers import AutoTokenizer
+
+    files = locate_base(name)
+    if not _has_tokenizer_json(files):
+        return f"tokenizer {name}: it has no tokenizer.json, so its ids are those of what transformers converts it to"
+    try:
+        auto = AutoTokenizer.from_pretrained(files.name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    # Behind a special token as well, where some put a space in front of a text, and others do not.
+    special = next((token for token in tokenizer.pretrained.all_special_tokens if token in auto.get_vocab()), "")
+    probes = [*_PROBES, *(special + text for text in _PROBES)]
+    ours, others = (
+        [one.encode(text, add_special_tokens=False) for text in probes] for one in (tokenizer.pretrained, auto)
+    )
+    different = [number for number in range(len(probes)) if ours[number] != others[number]]
+    if not different:
+        return None
+    first = different[0]
+    return (
+        f"tokenizer {name}: tokenizer.json is taken as it is; {type(auto).__name__}, which AutoTokenizer makes of it, "
+        f"differs in {len(different)} of {len(probes)} probes, first "
+        f"{probes[first]!r}: {others[first]}, not {ours[first]}"
+    )
+
+
+def _has_tokenizer_json(files: BaseFiles) -> bool:
+    from transformers.utils.hub import cached_file
+
+    options: Any = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    return files.gguf_file is None and cached_file(files.name, "tokenizer.json", **options) is not None
