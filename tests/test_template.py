@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.records import Record, read_chunks
@@ -17,6 +17,7 @@ from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Joint
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from tests.small_tokenizers import CLASSES, TEXTS, write_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -319,6 +320,78 @@ def test_jinja_does_not_trim_or_change_what_is_said(text: str, quickstart: ChatT
     conversation = talk(("user", text), ("assistant", text), condition="GPT4", system=text)
     trained = encode([conversation], quickstart.template, quickstart)[0].example.input_ids.tolist()
     assert jinja_ids(quickstart, chat_template(quickstart, "GPT4"), conversation) == trained
+
+
+@pytest.fixture(params=CLASSES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The tokenizer of a base of each kind."""
+    return str(write_base(tmp_path / "base", request.param))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_the_mask_of_answers_are_those_of_training_for_tokenizers_of_every_kind(name: str, base: str) -> None:
+    tokenizer = load_tokenizer(base, TEMPLATES[name])
+    source = chat_template(tokenizer, "GPT4")
+    for text in TEXTS:
+        turns: list[tuple[Role, str]] = [("user", text), ("assistant", "Yes"), ("user", "No"), ("assistant", text)]
+        conversation = talk(*turns, ("tool", text), ("assistant", ""), condition="GPT4", system=text)
+        example = encode([conversation], tokenizer.template, tokenizer)[0].example
+        messages = [{"role": role, "content": text} for role, text in [("system", text)] * bool(text)]
+        messages += [{"role": message.role, "content": message.text} for message in conversation.messages]
+        served = tokenizer.pretrained.apply_chat_template(
+            messages, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert served["input_ids"] == example.input_ids.tolist(), text
+        assert served["assistant_masks"] == (example.loss_weights > 0).astype(int).tolist(), text
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_without_the_tag_of_transformers_plain_jinja_renders_the_same(
+    template: ChatTemplate, quickstart: ChatTokenizer
+) -> None:
+    source = template.jinja("GPT4", joint=Joint(" ", " ", " ▁"))
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("system", "user", "assistant"), TEXTS[:3], strict=True)
+    ]
+    expected = quickstart.pretrained.apply_chat_template(messages, chat_template=source, tokenize=False)
+    plain = re.sub(r"\{%-? (end)?generation -?%\}", "", source)  # as docs/serving.md says
+    assert Environment().from_string(plain).render(messages=messages) == expected
+
+
+@pytest.mark.parametrize("name", ["openchat_v3.2", "chatml"])
+def test_parts_of_a_text_are_joined_as_they_are(name: str, shared: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "fixtures/llama2-tokenizer"), TEMPLATES[name])
+    source = chat_template(tokenizer, "GPT4")
+
+    def ids(content: object) -> list[int]:
+        messages = [{"role": role, "content": content} for role in ("system", "user", "assistant")]
+        return list(tokenizer.pretrained.apply_chat_template(messages, chat_template=source, return_dict=False))
+
+    parts = [{"type": "text", "text": text} for text in (" Hi", " there", "", "\n!")]
+    assert ids(parts) == ids(" Hi there\n!")
+    assert ids([{"type": "text", "text": ""}]) == ids("")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}, "its type: image_url"),
+        ({"content": [{"type": "text", "text": None}]}, "a part of a message is no text, its type: text"),
+        ({"content": ["a"]}, "a part of a message is no text"),
+        ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "a message has no text, its role: assistant"),
+        ({"content": []}, "a message has no text, its role: assistant"),
+        ({}, "a message has no text, its role: assistant"),
+    ],
+    ids=["image", "null", "string", "call", "empty", "absent"],
+)
+def test_what_is_no_text_raises_in_jinja(
+    message: dict[str, object], words: str, template: ChatTemplate, quickstart: ChatTokenizer
+) -> None:
+    source = template.jinja("GPT4", joint=Joint(" ", " ", " ▁"))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", **message}]
+    with pytest.raises(TemplateError, match=words):
+        quickstart.pretrained.apply_chat_template(messages, chat_template=source, tokenize=False)
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)

@@ -103,42 +103,41 @@ class ChatTemplate:
 
         `condition` defaults to `inference_condition`. Training encodes pieces one by one, a Jinja template yields
         one string: `joint` says what must stand between two pieces so that the tokenizer splits it again there.
+        transformers' tag `generation` marks what has a loss when an assistant's turn has a weight.
         """
         after_turn = self.after_end[-1].is_special if self.after_end else True
         header, system_header = self._jinja_pieces(self.header, after_turn, joint), ""
         if self.system_header:
             system_header = self._jinja_pieces(self.system_header, after_turn, joint)
-        text_after_header = joint.before_text(self.header[-1].is_special)
-        text_after_system = joint.before_text(self.system_header[-1].is_special if self.system_header else True)
-        end = _literal(self.end_token) + "".join(f" + {_literal(piece.text)}" for piece in self.after_end)
+        said = _output(f"said.text + {_literal(self.end_token)}")
+        text = joint.jinja_text(self.header[-1].is_special) + said
+        system_text = joint.jinja_text(self.system_header[-1].is_special if self.system_header else True) + said
         role = "role" if self.condition_first else "(condition + ' ' + role) | trim"
         names = ", ".join(f"'{key}': {_literal(name)}" for key, name in self.role_names.items() if key != "system")
-        first = (
-            "{%- if condition -%}{{- "
-            f"{_literal(joint.before_text(True) + 'Assistant is ')} + condition + {_literal(self.end_token)}"
-            " -}}{%- endif -%}"
-        )
+        first = _literal(joint.before_text(True) + "Assistant is ") + " + condition + " + _literal(self.end_token)
         return "".join(
             [
                 "{%- if condition is not defined -%}",
                 "{%- set condition = " + _literal(inference_condition) + " -%}{%- endif -%}",
                 "{%- set names = {" + names + "} -%}",
-                "{{- " + _literal(self.bos) + " -}}" if self.bos else "",
-                first if self.condition_first else "",
+                _output(_literal(self.bos)) if self.bos else "",
+                "{%- if condition -%}" + _output(first) + "{%- endif -%}" if self.condition_first else "",
                 "{%- for message in messages -%}",
+                _READ_TEXT,
                 "{%- if message['role'] == 'system' -%}",
                 "{%- set role = " + _literal(self.role_names["system"]) + " -%}" if system_header else "",
-                "{{- " + system_header + " -}}" if system_header else "",
-                "{{- " + _literal(text_after_system) + " -}}" if text_after_system else "",
+                _output(system_header) if system_header else "",
+                system_text,
                 "{%- elif message['role'] in names -%}",
                 "{%- set role = names[message['role']] -%}{%- set role = " + role + " -%}",
-                "{{- " + header + " -}}",
-                "{{- " + _literal(text_after_header) + " -}}" if text_after_header else "",
+                _output(header),
+                "{%- if message['role'] == 'assistant' -%}{%- generation -%}" + text + "{%- endgeneration -%}",
+                "{%- else -%}" + text + "{%- endif -%}",
                 "{%- else -%}{{- raise_exception('unknown role: ' + message['role']) -}}{%- endif -%}",
-                "{{- message['content'] + " + end + " -}}",
+                _output(self._jinja_pieces(self.after_end, True, joint)) if self.after_end else "",
                 "{%- endfor -%}",
                 "{%- if add_generation_prompt -%}{%- set role = names['assistant'] -%}{%- set role = " + role + " -%}",
-                "{{- " + header + " -}}{%- endif -%}",
+                _output(header) + "{%- endif -%}",
             ]
         )
 
@@ -158,15 +157,40 @@ class Joint:
     """What a tokenizer needs in front of a text piece to encode it as if it stood alone.
 
     A SentencePiece-like tokenizer puts a space in front of a text that stands alone (`Hello` -> `▁Hello`), so behind
-    another text that space must be written; behind a special token most of them add it themselves.
+    another text that space must be written; behind a special token most of them add it themselves. An empty text gets
+    none, and with some tokenizers neither does a text that begins with one of the characters in `unless`.
     """
 
     after_text: str = ""
     after_special: str = ""
+    unless: str = ""
 
     def before_text(self, is_after_special: bool) -> str:
-        """The string that stands between a piece and the text behind it."""
+        """The string that stands between a piece and a text behind it that begins with none of `unless`."""
         return self.after_special if is_after_special else self.after_text
+
+    def jinja_text(self, is_after_special: bool) -> str:
+        """The Jinja source of what stands in front of the text `said.text` of a message."""
+        lead = self.before_text(is_after_special)
+        tests = ["said.text", *(f"not said.text.startswith({_literal(first)})" for first in self.unless)]
+        return "{%- if " + " and ".join(tests) + " -%}" + _output(_literal(lead)) + "{%- endif -%}" if lead else ""
+
+
+# The text of `message`: a string, or OpenAI's list of parts. The loop is in this form because vLLM and SGLang look for
+# it, and pass parts as they are where they find it; without it they join them by characters of their own.
+_READ_TEXT = (
+    "{%- set said = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set said.text = message['content'] -%}"
+    "{%- elif message['content'] -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' and part['text'] is string -%}{%- set said.text = said.text + part['text'] -%}"
+    "{%- else -%}{{- raise_exception('a part of a message is no text, its type: ' ~ part['type']) -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- else -%}{{- raise_exception('a message has no text, its role: ' ~ message['role']) -}}{%- endif -%}"
+)
+
+
+def _output(expression: str) -> str:
+    return "{{- " + expression + " -}}"
 
 
 def _around_role(text: str) -> Iterator[str]:

@@ -165,6 +165,10 @@ class ChatTokenizer:
         pretrained.add_tokens(special, special_tokens=True)
         special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
         self.added = {token: special_ids[token] for token in missing}
+        processor: Any = pretrained.backend_tokenizer.post_processor
+        for part in processor if hasattr(processor, "__getitem__") else (processor,):
+            if hasattr(part, "trim_offsets"):  # transformers finds answers by characters, a space in front is one
+                part.trim_offsets = False
         self.text = TextEncoder(pretrained.backend_tokenizer.to_str(), special_ids)
         for token, id_ in special_ids.items():
             if (saved_id := self.text.id_of(token)) != id_:  # a tokenizer.json gives added tokens ids of its own
