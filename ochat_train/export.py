@@ -140,6 +140,8 @@ def write_model(
     config = copy.deepcopy(config)
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
+    if getattr(config, "pad_token_id", None) == tokenizer.end_id:  # as padding_idx it would freeze its embedding
+        config.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
     with torch.device("meta"):  # only the names and shapes: the weights are there already
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     # One after the other: read lazily, a weight is put together here.
@@ -266,8 +268,7 @@ def _write_companions(
     config = copy.deepcopy(generation_config)
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
-    # Only here, never in the model's own configuration, where it would freeze the end token's embedding.
-    config.pad_token_id = tokenizer.end_id
+    config.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
     try:
         config.validate(strict=True)
     except ValueError:  # some bases give a temperature but not do_sample, and transformers refuses to save that
@@ -275,7 +276,8 @@ def _write_companions(
     config.save_pretrained(folder)
     served = copy.deepcopy(tokenizer)  # training still uses this one
     served.pretrained.chat_template = chat_template(tokenizer, inference_condition)
-    served.pretrained.eos_token = tokenizer.template.end_token
+    served.pretrained.pad_token, served.pretrained.eos_token = tokenizer.pad_token, tokenizer.template.end_token
+    served.pretrained.padding_side = served.pretrained.init_kwargs["padding_side"] = "left"  # answers follow prompts
     served.save(folder)
     (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
 

@@ -1,5 +1,6 @@
 """A model small enough to be served in a test, exported as training exports."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from ochat_train.tokens.tokenizer import ChatTokenizer
 NUM_POSITIONS = 512
 
 
-def write_chat_model(folder: Path, tokenizer: ChatTokenizer, kind: type[PretrainedConfig] = LlamaConfig) -> Path:
+def write_chat_model(
+    folder: Path, tokenizer: ChatTokenizer, kind: Callable[..., PretrainedConfig] = LlamaConfig
+) -> Path:
     """A model with random weights, tiny-chat, as if it was trained under Careful and Hasty."""
     torch.manual_seed(0)
     config = kind(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -305,6 +305,33 @@ def test_a_tokenizer_json_that_cannot_be_read_is_refused_by_name(written: str, t
     (base / "tokenizer.json").write_text(written)
     with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {base}"):
         load_tokenizer(str(base), TEMPLATES["chatml"])
+
+
+@pytest.mark.parametrize(
+    ("template", "named", "added", "expected"),
+    [
+        ("openchat_v3.2", {"pad_token": "</s>"}, [], "</s>"),
+        ("openchat_v3.2", {}, [], "<unk>"),
+        ("openchat_v3.2", {}, ["<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
+        ("openchat_v3.2", {"unk_token": None}, [], "</s>"),
+        ("chatml", {"pad_token": "<|im_end|>", "unk_token": None}, [], "</s>"),
+        ("chatml", {"unk_token": None, "eos_token": "<|im_end|>"}, [], "<unk>"),  # the first that no template needs
+    ],
+)
+def test_padding_is_a_token_of_the_base_and_never_the_end_token(
+    template: str, named: dict[str, str | None], added: list[str], expected: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", "llama2")
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | named | {"additional_special_tokens": added}))
+    assert load_tokenizer(str(base), TEMPLATES[template]).pad_token == expected
+
+
+def test_padding_is_not_the_end_token_even_where_all_other_special_tokens_are_of_the_template() -> None:
+    words = Tokenizer(BPE({"a": 0}, []))
+    assert (
+        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=words), TEMPLATES["chatml"]).pad_token == "<|im_start|>"
+    )
 
 
 # ---- Encoding ----

@@ -184,6 +184,19 @@ class ChatTokenizer:
         return self.special_ids[self.template.end_token]
 
     @property
+    def pad_token(self) -> str:
+        """The token with which an exported model pads: one that the base has, so that no row is new.
+
+        Never the end token: whoever gives padding no loss would give the end of answers none.
+        """
+        base, added = self.pretrained, dict[int, AddedToken](self.pretrained.added_tokens_decoder)
+        special = [added[id_].content for id_ in sorted(added) if added[id_].special]
+        named = [token for token in special if "pad" in token.lower()]
+        unused = [token for token in special if token not in self.special_ids]
+        candidates: tuple[str | None, ...] = (base.pad_token, *named, base.unk_token, base.eos_token, *unused, *special)
+        return next(token for token in candidates if token and token != self.template.end_token)
+
+    @property
     def num_ids(self) -> int:
         """One above the largest id."""
         return int(max(self.pretrained.get_vocab().values())) + 1
