@@ -9,6 +9,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ochat_train.tokens.parity import Parity, check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
+from ochat_train.training.disk import room_for
 
 _NUM_COMPARED = 20  # conversations of the store at each export
 
@@ -76,11 +78,13 @@ def check(model: str | Path, store: str | Path, *, num: int) -> Parity:
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
-    """Write the checkpoint's model to the folder `out`, or leave what was there.
+    """Write the checkpoint's model to the folder `out`; an earlier one there stays until the new one is whole.
 
     As `write_model` does, in the recipe's dtype. Adapters of model.lora are merged into their base, which is loaded
-    again; with `adapter` they alone are written, for peft. Raises ValueError for an incomplete checkpoint, a base that
-    is not what it was, adapters where there are none, or when `out` holds something that is not an earlier export.
+    again; with `adapter` they alone are written, for peft. What comparing its prompts with those of training finds is
+    printed and stands in its metadata; it stops nothing. Raises ValueError for an incomplete checkpoint, a base that is
+    not what it was, adapters where there are none, a disk without room, or when `out` holds something that is not an
+    earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -95,29 +99,45 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
     condition, metadata = checkpoint.inference_condition, metadata_of(checkpoint)
     trained = _read_trained(checkpoint)
     weights = trained if adapter else _merge(trained, checkpoint, tokenizer)
-    partial = out.with_name(f"{out.name}.partial")
+    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if adapter:
-        _write_adapter(partial, weights, config, checkpoint)
-        _write_companions(partial, generation_config, tokenizer, condition, metadata)
-    else:
-        write_model(
-            partial,
-            weights,
-            config=config,
-            generation_config=generation_config,
-            tokenizer=tokenizer,
-            inference_condition=condition,
-            dtype=_dtype(checkpoint),
-            metadata=metadata,
-        )
-    _compare_prompts(partial, checkpoint)
-    flush_tree(partial)
+    try:
+        with room_for(_num_bytes(weights, config, None if adapter else _dtype(checkpoint)), partial):
+            partial.mkdir(parents=True)
+            if adapter:
+                _write_adapter(partial, weights, config, checkpoint)
+                _write_companions(partial, generation_config, tokenizer, condition, metadata)
+            else:
+                write_model(
+                    partial,
+                    weights,
+                    config=config,
+                    generation_config=generation_config,
+                    tokenizer=tokenizer,
+                    inference_condition=condition,
+                    dtype=_dtype(checkpoint),
+                    metadata=metadata,
+                )
+            _record_parity(partial, checkpoint)
+            flush_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if out.exists():
-        shutil.rmtree(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
     partial.rename(out)
     flush(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _num_bytes(weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype | None) -> int:
+    """About what an export takes: the model of this configuration in `dtype`, or with None adapters alone."""
+    if dtype is None:
+        return sum(weight.nbytes for weight in weights.values())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def write_model(
@@ -172,18 +192,54 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
     """Whether the folder `model` holds the export of this very checkpoint."""
-    metadata, checkpoint = read_export(model), read_checkpoint(checkpoint_dir)
-    return metadata is not None and (metadata["step"], metadata["run"]) == (checkpoint.state.step, checkpoint.run)
+    checkpoint = read_checkpoint(checkpoint_dir)
+    try:
+        metadata = read_export(model) or {}
+    except ValueError:  # damaged: it is written anew
+        return False
+    return (metadata.get("step"), metadata.get("run")) == (checkpoint.state.step, checkpoint.run)
 
 
-def _compare_prompts(model: Path, checkpoint: Checkpoint) -> None:
-    """Say whether the model is served the prompts of its training, where the store of that is still there."""
-    if note := compare_with_auto(str(model), load_tokenizer(str(model), TEMPLATES[checkpoint.template])):
-        print(f"{note}; serve it by --engine transformers", flush=True)
+def _record_parity(model: Path, checkpoint: Checkpoint) -> None:
+    """Compare the model's tokenizer as others load it, and its prompts if the store of its training is still there.
+
+    Whatever goes wrong here, the model is trained, and is written.
+    """
     store = checkpoint.state.recipe["data"]["store"]
-    manifest = read_manifest(store)
-    if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:
-        print(check(model, store, num=_NUM_COMPARED), flush=True)
+    found = None
+    problems: list[str] = []
+    try:
+        if note := compare_with_auto(str(model), load_tokenizer(str(model), TEMPLATES[checkpoint.template])):
+            problems.append(f"{note}; serve it by --engine transformers")
+        manifest = read_manifest(store)
+        if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:
+            parity = check(model, store, num=_NUM_COMPARED)
+            print(parity, flush=True)
+            found = asdict(parity)
+            for way in found["ways"].values():
+                del way["first"]  # it quotes a conversation
+            if parity.num_different:
+                problems.append(
+                    f"{parity.num_different:,} of {parity.num_compared:,} prompts are served with other ids"
+                )
+    except Exception as error:
+        problems.append(f"the model's prompts could not be compared with those of its training: {error!r}")
+    metadata = read_export(model)
+    assert metadata is not None
+    metadata["parity"] = found
+    for problem in problems:
+        _report(problem, metadata["problems"])
+    _write_metadata(model, metadata)
+
+
+def _report(problem: str, problems: list[str]) -> None:
+    """Print what a check after training found, and keep it for the metadata."""
+    print(f"WARNING: {problem}. The model is written all the same; its {METADATA_FILE} says so", flush=True)
+    problems.append(problem)
+
+
+def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
 
 
 def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -273,13 +329,18 @@ def _write_companions(
         config.validate(strict=True)
     except ValueError:  # some bases give a temperature but not do_sample, and transformers refuses to save that
         config.do_sample = True
-    config.save_pretrained(folder)
+    config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it takes for odd
     served = copy.deepcopy(tokenizer)  # training still uses this one
-    served.pretrained.chat_template = chat_template(tokenizer, inference_condition)
+    problems: list[str] = []
+    try:
+        served.pretrained.chat_template = chat_template(tokenizer, inference_condition)
+    except Exception as error:  # preprocess has checked it; since then a package is another
+        served.pretrained.chat_template = None
+        _report(f"the model has no chat template, since none gives the ids of training: {error}", problems)
     served.pretrained.pad_token, served.pretrained.eos_token = tokenizer.pad_token, tokenizer.template.end_token
     served.pretrained.padding_side = served.pretrained.init_kwargs["padding_side"] = "left"  # answers follow prompts
     served.save(folder)
-    (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
+    _write_metadata(folder, metadata | {"problems": problems})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if world.is_main:  # the others need not wait for the export
         try:
             export_model(run, last.checkpoint)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: training has ended, but {run.dir / 'model'} was not written: {error}")
 
 
@@ -380,11 +380,16 @@ def _evaluate(
         move()
         return make_batches(examples, step, world)
 
-    sums, probe = evaluate(engine, run.held_out, shape, batches, len(conditions)), None
-    if is_epoch_end or run.is_finished(state):
-        most = min(shape.capacity, max_positions_of(engine.module.lm.config))
-        probe = probe_conditions(engine, run.held_out, run.tokenizer, shape, batches, sums, max_tokens=most)
-    metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+    try:
+        sums, probe = evaluate(engine, run.held_out, shape, batches, len(conditions)), None
+        if is_epoch_end or run.is_finished(state):
+            most = min(shape.capacity, max_positions_of(engine.module.lm.config))
+            probe = probe_conditions(engine, run.held_out, run.tokenizer, shape, batches, sums, max_tokens=most)
+        metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+    except Exception as error:
+        if not run.is_finished(state):  # other ranks may wait for this one
+            raise
+        print(f"WARNING: the held-out split could not be evaluated after the last step: {error!r}", flush=True)
 
 
 def _is_evaluation_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:

@@ -1,5 +1,6 @@
 """The lines of metrics.jsonl, and what a run must remember to write them."""
 
+import shutil
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -277,6 +278,19 @@ def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(
         for step in (1, 2, 3):
             metrics.step(report_for(step))
     assert capsys.readouterr().out.count("wandb takes no more numbers") == 1
+    assert len(lines(tmp_path, "step")) == 3
+
+
+def test_a_tensorboard_whose_folder_goes_away_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with metrics_for(tmp_path, "log.tensorboard=true") as metrics:
+        metrics.step(report_for(1))
+        (sink,) = metrics._sinks
+        sink._writer.close()  # type: ignore[attr-defined]
+        shutil.rmtree(tmp_path / "tensorboard")
+        (tmp_path / "tensorboard").write_text("in the way")
+        for step in (2, 3):
+            metrics.step(report_for(step))
+    assert capsys.readouterr().out.count("tensorboard takes no more numbers") == 1
     assert len(lines(tmp_path, "step")) == 3
 
 

@@ -1,5 +1,6 @@
 """Prompts as they are served are those of training: proved on stores, and a difference is found and shown."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def counts(parity: Parity) -> dict[str, tuple[int, int]]:
 
 def test_prompts_of_plain_conversations_are_equal_both_ways(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     parity = check_parity(write_store(tmp_path / "store", tokenizer, PLAIN), tokenizer, num=100)
-    assert (parity.num_conversations, parity.num_not_text, parity.num_forging) == (4, 0, 0)
+    assert (parity.num_conversations, parity.num_empty, parity.num_not_text, parity.num_forging) == (4, 0, 0, 0)
     assert counts(parity) == {"piece by piece": (7, 0), "as one string": (7, 0)}
     assert parity.is_equal
 
@@ -94,6 +95,26 @@ def test_forged_text_is_equal_piece_by_piece_and_refused_in_one_string(
     # Of the second conversation the first answer has plain text before it, the second forged text.
     assert (parity.num_not_text, parity.num_forging) == (0, 1)
     assert counts(parity) == {"piece by piece": (4, 0), "as one string": (3, 0)}
+
+
+def test_any_order_of_turns_is_compared_but_for_answers_without_a_message_before(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    orders: list[list[Role]] = [
+        ["assistant", "user", "assistant"],
+        ["assistant", "assistant"],
+        ["tool", "assistant"],
+        ["system", "assistant", "user", "user"],
+        ["user", "user", "system", "assistant"],
+        ["user", "tool"],
+    ]
+    conversations = [
+        replace(PLAIN[0], messages=tuple(Message(role, f"I am {role}.", 1.0) for role in order)) for order in orders
+    ]
+    parity = check_parity(write_store(tmp_path / "store", tokenizer, conversations), tokenizer, num=100)
+    assert (parity.num_empty, parity.num_not_text, parity.num_forging) == (2, 0, 0)
+    assert counts(parity) == {"piece by piece": (5, 0), "as one string": (5, 0)}
+    assert "5 compared, 2 not (2 with no message before the answer)" in str(parity)
 
 
 def test_few_conversations_are_taken_evenly(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
@@ -112,8 +133,9 @@ def test_ids_that_are_no_text_of_anybody_are_counted(
         tokenizer.pretrained, "decode", lambda ids, **kwargs: pieces(ids, **kwargs).replace("four", "4")
     )
     parity = check_parity(store, tokenizer, num=100)
-    assert (parity.num_not_text, counts(parity)["piece by piece"]) == (1, (4, 0))
-    assert "1 left out" in str(parity)
+    # Of the fourth conversation the third answer has that text before it, and is left out.
+    assert (parity.num_not_text, counts(parity)["piece by piece"]) == (1, (6, 0))
+    assert "6 compared, 1 not (1 with texts that do not decode and encode back)" in str(parity)
 
 
 def test_a_difference_is_counted_and_the_first_is_shown_as_tokens(
@@ -192,7 +214,7 @@ def test_the_command_compares_a_model_with_a_store(
     assert run() == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
-        "prompts of 4 conversations of the store, as they are served",
+        "prompts of 4 conversations of the store, as they are served: 7 compared, 0 not",
         "  piece by piece: 7 equal to training, 0 different",
         "  as one string: 7 equal to training, 0 different",
     ]
@@ -201,6 +223,13 @@ def test_the_command_compares_a_model_with_a_store(
     assert run("--num", "2") == 1
     assert "as one string: 0 equal" in capsys.readouterr().out
     assert "below 1" in str(run("--num", "0"))
+    alone = replace(PLAIN[0], messages=(Message("assistant", "I begin.", 1.0),))
+    for name, conversations in (("alone", [alone]), ("empty", [])):
+        shutil.rmtree(tmp_path / "staging", ignore_errors=True)
+        write_store(tmp_path / name, tokenizer, conversations)
+        arguments[2] = str(tmp_path / name)
+        assert run() == 1
+        assert f"0 compared, {len(conversations)} not" in capsys.readouterr().out
     arguments[2] = str(tmp_path)
     assert "no complete token store" in str(run())
     arguments[1] = str(tmp_path)

@@ -4,6 +4,8 @@ import gzip
 import math
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +22,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wandb
+import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ochat_train.prepare
@@ -538,6 +542,100 @@ def test_an_export_compares_its_prompts_with_those_of_the_store(
     assert re.search(r"piece by piece: [1-9]\d* equal to training, 0 different", capsys.readouterr().out)
 
 
+def change_tokenizer(checkpoint: Path, change: dict[str, Any]) -> None:
+    """Change fields of a checkpoint's tokenizer.json, as if it had been written so."""
+    file = checkpoint / "tokenizer" / "tokenizer.json"
+    file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
+    known = read_checkpoint(checkpoint)
+    files = known.files | {"tokenizer/tokenizer.json": mark_file(file)}
+    (checkpoint / "checkpoint.json").write_bytes(manifest_of(replace(known, files=files)))
+
+
+def test_what_checks_after_training_find_is_printed_and_recorded_and_the_model_is_written(
+    recipe_path: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A store that cannot be read; a tokenizer that joins what training encodes apart."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    store = ["data.eval_fraction=0.2", f"data.store={tmp_path / 'store'}"]
+    preprocess(recipe_path, *store)
+    train(load_recipe(recipe_path, [*store, f"checkpoint.dir={run}", "train.max_steps=1"]), ALONE)
+    metadata = orjson.loads((run / "model/ochat_train.json").read_bytes())
+    assert metadata["problems"] == [] and metadata["parity"]["ways"]["as one string"]["num_different"] == 0
+    (arrow,) = (tmp_path / "store/train").glob("*.arrow")
+    arrow.unlink()
+    checkpoint = find_checkpoints(run)[-1]
+    change_tokenizer(checkpoint, {"normalizer": {"type": "Replace", "pattern": {"String": ":H"}, "content": "H"}})
+    export(checkpoint, out)
+    first, second = orjson.loads((out / "ochat_train.json").read_bytes())["problems"]
+    assert "no chat template, since none gives the ids of training" in first
+    assert "could not be compared with those of its training: FileNotFoundError" in second
+    told = capsys.readouterr().out
+    assert f"WARNING: {first}" in told and f"WARNING: {second}" in told
+    assert all(torch.equal(value, weights(run)[name]) for name, value in load_file(out / "model.safetensors").items())
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_an_export_without_room_says_so_in_a_line_leaves_what_was_there_and_can_be_run_again(
+    finished: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: any user can set it."""
+    checkpoint, out = find_checkpoints(finished)[-1], tmp_path / "out"
+    export(find_checkpoints(finished)[0], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    code = f"import resource; from ochat_train.export import main; {limit}; main({[str(checkpoint), str(out)]})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    told = re.search(rf"error: File too large: {out}\.partial takes (\S+) MiB, and \S+ .iB are free", ended.stderr)
+    assert told is not None
+    size = (out / "model.safetensors").stat().st_size / 2**20
+    assert float(told[1]) == pytest.approx(size, abs=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    export(checkpoint, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_nothing_optional_after_the_last_step_keeps_the_model_from_being_written(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/step-00000000").write_text("a file, where an older model would be removed")
+    (tmp_path / "profile").write_text("a file, where the trace would go")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/ochat_train.json").write_text("{cut off")
+    monkeypatch.setattr(ochat_train.train, "probe_conditions", lambda *_, **__: 1 / 0)
+    options = ["train.max_steps=4", "log.profile=true", "checkpoint.models.every_steps=4", "checkpoint.models.keep=1"]
+    train(recipe_for(recipe_path, tmp_path, *options), ALONE)
+    told = capsys.readouterr().out
+    assert "WARNING: the older" in told and "WARNING: the profile" in told
+    assert "WARNING: the held-out split could not be evaluated after the last step: ZeroDivisionError" in told
+    assert (tmp_path / "models/step-00000004/model.safetensors").is_file()
+    assert orjson.loads((tmp_path / "model/ochat_train.json").read_bytes())["step"] == 4
+    assert [event["reason"] for event in events(tmp_path, "end")] == ["max_steps"]
+
+
+def test_a_run_whose_examples_begin_with_an_answer_ends_in_its_model(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One answer longer than data.max_tokens is split into windows, which have no question."""
+    texts = ["Count to five hundred.", " ".join(map(str, range(1, 501))), "Well done.", "Thank you."]
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    (tmp_path / "dump.json").write_bytes(orjson.dumps([{"id": str(n), "conversations": turns} for n in range(4)]))
+    source = {"name": "all", "path": str(tmp_path / "dump.json"), "condition": "Careful"}
+    recipe = yaml.safe_load(recipe_path.read_text())
+    recipe["data"] |= {"sources": [source], "store": str(tmp_path / "store"), "dedupe": {"exact": False}}
+    recipe["train"]["epochs"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = [f"checkpoint.dir={tmp_path}", "data.dedupe.prefix=false", "data.eval_fraction=0.25"]
+    preprocess(tmp_path / "recipe.yaml", *options)
+    train(load_recipe(tmp_path / "recipe.yaml", options), ALONE)
+    metadata = orjson.loads((tmp_path / "model/ochat_train.json").read_bytes())
+    assert metadata["parity"]["num_empty"] > 0 and metadata["problems"] == []
+    assert re.search(r"[1-9]\d* compared, [1-9]\d* not \([1-9]\d* with no message before", capsys.readouterr().out)
+
+
 def test_an_export_replaces_only_an_export(finished: Path, tmp_path: Path) -> None:
     checkpoint = find_checkpoints(finished)[-1]
     export(checkpoint, tmp_path / "out")
@@ -723,16 +821,19 @@ def test_a_pretrained_model_trains_in_training_mode_without_anything_held_out(
     assert all(module.training for module in engine.module.modules())
 
 
-def test_a_base_that_samples_without_saying_so_can_be_exported(finished: Path, tmp_path: Path) -> None:
-    """As the first Llama 2 chat models: a temperature, but no do_sample."""
-    copy = tmp_path / "checkpoint"
-    shutil.copytree(find_checkpoints(finished)[-1], copy)
-    checkpoint, file = read_checkpoint(copy), copy / "model" / "generation_config.json"
-    file.write_bytes(orjson.dumps({"temperature": 0.6, "top_p": 0.9}))
-    files = checkpoint.files | {"model/generation_config.json": mark_file(file)}
-    (copy / "checkpoint.json").write_bytes(manifest_of(replace(checkpoint, files=files)))
-    export(copy, tmp_path / "out")
-    assert orjson.loads((tmp_path / "out" / "generation_config.json").read_bytes())["temperature"] == 0.6
+@pytest.mark.parametrize("odd", [{"temperature": 0.6, "top_p": 0.9}, {"early_stopping": True}])
+def test_a_base_whose_generation_configuration_transformers_would_not_save_is_trained_and_exported(
+    recipe_path: Path, finished: Path, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    """The first Llama 2 chat models have a temperature, but no do_sample."""
+    base = tmp_path / "base"
+    shutil.copytree(finished / "model", base)
+    (base / "generation_config.json").write_bytes(orjson.dumps(odd))
+    options = ["model.config=null", f"model.base={base}", f"checkpoint.dir={tmp_path}", "train.max_steps=1"]
+    options += [f"data.store={tmp_path / 'store'}"]
+    preprocess(recipe_path, *options)
+    train(load_recipe(recipe_path, options), ALONE)
+    assert orjson.loads((tmp_path / "model/generation_config.json").read_bytes()).items() >= odd.items()
 
 
 def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path) -> None:

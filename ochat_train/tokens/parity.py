@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.tokens.encode import TokenIds, Turn
+from ochat_train.tokens.encode import TokenIds
 from ochat_train.tokens.prompt import ControlText, encode_as_one_string, encode_prompt
 from ochat_train.tokens.recondition import Frame, find_turns, make_frame
 from ochat_train.tokens.store import TokenStore
@@ -51,26 +51,45 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What was compared. num_not_text: conversations left out, since a text of theirs does not decode and encode back.
+    """What was compared, in prompts: what stands before each answer of `num_conversations` examples.
 
-    num_forging: answers behind text that spells a special token; made as one string, their ids are not compared, since
-    the gate refuses them. ways: by the names of WAYS.
+    num_empty: no message stands there, and no server can be asked that; a part of a split conversation may begin with
+    an answer. num_not_text: a text does not decode and encode back. Neither is compared. num_forging: a text spells a
+    special token; as one string these are not compared, since the gate refuses them. ways: by the names of WAYS.
     """
 
     num_conversations: int
+    num_empty: int
     num_not_text: int
     num_forging: int
     ways: dict[str, Way]
 
     @property
+    def num_compared(self) -> int:
+        """Prompts that were compared in one way at least."""
+        return max(way.num_equal + way.num_different for way in self.ways.values())
+
+    @property
+    def num_different(self) -> int:
+        """Prompts that differ, of the way that has most of them."""
+        return max(way.num_different for way in self.ways.values())
+
+    @property
     def is_equal(self) -> bool:
         """Whether something was compared, and no prompt differed."""
-        return all(way.num_equal and not way.num_different for way in self.ways.values())
+        return self.num_compared > 0 and self.num_different == 0
 
     def __str__(self) -> str:
-        lines = [f"prompts of {self.num_conversations:,} conversations of the store, as they are served"]
-        if self.num_not_text:
-            lines[0] += f"; {self.num_not_text:,} left out, whose texts do not decode and encode back"
+        reasons = {
+            "no message before the answer": self.num_empty,
+            "texts that do not decode and encode back": self.num_not_text,
+        }
+        left_out = "; ".join(f"{number:,} with {reason}" for reason, number in reasons.items() if number)
+        lines = [
+            f"prompts of {self.num_conversations:,} conversations of the store, as they are served: "
+            f"{self.num_compared:,} compared, {self.num_empty + self.num_not_text:,} not"
+            + (f" ({left_out})" if left_out else "")
+        ]
         for name, way in self.ways.items():
             lines.append(f"  {name}: {way.num_equal:,} equal to training, {way.num_different:,} different")
             if name == "as one string" and self.num_forging:
@@ -85,18 +104,19 @@ def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> Pa
     frames = [make_frame(tokenizer, condition) for condition in store.manifest.conditions]
     control = ControlText(tokenizer)
     positions = np.unique(np.linspace(0, len(store) - 1, min(num, len(store))).astype(np.int64)).tolist()
-    num_not_text = num_forging = 0
+    num_empty = num_not_text = num_forging = 0
     equal, different = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
     firsts: dict[str, Difference | None] = dict.fromkeys(WAYS)
     for position in positions:
         ids = store[position].input_ids
         condition_id = int(store.condition_ids[position])
-        read = _read(ids, frames[condition_id], store.manifest.conditions[condition_id], tokenizer)
-        if read is None:
-            num_not_text += 1
-            continue
-        for number, (prompt, end) in enumerate(_prompts(*read)):
+        for number, (messages, end) in enumerate(_prompts(ids, frames[condition_id], tokenizer)):
+            if not messages:
+                num_not_text += messages is None
+                num_empty += messages is not None
+                continue
             trained = ids[:end].tolist()
+            prompt = Conversation("", "", store.manifest.conditions[condition_id], "", messages)
             is_forging = control.find(prompt) is not None
             num_forging += is_forging
             for name, encode in WAYS.items():
@@ -108,29 +128,24 @@ def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> Pa
                 if served != trained and firsts[name] is None:
                     firsts[name] = _difference(store.name(position), number, trained, served, tokenizer)
     ways = {name: Way(equal[name], different[name], firsts[name]) for name in WAYS}
-    return Parity(len(positions), num_not_text, num_forging, ways)
+    return Parity(len(positions), num_empty, num_not_text, num_forging, ways)
 
 
-def _read(
-    ids: TokenIds, frame: Frame, condition: str, tokenizer: ChatTokenizer
-) -> tuple[Conversation, list[Turn]] | None:
-    """The conversation of an example and its turns; None when one of its texts does not encode to its ids."""
+def _prompts(ids: TokenIds, frame: Frame, tokenizer: ChatTokenizer) -> Iterator[tuple[tuple[Message, ...] | None, int]]:
+    """For each answer the messages before it, and how many tokens of the example they are.
+
+    None when a text of theirs does not encode to its ids, as the second half of a text that a split has cut may not.
+    """
     turns = list(find_turns(ids, frame))
     pieces = [ids[turn.text_start : turn.text_end] for turn in turns]
     texts = [tokenizer.pretrained.decode(piece, clean_up_tokenization_spaces=False) for piece in pieces]
     again = tokenizer.encode_texts(texts)
-    if not all(np.array_equal(one, other) for one, other in zip(pieces, again, strict=True)):
-        return None
-    messages = tuple(Message(turn.role, text) for turn, text in zip(turns, texts, strict=True))
-    return Conversation("", "", condition, "", messages), turns
-
-
-def _prompts(conversation: Conversation, turns: list[Turn]) -> Iterator[tuple[Conversation, int]]:
-    """For each answer what stands before it, and how many tokens of the example that is."""
-    for position, turn in enumerate(turns):
+    messages: tuple[Message, ...] | None = ()
+    for turn, text, piece, encoded in zip(turns, texts, pieces, again, strict=True):
         if turn.role == "assistant":
-            before = conversation.messages[:position]
-            yield Conversation("", "", conversation.condition, "", before), turn.text_start
+            yield messages, turn.text_start
+        if messages is not None:
+            messages = (*messages, Message(turn.role, text)) if np.array_equal(piece, encoded) else None
 
 
 def _difference(name: str, answer: int, trained: list[int], served: list[int], tokenizer: ChatTokenizer) -> Difference:

@@ -1,6 +1,10 @@
 """The room on the disk: what a run takes at most, and what is free."""
 
+import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +26,30 @@ def existing_parent(path: Path) -> Path:
 def free_bytes(path: Path) -> int:
     """How much may still be written below `path`, which need not be there yet."""
     return shutil.disk_usage(existing_parent(path)).free
+
+
+# A full disk, a full quota, a limit on the size of files.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room_for(num_bytes: int, folder: Path) -> Iterator[None]:
+    """Around what writes about `num_bytes` into `folder`: raises ValueError, with the remedy, when there is no room."""
+    free = free_bytes(folder)
+    try:
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except Exception as error:
+        # Libraries in Rust raise kinds of their own, with the number in their text.
+        number = error.errno if isinstance(error, OSError) else None
+        number = number or next((code for code in _NO_ROOM if f"(os error {code})" in str(error)), None)
+        if number not in _NO_ROOM:
+            raise
+        raise ValueError(
+            f"{os.strerror(number)}: {folder} takes {show_bytes(num_bytes)}, and {show_bytes(free)} are free at "
+            f"{existing_parent(folder)}; make room there, or raise the limit, and run the same command again"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

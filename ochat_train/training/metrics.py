@@ -7,7 +7,7 @@ import math
 import resource
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -204,8 +204,7 @@ class Metrics:
             self._file.close()
         if self._bar is not None:
             self._bar.close()
-        for sink in self._sinks:
-            sink.close(is_failed=error is not None)
+        self._tell_sinks(lambda sink: sink.close(is_failed=error is not None))
 
     def start(self, step: int, epoch: int, *, resumed: str | None, about: dict[str, Any]) -> None:
         """Report that training begins behind `step`, or goes on from the checkpoint `resumed`.
@@ -324,8 +323,16 @@ class Metrics:
             self._is_disk_told = True
         if line["event"] in ("step", "eval"):
             numbers = flat_numbers(line)
-            for sink in self._sinks:
-                sink.log(line["step"], numbers)
+            self._tell_sinks(lambda sink: sink.log(line["step"], numbers))
+
+    def _tell_sinks(self, action: Callable[[Sink], None]) -> None:
+        """Do it with every sink; one that fails takes no more, and stops no run."""
+        for sink in tuple(self._sinks):
+            try:
+                action(sink)
+            except Exception as error:  # of whatever kind: wandb's own process may have died, a disk may be full
+                tqdm.write(f"WARNING: {sink.name} takes no more numbers ({error!r}); the run goes on without it")
+                self._sinks.remove(sink)
 
 
 def _keep_lines_until(file: Path, step: int) -> None:

@@ -34,10 +34,14 @@ def profile_steps(folder: Path, world: World, *, step: int, is_on: bool) -> Iter
 
 
 def _write(folder: Path, world: World, step: int, profiler: profile) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     num_before = SKIPPED_STEPS + WARM_UP_STEPS
     file = folder / f"steps-{step + num_before + 1}-{step + profiler.step_num}.json.gz"
-    profiler.export_chrome_trace(str(file))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(file))
+    except Exception as error:  # of many kinds, on a full disk for one; training goes on
+        say(world, f"WARNING: the profile {file} was not written: {error}")
+        return
     say(world, f"profile written to {file}: open it at https://ui.perfetto.dev or in chrome://tracing")
     if world.device.type == "cuda":
         waits = sum(event.count for event in profiler.key_averages() if event.key in _WAITS)

@@ -123,8 +123,7 @@ class Saver:
         def put(partial: Path, marks: dict[str, FileMark]) -> None:
             (partial / MANIFEST).write_bytes(manifest_of(replace(checkpoint, files=marks)))
             _put_in_place(partial, checkpoint.path)
-            for old in find_checkpoints(checkpoint.path.parent)[:-keep]:
-                _remove(old)
+            _prune(find_checkpoints(checkpoint.path.parent)[:-keep])
 
         def take(save: _Save) -> None:
             self._copies.take_for(save)
@@ -157,8 +156,7 @@ class Saver:
             (partial / "checksums.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
             _put_in_place(partial, path)
             if keep is not None:
-                for old in sorted(path.parent.glob("step-" + "[0-9]" * 8))[:-keep]:
-                    shutil.rmtree(old)
+                _prune(sorted(path.parent.glob("step-" + "[0-9]" * 8))[:-keep])
 
         def take(save: _Save) -> None:
             weights = copy_weights(self._engine, self._world)
@@ -305,6 +303,15 @@ def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; cut off by a crash, what is left of it does not look complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _prune(saves: list[Path]) -> None:
+    """Remove older saves. One that stays takes room, and the newer one is there all the same."""
+    for old in saves:
+        try:
+            _remove(old)
+        except OSError as error:
+            print(f"WARNING: the older {old} was not removed: {error}", flush=True)
 
 
 def _make_empty(folder: Path) -> None:

@@ -5,7 +5,7 @@ import secrets
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -20,7 +20,9 @@ _ANSWER_S, _INIT_S, _FINISH_S = 4.0, 10.0, 10.0
 
 
 class Sink(Protocol):
-    """Takes the numbers of a run."""
+    """Takes the numbers of a run. Whatever its methods raise, the run goes on without it."""
+
+    name: str
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take named numbers of a step."""
@@ -66,6 +68,8 @@ def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
 class _TensorBoard:
     """Event files in a folder."""
 
+    name = "tensorboard"
+
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # the extra, and slow to import
 
@@ -81,7 +85,9 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run in wandb. No trouble with its server stops the training run, or holds it up for long."""
+    """A run in wandb. No trouble with its server holds the training run up for long."""
+
+    name = "wandb"
 
     def __init__(self, recipe: Recipe, run_dir: Path, start: int) -> None:
         import wandb  # slow to import, and most runs do not ask for it
@@ -101,9 +107,8 @@ class _Wandb:
             "config": to_json(recipe),
             "settings": wandb.Settings(init_timeout=_INIT_S, finish_timeout=_FINISH_S),
         }
-        self._run: Any = None
         if section.mode == "offline":
-            self._run = wandb.init(mode="offline", **options)
+            self._run: Any = wandb.init(mode="offline", **options)
             return
         server = wandb.setup().settings.base_url
         trouble = _find_trouble(server)
@@ -122,19 +127,10 @@ class _Wandb:
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._do(lambda run: run.log(dict(values), step=step))
+        self._run.log(dict(values), step=step)
 
     def close(self, *, is_failed: bool) -> None:
-        self._do(lambda run: run.finish(exit_code=int(is_failed)))
-
-    def _do(self, action: Callable[[Any], object]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # of whatever kind: wandb's own process may have died
-            tqdm.write(f"warning: wandb takes no more numbers ({error!r}); the run goes on without it")
-            self._run = None
+        self._run.finish(exit_code=int(is_failed))
 
 
 def _find_trouble(server: str) -> str | None:

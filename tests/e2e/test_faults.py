@@ -298,3 +298,23 @@ def test_a_run_folder_that_is_too_small_or_read_only_is_refused_before_the_model
     ended = start(recipe_path, small_disk / "run", code=f"{FILLED}\n{unloadable}").end()
     assert [code for code, _ in ended] == [1, 1]
     assert f"error: checkpoint.dir {small_disk / 'run'} cannot be written to (Read-only file system)" in ended[0][1]
+
+
+@pytest.mark.parametrize(
+    "code", [FILLED, f"{FILLED}\nimport ochat_train.training.disk as d; d.free_bytes = lambda f: 10**15"]
+)
+def test_a_model_that_does_not_fit_the_disk_is_written_by_the_same_command_when_there_is_room(
+    recipe_path: Path, small_disk: Path, code: str
+) -> None:
+    """Seen before it is written, or while it is."""
+    subprocess.run(["mount", "-o", "remount,size=4000k", str(small_disk)], check=True)
+    run, options = small_disk / "run", ["train.max_steps=1", "checkpoint.keep=1"]
+    ended = start(recipe_path, run, *options, code=code).end()
+    assert [code for code, _ in ended] == [1, 0], ended
+    told = f"error: training has ended, but {run / 'model'} was not written: No space left on device: "
+    assert f"{told}{run / 'model.partial'} takes 0.8 MiB, and " in ended[0][1] and "Traceback" not in ended[0][1]
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "metrics.jsonl", "step-00000001"]
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    ended = start(recipe_path, run, *options, code=FILLED).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert (run / "model/model.safetensors").is_file() and not (run / "model.partial").exists()
