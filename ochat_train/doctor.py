@@ -73,6 +73,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.doctor_finding import Finding
     from ochat_train.doctor_kernels import check_kernels
     from ochat_train.doctor_memory import check_memory
+    from ochat_train.doctor_rows import check_rows
     from ochat_train.model.pretrained import load_config
     from ochat_train.report_plan import measured_rate, read_requests
     from ochat_train.tokens.batch import collate
@@ -80,7 +81,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.tokens.store import TokenStore
     from ochat_train.tokens.tokenizer import load_tokenizer, require_model
     from ochat_train.training.memory_plan import plan_memory, size_of
-    from ochat_train.training.planning import make_run_plan
+    from ochat_train.training.planning import make_run_plan, trained_rows
 
     machine = checks.machine_of(options.gpu_gib)
     yield checks.check_versions()
@@ -109,12 +110,15 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         yield Finding("special tokens", "problem", str(error), remedy)
         return
     yield checks.check_special_tokens(tokenizer)
+    if recipe.model.base is not None:
+        yield check_rows(recipe, tokenizer)
     try:
         if recipe.model.base is not None:
             require_model(recipe.model.base)
         loaded = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
         config = loaded.get_text_config()
-        size = size_of(recipe, config)
+        row_ids = trained_rows(recipe, tokenizer)
+        size = size_of(recipe, config, len(row_ids))
     except ValueError as error:
         yield Finding("model", "problem", str(error), "name a model that is there, or correct model.config")
         return
@@ -144,7 +148,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
         num_steps = table.num_steps
         positions = checks.find_fullest(plan)
         batch = collate([examples[position] for position in positions.tolist()], examples.condition_ids[positions])
-        run = checks.run_fullest(recipe, config, batch, memory, kernels)
+        run = checks.run_fullest(recipe, config, batch, memory, kernels, row_ids)
         yield run.finding
         yield checks.check_steps(table, measured_rate(options.recipe, recipe), run.tokens_per_s)
     yield checks.check_disk(recipe, size, num_steps)

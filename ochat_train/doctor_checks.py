@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ochat_train.doctor_finding import GIB, Finding
 from ochat_train.model.kernels import Kernels, use_kernels
-from ochat_train.model.lora import require_peft
+from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.meta import meta_model
 from ochat_train.model.packed_lm import PackedCausalLM
@@ -223,6 +223,7 @@ def fit_config(config: Any, room: int, dtype: torch.dtype) -> tuple[Any, str] | 
 def _reduce(config: Any, factor: int) -> int:
     """Make the configuration one of few layers, and narrower by `factor`; returns the number of layers."""
     config.num_hidden_layers = min(_FEW_LAYERS, config.num_hidden_layers)
+    config.pad_token_id = None  # it may be above a small vocabulary, and nothing is padded
     if (kinds := getattr(config, "layer_types", None)) is not None:
         config.layer_types = kinds[: config.num_hidden_layers]
     if factor > 1:
@@ -478,13 +479,18 @@ class BatchRun:
     tokens_per_s: float | None = None
 
 
-def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPlan, kernels: Kernels) -> BatchRun:
-    """Run one micro-batch forward and backward on this machine's one GPU, or on its CPU if that takes seconds."""
+def run_fullest(
+    recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPlan, kernels: Kernels, row_ids: Sequence[int]
+) -> BatchRun:
+    """Run one micro-batch forward and backward on this machine's one GPU, or on its CPU if that takes seconds.
+
+    row_ids: those that are trained beside adapters, if the recipe has any.
+    """
     on_gpu = torch.cuda.is_available()
     size, num_tokens = plan.size, len(batch.input_ids)
     element = DTYPES[recipe.model.dtype].itemsize
     weights, flop = element * size.num_weights, 6 * size.num_weights * num_tokens
-    expected = 2 * weights + plan.activations.peak
+    expected = weights + element * size.num_trained + plan.activations.peak
     if torch.cuda.device_count() > 1:
         return _not_run("there are several GPUs: one of them could not hold what ZeRO splits")
     if not on_gpu and weights > plan.machine.host_bytes // 4:
@@ -497,7 +503,7 @@ def run_fullest(recipe: Recipe, config: Any, batch: PackedBatch, plan: MemoryPla
         return _not_run(f"it needs {show_bytes(expected)}, of which {show_bytes(plan.machine.host_bytes)} are free")
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        seconds, peak = _forward_and_backward(recipe, config, batch, device, kernels, plan.policy)
+        seconds, peak = _forward_and_backward(recipe, config, batch, device, kernels, plan.policy, row_ids)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -523,14 +529,21 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _forward_and_backward(
-    recipe: Recipe, config: Any, batch: PackedBatch, device: torch.device, kernels: Kernels, checkpointing: str
+    recipe: Recipe,
+    config: Any,
+    batch: PackedBatch,
+    device: torch.device,
+    kernels: Kernels,
+    checkpointing: str,
+    row_ids: Sequence[int],
 ) -> tuple[float, int | None]:
     """Seconds when warm, and bytes at most above what there was; random weights, since values change neither."""
     gc.collect()
     before = _restart_peak(device)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config.get_text_config(), dtype=DTYPES[recipe.model.dtype]
-    ).to(device)
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=DTYPES[recipe.model.dtype])
+    if lora := recipe.model.lora:
+        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, row_ids=row_ids, seed=0)
+    lm.to(device)  # type: ignore[arg-type]  # transformers' own signature
     num_conditions = int(batch.condition_ids.max()) + 1
     model = _as_in_a_run(lm, recipe, kernels, device, checkpointing=checkpointing, num_conditions=num_conditions)
     warm_up = batch if recipe.model.compile else collate([], [])  # a batch of nothing warms up, but compiles nothing

@@ -14,7 +14,7 @@ from ochat_train.model.kernels import choose_kernels, require_compiler, use_kern
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import DTYPES, load_config, load_model, new_rows
+from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import RunPlan, digest_index
 from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
@@ -47,7 +47,7 @@ from ochat_train.training.engine import (
     together,
 )
 from ochat_train.training.memory_plan import find_machine, nearest_that_fits, plan_memory, size_of, smallest
-from ochat_train.training.planning import check_lengths, check_store, make_run_plan
+from ochat_train.training.planning import check_lengths, check_store, make_run_plan, trained_rows
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import auto_learning_rate
 from ochat_train.training.sinks import check_sinks
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_peft()
     if recipe.model.compile:
         require_compiler(world.device.type)
-    size = size_of(recipe, config)
+    size = size_of(recipe, config, len(trained_rows(recipe, tokenizer)))
     check_options(recipe, config, size, world.size)
     check_disk(recipe, size, run.plan)
     check_continues(run, world)
@@ -295,7 +295,8 @@ def settle_checkpointing(run: Run, world: World) -> str:
     config = load_config(recipe.model.base, recipe.model.config, run.tokenizer.num_ids).get_text_config()
     num_local = max(gather_objects(world.local_size))
     try:
-        plan = plan_memory(recipe, machine, config, size_of(recipe, config), world.size, num_local=num_local)
+        size = size_of(recipe, config, len(trained_rows(recipe, run.tokenizer)))
+        plan = plan_memory(recipe, machine, config, size, world.size, num_local=num_local)
     except ValueError as error:  # on every rank, for it follows from the recipe
         say(world, f"model.checkpointing auto: full, since {error}")
         return "full"
@@ -327,13 +328,12 @@ def build_model(run: Run, world: World, checkpointing: str) -> PackedCausalLM:
         seed=recipe.train.seed,
     )
     if lora is not None:
-        num_rows = config.get_text_config().vocab_size
         add_adapters(
             lm,
             rank=lora.rank,
             alpha=lora.alpha,
             targets=lora.targets,
-            row_ids=new_rows(num_rows, num_ids, added_ids),
+            row_ids=trained_rows(recipe, run.tokenizer),
             seed=recipe.train.seed,
         )
     use_kernels(lm, kernels.kernels)

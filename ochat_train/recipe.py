@@ -186,6 +186,10 @@ class LoraSection(Section):
         min_length=1,
         description="Linear layers that get one, by the ends of their names, or all but the head.",
     )
+    train_template_tokens: bool = Field(
+        True,
+        description="Train the rows of the template's end and header tokens in embedding and head, added or not.",
+    )
 
 
 class ModelSection(Section):

@@ -24,7 +24,7 @@ from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.flops import find_utilisation
 from ochat_train.training.memory_plan import Machine as Memory
 from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory, size_of
-from ochat_train.training.planning import check_store, make_run_plan
+from ochat_train.training.planning import check_store, make_run_plan, trained_rows
 from ochat_train.training.speed import H100, MACHINES, Machine, Prediction, Speed, Work, predict
 
 _MOST_GPUS = 65_536
@@ -235,7 +235,7 @@ def _read_plan(request: Request) -> PlanReport:
             _take_picture(store, plan, table, number, names)
             for number, names in _choose_steps(balances, is_epoch_end).items()
         ),
-        predictions=_predict(recipe, config, table),
+        predictions=_predict(recipe, config, table, len(trained_rows(recipe, tokenizer))),
         rate=None,
     )
 
@@ -356,7 +356,7 @@ def _micro_batches(store: TokenStore, plan: RunPlan, step: StepPlan, rank: int) 
 # ---- Wall time ----
 
 
-def _predict(recipe: Recipe, config: Any, table: PlanTable) -> tuple[Prediction, ...]:
+def _predict(recipe: Recipe, config: Any, table: PlanTable, num_rows: int) -> tuple[Prediction, ...]:
     """How long the steps take on this machine's GPUs, if it has any, and on other machines."""
     utilisation = find_utilisation(
         config,
@@ -387,18 +387,18 @@ def _predict(recipe: Recipe, config: Any, table: PlanTable) -> tuple[Prediction,
     for machine in machines:
         key = machine in MACHINES, machine.num_devices
         if key not in policies:
-            policies[key] = _policy_on(machine, recipe, config)
+            policies[key] = _policy_on(machine, recipe, config, num_rows)
         found += predict(replace(work, checkpointing=policies[key]), machine)
     return tuple(found)
 
 
-def _policy_on(machine: Machine, recipe: Recipe, config: Any) -> str:
+def _policy_on(machine: Machine, recipe: Recipe, config: Any, num_rows: int) -> str:
     """The recipe's checkpointing; for auto what it chooses on such a machine: those of MACHINES have GPUs of 80 GB."""
     if recipe.model.checkpointing != "auto":
         return recipe.model.checkpointing
     memory = Memory(_GPU_BYTES, free_host_bytes(), is_here=False) if machine in MACHINES else find_machine()
     with suppress(ValueError):  # of a model whose activations cannot be counted; training takes full then
-        return plan_memory(recipe, memory, config, size_of(recipe, config), machine.num_devices).policy
+        return plan_memory(recipe, memory, config, size_of(recipe, config, num_rows), machine.num_devices).policy
     return "full"
 
 

@@ -43,11 +43,13 @@ def small(kind: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**sizes, **own, **changes})
 
 
-def real_model(config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None) -> PackedCausalLM:
+def real_model(
+    config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None, num_rows: int = 0
+) -> PackedCausalLM:
     """The model on the CPU, with the `sdpa` backend."""
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     if lora_rank is not None:
-        add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=(), seed=0)
+        add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=range(num_rows), seed=0)
     return PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=1).train()
 
 
@@ -71,11 +73,19 @@ class Compared(NamedTuple):
 
 
 def compare(
-    config: Any, dtype: Dtype, policy: str, *, num_tokens: int = NUM_TOKENS, lora_rank: int | None = None
+    config: Any,
+    dtype: Dtype,
+    policy: str,
+    *,
+    num_tokens: int = NUM_TOKENS,
+    lora_rank: int | None = None,
+    num_rows: int = 0,
 ) -> Compared:
     """The activations of a pass with attention of flash attention's sizes."""
-    counted = count_activations(config, num_tokens=num_tokens, dtype=dtype, checkpointing=policy, lora_rank=lora_rank)
-    model = real_model(config, dtype, policy, lora_rank)
+    counted = count_activations(
+        config, num_tokens=num_tokens, dtype=dtype, checkpointing=policy, lora_rank=lora_rank, num_rows=num_rows
+    )
+    model = real_model(config, dtype, policy, lora_rank, num_rows)
     model.lm.set_attn_implementation(register_sized_attention())
     return Compared(counted.peak, measure(model, full_batch(num_tokens)).peak)
 

@@ -11,25 +11,30 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import ochat_train.model.attention
 from ochat_train import doctor, doctor_checks
+from ochat_train.conversations.template import TEMPLATES
 from ochat_train.doctor_finding import GIB, Finding
 from ochat_train.doctor_kernels import check_kernels
 from ochat_train.doctor_memory import check_memory
+from ochat_train.doctor_rows import check_rows
 from ochat_train.model.memory import measure_size
 from ochat_train.ports import free_port
-from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.prepare import build_model, prepare
+from ochat_train.recipe import LoraSection, Recipe, load_recipe
 from ochat_train.report_plan import Rate
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
-from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.training.engine import World
 from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory, size_of
 from ochat_train.training.planning import make_run_plan
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 
+ALONE = World(0, 1, 0, torch.device("cpu"))
 HERE = Machine(None, 8 * GIB, is_here=True)
 RENTED = Machine(80 * GIB, 8 * GIB, is_here=False)
 
@@ -319,7 +324,7 @@ def test_settings_that_training_would_refuse_are_a_problem(
     monkeypatch.setattr("ochat_train.training.sinks.importlib.util.find_spec", lambda name: None)
     recipe = load_recipe(recipe_path, [override])
     store, config = TokenStore(recipe.data.store), config_of(recipe, quickstart)
-    found = doctor_checks.check_settings(recipe, config, size_of(recipe, config), store, 2)
+    found = doctor_checks.check_settings(recipe, config, size_of(recipe, config, 0), store, 2)
     assert found.state == "problem" and told in found.detail
 
 
@@ -339,7 +344,7 @@ def published(num_gpus: int = 8, **changes: Any) -> MemoryPlan:
         num_attention_heads=40,
         num_key_value_heads=40,
     )
-    return plan_memory(recipe, RENTED, config, size_of(recipe, config), num_gpus)
+    return plan_memory(recipe, RENTED, config, size_of(recipe, config, 0), num_gpus)
 
 
 def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None:
@@ -375,7 +380,7 @@ def test_a_recipe_that_does_not_fit_is_told_the_nearest_that_does(changes: dict[
 
 def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe, quickstart: ChatTokenizer) -> None:
     config = config_of(recipe, quickstart)
-    size = size_of(recipe, config)
+    size = size_of(recipe, config, 0)
     needed = plan_memory(recipe, HERE, config, size, 2)
     total = needed.total(needed.own)
     for host, fits in ((2 * total, True), (2 * total - 1, False)):
@@ -386,7 +391,7 @@ def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe, quickst
 def test_auto_is_planned_as_what_training_would_choose(recipe_path: Path, quickstart: ChatTokenizer) -> None:
     recipe = load_recipe(recipe_path, ["model.checkpointing=auto"])
     config = config_of(recipe, quickstart)
-    found = check_memory(plan_memory(recipe, HERE, config, size_of(recipe, config), 2), is_quick=True)
+    found = check_memory(plan_memory(recipe, HERE, config, size_of(recipe, config, 0), 2), is_quick=True)
     assert found.state == "ok" and "model.checkpointing auto is none here" in found.detail
 
 
@@ -522,9 +527,9 @@ def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe, quick
 
 def fullest(recipe: Recipe, tokenizer: ChatTokenizer, machine: Machine = HERE) -> Finding:
     config, store = config_of(recipe, tokenizer), TokenStore(recipe.data.store)
-    plan = plan_memory(recipe, machine, config, size_of(recipe, config), 1)
+    plan = plan_memory(recipe, machine, config, size_of(recipe, config, 0), 1)
     batch = collate([store[0], store[1]], store.condition_ids[:2])
-    return doctor_checks.run_fullest(recipe, config, batch, plan, "none").finding
+    return doctor_checks.run_fullest(recipe, config, batch, plan, "none", []).finding
 
 
 def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
@@ -559,6 +564,92 @@ def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
     assert small.state == "warning" and "above a quarter of the 1.0 MiB free" in small.detail
     monkeypatch.setattr(doctor_checks, "_CPU_FLOP", 1.0)
     assert "FLOP are above 1e+00" in fullest(recipe, quickstart).detail
+
+
+@pytest.mark.parametrize("lora", ["null", "{}"])
+@pytest.mark.parametrize(("vocab_size", "is_tied"), [(32_000, False), (32_000, True), (32_064, False), (31_000, False)])
+def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_it(
+    llama2: ChatTokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    vocab_size: int,
+    is_tied: bool,
+    lora: str,
+) -> None:
+    """Llama 2 lacks the end token; some bases have rows beyond their tokenizer, and some tokenizers more ids."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.tie_word_embeddings = is_tied
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    write_dump(tmp_path, 20)
+    section = {"base": str(tmp_path / "base"), "dtype": "float32", "checkpointing": "none"}
+    path = tiny_recipe(tmp_path, tokenizer=llama2.pretrained.name_or_path, model=section)
+    preprocess(path)
+    outcome = run_doctor(capsys, str(path), f"model.lora={lora}")
+    assert (outcome.code, outcome.text.splitlines()[-1]) == (0, "OK"), outcome.text
+    assert "forward and backward in" in outcome.text and "the model in full" in outcome.text
+    recipe = load_recipe(path, [f"model.lora={lora}"])
+    model = build_model(prepare(recipe, ALONE), ALONE, "none")
+    num_weights, num_trained = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or is_any)
+        for is_any in (True, False)
+    )
+    assert f"{num_weights:,} weights, {num_trained:,} of them trained" in outcome.text
+
+
+def test_the_fullest_micro_batch_of_adapters_trains_no_weight_of_the_base(
+    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    original = doctor_checks._as_in_a_run
+
+    def look(lm: Any, *arguments: Any, **options: Any) -> Any:
+        trained.extend(name for name, parameter in lm.named_parameters() if parameter.requires_grad)
+        return original(lm, *arguments, **options)
+
+    monkeypatch.setattr(doctor_checks, "_as_in_a_run", look)
+    lora = recipe.model.model_copy(update={"lora": LoraSection()})
+    assert fullest(recipe.model_copy(update={"model": lora}), quickstart).state == "ok"
+    assert trained and all(".lora_" in name for name in trained)
+
+
+# ---- Rows of the template's tokens ----
+
+
+def test_rows_that_look_untrained_are_found_and_a_warning_where_they_do_not_learn(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
+    tokenizer.save(tmp_path / "base")
+    tokenizer = load_tokenizer(str(tmp_path / "base"), TEMPLATES["chatml"])
+    start, end = (tokenizer.special_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
+    config = LlamaConfig(
+        vocab_size=tokenizer.num_ids, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    lm = LlamaForCausalLM(config)
+    embedding, head = lm.model.embed_tokens.weight, lm.lm_head.weight
+
+    def look(*overrides: str) -> Finding:
+        lm.save_pretrained(tmp_path / "base", max_shard_size="100kB")  # in several files
+        model = {"base": str(tmp_path / "base"), "dtype": "float32"}
+        path = tiny_recipe(tmp_path, model=model, template="chatml", tokenizer=None)
+        return check_rows(load_recipe(path, list(overrides)), tokenizer)
+
+    assert re.fullmatch(r"<\|im_\w+\|> = \d+, <\|im_\w+\|> = \d+ look trained", look().detail)
+    with torch.no_grad():
+        embedding[end] = 0
+        head[end] = head[7]
+        embedding[start] = torch.cat([embedding[:start], embedding[start + 1 :]]).mean(dim=0)
+        head[start] *= 10
+    detail = look().detail
+    assert f"<|im_end|> = {end} (embedding is all zeros, head is equal to row 7)" in detail
+    assert f"<|im_start|> = {start} (embedding is the mean of all, head has the norm " in detail
+    assert look().state == look("model.lora={}").state == "ok"
+    assert "all weights are trained" in detail and "trained beside the adapters" in look("model.lora={}").detail
+    frozen = look("model.lora.train_template_tokens=false")
+    assert (frozen.state, frozen.remedy) == ("warning", "set model.lora.train_template_tokens: true")
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        file.unlink()
+    assert check_rows(load_recipe(tmp_path / "recipe.yaml"), tokenizer).detail.startswith("not looked at: ")
 
 
 # ---- Steps ----

@@ -100,6 +100,12 @@ def test_each_kind_of_model_has_the_counted_activations_under_each_policy(kind: 
     assert abs(compare(small(kind), "bfloat16", "every_2", lora_rank=lora_rank, num_tokens=300).error) < 0.01
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "phi3"])
+def test_rows_that_are_trained_beside_adapters_are_counted(kind: str) -> None:
+    for policy in ("none", "full"):
+        assert abs(compare(small(kind), "float32", policy, lora_rank=8, num_rows=3).error) < 0.01, policy
+
+
 def test_a_policy_that_computes_more_again_keeps_less() -> None:
     peaks = [
         count_activations(llama(num_hidden_layers=12), num_tokens=2048, dtype="bfloat16", checkpointing=policy).peak
@@ -174,6 +180,12 @@ def test_only_adapters_are_trained_with_lora() -> None:
     assert (size.num_trained, size.num_weights) == (adapters, whole.num_weights + adapters)
     everywhere = measure_size(llama(), lora_rank=8, lora_targets="all-linear")
     assert everywhere.num_trained == LAYERS * 8 * (4 * WIDTH + 2 * (WIDTH + KEYS) + 3 * (WIDTH + MLP))
+    for is_tied in (False, True):
+        rows, none = (
+            measure_size(llama(tie_word_embeddings=is_tied), lora_rank=8, num_rows=number) for number in (3, 0)
+        )
+        assert rows.num_trained - none.num_trained == 3 * WIDTH * (1 if is_tied else 2)
+        assert rows.num_weights - none.num_weights == rows.num_trained - none.num_trained
     with pytest.raises(ValueError, match=r"model\.lora\.targets query: no linear layer has such a name"):
         measure_size(llama(), lora_rank=8, lora_targets=("query",))
 

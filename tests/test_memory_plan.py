@@ -39,7 +39,7 @@ def llama(num_layers: int = 8) -> Any:
 
 def plan(recipe: Recipe, gpu_bytes: int | None, config: Any, **others: Any) -> MemoryPlan:
     machine = Machine(gpu_bytes, others.pop("host_bytes", 1000 * GIB), is_here=False)
-    return plan_memory(recipe, machine, config, size_of(recipe, config), others.pop("num_processes", 8), **others)
+    return plan_memory(recipe, machine, config, size_of(recipe, config, 0), others.pop("num_processes", 8), **others)
 
 
 def test_auto_takes_the_first_policy_that_fits() -> None:
@@ -96,7 +96,7 @@ def test_8_bits_are_planned_and_advised() -> None:
     # Without host memory for an offloaded optimizer, and already at the least of everything else.
     enough = int(other.total(other.own) / (1 - RESERVED)) + 2
     tight = published("packing.tokens_per_gpu=4096", "zero.stage=3")
-    small = plan_memory(tight, Machine(enough, 2 * GIB, is_here=True), config, size_of(tight, config), 1)
+    small = plan_memory(tight, Machine(enough, 2 * GIB, is_here=True), config, size_of(tight, config, 0), 1)
     assert not small.fits(small.own)
     assert nearest_that_fits(small).startswith("set zero.stage: 2, zero.offload: none and optim.algorithm: adamw_8bit")
 

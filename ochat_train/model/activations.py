@@ -48,11 +48,12 @@ def count_activations(
     checkpointing: str,
     lora_rank: int | None = None,
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+    num_rows: int = 0,
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
     checkpointing: full, none or every_N. lora_rank: with adapters in place, beside frozen weights, whose inputs need
-    not be kept for a gradient of theirs; None: all weights are trained.
+    not be kept for a gradient of theirs, and with `num_rows` trained rows; None: all weights are trained.
 
     A forward and a backward pass run on the meta device, and the bytes of all tensors that are alive are added up. With
     C, I, A, K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
@@ -73,7 +74,7 @@ def count_activations(
     if lora_rank is not None:
         require_peft()
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=(), seed=0)
+            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=range(num_rows), seed=0)
     model = PackedCausalLM(
         lm,
         attention="sdpa",  # replaced below

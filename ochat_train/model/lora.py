@@ -5,7 +5,7 @@ The weights of a model with adapters, by name, where X is a linear layer, and E 
     X.base_layer.weight [out, in]                                                   frozen
     X.lora_A.default.weight [rank, in], X.lora_B.default.weight [out, rank]         trained
     E.weight [V, C]                                                                 frozen
-    E.rows [n, C], E.row_ids i64[n]     of tokens that the base lacked, see rows.py  trained
+    E.rows [n, C], E.row_ids i64[n]     of the template's tokens, see rows.py       trained
     frozen_checksum                                                                 see `checksum`
 """
 
@@ -78,8 +78,9 @@ def _train_rows(lm: PreTrainedModel, row_ids: Tensor) -> None:
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
         raise ValueError(
-            f"model.lora cannot train the template's added tokens in {type(lm).__name__}, whose embedding or head does "
-            "more than its table; take a template whose special tokens the base has, or model.lora=null"
+            f"model.lora cannot train the template's tokens in {type(lm).__name__}, whose embedding or head does more "
+            "than its table; take a template whose special tokens the base has, with model.lora.train_template_tokens="
+            "false, or model.lora=null"
         )
     with_rows = EmbeddingWithRows(embedding, row_ids)
     lm.set_input_embeddings(with_rows)
@@ -145,8 +146,8 @@ def save_adapter(
     assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
     if tables and head.bias is not None:
         raise ValueError(
-            f"peft would leave out the biases of the head of {type(plain).__name__}, since tokens were added; export "
-            "the merged model, without --adapter"
+            f"peft would leave out the biases of the head of {type(plain).__name__}, since rows of it were trained; "
+            "export the merged model, without --adapter"
         )
     if head.weight is embedding.weight:  # peft ties the head's rows to the embedding's
         tables = [table for table in tables if plain.get_submodule(table) is embedding]

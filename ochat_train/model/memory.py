@@ -32,7 +32,7 @@ class ModelSize:
     """Elements of a model's parameters, a shared one once.
 
     num_trained: of those that get a gradient, adapters included. largest: of the largest of them. vocab_size and
-    hidden_size are those of the head.
+    hidden_size are those of the head. num_rows: tokens whose rows are trained beside adapters.
     """
 
     num_weights: int
@@ -40,6 +40,7 @@ class ModelSize:
     largest: int
     vocab_size: int
     hidden_size: int
+    num_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,17 @@ class MemoryNeeds:
 
 
 def measure_size(
-    config: Any, *, lora_rank: int | None, lora_targets: Literal["all-linear"] | tuple[str, ...]
+    config: Any,
+    *,
+    lora_rank: int | None,
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+    num_rows: int = 0,
 ) -> ModelSize:
     """The size of a model of this transformers configuration, with adapters when `lora_rank` is given.
 
-    An adapter of rank r beside a linear layer of shape [out, in] has r * (in + out) elements, and only adapters are
-    trained. Raises ValueError when no model can be made of it, or no layer is a target.
+    An adapter of rank r beside a linear layer of shape [out, in] has r * (in + out) elements. Only adapters are
+    trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. Raises ValueError when no model
+    can be made of it, or no layer is a target.
     """
     model = meta_model(config, torch.bfloat16)
     head = model.get_output_embeddings()
@@ -124,7 +130,9 @@ def measure_size(
         if not linear:
             raise ValueError(f"model.lora.targets {', '.join(lora_targets)}: no linear layer has such a name")
     parts = [lora_rank * size for module in linear.values() for size in module.weight.shape]
-    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), vocab_size, hidden_size)
+    tables = {id(table.weight): table.weight for table in (embedding, head) if table is not None}
+    parts += [num_rows * weight.shape[1] for weight in tables.values()]
+    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), vocab_size, hidden_size, num_rows)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed

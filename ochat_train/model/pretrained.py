@@ -9,23 +9,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from ochat_train.tokens.plan import quadratic_length
-from ochat_train.tokens.tokenizer import locate_base
+from ochat_train.tokens.tokenizer import ChatTokenizer, locate_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -> Any:
-    """The transformers configuration of the recipe's model. A config from the recipe gets `num_ids` as vocabulary.
+    """The transformers configuration of the recipe's model as it is trained, with `num_ids` ids or more.
 
+    A config from the recipe gets `num_ids` as vocabulary, and so does a base that has fewer, see `add_token_rows`.
     Raises ValueError when the base cannot be loaded, or when the recipe's config has fewer than `num_ids` ids.
     """
     if base is not None:
-        files = locate_base(base)
-        files.require("model", ("config.json",))
-        try:
-            return AutoConfig.from_pretrained(files.name, **files.options)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
+        made = _base_config(base)
+        made.get_text_config().vocab_size = max(num_ids, made.get_text_config().vocab_size)
+        return made
     assert config is not None
     made = AutoConfig.for_model(**{"vocab_size": num_ids, **config})
     if (vocab_size := made.get_text_config().vocab_size) < num_ids:
@@ -33,6 +31,15 @@ def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -
             f"model.config.vocab_size {vocab_size:,} is below the tokenizer's {num_ids:,} ids; leave vocab_size out"
         )
     return made
+
+
+def _base_config(base: str) -> Any:
+    files = locate_base(base)
+    files.require("model", ("config.json",))
+    try:
+        return AutoConfig.from_pretrained(files.name, **files.options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
 
 
 def matrix_weights_of(config: Any) -> int:
@@ -128,6 +135,29 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
 def new_rows(num_rows: int, num_ids: int, added_ids: Iterable[int]) -> list[int]:
     """The rows of which a base with `num_rows` embeddings knows nothing, in order."""
     return sorted({*added_ids, *range(num_rows, num_ids)})
+
+
+def rows_to_train(base: str, tokenizer: ChatTokenizer, *, with_template: bool) -> list[int]:
+    """The rows of embedding and head that are trained beside adapters of the base, in order.
+
+    Those of which the base knows nothing, and with_template those of `template_ids`, which it may have without ever
+    having been trained on them.
+    """
+    num_rows = _base_config(base).get_text_config().vocab_size
+    rows = new_rows(num_rows, tokenizer.num_ids, tokenizer.added.values())
+    return sorted({*rows, *(template_ids(tokenizer).values() if with_template else ())})
+
+
+def template_ids(tokenizer: ChatTokenizer) -> dict[str, int]:
+    """The ids of the tokens that the template itself brings: its end token and those of its headers.
+
+    Its beginning is none of them: every base was trained on that, in front of each document, and what all sequences
+    begin with is not for a few adapters' data to move.
+    """
+    template = tokenizer.template
+    pieces = (*template.header, *template.system_header, *template.after_end)
+    tokens = dict.fromkeys([template.end_token, *(piece.text for piece in pieces if piece.is_special)])
+    return {token: tokenizer.special_ids[token] for token in tokens}
 
 
 def forget_padding(model: PreTrainedModel) -> None:

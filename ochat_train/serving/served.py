@@ -19,7 +19,7 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Adapters as `export --adapter` writes them. has_tokens: rows of added tokens are among them."""
+    """Adapters as `export --adapter` writes them. has_tokens: rows of tokens are among them."""
 
     base: str
     rank: int

@@ -88,7 +88,7 @@ def _base_of(served: Served) -> str:
     assert served.adapter is not None
     remedy = "export the merged model, without --adapter, or serve it with --engine transformers"
     if served.adapter.has_tokens:
-        raise ValueError(f"{served.folder} has rows of added tokens, which vLLM does not load; {remedy}")
+        raise ValueError(f"{served.folder} has rows of tokens, which vLLM does not load; {remedy}")
     if served.adapter.rank > _RANKS[-1]:
         raise ValueError(f"{served.folder} has rank {served.adapter.rank}, and vLLM takes up to {_RANKS[-1]}; {remedy}")
     files = locate_base(served.adapter.base)

@@ -124,6 +124,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if digest != _digest(fields | {"format_version": version}):
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} does not agree with its own digest")
     state = TrainState(**fields.pop("state"))
+    if lora := state.recipe["model"].get("lora"):  # before there was this key, the rows of added tokens alone
+        lora.setdefault("train_template_tokens", False)
     files = {name: FileMark(**mark) for name, mark in fields.pop("files").items()}
     return Checkpoint(path=Path(path), state=state, files=files, **fields)
 

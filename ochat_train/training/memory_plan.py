@@ -128,7 +128,7 @@ class MemoryPlan:
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, of the fullest micro-batch or of `num_tokens` tokens."""
-        return _count(self.recipe, self.config, policy, num_tokens)
+        return _count(self.recipe, self.config, self.size, policy, num_tokens)
 
     def describe(self) -> str:
         """What is planned, and what there is, in a few words."""
@@ -136,11 +136,17 @@ class MemoryPlan:
         return f"{show_bytes(self.total(own))} planned of {show_bytes(self.limit(own))} for each process"
 
 
-def size_of(recipe: Recipe, config: Any) -> ModelSize:
-    """The size of the recipe's model, of this transformers configuration. Raises ValueError when there is none."""
+def size_of(recipe: Recipe, config: Any, num_rows: int) -> ModelSize:
+    """The size of the recipe's model, of this transformers configuration. Raises ValueError when there is none.
+
+    num_rows: tokens whose rows are trained beside adapters.
+    """
     lora = recipe.model.lora
     return measure_size(
-        config, lora_rank=lora.rank if lora else None, lora_targets=lora.targets if lora else "all-linear"
+        config,
+        lora_rank=lora.rank if lora else None,
+        lora_targets=lora.targets if lora else "all-linear",
+        num_rows=num_rows,
     )
 
 
@@ -154,14 +160,14 @@ def plan_memory(
     """
     wanted = recipe.model.checkpointing
     for policy in _policies_of(config) if wanted == "auto" else (wanted,):
-        activations = _count(recipe, config, policy)
+        activations = _count(recipe, config, size, policy)
         plan = MemoryPlan(recipe, machine, config, size, num_processes, policy, activations, num_local)
         if plan.fits_device(plan.own):
             break
     return plan
 
 
-def _count(recipe: Recipe, config: Any, policy: str, num_tokens: int | None = None) -> Activations:
+def _count(recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None) -> Activations:
     lora = recipe.model.lora
     return count_activations(
         config,
@@ -170,6 +176,7 @@ def _count(recipe: Recipe, config: Any, policy: str, num_tokens: int | None = No
         checkpointing=policy,
         lora_rank=lora.rank if lora else None,
         lora_targets=lora.targets if lora else "all-linear",
+        num_rows=size.num_rows,
     )
 
 

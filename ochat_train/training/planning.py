@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ochat_train.model.pretrained import max_positions_of, quadratic_length_of
+from ochat_train.model.pretrained import max_positions_of, quadratic_length_of, rows_to_train
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.order import DataOrder, SourceShare
 from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan
@@ -27,6 +27,15 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
             + "\n  ".join(wrong)
             + "\nRun python -m ochat_train.preprocess with this recipe first."
         )
+
+
+def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:
+    """The rows of embedding and head that are trained beside the recipe's adapters, in order; none without adapters."""
+    model = recipe.model
+    if model.lora is None:
+        return []
+    assert model.base is not None
+    return rows_to_train(model.base, tokenizer, with_template=model.lora.train_template_tokens)
 
 
 def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:

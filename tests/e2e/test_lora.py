@@ -16,20 +16,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import export, main
 from ochat_train.model.pretrained import load_model
 from ochat_train.prepare import Run, build_engine, prepare
 from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.store import TokenStore
+from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.train import export_model
 from ochat_train.train import train as train_run
 from ochat_train.training.batches import make_batch, make_batches
-from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint
+from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, manifest_of, read_checkpoint
 from ochat_train.training.engine import World, join_process_group, train_step
 from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
 from ochat_train.training.watchdog import Watchdog
-from tests.e2e.harness import events, preprocess, tiny_recipe, train, weights, write_dump
+from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, train, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 NUM_IDS = 1025
@@ -241,6 +244,17 @@ def test_a_step_moves_all_that_is_trained_and_no_bit_of_the_rest(finished: Recip
             assert torch.equal(after[name], base), name
 
 
+def nll_of(model: Any, batch: PackedBatch) -> float:
+    """The weighted loss sum of a stock model, one sequence at a time."""
+    nll = 0.0
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        with torch.no_grad():
+            logits = model.eval()(batch.input_ids[None, start:end]).logits[0].float()
+        losses = F.cross_entropy(logits, batch.labels[start:end], reduction="none")
+        nll += float((losses * batch.loss_weights[start:end]).sum())
+    return nll
+
+
 def test_merged_model_and_adapter_compute_as_the_engine(finished: Recipe, tmp_path: Path) -> None:
     run = prepare(finished, ALONE)
     engine = engine_of(run)
@@ -256,13 +270,96 @@ def test_merged_model_and_adapter_compute_as_the_engine(finished: Recipe, tmp_pa
     # The product with the merged matrix sums in another order; in bfloat16 that matrix is rounded once more.
     tolerance = 1e-6 if finished.model.dtype == "float32" else 2**-8
     for kind, model in models.items():
-        nll = 0.0
-        for start, end in pairwise(batch.cu_seqlens.tolist()):
-            with torch.no_grad():
-                logits = model.eval()(batch.input_ids[None, start:end]).logits[0].float()
-            losses = F.cross_entropy(logits, batch.labels[start:end], reduction="none")
-            nll += float((losses * batch.loss_weights[start:end]).sum())
-        assert nll == pytest.approx(expected, rel=tolerance), kind
+        assert nll_of(model, batch) == pytest.approx(expected, rel=tolerance), kind
+
+
+# --------------------------------------------------------------------------- tokens that the base has, but never saw
+
+IM_END, IM_START = 1024, 1025
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe beside a base that has ChatML's tokens, with rows of zeros for the end and a copy for the header."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_dump(folder, 40)
+    tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
+    tokenizer.save(folder / "base")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=IM_START + 10,  # with rows beyond the tokenizer
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=request.param == "tied",
+    )
+    lm = LlamaForCausalLM(config)
+    ids = [tokenizer.special_ids[token] for token in ("<|im_end|>", "<|im_start|>")]
+    assert sorted(ids) == [IM_END, IM_START]
+    with torch.no_grad():
+        for weight in (lm.model.embed_tokens.weight, lm.lm_head.weight):
+            weight[ids[0]] = 0
+            weight[ids[1]] = weight[7]
+    lm.save_pretrained(folder / "base")
+    model = {"base": str(folder / "base"), "dtype": "float32", "checkpointing": "none", "lora": LORA}
+    path = tiny_recipe(folder, tokenizer=None, template="chatml", train={"epochs": 1, "seed": 5}, model=model)
+    preprocess(path)
+    return path
+
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_rows_of_the_templates_own_tokens_learn_and_no_bit_of_other_rows_changes(
+    untrained: Path, tmp_path: Path
+) -> None:
+    options = [*ADAMW, *KINDS["1-offload" if untrained.parent.name.startswith("tied") else "3-bfloat16"]]
+    train_here(recipe_for(untrained, tmp_path / "run", *options, "train.max_steps=1"))
+    recipe = recipe_for(untrained, tmp_path / "run", *options, "train.max_steps=3")
+    train_here(recipe)
+    ours = weights(tmp_path / "run")
+    before = load_model(recipe.model.base, None, dtype=recipe.model.dtype, num_ids=1026, added_ids=[], seed=0)
+    others = [row for row in range(IM_START + 10) if row not in (IM_END, IM_START)]
+    for name in TABLES:
+        if name in ours:  # a tied head has no weights of its own
+            was = before.state_dict()[name]
+            assert torch.equal(ours[name][others], was[others])
+            assert all(not torch.equal(ours[name][row], was[row]) for row in (IM_END, IM_START)), name
+    run = prepare(recipe, ALONE)
+    engine = engine_of(run)
+    engine.eval()
+    batch = make_batch(run.store, np.arange(3))
+    with torch.no_grad():
+        expected = float(engine(batch).nll)
+    export(last_checkpoint(recipe), tmp_path / "adapter", adapter=True)
+    assert expected == pytest.approx(nll_of(AutoModelForCausalLM.from_pretrained(run.dir / "model"), batch), rel=2**-8)
+    base = AutoModelForCausalLM.from_pretrained(str(recipe.model.base), dtype=before.dtype)  # needs no more rows
+    adapter = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    assert expected == pytest.approx(nll_of(adapter, batch), rel=1e-6 if before.dtype == torch.float32 else 2**-8)
+
+
+def test_without_the_key_rows_that_the_base_has_stay_as_they_are(untrained: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(untrained, tmp_path, "model.lora.train_template_tokens=false", "train.max_steps=2", *ADAMW)
+    train_here(recipe)
+    before = load_file(Path(str(recipe.model.base)) / "model.safetensors")
+    for name in TABLES:
+        assert name not in before or torch.equal(weights(tmp_path)[name], before[name])
+
+
+def test_a_checkpoint_from_before_the_key_goes_on_without_it_and_says_so(untrained: Path, tmp_path: Path) -> None:
+    run, off = tmp_path / "run", "model.lora.train_template_tokens=false"
+    train_here(recipe_for(untrained, run, off, "train.max_steps=1"))
+    (checkpoint,) = find_checkpoints(run)
+    known = read_checkpoint(checkpoint)
+    del known.state.recipe["model"]["lora"]["train_template_tokens"]
+    (checkpoint / "checkpoint.json").write_bytes(manifest_of(known))
+    with pytest.raises(ValueError, match=r"model\.lora\.train_template_tokens: False -> True"):
+        train_here(recipe_for(untrained, run, "train.max_steps=2"))
+    train_here(recipe_for(untrained, run, off, "train.max_steps=2"))
+    assert find_checkpoints(run)[-1].name == "step-00000002"
 
 
 # ------------------------------------------------------------------------------------------------ exports
