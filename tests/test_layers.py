@@ -45,8 +45,10 @@ MAY_IMPORT = {
     "doctor_finding": set(),
     "doctor_kernels": BELOW | {"doctor_finding"},
     "doctor_memory": BELOW | {"doctor_finding", "report_tables"},
+    "doctor_rows": BELOW | {"doctor_finding"},
     "doctor_checks": BELOW | {"doctor_finding", "prepare", "report_plan", "report_tables"},
-    "doctor": BELOW | {"doctor_checks", "doctor_finding", "doctor_kernels", "doctor_memory", "prepare", "report_plan"},
+    "doctor": BELOW
+    | {"doctor_checks", "doctor_finding", "doctor_kernels", "doctor_memory", "doctor_rows", "prepare", "report_plan"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 TRANSFORMERS_SERVER = "ochat_train.serving.transformers_engine"

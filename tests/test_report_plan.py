@@ -302,7 +302,7 @@ def test_checkpointing_and_adapters_of_the_recipe_are_in_the_prediction(recipe: 
     assert {found.basis.checkpointing for found in full.predictions} >= {"full"}
     model = plain.recipe.model.model_copy(update={"lora": LoraSection()})
     config = load_config(None, model.config, 1025)
-    adapters = _predict(plain.recipe.model_copy(update={"model": model}), config, plain.table)
+    adapters = _predict(plain.recipe.model_copy(update={"model": model}), config, plain.table, 1)
     assert adapters[0].seconds < plain.predictions[0].seconds
     assert adapters[-1] == plain.predictions[-1]  # on one GPU there are only adapters
 

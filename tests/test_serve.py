@@ -126,7 +126,9 @@ def test_flags_that_go_around_the_gate_are_refused(model: Path, flag: str) -> No
         command_of(find_served(str(model)), flag)
 
 
-def test_vllm_loads_adapters_beside_their_base_unless_tokens_were_added(model: Path, tmp_path: Path) -> None:
+def test_vllm_loads_adapters_beside_their_base_unless_rows_of_tokens_are_among_them(
+    model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "ochat_train.json").write_bytes((model / "ochat_train.json").read_bytes())
     config: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 20, "trainable_token_indices": None}
     (tmp_path / "adapter_config.json").write_bytes(orjson.dumps(config))
@@ -135,7 +137,7 @@ def test_vllm_loads_adapters_beside_their_base_unless_tokens_were_added(model: P
     assert f"serve {model} " in joined and f"--tokenizer {tmp_path} --generation-config {tmp_path}" in joined
     assert f"--enable-lora --max-lora-rank 32 --lora-modules tiny-chat={tmp_path}" in joined
     (tmp_path / "adapter_config.json").write_bytes(orjson.dumps(config | {"trainable_token_indices": {"e": [5]}}))
-    with pytest.raises(ValueError, match="rows of added tokens"):
+    with pytest.raises(ValueError, match="has rows of tokens, which vLLM does not load"):
         command_of(find_served(str(tmp_path)))
 
 
