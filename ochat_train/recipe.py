@@ -27,6 +27,15 @@ Scalar = str | int | float | bool | None
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def check_encoding(encoding: str | None) -> str | None:
+    """The name of an encoding of text, as it is. Raises ValueError for another."""
+    try:
+        "".encode(encoding or "utf-8")
+    except LookupError:
+        raise ValueError(f"{encoding!r} is no encoding that Python knows, such as gb18030 or cp1252") from None
+    return encoding
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, without unknown keys, and without silent conversions ("3" is not 3)."""
 
@@ -87,11 +96,7 @@ class SourceSection(Section):
     @field_validator("encoding")
     @classmethod
     def _encoding_is_known(cls, encoding: str | None) -> str | None:
-        try:
-            "".encode(encoding or "utf-8")
-        except LookupError:
-            raise ValueError(f"{encoding!r} is no encoding that Python knows, such as gb18030 or cp1252") from None
-        return encoding
+        return check_encoding(encoding)
 
     @property
     def paths(self) -> tuple[str, ...]:

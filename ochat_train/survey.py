@@ -21,21 +21,28 @@ _MAX_CHARS = 60
 def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str]:
     """The lines for each path: forms, dialects, what is not read, fields with their commonest values, roles, lengths.
 
-    Memory does not grow with the number of records. Raises ValueError for a path that matches no file.
+    Memory does not grow with the number of records. Raises ValueError for a path that matches no file, and at the end
+    when files could not be read.
     """
+    num_unread = 0
     for path in paths:
         files = list_files(path)
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}"
         seen = _Seen()
         with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="reading", delay=2) as bar:
+            num_before = 0.0
             for file in files:
                 try:
                     for chunk in read_chunks([file], encoding=encoding, columns=None):
                         seen.add(chunk)
-                        bar.update(chunk.bytes_read - bar.n)
+                        bar.update(num_before + chunk.bytes_read - bar.n)
+                    num_before = bar.n
                 except ValueError as error:
+                    num_unread += 1
                     yield f"  error: {error}"
         yield from seen.lines()
+    if num_unread:
+        raise ValueError(f"{num_unread:,} files could not be read, see above")
 
 
 class _Seen:
@@ -61,7 +68,7 @@ class _Seen:
         if isinstance(parsed, Drop):
             self._dialects[f"{form}, not read"] += 1
             self._drops[parsed.reason] += 1
-            if parsed.hint:
+            if parsed.hint and (parsed.hint in self._hints or len(self._hints) < _MAX_NAMES):
                 self._hints[parsed.hint] += 1
         else:
             self._dialects[f"{form}, {parsed.dialect}"] += 1
@@ -81,7 +88,9 @@ class _Seen:
                 if shown in values or len(values) < _MAX_VALUES:
                     values[shown] += 1
         for turn in (turn for turn in turns if isinstance(turn, dict)):
-            self._turn_fields.update(name for name, value in turn.items() if value is not None)
+            for name, value in turn.items():
+                if value is not None and (name in self._turn_fields or len(self._turn_fields) < _MAX_NAMES):
+                    self._turn_fields[name] += 1
             role = turn.get("role") if turn.get("from") is None else turn["from"]
             if isinstance(role, str) and (role in self._roles or len(self._roles) < _MAX_NAMES):
                 self._roles[role] += 1
@@ -92,7 +101,8 @@ class _Seen:
         if self._drops:
             yield f"  not read, because of: {_show_counts(self._drops)}"
         for hint, count in self._hints.most_common(3):
-            yield f"  to read {count:,} of them, a source may say: {hint}"
+            place = "the recipe" if hint.startswith("data.") else "their source"
+            yield f"  to read {count:,} of them, write into {place}: {hint}"
         if self._fields:
             yield "  fields of records, with their commonest values:"
         width = max(map(len, self._fields), default=0)
@@ -122,7 +132,10 @@ class _Seen:
 
 def _show(value: Any) -> str:
     """A value as a recipe would write it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        text = "(nested deeply)"
     return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
 
 

@@ -94,6 +94,7 @@ NAMING_FILES = (
 )
 OTHER_NAMES = set(ROLES) | {
     *("tool_calls", "reasoning_content", "input_text", "output_text"),  # fields and types of records
+    *("system_prompt", "system_message"),
     *("bos_token", "eos_token", "date_string", "tools_in_user_message"),  # variables of templates
     *("line_end", "depth_limit_exceeded"),
 }

@@ -255,7 +255,8 @@ def test_an_id_of_no_record_is_an_error(made: Path) -> None:
 
 def test_an_id_is_taken_as_the_table_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = ["--dry-run", "two\nlines", f"{'long ' * 30}id"]
-    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "a.jsonl", *(chat(id, "Hi") for id in ids)))])
+    records = [*(chat(id, "Hi") for id in ids), chat("kept", "Hi", "Hello")]
+    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "a.jsonl", *records))])
     main(["--dry-run", str(recipe)])
     assert f"no_answer 3 ({', '.join(map(show_id, ids))})" in capsys.readouterr().out
     for id in ids:

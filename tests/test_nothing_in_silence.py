@@ -125,7 +125,7 @@ def test_a_run_that_keeps_nothing_ends_with_the_lines_that_would_read_it(tmp_pat
     )
     assert run.returncode == 1
     said = run.stdout + run.stderr
-    assert f"WARNING: nothing is kept of {dump} (JSON lines, not read): no_turns 1" in said
+    assert f"WARNING: nothing is kept of {dump} (JSON lines, not read):\n  no_turns 1, such as: none of conv" in said
     assert "fields of its records that are not read: chat" in said
     hint = "fields: {turns: chat, role: role, text: content}"
     assert f"to read it, write into its source: {hint}" in said
@@ -145,7 +145,7 @@ def test_a_source_without_a_record_and_a_file_without_a_kept_one_are_warned_of(
     make(write_recipe(tmp_path, sources))
     said = capsys.readouterr().out
     assert "WARNING: source weak has no record" in said
-    assert f"WARNING: nothing is kept of {bad} (JSON lines, from/value): no_answer 1" in said
+    assert f"WARNING: nothing is kept of {bad} (JSON lines, from/value):\n  no_answer 1, such as: turns: user" in said
     assert f"  {good}: record fields lang 1\n" in said and f"  {bad}: record fields topic 1\n" in said
     assert said.count("WARNING") == 2
 

@@ -622,11 +622,12 @@ def test_a_weight_that_vanishes_in_float32_is_no_weight(tmp_path: Path) -> None:
     assert reasons_in(make(write_recipe(tmp_path, sources))) == {"a": None, "b": "no_weight"}
 
 
-def test_nothing_left_to_train_on_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_nothing_left_to_train_on_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", {"conversations": []}, chat("b", "Hi"))
     message = failure(write_recipe(tmp_path, [source("s", dump)]))
-    assert "no conversation is left to train on" in message
-    assert "no_turns 1" in message and "no_answer 1 (b)" in message
+    assert message == "error: no conversation is left to train on: see above"
+    table = capsys.readouterr().out
+    assert "no_turns 1" in table and "no_answer 1 (b)" in table
     assert no_store_is_made(tmp_path, dump.name)
 
 

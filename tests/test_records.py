@@ -408,7 +408,10 @@ def test_utf8_is_never_taken_for_another_encoding(write: Write, piece: int) -> N
             None
         ]
     mixed = [json.dumps({"a": ENCODED["cp1252"]}, ensure_ascii=False).encode(), b'{"a": "\xe9\xe9\xe9\xe9\xe9 \xe8"}']
-    assert [record.damage for record in read(write(b"\n".join(mixed)), chunk_bytes=piece)] == [None, "not_utf8"]
+    got = read(write(b"\n".join([*mixed, b""])), chunk_bytes=piece)
+    assert [record.damage for record in got] == [None, "not_utf8"]
+    _, cut = read(write(b'{"a": 1}\n' + '{"a": "\u4f60'.encode()[:-1]), chunk_bytes=piece)
+    assert cut.damage == "truncated_record"
 
 
 @pytest.mark.parametrize("form", ["array", "lines"])

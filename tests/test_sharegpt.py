@@ -186,7 +186,7 @@ def test_definitions_of_tools_are_kept_as_they_are_written(tools: Any) -> None:
     parsed = parse(chat(tools=tools))
     assert isinstance(parsed, Turns)
     assert (parsed.tools, parsed.unread) == ('[{"name":"add"}]', ())
-    for nothing in (None, "", [], float("nan")):
+    for nothing in (None, "", [], {}, "[]", " {} ", "null", float("nan")):
         without = parse(chat(tools=nothing))
         assert isinstance(without, Turns) and without.tools == ""
 
@@ -254,6 +254,21 @@ def test_turns_are_left_as_they_are_written() -> None:
     assert [(message.role, message.text) for message in messages] == [(ROLES[name], text) for name, text in turns]
 
 
+def test_nulls_that_a_table_writes_into_objects_are_nothing() -> None:
+    call = {"id": None, "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    fields = {
+        "messages": [{"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [{"name": "add", "x": None}],
+    }
+    for is_row, called, tools in (
+        (True, '[{"function":{"name":"add","arguments":{"a":1}}}]', '[{"name":"add"}]'),
+        (False, json.dumps([call]).replace(" ", ""), '[{"name":"add","x":null}]'),
+    ):
+        parsed = parse_record(Record("t.parquet", 0, 1, fields, is_row=is_row), default_id="d")
+        assert isinstance(parsed, Turns)
+        assert (parsed.messages[0].calls, parsed.tools) == (called, tools)
+
+
 def test_the_id_is_the_records_own_text_or_number_or_else_the_default() -> None:
     ids = [parse(chat(id=id)).id for id in ("a", 7, 0, 1.5, "", None, True, float("nan"), [1])]
     assert ids == ["a", "7", "0", "1.5", *["dump.json:0"] * 5]
@@ -279,7 +294,7 @@ def test_the_id_is_the_records_own_text_or_number_or_else_the_default() -> None:
         (chat(condition=4), "bad_condition", "a number"),
         (chat(system=["x"]), "bad_system", "a list"),
         ({"items": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not_text", "'image_url'"),
-        ({"items": [{"role": "user", "content": [{"type": 7}]}]}, "not_text", "a number"),
+        ({"items": [{"role": "user", "content": [{"type": 7}]}]}, "not_text", "it is 7"),
         ({"items": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "not_text", "turn 1"),
         ({"items": [{"role": "assistant", "content": None}]}, "value_not_text", "missing"),
         ({"items": [["x"]]}, "bad_pair", "turn 1 is a list of 1"),
@@ -360,6 +375,32 @@ def test_a_list_beside_the_turns_has_an_entry_for_each(name: str, entries: Any, 
     assert parsed.weight == 1.0
 
 
+@pytest.mark.parametrize(
+    ("more", "weight"),
+    [
+        *[({flag: False}, 0.0) for flag in ("loss", "train", "trainable", "training", "loss_mask")],
+        *[({flag: 0}, 0.0) for flag in ("train", "loss_mask", "loss_weight", "loss_weights")],
+        ({"masked": True}, 0.0),
+        ({"loss": 0.37}, 1.0),
+        ({"mask": "User"}, 1.0),
+        ({"loss_weight": Decimal("0.5")}, 0.5),
+        *[({flag: "false"}, None) for flag in ("train", "loss_mask", "weights")],
+        ({"mask": "Assistant"}, None),
+        ({"loss_mask": "[0, 0]"}, None),
+        ({"weights": {"0": 0}}, None),
+    ],
+)
+def test_what_is_no_list_says_it_of_the_whole_record(more: dict[str, Any], weight: float | None) -> None:
+    parsed = parse(chat(**more))
+    if weight is None:
+        assert isinstance(parsed, Drop)
+        assert (parsed.reason, next(iter(more)) in parsed.detail) == ("bad_weight", True)
+    else:
+        assert isinstance(parsed, Turns)
+        assert parsed.weight == weight
+        assert parsed.unread == ((("record field", "loss"),) if more == {"loss": 0.37} else ())
+
+
 @pytest.mark.parametrize("more", [{"mask": [1]}, {"weights": [1, 1, 1]}, {"weights": [1, -1]}, {"mask": [1, 0.5]}])
 def test_a_list_that_does_not_fit_the_turns_is_a_bad_weight(more: dict[str, Any]) -> None:
     parsed = parse(chat(**more))
@@ -423,6 +464,89 @@ def test_a_placeholder_that_no_field_explains_is_text() -> None:
     assert turns_of(talk).messages == (Message("user", "What does <image> do in HTML?"),)
 
 
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([{"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b"}], "bad_weight"),
+        ([{"type": "text", "text": "a", "weight": 0}], "bad_weight"),
+        ([{"type": "text", "text": "a", "image": "x.png"}], "not_text"),
+        ([{"inlineData": {"data": "x"}}], "not_text"),
+        ([{"image": "a.png"}, {"text": "q"}], "not_text"),
+        ([{"functionCall": {"name": "f"}}], "not_text"),
+        ([{"type": "tool_use", "name": "f"}], "not_text"),
+    ],
+)
+def test_a_part_that_is_no_plain_text_drops_its_record(parts: list[dict[str, Any]], reason: str) -> None:
+    parsed = parse({"items": [{"role": "assistant", "content": parts}]})
+    assert isinstance(parsed, Drop)
+    assert parsed.reason == reason
+    has_media = any("image" in str(part) or "inlineData" in part for part in parts)
+    assert parsed.hint == ("data.media: text" if has_media else "")
+
+
+def test_a_thought_among_parts_is_reasoning_and_other_fields_of_parts_are_named() -> None:
+    parts = [{"text": "Hm.", "thought": True}, {"text": "Hello", "citation": 1}]
+    parsed = parse({"contents": [{"role": "model", "parts": parts}]})
+    assert isinstance(parsed, Turns)
+    assert parsed.messages == (Message("assistant", "Hello", reasoning="Hm."),)
+    assert parsed.unread == (("part field", "citation"),)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"text": "sunny", "temp": 21},
+        [{"text": "row1", "id": 1}, {"text": "row2", "id": 2}],
+        ["red", "green"],
+        {"type": "FeatureCollection", "features": []},
+        {"type": "text", "value": 3},
+        [],
+    ],
+)
+def test_what_a_tool_says_is_json_unless_it_is_plain_text(value: Any) -> None:
+    (message,) = turns_of([{"role": "tool", "content": value}]).messages
+    assert (message.role, json.loads(message.text)) == ("tool", value)
+
+
+@pytest.mark.parametrize("nothing", [[None], {"bytes": None, "path": None}, "", {}])
+def test_empty_media_are_nothing(nothing: Any) -> None:
+    assert isinstance(parse(chat(images=nothing)), Turns)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"picture": "https://x/y.png?s=1"}, "picture"),
+        ({"image_base64": "x"}, "image_base64"),
+        ({"Images": ["x"]}, "Images"),
+        ({"scan": "x.tiff", "conversations": [["<image>\nHi", "Hello"], {"from": "gpt", "value": "<image>"}]}, "scan"),
+        ({"conversations": [{"from": "human", "value": "<img>assets/demo.jpeg</img> What?"}]}, "<img>assets/demo.jpeg"),
+    ],
+)
+def test_pictures_are_known_by_other_names_too(more: dict[str, Any], named: str) -> None:
+    parsed = parse(chat(**more) if "conversations" not in more else more)
+    assert isinstance(parsed, Drop)
+    assert (parsed.reason, parsed.detail.startswith(named)) == ("not_text", True)
+
+
+@pytest.mark.parametrize(
+    ("turn", "unread"),
+    [
+        (
+            {"human": "Hi", "assistant": "Hello", "reasoning_content": "t", "tool_calls": [1]},
+            {"reasoning_content", "tool_calls"},
+        ),
+        ({"from": "function_call", "value": "f", "reasoning_content": "t"}, {"reasoning_content"}),
+        ({"role": "user", "content": "Hi", "thinking": "t", "tool_calls": [1]}, {"thinking", "tool_calls"}),
+        ({"role": "assistant", "content": "x", "tool_calls": [1], "function_call": "f"}, {"function_call"}),
+        ({"role": "assistant", "content": "x", "reasoning": "t", "reasoning_content": "u"}, {"reasoning"}),
+        ({"role": "assistant", "content": "x", "parts": ["y"]}, {"parts"}),
+    ],
+)
+def test_what_stands_where_it_is_not_read_is_named(turn: dict[str, Any], unread: set[str]) -> None:
+    assert {name for kind, name in turns_of([turn]).unread if kind == "turn field"} == unread
+
+
 # ---- Other names ----
 
 
@@ -479,7 +603,12 @@ def test_what_is_met_and_not_read_is_named() -> None:
     unknown = parse({"items": [{"from": "alice", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
     assert isinstance(unknown, Drop)
     assert (unknown.reason, unknown.unread) == ("unknown_role", (("role", "alice"),))
-    assert unknown.hint.startswith("roles: {alice: assistant}")
+    assert yaml.safe_load(unknown.hint) == {"roles": {"alice": "user"}}
+    strange = parse({"items": [{"from": "用户", "value": "Hi"}, {"from": "my bot: 1", "value": "Hello"}]})
+    assert isinstance(strange, Drop)
+    reading = Reading(roles=yaml.safe_load(strange.hint)["roles"])
+    read = parse_record(record_of({"items": [{"from": "用户", "value": "Hi"}]}), default_id="d", reading=reading)
+    assert isinstance(read, Turns) and read.messages == (HI,)
 
 
 @pytest.mark.parametrize("missing", ["system", "condition", "tools"])

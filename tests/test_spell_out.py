@@ -10,7 +10,7 @@ from ochat_train.conversations.schema import Message
 from ochat_train.conversations.sharegpt import Turns
 from ochat_train.conversations.spell_out import Spelling, spell_out
 
-TOOLS = '[{"name": "area", "parameters": {"a": null, "b": "number"}}]'
+TOOLS = '[{"name": "area", "parameters": {"a": null, "b": "number"}}]'  # a null that somebody wrote
 CALL = '[{"id": "c1", "function": {"name": "area", "arguments": "{\\"a\\": 5}"}}]'
 
 # In the manner of templates that people use; each has a `{% ... %}` of its own for system text, tools and calls.
@@ -82,7 +82,7 @@ def test_turns_without_tools_and_reasoning_are_left_as_they_are(chat_template: s
 def test_definitions_are_where_the_base_has_them(template: str, system: str) -> None:
     written = spelled(Spelling(template, CONTROL), ASKED, system=system, tools=TOOLS)
     assert (written.repairs, written.tools) == (("nan_read", "tools_in_system"), "")
-    definition = {"type": "function", "function": {"name": "area", "parameters": {"b": "number"}}}
+    definition = {"type": "function", "function": {"name": "area", "parameters": {"a": None, "b": "number"}}}
     whole, _ = render_jinja_template(
         [[*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "How large?"}]],
         tools=[definition],
@@ -151,8 +151,40 @@ def test_a_call_with_a_weight_of_its_own_keeps_it_whatever_the_recipe_says(weigh
         assert "calls_untrained" not in written.repairs
 
 
-def test_a_call_that_is_no_json_stays_as_it_is() -> None:
+def test_several_calls_are_written_one_by_one_where_the_base_takes_one() -> None:
+    one_at_a_time = BEFORE_THE_SYSTEM_TEXT.replace(
+        "{%- if message.tool_calls %}",
+        "{%- if message.tool_calls %}"
+        "{%- if message.tool_calls | length > 1 %}{{- raise_exception('one') }}{%- endif %}",
+    )
+    called = Message("assistant", "", calls='[{"name": "area", "arguments": {}}, {"name": "side", "arguments": {}}]')
+    written = spelled(Spelling(one_at_a_time, CONTROL, tool_calls="train"), ASKED, called)
+    assert written.messages[1].text == '{"name": "area"}\n{"name": "side"}'
+
+
+def test_definitions_that_stand_in_the_system_text_are_not_written_twice() -> None:
+    system = f"You may call <tools>{TOOLS}</tools>"
     for template in (None, BEHIND_THE_SYSTEM_TEXT):
-        for call in ("area(5)", "{", "[1]", "{}"):
+        assert spelled(Spelling(template, CONTROL), ASKED, system=system, tools=TOOLS).system == system
+
+
+def test_reasoning_that_ends_in_a_call_is_context_with_it() -> None:
+    called = Message("assistant", "", reasoning="Hm.", calls=CALL)
+    for template in (None, BEHIND_THE_SYSTEM_TEXT):
+        kept = Spelling(template, CONTROL, "keep", "context")
+        (_, said) = spelled(kept, ASKED, called).messages
+        assert said.weight == 0.0 and said.text.startswith("<think>\nHm.\n</think>\n\n") and "area" in said.text
+
+
+def test_a_call_that_is_written_in_another_way_stays_as_it_is() -> None:
+    others = [
+        '[{"type": "custom", "custom": {"name": "code", "input": "print(1)"}}]',
+        '{"tool": "f", "tool_input": {"x": 1}}',
+        '{"name": "f", "arguments": {}, "thought": "because"}',
+        '{"name": "f", "arguments": {}, "input": {}}',
+        '{"name": "f", "arguments": "x = 1"}',
+    ]
+    for template in (None, BEHIND_THE_SYSTEM_TEXT):
+        for call in ("area(5)", "{", "[1]", "{}", *others):
             written = spelled(Spelling(template, tool_calls="train"), ASKED, Message("assistant", "", calls=call))
             assert written.messages[1].text == call

@@ -8,7 +8,7 @@ white space at its ends is the writer's.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Literal
 
 from ochat_train.conversations.html import HtmlError, convert_text, is_rendered
@@ -413,12 +413,11 @@ _LEADING_RULES: dict[LeadingAnswers, tuple[tuple[str, Callable[[Messages], Messa
 def join_user_turns(messages: Messages) -> Messages:
     """With user turns in a row made one, a blank line between their texts."""
     joined: list[Message] = []
-    for message in messages:
-        last = joined[-1] if joined else None
-        if last and last.role == message.role == "user" and not _is_trained(last) and not _is_trained(message):
-            joined[-1] = replace(last, text=last.text + BLANK_LINE + message.text)
-        else:
-            joined.append(message)
+    for is_asked, run in groupby(messages, key=lambda message: message.role == "user" and not _is_trained(message)):
+        turns = list(run)
+        if is_asked:
+            turns = [replace(turns[0], text=BLANK_LINE.join(turn.text for turn in turns))]
+        joined += turns
     return tuple(joined)
 
 

@@ -63,8 +63,13 @@ def check_utf8(stream: ByteStream) -> ByteStream:
 
 
 def decode(stream: ByteStream, encoding: str) -> ByteStream:
-    """The text of `stream`, which is in `encoding`, as UTF-8. Raises ValueError, while it is read, if it is not."""
+    """The text of `stream`, which is in `encoding`, as UTF-8. Raises ValueError, while it is read, if it is not.
+
+    Neither is a text that is UTF-8: nearly every other encoding would read it too, as something else.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
+    signs: list[bool] = []
+    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32", "utf-8"))
     waiting = b""
     is_done = False
 
@@ -74,6 +79,13 @@ def decode(stream: ByteStream, encoding: str) -> ByteStream:
             offset = stream.offset
             piece = stream.read(_PIECE_BYTES)
             is_done = not piece
+            if not is_wide and len(signs) < _ENOUGH:
+                text = piece.decode("utf-8", "surrogateescape")
+                found_signs = islice(_BEYOND_ASCII.finditer(text), _ENOUGH - len(signs))
+                signs.extend(not "\udc80" <= sign[0] <= "\udcff" for sign in found_signs)
+                if (len(signs) == _ENOUGH or is_done) and signs.count(True) >= max(_FEW, len(signs) / 2):
+                    remedy = "give the file a source of its own without encoding"
+                    raise unreadable(stream.name, 0, f"the source says encoding: {encoding}, but this is UTF-8", remedy)
             try:
                 waiting = decoder.decode(piece, is_done).encode()
             except UnicodeError as error:

@@ -174,8 +174,9 @@ def parse_json(raw: bytes) -> tuple[Any, tuple[str, ...]]:
     """The JSON value of `raw` and the repairs it needed; raises ValueError if they do not make it JSON.
 
     Surrogates without their other half become U+FFFD: "surrogate_replaced". The words NaN, Infinity and -Infinity,
-    which Python's own `json` writes for numbers that JSON does not have, become those numbers: "nan_read". So does a
-    number that is too large for a float. Raises NotUtf8 for bytes that are not UTF-8: no text is made of them.
+    which Python's own `json` writes for numbers that JSON does not have, become those numbers: "nan_read". A number
+    that is too large for a float becomes infinite; JSON allows it. Raises NotUtf8 for bytes that are not UTF-8: no text
+    is made of them.
     """
     try:
         value = orjson.loads(raw)

@@ -1,23 +1,29 @@
 """The loss weights that a record itself gives: flags on its turns, lists beside them, and a weight of the whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # weights are stored as float32
 
-WEIGHTS = ("weight", "loss_weight")  # a number of at least 0, or true or false
-FLAGS = ("train", "trainable", "training", "loss", "loss_mask")  # true, false, 1 or 0; what is false has no loss
+WEIGHTS = ("weight", "loss_weight", "loss_scale")  # a number of at least 0, or true or false
+FLAGS = (
+    "train",
+    "trainable",
+    "training",
+    "loss",
+    "loss_mask",
+    "output_with_loss",
+)  # true, false, 1 or 0; what is false has no loss
 EXCLUSIONS = ("masked",)  # true, false, 1 or 0; what is true has no loss, and what is false is as its role says
 PARTS = ("train_detail",)  # marks parts of a text, and here a whole turn has one weight
 
-# Beside the turns: a list with an entry for each turn.
-LISTS = frozenset(
-    (*WEIGHTS, *FLAGS, "weights", "loss_weights", "turn_weights", "train_mask", "mask", "masks", "loss_masks")
-)
+# Beside the turns: a list with an entry for each turn, or one value for all of them.
+_NUMBERS = (*WEIGHTS, "weights", "loss_weights", "turn_weights")
+LISTS = frozenset((*_NUMBERS, *FLAGS, "train_mask", "mask", "masks", "loss_masks"))
 
-# Beside the turns, of the whole record. `loss` is left out: there it is a number that somebody measured.
-RECORD_FLAGS = ("train", "trainable")
-
+# Beside the turns, of the whole record; what is no list under a name of LISTS, or under one of these.
+RECORD_FLAGS = ("masked",)
 
 _OF_A_TURN = frozenset((*WEIGHTS, *FLAGS, *EXCLUSIONS, *PARTS))
 
@@ -54,16 +60,15 @@ def weights_of_turns(fields: Mapping[str, Any], num_turns: int) -> list[float | 
     Raises BadWeight for a list of another length, and as `weight_of_turn` does.
     """
     weights: list[float | None] = [None] * num_turns
-    for key in fields.keys() & LISTS:
-        entries = fields.get(key)
-        if not isinstance(entries, Sequence) or isinstance(entries, str):
+    for key in sorted(fields.keys() & LISTS):
+        entries = fields[key]
+        if not isinstance(entries, list):
             continue
         if len(entries) != num_turns:
             raise BadWeight(f"{key} has {len(entries):,} entries beside {num_turns:,} turns; it must have one for each")
-        is_flag = key not in (*WEIGHTS, "weights", "loss_weights", "turn_weights")
         for position, entry in enumerate(entries):
             name = f"entry {position + 1} of {key}"
-            weights[position] = _times(weights[position], entry, name, is_flag=is_flag)
+            weights[position] = _times(weights[position], entry, name, is_flag=key not in _NUMBERS)
     return weights
 
 
@@ -71,7 +76,8 @@ def weight_of_record(fields: Mapping[str, Any], field: str | None) -> float:
     """The product of the weight in `field` and the record's own flags, 1.0 without any.
 
     `field` None reads no weight. A record without the field has weight 1.0 if the field is "weight", the default, and
-    is a BadWeight if somebody named the field, since a typing error would train everything alike.
+    is a BadWeight if somebody named the field, since a typing error would train everything alike. A number under `loss`
+    is one that somebody measured. NeMo's `mask: User` says what is so anyway.
     """
     weight = None
     if field is not None and not (field in LISTS and isinstance(fields.get(field), list)):
@@ -79,9 +85,18 @@ def weight_of_record(fields: Mapping[str, Any], field: str | None) -> float:
         if value is None and field != "weight":
             raise BadWeight(f"{field}, which the source names as weight_field, is missing or null")
         weight = _times(weight, value, field)
+    for key in sorted(fields.keys() & LISTS):
+        value = fields[key]
+        if key in (field, "weight") or value is None or isinstance(value, list):
+            continue
+        if key == "loss" and not isinstance(value, bool) and isinstance(value, int | float):
+            continue
+        if key == "mask" and isinstance(value, str) and value.strip().lower() in ("user", "human"):
+            continue
+        weight = _times(weight, value, key, is_flag=key not in _NUMBERS)
     for key in RECORD_FLAGS:
-        if isinstance(fields.get(key), bool):
-            weight = _times(weight, fields[key], key)
+        if _times(None, fields.get(key), key, is_flag=True):
+            weight = 0.0
     return 1.0 if weight is None else weight
 
 
@@ -89,9 +104,10 @@ def _times(weight: float | None, value: object, name: str, *, is_flag: bool = Fa
     """`weight` times the value, where None stands for nothing said."""
     if value is None:
         return weight
-    if not isinstance(value, int | float) or not 0 <= value <= MAX_FLOAT32:  # NaN is not between them either
-        shown = f"{value!r:.80}" if isinstance(value, str | int | float) else "a list or an object"
+    number = float(value) if isinstance(value, Decimal) and not value.is_snan() else value
+    if not isinstance(number, int | float) or not 0 <= number <= MAX_FLOAT32:  # NaN is not between them either
+        shown = f"{value!r:.80}" if isinstance(value, str | int | float | Decimal) else "a list or an object"
         raise BadWeight(f"{name} is {shown}; a weight is a number from 0 to {MAX_FLOAT32:.3g}, or true or false")
-    if is_flag and value not in (0, 1):
-        raise BadWeight(f"{name} is {value}; it must be true or false")
-    return (1.0 if weight is None else weight) * float(value)
+    if is_flag and number not in (0, 1):
+        raise BadWeight(f"{name} is {number}; it must be true or false")
+    return (1.0 if weight is None else weight) * float(number)

@@ -10,8 +10,10 @@ import mmap
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from ochat_train.conversations.containers import (
@@ -43,7 +45,8 @@ class Record:
     row's number. `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop:
     "not_json", "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names
     what was done to its bytes before they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is
-    how a line that is not JSON begins, its first 2,000 bytes, for a person to look at; it is left out of comparisons.
+    how a line that is not JSON begins, its first 2,000 bytes, for a person to look at. `is_row` is whether it is a row
+    of a table, in which fields are null that other rows have. The two are left out of comparisons.
     """
 
     file: str
@@ -54,27 +57,31 @@ class Record:
     repairs: tuple[str, ...] = ()
     is_page: bool = False
     raw: str | None = field(default=None, compare=False)
+    is_row: bool = field(default=False, compare=False)
 
 
 # ---- Files under a path ----
 
 
-def list_files(path: str) -> list[str]:
+def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     """The input files that `path` means: the file itself, what lies below a folder, or what a glob matches (`**` too).
 
     Below a folder, sorted, the files of a known suffix that are not hidden. Next to Arrow and parquet files the small
     JSON files are left out in which `datasets` describes them. A glob takes files as they are, and folders as above.
 
-    Raises ValueError if nothing is found, or a folder cannot be listed.
+    `left_out`, if given, counts the suffixes of the files that are not. Raises ValueError if nothing is found, or a
+    folder cannot be listed.
     """
     matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     found: dict[str, None] = {}
     num_left_out = 0
     for match in matches:
         if os.path.isdir(match):
-            known, num_others = _list_folder(match)
+            known, others = _list_folder(match)
             found.update(dict.fromkeys(known))
-            num_left_out += num_others
+            num_left_out += len(others)
+            if left_out is not None:
+                left_out.update("".join(PurePath(other).suffixes[-2:]) or "without a suffix" for other in others)
         else:
             found[match] = None
     if found:
@@ -90,8 +97,8 @@ def list_files(path: str) -> list[str]:
 _DATASETS_OWN = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
 
 
-def _list_folder(folder: str) -> tuple[list[str], int]:
-    """The files to read below `folder`, sorted, and how many others there are."""
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """The files to read below `folder`, sorted, and the others."""
     files: list[str] = []
 
     def fail(error: OSError) -> None:
@@ -103,7 +110,7 @@ def _list_folder(folder: str) -> tuple[list[str], int]:
     known = sorted(f for f in files if has_known_suffix(os.path.relpath(f, folder)) and os.path.isfile(f))
     if any(file.lower().endswith((".arrow", ".parquet")) for file in known):
         known = [file for file in known if os.path.basename(file) not in _DATASETS_OWN]
-    return known, len(files) - len(known)
+    return known, sorted(set(files) - set(known))
 
 
 # ---- Chunks ----
@@ -264,8 +271,8 @@ class _Lines:
                 try:
                     fields, repairs = parse_json(raw)
                 except ValueError as error:
-                    damage = "not_json" if has_end else "truncated_record"
-                    damage = "not_utf8" if isinstance(error, NotUtf8) else damage
+                    damage = "not_utf8" if isinstance(error, NotUtf8) else "not_json"
+                    damage = damage if has_end else "truncated_record"
                     beginning = raw[:2000].decode("utf-8", "backslashreplace")
                     yield Record(self.file, start, end, None, damage, raw=beginning)
                 else:
@@ -443,7 +450,7 @@ class _Rows:
             found, remedy = f"a row from here on: {explain(error)}", "write the table again without that column"
             raise unreadable(self.file, self.first, found, remedy, unit="row") from None
         for row, fields in enumerate(rows, start=self.first):
-            yield Record(self.file, row, row + 1, fields)
+            yield Record(self.file, row, row + 1, fields, is_row=True)
 
 
 def _read_table(stream: ByteStream, batches: Iterator[Any], chunk_bytes: int) -> Iterator[_Part]:

@@ -1,8 +1,10 @@
 """Records to turns: the dialects in which chats are written down, and the names that their roles have there."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -50,12 +52,21 @@ USER_KEYS = ("human", "user", "input", "instruction", "prompt", "question", "que
 ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "response", "answer", "completion")
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+_EMPTY_JSON = ("", "[]", "{}", "null")
+_CALL_KEYS = ("tool_calls", "function_call")
 TOOL_KEYS = ("tools", "functions")  # definitions of the tools that may be called, beside the turns
-MEDIA_KEYS = frozenset(
-    f"{kind}{more}" for kind in ("image", "audio", "video") for more in ("", "s", "_path", "_paths", "_url", "_urls")
+# Fields, of the record, a turn or a part, that hold pictures, sound or video, and files of these.
+_MEDIA = re.compile(
+    r"(?:image|img|picture|photo|audio|video|media|pixel_value|inline_?data|file_?data)s?"
+    r"(?:_?(?:base64|id|path|url|uri|file|name|filename))?s?",
+    re.IGNORECASE,
 )
-_MEDIA_SUFFIXES = tuple(f".{kind}" for kind in re.split(" ", "jpg jpeg png gif webp bmp wav mp3 flac ogg mp4 mov webm"))
-_PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>\n?")
+_MEDIA_FILE = re.compile(
+    r"data:(?:image|audio|video)/|.*\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|wav|mp3|flac|ogg|m4a|mp4|avi|mov|mkv|webm)"
+    r"(?:[?#].*)?\Z",
+    re.IGNORECASE | re.DOTALL,
+)
+_PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>\n?|<(img|audio|video)>[^<>\n]+\.\w+</\1>\n?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class Reading:
     media: Literal["drop", "text"] = "drop"
 
 
-# What of a record was met and not read: ("record field" | "turn field" | "role", its name), once for each time.
+# What was met and not read: ("record field" | "turn field" | "part field" | "role", its name), once for each time.
 Unread = tuple[tuple[str, str], ...]
 
 
@@ -117,7 +128,7 @@ class Drop:
 _DAMAGES = {
     "not_json": "it is not JSON",
     "not_utf8": "it is not UTF-8",
-    "truncated_record": "it is not JSON, and the file ends inside it",
+    "truncated_record": "it is not one JSON value; it is the last line, and may have been cut off",
     "record_too_large": f"it is above {MAX_RECORD_BYTES:,} bytes",
     "no_next_data": "the page has no script __NEXT_DATA__",
     "no_page_content": "the page's data has no props.pageProps.content",
@@ -150,15 +161,20 @@ def parse_record(record: Record, *, default_id: str, reading: Reading = Reading(
     """
     fields = record.fields
     if record.damage is not None:
-        hint = "encoding: cp1252   (or whatever the file is in)" if record.damage == "not_utf8" else ""
-        return Drop(default_id, record.damage, _DAMAGES[record.damage], record.repairs, hint)
+        return Drop(default_id, record.damage, _DAMAGES[record.damage], record.repairs)
     if not isinstance(fields, dict):
         return Drop(default_id, "not_an_object", f"the record is {_kind(fields)}", record.repairs)
+    if record.is_row:
+        fields = {name: _without_nulls(value) for name, value in fields.items()}
     id = own_id(fields) or default_id
     list_name, turns = find_turns(fields, reading)
-    unread = tuple(_find_unread(fields, list_name, turns, reading))
+    unread: Unread = ()
     repairs = record.repairs
     try:
+        unread = tuple(_find_unread(fields, list_name, turns, reading))
+        if not turns and "answer" in reading.fields:
+            name = str(reading.fields["answer"])
+            raise _Refusal("value_not_text", f"{name}, which the source names as answer, is missing or null")
         if not turns:
             names = ", ".join(TURN_LISTS)
             if "turns" in reading.fields:
@@ -168,23 +184,35 @@ def parse_record(record: Record, *, default_id: str, reading: Reading = Reading(
         if media and reading.media == "drop":
             raise _Refusal("not_text", f"{media} is no text", _MEDIA_HINT)
         dialect, messages, has_other_parts = _parse_turns(fields, turns, reading)
-        if media:
+        if media or has_other_parts:
             messages = tuple(replace(message, text=_PLACEHOLDER.sub("", message.text)) for message in messages)
         if media or has_other_parts:
             repairs += ("media_left_out",)
         condition = _parse_text_field(fields, "condition")
         system = _parse_text_field(fields, str(reading.fields.get("system", "system"))) or ""
         weight = weight_of_record(fields, reading.weight_field)
-        definitions = next((fields[name] for name in TOOL_KEYS if _get(fields, name)), "")
-        tools = _write_json(definitions, "tools") if definitions else ""
+        tools = _find_tools(fields)
     except _Refusal as refusal:
+        hint = refusal.hint
         if refusal.reason == "unknown_role":
-            unread += tuple(("role", name) for turn in turns if (name := _unknown_role(turn, reading)))
-        hint = refusal.hint or (hint_fields(fields) if refusal.reason in _OTHER_NAMES else "")
+            unknown = [name for turn in turns if (name := _role_name(turn)) and find_role(name, reading) is None]
+            unread += tuple(("role", name[:80]) for name in unknown)
+            hint = _hint_roles(turns, reading)
+        if refusal.reason in _OTHER_NAMES:
+            hint = hint or hint_fields(fields)
         return Drop(id, refusal.reason, refusal.detail, repairs, hint, unread)
     except BadWeight as error:
-        return Drop(id, "bad_weight", str(error), record.repairs, "", unread)
+        return Drop(id, "bad_weight", str(error), repairs, "", unread)
+    except RecursionError:
+        return Drop(id, "value_not_text", "something in it is nested too deeply", repairs, "", unread)
     return Turns(id, dialect, record.is_page, condition, system, messages, repairs, weight, tools, unread)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without nulls inside of its objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def own_id(fields: Mapping[str, Any]) -> str | None:
@@ -219,13 +247,9 @@ def _parse_text_field(fields: dict[str, Any], name: str) -> str | None:
 
 # ---- What was met and is not read ----
 
-_READ_FIELDS = frozenset(("id", "condition", *TOOL_KEYS, *own_weights.LISTS, *own_weights.RECORD_FLAGS))
-_MESSAGE_FIELDS = frozenset(
-    (
-        *("from", "value", "role", "content", "parts", "tool_calls", "function_call", *REASONING_KEYS),
-        *(*own_weights.WEIGHTS, *own_weights.FLAGS, *own_weights.EXCLUSIONS, *own_weights.PARTS),
-    )
-)
+_READ_FIELDS = frozenset(("id", "condition", *own_weights.LISTS, *own_weights.RECORD_FLAGS))
+_OF_A_TURN = frozenset((*own_weights.WEIGHTS, *own_weights.FLAGS, *own_weights.EXCLUSIONS, *own_weights.PARTS))
+_PART_FIELDS = frozenset(("type", "text", "thinking", "thought", *_OF_A_TURN))
 _PAIR_KEYS = frozenset(USER_KEYS + ANSWER_KEYS)
 _SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}  # turns of nearly all records
 
@@ -233,27 +257,52 @@ _SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}  # turns of nearly a
 def _find_unread(
     fields: dict[str, Any], list_name: str, turns: Sequence[Any], reading: Reading
 ) -> Iterator[tuple[str, str]]:
-    named = {str(name) for value in reading.fields.values() for name in ([value] if isinstance(value, str) else value)}
-    read = {list_name, str(reading.fields.get("system", "system")), reading.weight_field, *named}
-    for name in fields.keys() - _READ_FIELDS - read:
+    names = reading.fields
+    named = {str(name) for value in names.values() for name in ([value] if isinstance(value, str) else value)}
+    read = {list_name, str(names.get("system", "system")), reading.weight_field, _first(fields, TOOL_KEYS), *named}
+    for name in sorted(fields.keys() - _READ_FIELDS - read):
         if _get(fields, name) is not None:
             yield "record field", name
-    if fields.get("weight") is not None and reading.weight_field != "weight" and not isinstance(fields["weight"], list):
+    if reading.weight_field != "weight" and not isinstance(_get(fields, "weight"), list | None):
         yield "record field", "weight"
-    for turn in turns:
+    if isinstance(fields.get("loss"), int | float) and not isinstance(fields["loss"], bool):
+        yield "record field", "loss"
+    if _get(fields, "id") is not None and own_id(fields) is None and fields["id"] != "":
+        yield "record field", "id"
+    for turn, renamed in zip(fields[list_name] if list_name else turns, turns, strict=True):
         if not isinstance(turn, dict) or turn.keys() == _SHAREGPT or turn.keys() == _OPENAI:
             continue
-        if _get(turn, "from") is None and _get(turn, "role") is None and _is_pair(turn):
-            names = {name for name in turn if name.strip().lower() not in _PAIR_KEYS} - {"system"}
-            names -= _MESSAGE_FIELDS - {"content", "value", "parts"}
-        else:
-            names = turn.keys() - _MESSAGE_FIELDS - named
-            for first, second in (("from", "role"), ("value", "content")):
-                if turn.get(first) is not None and turn.get(second) not in (None, turn[first]):
-                    yield "turn field", second
-        for name in names:
-            if _get(turn, name) is not None:
+        text = renamed.get(_text_field(renamed))
+        for name in sorted(turn.keys() - _read_of(renamed) - named):
+            is_copy = isinstance(turn[name], str) and turn[name] == text
+            if _get(turn, name) is not None and not is_copy:
                 yield "turn field", name
+        for part in _parts_of(text):
+            for name in sorted(part.keys() - _PART_FIELDS):
+                if _get(part, name) is not None:
+                    yield "part field", name
+
+
+def _read_of(turn: dict[str, Any]) -> set[str]:
+    """The names of the fields of a turn that are read."""
+    role = _first(turn, ("from", "role"))
+    if not role and _is_pair(turn):
+        return {name for name in turn if name.strip().lower() in _PAIR_KEYS} | {"system", *_OF_A_TURN}
+    read = {role, _text_field(turn), *_OF_A_TURN}
+    if find_role(turn.get(role), Reading()) == "assistant":
+        read |= {_first(turn, REASONING_KEYS), _first(turn, _CALL_KEYS)}
+    return read
+
+
+def _first(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of the names whose field holds something; empty where none does."""
+    return next((name for name in names if _get(fields, name)), "")
+
+
+def _text_field(turn: Mapping[str, Any]) -> str:
+    """The name of the field that holds the turn's text, an empty one only where no other does."""
+    names = [name for name in ("value", "content", "parts") if turn.get(name) is not None]
+    return next((name for name in names if turn[name] != ""), names[0] if names else "content")
 
 
 # ---- Pictures, sound, video ----
@@ -264,21 +313,41 @@ _MEDIA_HINT = "data.media: text"
 def find_media(fields: Mapping[str, Any], turns: Sequence[Any]) -> str:
     """The name of a field, of the record or of a turn, that holds pictures, sound or video; empty where there is none.
 
-    That is one of MEDIA_KEYS, or any field with a media file's name where a text has a placeholder such as <image>.
+    That is one that is named so, or any with the name of a media file where a text has a placeholder such as <image>.
     """
     objects = [fields, *(turn for turn in turns if isinstance(turn, dict))]
     for part in objects:
-        if not part.keys().isdisjoint(MEDIA_KEYS):
-            for name in sorted(part.keys() & MEDIA_KEYS):
-                if _get(part, name):
-                    return str(name)
+        if part.keys() == _SHAREGPT or part.keys() == _OPENAI:
+            continue
+        for name in part:
+            if _is_media_name(name) and _holds_something(part[name]):
+                return str(name)
+    texts = [text for part in objects for text in part.values() if isinstance(text, str) and "<" in text]
+    for text in texts:
+        if "</img>" in text or "</audio>" in text or "</video>" in text:
+            for found in _PLACEHOLDER.finditer(text):
+                if found[1]:
+                    return found[0].strip()
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
-        if all(isinstance(one, str) and one.lower().endswith(_MEDIA_SUFFIXES) for one in values) and values:
-            texts = (text for part in objects for text in part.values() if isinstance(text, str))
-            if any(_PLACEHOLDER.search(text) for text in texts):
-                return name
+        is_file = bool(values) and all(isinstance(one, str) and _MEDIA_FILE.match(one) for one in values)
+        if is_file and any(map(_PLACEHOLDER.search, texts)):
+            return name
     return ""
+
+
+@lru_cache(maxsize=4096)
+def _is_media_name(name: str) -> bool:
+    return _MEDIA.fullmatch(name) is not None
+
+
+def _holds_something(value: object) -> bool:
+    """Whether it is more than nulls and emptiness."""
+    if isinstance(value, dict):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_something, value))
+    return value is not None and value != "" and value == value
 
 
 # ---- Turns ----
@@ -290,15 +359,14 @@ def find_turns(fields: dict[str, Any], reading: Reading) -> tuple[str, Sequence[
     Parts that have other names get those that we know.
     """
     names = reading.fields
-    if "answer" in names:
+    if "answer" in names and (answer := _get(fields, str(names["answer"]))) is not None:
         asked = names.get("question", ())
-        questions = [fields.get(name) for name in ([asked] if isinstance(asked, str) else asked)]
+        questions = [_get(fields, name) for name in ([asked] if isinstance(asked, str) else asked)]
         said = [question for question in questions if question not in (None, "")]
-        is_text = all(isinstance(question, str) for question in said)
-        question = "\n\n".join(map(str, said)) if is_text and said else next(iter(questions), None)
-        answer = fields.get(str(names["answer"]))
+        others = [question for question in said if not isinstance(question, str)]  # refused by whoever reads the turns
+        question = others[0] if others else "\n\n".join(said) if said else next(iter(questions), None)
         user = [{"role": "user", "content": question}] if asked else []
-        return "", [*user, {"role": "assistant", "content": answer}] if answer is not None else []
+        return "", [*user, {"role": "assistant", "content": answer}]
     lists = ([str(names["turns"])] if "turns" in names else []) + list(TURN_LISTS)
     for list_name in lists:
         turns = fields.get(list_name)
@@ -312,11 +380,12 @@ def find_turns(fields: dict[str, Any], reading: Reading) -> tuple[str, Sequence[
 
 
 def _rename(turn: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """The turn under the usual names; as it is where it has no others."""
     renamed = dict(turn)
-    if "role" in names:
-        renamed |= {"from": None, "role": turn.get(names["role"])}
-    if "text" in names:
-        renamed |= {"value": None, "content": turn.get(names["text"])}
+    if "role" in names and names["role"] in turn:
+        renamed |= {"from": None, "role": turn[names["role"]]}
+    if "text" in names and names["text"] in turn:
+        renamed |= {"value": None, "content": turn[names["text"]]}
     return renamed
 
 
@@ -348,8 +417,8 @@ def _parse_turns(
             else:
                 dialect = "pairs"
                 said = _parse_pair(turn, number, parts)
-        if weight is not None and said:
-            said[-1] = replace(said[-1], weight=weight)  # of a pair the answer's
+        if weight is not None and (dialect != "pairs" or said[-1].role == "assistant"):  # of a pair the answer's
+            said[-1] = replace(said[-1], weight=weight)
         messages += said
         dialects[dialect] = None
     return " + ".join(dialects), tuple(messages), parts.has_others
@@ -357,22 +426,22 @@ def _parse_turns(
 
 def _parse_message(turn: dict[str, Any], name: object, number: int, parts: "_Parts") -> Message:
     role = find_role(name, parts.reading)
+    text = turn.get("value", turn.get("content"))
+    if len(turn) == 2 and role is not None and role != "call" and isinstance(text, str):
+        return Message(role, text)  # nearly always
     if role is None:
         shown = f"{name!r:.80}" if isinstance(name, str) else _kind(name)
-        hint = f"roles: {{{_yaml(name)}: assistant}}   (or user, system, tool)" if isinstance(name, str) else ""
-        raise _Refusal("unknown_role", f"the role of turn {number} is {shown}", hint)
-    value = turn.get("value")
-    for other in ("content", "parts"):
-        value = turn.get(other) if value is None else value
+        raise _Refusal("unknown_role", f"the role of turn {number} is {shown}")
+    value = turn.get(_text_field(turn))
     if role == "call":
         return Message("assistant", "", calls=_write_json(value, f"the call of turn {number}"))
-    if role == "tool" and not isinstance(value, str) and not _are_parts(value):
+    if role == "tool" and not isinstance(value, str) and not _are_texts(value):
+        if any(map(_is_media_part, _parts_of(value))):
+            parts.text(value, number)  # refused, or its text taken alone
         return Message("tool", _write_json(value, f"the text of turn {number}"))
     if role != "assistant":
         return Message(role, parts.text(value, number)[0])
-    reasoning: object = ""
-    if not turn.keys().isdisjoint(REASONING_KEYS):
-        reasoning = next((said for key in REASONING_KEYS if (said := _get(turn, key))), "")
+    reasoning = _get(turn, _first(turn, REASONING_KEYS)) or ""
     if not isinstance(reasoning, str):
         raise _Refusal("value_not_text", f"the reasoning of turn {number} is {_kind(reasoning)}")
     calls = _find_calls(turn)
@@ -390,19 +459,16 @@ def find_role(name: object, reading: Reading) -> Role | Literal["call"] | None:
     if name in ROLES and name not in CALL_ROLES and not reading.roles:  # nearly always
         return ROLES[name]
     as_written = name.strip().lower()
+    letters = re.sub(r"[\s_-]+", "", as_written)
     for own, role in reading.roles.items():
-        if own.strip().lower() == as_written:
+        if re.sub(r"[\s_-]+", "", own.lower()) == letters:
             return role
-    key = re.sub(r"[\s-]+", "_", as_written)
-    return "call" if key in CALL_ROLES else ROLES.get(key)
+    return _ROLE_BY_LETTERS.get(letters)
 
 
-def _unknown_role(turn: object, reading: Reading) -> str:
-    """The name of a turn's role where it is unknown, or empty."""
-    if not isinstance(turn, dict):
-        return ""
-    name = turn.get("role") if _get(turn, "from") is None else turn["from"]
-    return name if isinstance(name, str) and find_role(name, reading) is None else ""
+_ROLE_BY_LETTERS: dict[str, Role | Literal["call"]] = {
+    name.replace("_", ""): "call" if name in CALL_ROLES else role for name, role in ROLES.items()
+}
 
 
 class _Parts:
@@ -416,44 +482,77 @@ class _Parts:
         """(text, reasoning) of a text or of parts."""
         if isinstance(value, str):
             return value, ""
-        if not _are_parts(value):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) or (isinstance(item, dict) and item) for item in items):
             raise _Refusal("value_not_text", f"the text of turn {number} is {_kind(value)}")
         texts, thoughts = [], []
-        for part in value if isinstance(value, list) else [value]:
+        for part in items:
             if isinstance(part, str):
                 texts.append(part)
                 continue
+            if weight_of_turn(part, f"a part of turn {number}") is not None:
+                raise BadWeight(f"a part of turn {number} has a weight; give the whole turn one, or split the turn")
             kind = part.get("type")
-            if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-                texts.append(part["text"])
+            if _is_media_part(part):
+                if self.reading.media == "drop":
+                    raise _Refusal(
+                        "not_text", f"a part of turn {number} is no text; it is {_name_of(part)}", _MEDIA_HINT
+                    )
+                self.has_others = True
+                texts.append(part["text"] if isinstance(part.get("text"), str) else "")
             elif kind in ("thinking", "reasoning") and isinstance(part.get("thinking", part.get("text")), str):
                 thoughts.append(part.get("thinking", part.get("text")))
-            elif self.reading.media == "text" and any(medium in str(kind) for medium in ("image", "audio", "video")):
-                self.has_others = True
+            elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+                (thoughts if part.get("thought") is True else texts).append(part["text"])
             else:
-                shown = f"{kind!r:.80}" if isinstance(kind, str) else _kind(kind)
-                detail = f"a part of turn {number} is no text; its type is {shown}"
-                raise _Refusal("not_text", detail, _MEDIA_HINT)
+                raise _Refusal("not_text", f"a part of turn {number} is no text; it is {_name_of(part)}")
         return "".join(texts), "".join(thoughts)
 
 
 _TEXT_PARTS = (None, "text", "input_text", "output_text")  # Gemini's have no type, those of OpenAI's responses another
 
 
-def _are_parts(value: object) -> bool:
-    """Whether this is one part or a list of them."""
-    parts = value if isinstance(value, list) else [value]
-    return all(isinstance(p, str) or (isinstance(p, dict) and ("type" in p or "text" in p)) for p in parts)
+def _parts_of(value: object) -> list[dict[str, Any]]:
+    return [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
+
+
+def _are_texts(value: object) -> bool:
+    """Whether this is a part of text or a list of them, and nothing that only looks like one."""
+    parts = value if isinstance(value, list) and value else [value]
+    return all(
+        isinstance(p, dict) and p.get("type") in _TEXT_PARTS[1:] and isinstance(p.get("text"), str) for p in parts
+    )
+
+
+def _is_media_part(part: Mapping[str, Any]) -> bool:
+    kind = part.get("type")
+    is_media = isinstance(kind, str) and any(medium in kind for medium in ("image", "audio", "video"))
+    return is_media or any(_is_media_name(name) and _holds_something(part[name]) for name in part)
+
+
+def _name_of(part: Mapping[str, Any]) -> str:
+    """What a part is, for a person: its type, or else its fields."""
+    return f"{part['type']!r:.80}" if "type" in part else f"an object with {', '.join(map(repr, part)):.80}"
 
 
 def _find_calls(turn: dict[str, Any]) -> object:
     """What an assistant calls in this turn, or None."""
-    for name in ("tool_calls", "function_call"):
+    for name in _CALL_KEYS:
         calls = _get(turn, name)
-        # an object of nulls is an empty cell of a table
-        if calls and not (isinstance(calls, dict) and all(value is None for value in calls.values())):
+        is_empty = calls.strip() in _EMPTY_JSON if isinstance(calls, str) else not _holds_something(calls)
+        if not is_empty:
             return calls
     return None
+
+
+def _find_tools(fields: Mapping[str, Any]) -> str:
+    """The definitions of tools as the record writes them; empty where there are none."""
+    tools = _get(fields, _first(fields, TOOL_KEYS))
+    if isinstance(tools, str):
+        return "" if tools.strip() in _EMPTY_JSON else tools
+    if not isinstance(tools, list | dict | None):
+        raise _Refusal("value_not_text", f"the definitions of tools are {_kind(tools)}")
+    return _write_json(tools, "the definitions of tools") if _holds_something(tools) else ""
 
 
 def _write_json(value: object, name: str) -> str:
@@ -486,7 +585,7 @@ def _parse_pair(turn: dict[str, Any], number: int, parts: _Parts) -> list[Messag
     elif asked:
         messages.append(Message("user", parts.text(sides[asked[0]], number)[0]))
     if answered:
-        messages.append(Message("assistant", *parts.text(sides[answered[0]], number)[:1]))
+        messages.append(Message("assistant", parts.text(sides[answered[0]], number)[0]))
     return messages
 
 
@@ -505,6 +604,7 @@ def _kind(value: object) -> str:
 
 _ROLE_FIELDS = ("role", "from", "speaker", "author", "sender", "user", "name", "type")
 _TEXT_FIELDS = ("content", "value", "text", "message", "body", "utterance", "msg")
+_SYSTEM_FIELDS = ("system_prompt", "system_message", "sys")
 
 
 def hint_fields(fields: Mapping[str, Any]) -> str:
@@ -513,21 +613,43 @@ def hint_fields(fields: Mapping[str, Any]) -> str:
     Worked example: {"chat": [{"speaker": "user", "text": "Hi"}]} gives "fields: {turns: chat, role: speaker, text:
     text}", and {"instruction": "Add.", "output": "3"} gives "fields: {question: instruction, answer: output}".
     """
+    system = next((f", system: {name}" for name in _SYSTEM_FIELDS if isinstance(fields.get(name), str)), "")
     for name, turns in fields.items():
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
             role = next((key for key in _ROLE_FIELDS if isinstance(turns[0].get(key), str)), None)
             text = next((key for key in _TEXT_FIELDS if key != role and isinstance(turns[0].get(key), str)), None)
             is_known = name in TURN_LISTS and role in ("role", "from") and text in ("content", "value")
-            if role and text and not is_known:
-                return f"fields: {{turns: {_yaml(name)}, role: {_yaml(role)}, text: {_yaml(text)}}}"
+            # Turns that begin with an answer belong to a question that stands elsewhere.
+            if role and text and not is_known and find_role(turns[0][role], Reading()) != "assistant":
+                return f"fields: {{turns: {_yaml(name)}, role: {_yaml(role)}, text: {_yaml(text)}{system}}}"
     answers = [key for key in ANSWER_KEYS if isinstance(fields.get(key), str)]
     questions = [key for key in ("instruction", *USER_KEYS) if isinstance(fields.get(key), str)]
     if len(answers) == 1 and questions:
         asked = "[instruction, input]" if {"instruction", "input"} <= set(questions) else questions[0]
-        return f"fields: {{question: {asked}, answer: {answers[0]}}}"
+        return f"fields: {{question: {asked}, answer: {answers[0]}{system}}}"
     return ""
+
+
+def _hint_roles(turns: Sequence[Any], reading: Reading) -> str:
+    """The line `roles: {...}` for unknown names, the first of which is taken for the user's where no other is."""
+    names = [_role_name(turn) for turn in turns]
+    unknown = list(dict.fromkeys(name for name in names if name and find_role(name, reading) is None))
+    known = {find_role(name, reading) for name in names}
+    guesses = ["user"] * ("user" not in known) + ["assistant"] * len(unknown)
+    roles = ", ".join(f"{_yaml(name)}: {role}" for name, role in zip(unknown, guesses, strict=False))
+    return f"roles: {{{roles}}}  # or system, tool" if unknown and len(roles) < 200 else ""
+
+
+def _role_name(turn: object) -> str:
+    """The name of a turn's role, or empty."""
+    name = turn.get(_first(turn, ("from", "role"))) if isinstance(turn, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _yaml(name: str) -> str:
     """A name as a YAML scalar."""
-    return name if re.fullmatch(r"[^\W\d][\w-]*", name) else orjson.dumps(name).decode()
+    is_plain = re.fullmatch(r"[^\W\d][\w-]*", name) and name.lower() not in _YAML_WORDS
+    return name if is_plain else json.dumps(name, ensure_ascii=False)
+
+
+_YAML_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")

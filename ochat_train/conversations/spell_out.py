@@ -1,5 +1,6 @@
 """Reasoning, calls of tools and definitions of tools become text, in the form of the base's own chat template."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -49,20 +50,18 @@ def spell_out(turns: Turns, spelling: Spelling) -> Turns:
     repairs = dict.fromkeys(turns.repairs)
     messages: list[Message] = []
     for message in turns.messages:
-        text, reasoning, calls = message.text, message.reasoning, message.calls
+        text, weight, reasoning, calls = message.text, message.weight, message.reasoning, message.calls
         if reasoning:
             repairs["reasoning_kept" if spelling.reasoning == "keep" else "reasoning_dropped"] = None
             reasoning = reasoning if spelling.reasoning == "keep" else ""
-        is_context = bool(calls) and message.weight is None and spelling.tool_calls == "context"
-        if calls and not is_context:
-            text, reasoning, calls = _write_answer(spelling, text, reasoning, calls), "", ""
-        elif reasoning:
-            text = _write_answer(spelling, text, reasoning, "")
-        if text or not calls:
-            messages.append(Message(message.role, text, message.weight))
-        if calls:
+        is_context = bool(calls) and weight is None and spelling.tool_calls == "context"
+        if is_context:
             repairs["calls_untrained"] = None
-            messages.append(Message(message.role, _write_answer(spelling, "", "", calls), 0.0))
+            if text:
+                messages.append(Message(message.role, _write_answer(spelling, text, reasoning, "")))
+            # A thought that ends in a call is context with it: trained alone it would teach to stop there.
+            text, weight, reasoning = "", 0.0, "" if text else reasoning
+        messages.append(Message(message.role, _write_answer(spelling, text, reasoning, calls), weight))
     system = turns.system
     if turns.tools:
         repairs["tools_in_system"] = None
@@ -78,9 +77,9 @@ def spell_out(turns: Turns, spelling: Spelling) -> Turns:
 @lru_cache(maxsize=1024)  # the same tools stand beside many conversations
 def _write_system(spelling: Spelling, system: str, tools: str) -> str:
     """The system text with the definitions in it."""
-    definitions = [
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in _read_objects(tools)
-    ]
+    definitions = _read_definitions(tools)
+    if definitions and system and all(definition["function"]["name"] in system for definition in definitions):
+        return system  # which holds them already
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
     bare, full = _render(spelling, messages), _render(spelling, messages, tools=definitions)
     if definitions and bare and full:
@@ -97,37 +96,54 @@ def _write_system(spelling: Spelling, system: str, tools: str) -> str:
     return f"{system}\n\n{tools}" if system else tools
 
 
+@lru_cache(maxsize=8)
+def _frame_of_answers(spelling: Spelling) -> tuple[str | None, str | None]:
+    """The base's template up to where an answer begins, and with an answer."""
+    asked = {"role": "user", "content": _USER}
+    prompt = _render(spelling, [asked], add_generation_prompt=True)
+    return prompt, _render(spelling, [asked, {"role": "assistant", "content": _ANSWER}])
+
+
 def _num_common(first: str, second: str) -> int:
     """How many characters both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-@lru_cache(maxsize=1024)
 def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> str:
     """The text of an answer with its reasoning before it and its calls behind it."""
+    if not reasoning and not calls:
+        return text
     asked = {"role": "user", "content": _USER}
+    prompt, bare = _frame_of_answers(spelling)
     answer: dict[str, Any] = {"role": "assistant", "content": text}
-    called = _read_objects(calls)
+    called = _read_calls(calls)
     if called:
-        answer["tool_calls"] = [{"type": "function", "function": _named(call)} for call in called]
+        answer["tool_calls"] = [{"type": "function", "function": call} for call in called]
     if reasoning:
         answer |= {"reasoning_content": reasoning}
-    bare = _render(spelling, [asked, {"role": "assistant", "content": _ANSWER}])
-    prompt = _render(spelling, [asked], add_generation_prompt=True)
     full = _render(spelling, [asked, answer]) if bool(called) == bool(calls) else None
     if bare and prompt and full and _ANSWER in bare and bare.startswith(prompt) and full.startswith(prompt):
         lead, _, end = bare[len(prompt) :].partition(_ANSWER)
         written = full[len(prompt) : len(full) - len(end)] if full.endswith(end) else ""
         if not reasoning:  # a template may begin every answer with an empty one
             written = written.removeprefix(lead)
-        said = [reasoning.strip(), text.strip(), *(str(_named(call)["name"]) for call in called)]
+        said = [reasoning.strip(), text.strip(), *(call["name"] for call in called)]
         is_control = any(token in written for token in spelling.special_tokens if token)
-        if written.strip() and all(part in written for part in said) and not is_control:
+        names = [call["name"] for call in called]
+        said += [key for call in called for key in call["arguments"]]
+        is_whole = all(part in written for part in said) and all(
+            written.count(name) >= names.count(name) for name in names
+        )
+        if written.strip() and is_whole and not is_control:
             return written
     if reasoning:
         return f"<think>\n{reasoning}\n</think>\n\n{_write_answer(spelling, text, '', calls)}"
     if text and calls:
         return f"{text}\n{_write_answer(spelling, '', '', calls)}"
+    if len(called) > 1 and spelling.chat_template is not None:  # some templates take one call at a time
+        alone = [_write_answer(spelling, "", "", orjson.dumps(call).decode()) for call in called]
+        if alone != [orjson.dumps(call).decode() for call in called]:
+            return "\n".join(alone)
     return text + calls
 
 
@@ -149,31 +165,44 @@ def _render(spelling: Spelling, messages: Sequence[dict[str, Any]], **more: Any)
 
 
 def _read_objects(text: str) -> list[dict[str, Any]]:
-    """The objects in JSON, without nulls in them, which a table writes for what is not there; [] for another text."""
+    """The objects in JSON; [] for another text."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
         return []
     objects = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, dict) and one for one in objects):
-        return []
-    return [_without_nulls(one) for one in objects]
+    return objects if all(isinstance(one, dict) for one in objects) else []
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+def _read_definitions(text: str) -> list[dict[str, Any]]:
+    """Definitions as {type, function: {name, ...}}; [] where one of them is written in another way."""
+    definitions = []
+    for tool in _read_objects(text):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return []
+        definitions.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return definitions
 
 
-def _named(call: dict[str, Any]) -> dict[str, Any]:
-    """A call as {name, arguments}, the arguments as an object where they are one in JSON."""
-    function = call.get("function")
-    named: dict[str, Any] = function if isinstance(function, dict) else call
-    arguments: Any = next(
-        (named[key] for key in ("arguments", "parameters", "input") if named.get(key) is not None), {}
-    )
-    if isinstance(arguments, str):
-        objects = _read_objects(arguments)
-        arguments = objects[0] if len(objects) == 1 else arguments if arguments.strip("{} \n") else {}
-    return {"name": named.get("name", ""), "arguments": arguments}
+def _read_calls(text: str) -> list[dict[str, Any]]:
+    """Calls as {name, arguments}, the arguments as an object; [] where one of them is written in another way."""
+    calls = []
+    for call in _read_objects(text):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not call.keys() <= {"id", "type", "index", "function", *function}:
+            return []
+        arguments = [function[key] for key in _ARGUMENTS if key in function]
+        if arguments and isinstance(arguments[0], str):
+            try:
+                arguments[0] = json.loads(arguments[0] or "{}")  # with all digits of a number
+            except (ValueError, RecursionError):
+                return []
+        is_known = isinstance(function.get("name"), str) and function.keys() <= {"name", "id", "type", *_ARGUMENTS}
+        if not is_known or len(arguments) > 1 or not isinstance(arguments[0] if arguments else {}, dict):
+            return []
+        calls.append({"name": function["name"], "arguments": arguments[0] if arguments else {}})
+    return calls
+
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")

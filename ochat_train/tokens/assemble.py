@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ochat_train.conversations.dedupe import DROP_REASONS, KEEP, Decisions
 from ochat_train.conversations.ledger import Ledger, drop_rows
-from ochat_train.tokens.shard import OVERLONG_COLUMNS, Shard
+from ochat_train.tokens.shard import MAX_NAMES, OTHER_NAMES, OVERLONG_COLUMNS, Shard
 from ochat_train.tokens.store import StoreWriter
 from ochat_train.tokens.work import WorkFolder
 
@@ -22,13 +22,15 @@ from ochat_train.tokens.work import WorkFolder
 class Totals:
     """Over all shards. overlong: i64[len(OVERLONG_COLUMNS)]. dialects and unread: as of a Shard.
 
-    outcomes: how many records of which (file, reason of the drop), the reason empty where they are kept.
+    outcomes: how many records of which (file, reason of the drop), the reason empty where they are kept. details: of
+    the first of each that was dropped, its detail.
     """
 
     overlong: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(OVERLONG_COLUMNS), dtype=np.int64))
     dialects: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     unread: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    details: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def num_records(self) -> int:
@@ -57,10 +59,14 @@ def assemble(
         is_counted = [reason in (None, "too_long") for reason in records["reason"].to_pylist()]
         totals.overlong += shard.overlong[np.array(is_counted, dtype=bool)].sum(axis=0)
         totals.dialects.update(shard.dialects)
-        totals.unread.update(shard.unread)
-        counted = records.group_by(["file", "reason"]).aggregate([([], "count_all")]).to_pydict()
-        for file, reason, count in zip(counted["file"], counted["reason"], counted["count_all"], strict=True):
-            totals.outcomes[file, reason or ""] += count
+        for key, count in shard.unread.items():
+            totals.unread[key if key in totals.unread or len(totals.unread) < MAX_NAMES else OTHER_NAMES] += count
+        grouped = records.group_by(["file", "reason"], use_threads=False)
+        named = {file for file, _, _ in shard.dialects}
+        for row in grouped.aggregate([([], "count_all"), ("detail", "first")]).to_pylist():
+            of_file = row["file"] if row["file"] in named else "", row["reason"] or ""  # as dialects has saved pages
+            totals.outcomes[of_file] += row["count_all"]
+            totals.details.setdefault(of_file, row["detail_first"] or "")
     return totals
 
 

@@ -27,13 +27,15 @@ class Fitted:
     """What becomes of a conversation.
 
     examples: none if it is dropped, for the `reason` and, in words, the `detail`. actions: names for the ledger.
-    kept: how much each choice of `overlong` keeps. A token that stands in several parts counts once.
+    whole: the tokens up to the last one with a weight. kept: how much of them each choice of `overlong` keeps. A token
+    that stands in several parts counts once.
     """
 
     examples: tuple[Example, ...]
     actions: tuple[str, ...]
     reason: str | None
     detail: str
+    whole: TokenCounts
     kept: Mapping[Overlong, TokenCounts]
 
 
@@ -88,9 +90,10 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     whole = TokenCounts(len(example.input_ids), int(np.count_nonzero(example.loss_weights)))
     kept: dict[Overlong, TokenCounts] = {"split": whole, "truncate": whole, "drop": whole}
     if not whole.supervised_tokens:
-        return Fitted((), (), "no_weight", "its weights are 0 in float32", dict.fromkeys(kept, TokenCounts(0, 0)))
+        nothing = TokenCounts(0, 0)
+        return Fitted((), (), "no_weight", "its weights are 0 in float32", nothing, dict.fromkeys(kept, nothing))
     if whole.tokens <= max_tokens:
-        return Fitted((example,), (), None, "", kept)
+        return Fitted((example,), (), None, "", whole, kept)
 
     cuts: dict[Overlong, _Cut] = {
         "split": _split(encoded, max_tokens, context_tokens),
@@ -100,14 +103,14 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     kept = {choice: _count(example, cut.parts) for choice, cut in cuts.items()}
     parts, actions = cuts[overlong]
     if parts:
-        return Fitted(tuple(_join(example, part) for part in parts), actions, None, "", kept)
+        return Fitted(tuple(_join(example, part) for part in parts), actions, None, "", whole, kept)
     why: dict[Overlong, str] = {
         "split": f", and the {encoded.prefix_length:,} tokens that begin each part leave too little room for a turn",
         "truncate": ", and no weighted answer ends within it",
         "drop": "",
     }
     detail = f"{whole.tokens:,} tokens, above data.max_tokens {max_tokens:,}{why[overlong]}"
-    return Fitted((), (), "too_long", detail, kept)
+    return Fitted((), (), "too_long", detail, whole, kept)
 
 
 def _without_tail(encoded: Encoded) -> Encoded:

@@ -46,7 +46,8 @@ OVERLONG_COLUMNS = (
 )
 UNREADABLE = "(unreadable)"  # the source of a record that could be of several and says nothing
 _BATCH_CONVERSATIONS = 256  # tokenized at once
-_MAX_NAMES = 10_000  # of fields that are not read; a record may have keys that no other has
+MAX_NAMES = 10_000  # of what is not read: a record may have fields that no other has; the others are counted together
+OTHER_NAMES = ("", "record field", "...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,12 @@ def clean(turns: Turns, source: Source, settings: ShardSettings) -> Turns | Drop
     return clean_turns(turns, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers)
 
 
+def without_tail(conversation: Conversation) -> Conversation:
+    """The conversation up to its last turn with a weight; without turns where there is none."""
+    weighted = [position for position, message in enumerate(conversation.messages, start=1) if message.weight]
+    return replace(conversation, messages=conversation.messages[: weighted[-1] if weighted else 0])
+
+
 def has_weight(conversation: Conversation) -> bool:
     """Whether any turn is trained on."""
     return any(message.weight for message in conversation.messages)
@@ -161,11 +168,10 @@ class _ShardMaker:
         parsed = parse(record, source)
         file = "" if record.is_page else record.file
         self._dialects[file, chunk.form, parsed.dialect if isinstance(parsed, Turns) else "not read"] += 1
-        for kind, unread in parsed.unread:
+        for kind, unread in (*parsed.unread, *((("hint", parsed.hint),) if isinstance(parsed, Drop) else ())):
             key = file, kind, unread
-            self._unread[key if key in self._unread or len(self._unread) < _MAX_NAMES else (file, kind, "...")] += 1
-        if isinstance(parsed, Drop) and parsed.hint:
-            self._unread[file, "hint", parsed.hint] += 1
+            if unread:
+                self._unread[key if key in self._unread or len(self._unread) < MAX_NAMES else OTHER_NAMES] += 1
         name = source.name if source is not None else UNREADABLE
         if isinstance(parsed, Turns):
             assert source is not None  # only a record that is no object, which is a Drop, belongs to none
@@ -193,7 +199,7 @@ class _ShardMaker:
             elif not has_weight(judgement.conversation):
                 self._drop(position, "no_weight", "every turn has weight 0")
             else:
-                passed.append((position, judgement.conversation))
+                passed.append((position, without_tail(judgement.conversation)))
         return passed
 
     def encode(self, judged: Sequence[Numbered]) -> None:
@@ -209,10 +215,9 @@ class _ShardMaker:
                 context_tokens=settings.overlong_context,
             )
             self._act(position, fitted.actions)
-            if (num_tokens := len(whole.example.input_ids)) > settings.max_tokens:
-                num_supervised = int(np.count_nonzero(whole.example.loss_weights))
+            if fitted.whole.tokens > settings.max_tokens:
                 kept_by_choice = [fitted.kept[choice] for choice in ("split", "truncate", "drop")]
-                self._overlong[position] = (1, num_tokens, num_supervised, *chain.from_iterable(kept_by_choice))
+                self._overlong[position] = (1, *fitted.whole, *chain.from_iterable(kept_by_choice))
             if fitted.reason is not None:
                 self._drop(position, fitted.reason, fitted.detail)
             else:
