@@ -210,7 +210,7 @@ def _record_parity(model: Path, checkpoint: Checkpoint) -> None:
     problems: list[str] = []
     try:
         if note := compare_with_auto(str(model), load_tokenizer(str(model), TEMPLATES[checkpoint.template])):
-            problems.append(f"{note}; serve it by --engine transformers")
+            problems.append(f"exported tokenizer: {note}; serve it by --engine transformers")
         manifest = read_manifest(store)
         if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:
             parity = check(model, store, num=_NUM_COMPARED)

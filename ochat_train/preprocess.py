@@ -173,7 +173,7 @@ def preprocess(
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
     plan = make_plan(recipe)
     if note := compare_with_auto(recipe.tokenizer_name, plan.tokenizer):
-        print(note)
+        print(f"tokenizer {recipe.tokenizer_name}: {note}")
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:

@@ -40,6 +40,7 @@ from tests.dumps import (
     write_lines,
     write_recipe,
 )
+from tests.small_tokenizers import write_base
 from tests.test_docs import REASONS
 
 KEEP_COPIES = {"exact": False, "prefix": False}
@@ -636,6 +637,16 @@ def test_nothing_but_held_out_conversations_is_an_error_too(tmp_path: Path) -> N
     message = failure(write_recipe(tmp_path, [source("s", dump)], eval_fraction=0.999999))
     assert message.endswith("no conversation is left to train on: all of it is held out by data.eval_fraction")
     assert no_store_is_made(tmp_path, dump.name)
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", "llama2")
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    make(write_recipe(tmp_path, [source("s", dump)]), f"tokenizer={base}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "AutoTokenizer" in line]
+    assert line.startswith(f"tokenizer {base}: tokenizer.json is taken as it is; LlamaTokenizer, which AutoTokenizer")
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
 
     files = locate_base(name)
     if not _has_tokenizer_json(files):
-        return f"tokenizer {name}: it has no tokenizer.json, so its ids are those of what transformers converts it to"
+        return "it has no tokenizer.json, so its ids are those of what transformers converts it to"
     try:
         auto = AutoTokenizer.from_pretrained(files.name, trust_remote_code=False)
     except (OSError, ValueError):
@@ -283,7 +283,7 @@ def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
         return None
     first = different[0]
     return (
-        f"tokenizer {name}: tokenizer.json is taken as it is; {type(auto).__name__}, which AutoTokenizer makes of it, "
+        f"tokenizer.json is taken as it is; {type(auto).__name__}, which AutoTokenizer makes of it, "
         f"differs in {len(different)} of {len(probes)} probes, first "
         f"{probes[first]!r}: {others[first]}, not {ours[first]}"
     )
