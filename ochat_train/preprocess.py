@@ -296,7 +296,7 @@ def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "tokenizer": plan.tokenizer.digest,
         "template": recipe.template,
         "data": recipe.data.of_store(),
-        "spelling": hashlib.sha256(repr(plan.settings.spelling).encode()).hexdigest(),
+        "base_chat_template": hashlib.sha256(repr(plan.settings.spelling.chat_template).encode()).hexdigest(),
         "code": _code_digest(),
         "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
         "inputs": {"num_files": len(plan.files), "digest": _inputs_digest(plan.files)},
@@ -332,7 +332,7 @@ def _code_digest() -> str:
 
 def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     names = {
-        "spelling": "how tools and reasoning are written",
+        "base_chat_template": "the base's chat template",
         "data": "the recipe's data section",
         "inputs": "an input file",
         "code": "the version of ochat_train",
