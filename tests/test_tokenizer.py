@@ -502,3 +502,17 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), TEMPLATES["openchat_v3.2"])
     message = str(error.value)
     assert message.startswith(f"no tokenizer could be loaded from {tmp_path}: ") and "\n" not in message
+
+
+MARKED = st.lists(
+    st.sampled_from(["\u2581", " ", "  ", "\n", "a", "Hi", "<s>", "</s>", "é", "🦙", "\u00a0"]), max_size=8
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=12) | MARKED.map("".join))
+def test_spaces_that_python_marks_give_the_ids_of_the_files_normalizer(llama2: ChatTokenizer, text: str) -> None:
+    naive = Tokenizer.from_str(llama2.pretrained.backend_tokenizer.to_str())
+    naive.encode_special_tokens = True
+    assert naive.normalizer is not None
+    assert llama2.encode_texts([text])[0].tolist() == naive.encode(text, add_special_tokens=False).ids

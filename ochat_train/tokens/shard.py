@@ -136,8 +136,12 @@ def clean(turns: Turns, source: Source, settings: ShardSettings) -> Turns | Drop
 
 def without_tail(conversation: Conversation) -> Conversation:
     """The conversation up to its last turn with a weight; without turns where there is none."""
-    weighted = [position for position, message in enumerate(conversation.messages, start=1) if message.weight]
-    return replace(conversation, messages=conversation.messages[: weighted[-1] if weighted else 0])
+    num_kept = len(conversation.messages)
+    while num_kept and not conversation.messages[num_kept - 1].weight:
+        num_kept -= 1
+    if num_kept == len(conversation.messages):
+        return conversation
+    return replace(conversation, messages=conversation.messages[:num_kept])
 
 
 def has_weight(conversation: Conversation) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ochat_train.conversations.template import ChatTemplate
 
@@ -111,6 +111,15 @@ def require_model(base: str) -> None:
     files.require("weights", _WEIGHT_FILES)
 
 
+_MARK_SPACES = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ],
+}
+
+
 class TextEncoder:
     """What encoding needs of a tokenizer, and no more: small to send to another process, and quick to load there.
 
@@ -124,6 +133,13 @@ class TextEncoder:
         self._tokenizer.encode_special_tokens = True  # user text that spells a special token is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        parts = json.loads(tokenizer_json)
+        # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold an
+        # added token, the normalizer sees what stands between such tokens, and is left as it is.
+        are_special = all(token["special"] for token in parts["added_tokens"])
+        self._marks_spaces = parts["normalizer"] == _MARK_SPACES and are_special
+        if self._marks_spaces:
+            self._tokenizer.normalizer = normalizers.Sequence([])
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int]]]:
         return type(self), (self._json, self.special_ids)
@@ -131,7 +147,11 @@ class TextEncoder:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides ids."""
-        return sha256(self._tokenizer.to_str().encode()).hexdigest()
+        tokenizer: Tokenizer = Tokenizer.from_str(self._json)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return sha256(tokenizer.to_str().encode()).hexdigest()
 
     def id_of(self, token: str) -> int | None:
         """The id of a token; None when there is no such token."""
@@ -139,6 +159,8 @@ class TextEncoder:
 
     def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """The ids of each text alone, on all cores. No text yields a special token."""
+        if self._marks_spaces:
+            texts = [text and "\u2581" + text.replace(" ", "\u2581") for text in texts]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
