@@ -134,8 +134,8 @@ class TextEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         parts = json.loads(tokenizer_json)
-        # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold an
-        # added token, the normalizer sees what stands between such tokens, and is left as it is.
+        # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold
+        # an added token, the normalizer sees what stands between such tokens, and is left as it is.
         are_special = all(token["special"] for token in parts["added_tokens"])
         self._marks_spaces = parts["normalizer"] == _MARK_SPACES and are_special
         if self._marks_spaces:
