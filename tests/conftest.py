@@ -1,6 +1,8 @@
 """What the tests share: nothing is fetched from the network, and tokenizers are loaded once."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no file fails at once
@@ -38,3 +40,11 @@ def quickstart() -> ChatTokenizer:
 def quickstart_chatml() -> ChatTokenizer:
     """The quickstart's tokenizer for chatml."""
     return load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
+
+
+@pytest.fixture
+def keep_signal_handlers() -> Iterator[None]:
+    """The `main` of preprocess sets its own handler for SIGTERM, which is not for pytest."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

@@ -3,9 +3,7 @@
 import gzip
 import json
 import os
-import signal
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +18,7 @@ REFUSAL = "As an AI language model, I cannot."
 TALK = [prose(turn, 30) for turn in range(4)]
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers() -> Iterator[None]:
-    """`main` sets its own handler for SIGTERM, which is not for pytest."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 
 @pytest.fixture(scope="module")

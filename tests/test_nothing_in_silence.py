@@ -1,9 +1,7 @@
 """What users bring is honoured or named: weights, tools, media, encodings, fields, files of which nothing is kept."""
 
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,7 @@ from tests.dumps import chat, failure, ids_in, ledger_of, make, source, write_li
 KEEP_COPIES = {"exact": False, "prefix": False}
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers() -> Iterator[None]:
-    """`main` sets its own handler for SIGTERM, which is not for pytest."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 
 def test_the_cases_that_were_misread_are_read_or_named(tmp_path: Path, shared: Path) -> None:

@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +44,7 @@ from tests.test_docs import REASONS
 KEEP_COPIES = {"exact": False, "prefix": False}
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers() -> Iterator[None]:
-    """`main` sets its own handler for SIGTERM, which is not for pytest."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 
 def no_store_is_made(folder: Path, *kept: str) -> bool:

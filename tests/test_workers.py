@@ -51,12 +51,7 @@ from tests.dumps import (
 CHUNK_BYTES = 8_000
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers() -> Iterator[None]:
-    """`main` sets its own handler for SIGTERM, which is not for pytest."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 
 @pytest.fixture(autouse=True)
