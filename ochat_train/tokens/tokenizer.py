@@ -268,6 +268,8 @@ def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
 
     files = locate_base(name)
     files.require("tokenizer", _TOKENIZER_FILES)
+    if files.gguf_file is None and not files.is_folder and not _is_in_hub_cache(files.name):
+        print(f"{name}: there is no folder of this name in {Path.cwd()}; asking the Hugging Face hub", flush=True)
     try:
         if _has_tokenizer_json(files):
             pretrained = PreTrainedTokenizerFast.from_pretrained(files.name)
