@@ -26,8 +26,10 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
     """
     num_unread = 0
     for path in paths:
-        files = list_files(path)
-        yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}"
+        left_out: Counter[str] = Counter()
+        files = list_files(path, left_out)
+        others = f"; left out, hidden or of other suffixes: {_show_counts(left_out)}" if left_out else ""
+        yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
         seen = _Seen()
         with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="reading", delay=2) as bar:
             num_before = 0.0

@@ -401,6 +401,14 @@ def test_a_file_in_another_encoding_is_refused_with_its_name_and_read_by_it(
             list(read_chunks([path], encoding="ascii"))
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "big5", "euc_kr", "utf-16"])
+@pytest.mark.parametrize("text", ["na\u00efve caf\u00e9", "\u201cx\u201d \u2013 y", ENCODED["gb18030"] * 30])
+def test_a_file_in_utf8_is_not_read_in_another_encoding(write: Write, encoding: str, text: str) -> None:
+    path = write(json.dumps({"a": text}, ensure_ascii=False).encode())
+    with pytest.raises(ValueError, match=r"but this is UTF-8; give the file a source of its own|it starts with"):
+        list(read_chunks([path], encoding=encoding))
+
+
 @pytest.mark.parametrize("piece", [1, 7, 64, MIB])
 def test_utf8_is_never_taken_for_another_encoding(write: Write, piece: int) -> None:
     for text in ENCODED.values():

@@ -349,7 +349,8 @@ def test_flags_of_a_turn_are_its_weight(flags: dict[str, Any], weight: float | N
 
 
 @pytest.mark.parametrize(
-    "flags", [{"train": "false"}, {"loss": 0.37}, {"trainable": float("nan")}, {"masked": 2}, {"train_detail": [{}]}]
+    "flags",
+    [{"train": "false"}, {"loss": float("inf")}, {"trainable": float("nan")}, {"masked": 2}, {"train_detail": [{}]}],
 )
 def test_a_flag_that_is_neither_true_nor_false_is_a_bad_weight(flags: dict[str, Any]) -> None:
     parsed = parse({"items": [{"role": "assistant", "content": "y"} | flags]})
@@ -387,7 +388,8 @@ def test_a_list_beside_the_turns_has_an_entry_for_each(name: str, entries: Any, 
         *[({flag: "false"}, None) for flag in ("train", "loss_mask", "weights")],
         ({"mask": "Assistant"}, None),
         ({"loss_mask": "[0, 0]"}, None),
-        ({"weights": {"0": 0}}, None),
+        ({"train": "yes"}, None),
+        ({"masked": "no"}, None),
     ],
 )
 def test_what_is_no_list_says_it_of_the_whole_record(more: dict[str, Any], weight: float | None) -> None:
@@ -399,6 +401,26 @@ def test_what_is_no_list_says_it_of_the_whole_record(more: dict[str, Any], weigh
         assert isinstance(parsed, Turns)
         assert parsed.weight == weight
         assert parsed.unread == ((("record field", "loss"),) if more == {"loss": 0.37} else ())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *[{"train": value} for value in ("train", "", {"a": 1})],
+        *[{"training": value} for value in ("corpus A", 3)],
+        *[{"loss": value} for value in ("sft", {"train": 0.3}, [0.5, 0.7], 0.53)],
+        *[{"loss_scale": "default"}, {"mask": "None"}, {"masks": {}}, {"weights": {"0": 0}}],
+    ],
+)
+def test_what_only_has_the_name_of_a_weight_is_named_and_not_read(more: dict[str, Any]) -> None:
+    parsed = parse(chat(**more))
+    assert isinstance(parsed, Turns)
+    assert (parsed.weight, [message.weight for message in parsed.messages]) == (1.0, [None, None])
+    (name, value), *_ = more.items()
+    assert parsed.unread == ((("record field", name),) if value != "" else ())
+    if not isinstance(value, list):
+        (message,) = turns_of([{"role": "assistant", "content": "Hello"} | more]).messages
+        assert message.weight is None
 
 
 @pytest.mark.parametrize("more", [{"mask": [1]}, {"weights": [1, 1, 1]}, {"weights": [1, -1]}, {"mask": [1, 0.5]}])
@@ -500,6 +522,10 @@ def test_a_thought_among_parts_is_reasoning_and_other_fields_of_parts_are_named(
         ["red", "green"],
         {"type": "FeatureCollection", "features": []},
         {"type": "text", "value": 3},
+        {"name": "P", "image": "http://x/y.png", "price": 3},
+        [{"title": "P", "image_url": "u"}, 5],
+        {"type": "videoResult", "id": 3},
+        {"n": 12345678901234567890123},
         [],
     ],
 )
@@ -511,6 +537,35 @@ def test_what_a_tool_says_is_json_unless_it_is_plain_text(value: Any) -> None:
 @pytest.mark.parametrize("nothing", [[None], {"bytes": None, "path": None}, "", {}])
 def test_empty_media_are_nothing(nothing: Any) -> None:
     assert isinstance(parse(chat(images=nothing)), Turns)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *[{"image": value} for value in (False, 0, "None", "null", "n/a")],
+        *[{"images": 0}, {"image_id": -1}, {"images": "[]"}, {"video": "no"}, {"video_id": "dQw4w9WgXcQ"}],
+        *[{"media": "twitter"}, {"video_url": "https://youtu.be/x"}, {"picture": "n/a"}],
+    ],
+)
+def test_a_note_about_media_is_no_picture(more: dict[str, Any]) -> None:
+    assert isinstance(parse(chat(**more)), Turns)
+    turns = [{"from": "human", "value": "Hi"} | more, {"from": "gpt", "value": "Hello"}]
+    assert turns_of(turns).messages == (HI, HELLO)
+
+
+def test_a_tools_parts_with_a_picture_are_no_text() -> None:
+    fields = {"messages": [{"role": "tool", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "r"}]}]}
+    parsed = parse(fields)
+    assert isinstance(parsed, Drop) and parsed.reason == "not_text"
+    text = parse_record(record_of(fields), default_id="d", reading=Reading(media="text"))
+    assert isinstance(text, Turns) and text.messages == (Message("tool", "r"),)
+
+
+@pytest.mark.parametrize(("value", "text"), [(True, ""), ({"budget": 1}, ""), ([{"type": "text", "text": "x"}], "x")])
+def test_reasoning_that_is_no_text_is_named(value: Any, text: str) -> None:
+    parsed = turns_of([{"role": "assistant", "content": "Hello", "thinking": value}])
+    assert parsed.messages == (Message("assistant", "Hello", reasoning=text),)
+    assert parsed.unread == (() if text else (("turn field", "thinking"),))
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,22 @@ def test_several_calls_are_written_one_by_one_where_the_base_takes_one() -> None
     assert written.messages[1].text == '{"name": "area"}\n{"name": "side"}'
 
 
+def test_nulls_beside_a_calls_name_and_blank_arguments_are_nothing() -> None:
+    calls = [
+        '[{"id": "c", "custom": null, "function": {"name": "f", "arguments": "{}", "parsed_arguments": null}}]',
+        '{"name": "f", "arguments": null}',
+        '{"name": "f", "arguments": " "}',
+        '{"name": "f", "arguments": "null"}',
+    ]
+    for call in calls:
+        called = Message("assistant", "", calls=call)
+        written = spelled(Spelling(BEHIND_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, called)
+        assert written.messages[1].text == '<call>{"name": "f", "arguments": {}}</call>'
+    null = Message("assistant", "", calls='{"name": "f", "arguments": {"x": null}}')
+    written = spelled(Spelling(BEHIND_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, null)
+    assert written.messages[1].text == '<call>{"name": "f", "arguments": {"x": null}}</call>'
+
+
 def test_definitions_that_stand_in_the_system_text_are_not_written_twice() -> None:
     system = f"You may call <tools>{TOOLS}</tools>"
     for template in (None, BEHIND_THE_SYSTEM_TEXT):

@@ -10,10 +10,12 @@ _PIECE_BYTES = 1 << 20
 _ENOUGH = 64  # signs beyond ASCII that decide whether a text is UTF-8
 _FEW = 4  # below so many that are no UTF-8, it is a damaged record rather than another encoding
 _SAMPLE_BYTES = 1 << 16
+_WITHOUT = "give the file a source of its own without encoding"
 
 # What dumps are saved in, the commonest first. They are named before others, and of those that fit equally well the
 # first is named first.
-_USUAL = ("gb18030", "cp1252", "cp932", "cp1251", "big5", "cp949", "iso8859_15", "euc_jp", "koi8_r", "cp1250")
+_EAST_ASIAN = ("gb18030", "cp932", "big5", "cp949", "euc_jis_2004")
+_USUAL = ("gb18030", "cp1252", "cp932", "cp1251", "big5", "cp949", "iso8859_15", "euc_jis_2004", "koi8_r", "cp1250")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
 # Byte order marks, and how JSON and pages begin where there is none.
@@ -69,6 +71,7 @@ def decode(stream: ByteStream, encoding: str) -> ByteStream:
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     signs: list[bool] = []
+    is_utf8 = f"the source says encoding: {encoding}, but this is UTF-8"
     is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32", "utf-8"))
     waiting = b""
     is_done = False
@@ -83,12 +86,14 @@ def decode(stream: ByteStream, encoding: str) -> ByteStream:
                 text = piece.decode("utf-8", "surrogateescape")
                 found_signs = islice(_BEYOND_ASCII.finditer(text), _ENOUGH - len(signs))
                 signs.extend(not "\udc80" <= sign[0] <= "\udcff" for sign in found_signs)
-                if (len(signs) == _ENOUGH or is_done) and signs.count(True) >= max(_FEW, len(signs) / 2):
-                    remedy = "give the file a source of its own without encoding"
-                    raise unreadable(stream.name, 0, f"the source says encoding: {encoding}, but this is UTF-8", remedy)
+                is_mostly = signs.count(True) >= max(_FEW, len(signs) / 2)
+                if (len(signs) == _ENOUGH or is_done) and signs and (is_mostly or all(signs)):
+                    raise unreadable(stream.name, 0, is_utf8, _WITHOUT)
             try:
                 waiting = decoder.decode(piece, is_done).encode()
             except UnicodeError as error:
+                if all(signs) and (signs or is_wide):
+                    raise unreadable(stream.name, 0, is_utf8, _WITHOUT) from None
                 at = offset + getattr(error, "start", 0)
                 found = f"this is not {encoding} ({error.reason if isinstance(error, UnicodeDecodeError) else error})"
                 raise unreadable(stream.name, at, found, "name the file's encoding in the source") from None
@@ -107,7 +112,14 @@ def _guess(sample: bytes) -> list[str]:
         (match for match in matches if match.encoding in _USUAL),
         key=lambda match: (match.chaos, -match.coherence, _USUAL.index(match.encoding)),
     )
-    return [match.encoding for match in [*usual, *(match for match in matches if match not in usual)][:4]]
+    names = [match.encoding for match in [*usual, *(match for match in matches if match not in usual)]]
+    if not {"cp1252", "cp1251", "koi8_r", *_EAST_ASIAN} & set(names):  # too short to tell from other Latin ones
+        try:
+            sample.decode("cp1252")
+            names.insert(0, "cp1252")
+        except UnicodeDecodeError:
+            pass
+    return names[:4]
 
 
 def _refused(stream: ByteStream, offset: int, guesses: list[str], sample: bytes) -> ValueError:

@@ -9,8 +9,15 @@ from typing import Any, Literal
 
 import orjson
 
-from ochat_train.conversations import own_weights
-from ochat_train.conversations.own_weights import BadWeight, weight_of_record, weight_of_turn, weights_of_turns
+from ochat_train.conversations.own_weights import (
+    LISTS,
+    OF_A_TURN,
+    BadWeight,
+    says_weight,
+    weight_of_record,
+    weight_of_turn,
+    weights_of_turns,
+)
 from ochat_train.conversations.records import MAX_RECORD_BYTES, TURN_LISTS, Record
 from ochat_train.conversations.schema import Message, Role
 
@@ -52,15 +59,17 @@ USER_KEYS = ("human", "user", "input", "instruction", "prompt", "question", "que
 ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "response", "answer", "completion")
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-_EMPTY_JSON = ("", "[]", "{}", "null")
+_EMPTY_JSON = ("", "[]", "{}", "null", "None")
 _CALL_KEYS = ("tool_calls", "function_call")
 TOOL_KEYS = ("tools", "functions")  # definitions of the tools that may be called, beside the turns
 # Fields, of the record, a turn or a part, that hold pictures, sound or video, and files of these.
 _MEDIA = re.compile(
     r"(?:image|img|picture|photo|audio|video|media|pixel_value|inline_?data|file_?data)s?"
-    r"(?:_?(?:base64|id|path|url|uri|file|name|filename))?s?",
+    r"(?:_?(?:base64|bytes|id|path|url|uri|file|name|filename))?s?",
     re.IGNORECASE,
 )
+_SURE_MEDIA = re.compile(r"(?:image|audio|video)s?(?:_?(?:base64|bytes|path|file))?s?", re.IGNORECASE)
+_ABSENT = ("", "none", "null", "nan", "n/a", "no", "false", "0", "-1", "[]", "{}")
 _MEDIA_FILE = re.compile(
     r"data:(?:image|audio|video)/|.*\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|wav|mp3|flac|ogg|m4a|mp4|avi|mov|mkv|webm)"
     r"(?:[?#].*)?\Z",
@@ -247,9 +256,8 @@ def _parse_text_field(fields: dict[str, Any], name: str) -> str | None:
 
 # ---- What was met and is not read ----
 
-_READ_FIELDS = frozenset(("id", "condition", *own_weights.LISTS, *own_weights.RECORD_FLAGS))
-_OF_A_TURN = frozenset((*own_weights.WEIGHTS, *own_weights.FLAGS, *own_weights.EXCLUSIONS, *own_weights.PARTS))
-_PART_FIELDS = frozenset(("type", "text", "thinking", "thought", *_OF_A_TURN))
+_READ_FIELDS = frozenset(("id", "condition", *LISTS, "masked"))
+_PART_FIELDS = frozenset(("type", "text", "thinking", "thought", *OF_A_TURN))
 _PAIR_KEYS = frozenset(USER_KEYS + ANSWER_KEYS)
 _SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}  # turns of nearly all records
 
@@ -265,17 +273,20 @@ def _find_unread(
             yield "record field", name
     if reading.weight_field != "weight" and not isinstance(_get(fields, "weight"), list | None):
         yield "record field", "weight"
-    if isinstance(fields.get("loss"), int | float) and not isinstance(fields["loss"], bool):
-        yield "record field", "loss"
+    for name in sorted(fields.keys() & (LISTS | {"masked"})):
+        is_unsaid = not says_weight(name, fields[name]) and not _is_mask_of_users(name, fields[name])
+        if name not in ("weight", reading.weight_field) and is_unsaid and fields[name] not in (None, ""):
+            yield "record field", name
     if _get(fields, "id") is not None and own_id(fields) is None and fields["id"] != "":
         yield "record field", "id"
     for turn, renamed in zip(fields[list_name] if list_name else turns, turns, strict=True):
         if not isinstance(turn, dict) or turn.keys() == _SHAREGPT or turn.keys() == _OPENAI:
             continue
         text = renamed.get(_text_field(renamed))
-        for name in sorted(turn.keys() - _read_of(renamed) - named):
+        unsaid = {name for name in turn.keys() & OF_A_TURN if not says_weight(name, turn[name])}
+        for name in sorted(turn.keys() - (_read_of(renamed) - unsaid) - named):
             is_copy = isinstance(turn[name], str) and turn[name] == text
-            if _get(turn, name) is not None and not is_copy:
+            if _get(turn, name) not in (None, "") and not is_copy:
                 yield "turn field", name
         for part in _parts_of(text):
             for name in sorted(part.keys() - _PART_FIELDS):
@@ -287,11 +298,15 @@ def _read_of(turn: dict[str, Any]) -> set[str]:
     """The names of the fields of a turn that are read."""
     role = _first(turn, ("from", "role"))
     if not role and _is_pair(turn):
-        return {name for name in turn if name.strip().lower() in _PAIR_KEYS} | {"system", *_OF_A_TURN}
-    read = {role, _text_field(turn), *_OF_A_TURN}
+        return {name for name in turn if name.strip().lower() in _PAIR_KEYS} | {"system", *OF_A_TURN}
+    read = {role, _text_field(turn), *OF_A_TURN}
     if find_role(turn.get(role), Reading()) == "assistant":
-        read |= {_first(turn, REASONING_KEYS), _first(turn, _CALL_KEYS)}
+        read |= {_find_reasoning(turn)[0], _first(turn, _CALL_KEYS)}
     return read
+
+
+def _is_mask_of_users(name: str, value: object) -> bool:
+    return name == "mask" and isinstance(value, str) and value.strip().lower() in ("user", "human")
 
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -319,8 +334,8 @@ def find_media(fields: Mapping[str, Any], turns: Sequence[Any]) -> str:
     for part in objects:
         if part.keys() == _SHAREGPT or part.keys() == _OPENAI:
             continue
-        for name in part:
-            if _is_media_name(name) and _holds_something(part[name]):
+        for name, value in part.items():
+            if _is_media_name(name) and _is_media(value, is_sure=_SURE_MEDIA.fullmatch(name) is not None):
                 return str(name)
     texts = [text for part in objects for text in part.values() if isinstance(text, str) and "<" in text]
     for text in texts:
@@ -331,9 +346,24 @@ def find_media(fields: Mapping[str, Any], turns: Sequence[Any]) -> str:
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
         is_file = bool(values) and all(isinstance(one, str) and _MEDIA_FILE.match(one) for one in values)
-        if is_file and any(map(_PLACEHOLDER.search, texts)):
+        is_named = _is_media_name(name) and _holds_something(value)
+        if (is_file or is_named) and any(map(_PLACEHOLDER.search, texts)):
             return name
     return ""
+
+
+def _is_media(value: Any, *, is_sure: bool) -> bool:
+    """Whether a field that is named so holds pictures, sound or video, and not a note about them.
+
+    is_sure: the name can mean nothing else, so that any text is taken for a file's name.
+    """
+    if isinstance(value, dict):
+        return _holds_something(value)
+    if isinstance(value, list):
+        return any(_is_media(one, is_sure=is_sure) for one in value)
+    if isinstance(value, str):
+        return value.strip().lower() not in _ABSENT and (is_sure or _MEDIA_FILE.match(value) is not None)
+    return isinstance(value, bytes) and bool(value)
 
 
 @lru_cache(maxsize=4096)
@@ -435,15 +465,12 @@ def _parse_message(turn: dict[str, Any], name: object, number: int, parts: "_Par
     value = turn.get(_text_field(turn))
     if role == "call":
         return Message("assistant", "", calls=_write_json(value, f"the call of turn {number}"))
-    if role == "tool" and not isinstance(value, str) and not _are_texts(value):
-        if any(map(_is_media_part, _parts_of(value))):
-            parts.text(value, number)  # refused, or its text taken alone
+    has_pictures = isinstance(value, list) and any(part.get("type") in _MEDIA_PARTS for part in _parts_of(value))
+    if role == "tool" and not isinstance(value, str) and not _are_texts(value) and not has_pictures:
         return Message("tool", _write_json(value, f"the text of turn {number}"))
     if role != "assistant":
         return Message(role, parts.text(value, number)[0])
-    reasoning = _get(turn, _first(turn, REASONING_KEYS)) or ""
-    if not isinstance(reasoning, str):
-        raise _Refusal("value_not_text", f"the reasoning of turn {number} is {_kind(reasoning)}")
+    reasoning = _find_reasoning(turn)[1]
     calls = _find_calls(turn)
     written = "" if calls is None else _write_json(calls, f"the calls of turn {number}")
     if value is None and (written or reasoning):
@@ -503,12 +530,18 @@ class _Parts:
             elif kind in ("thinking", "reasoning") and isinstance(part.get("thinking", part.get("text")), str):
                 thoughts.append(part.get("thinking", part.get("text")))
             elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-                (thoughts if part.get("thought") is True else texts).append(part["text"])
+                (thoughts if part.get("thought") in (True, "true") else texts).append(part["text"])
             else:
                 raise _Refusal("not_text", f"a part of turn {number} is no text; it is {_name_of(part)}")
         return "".join(texts), "".join(thoughts)
 
 
+_MEDIA_PARTS = tuple(
+    f"{before}{kind}{after}"
+    for kind in ("image", "audio", "video", "file")
+    for before in ("", "input_")
+    for after in ("", "_url")
+)
 _TEXT_PARTS = (None, "text", "input_text", "output_text")  # Gemini's have no type, those of OpenAI's responses another
 
 
@@ -525,9 +558,9 @@ def _are_texts(value: object) -> bool:
 
 
 def _is_media_part(part: Mapping[str, Any]) -> bool:
-    kind = part.get("type")
-    is_media = isinstance(kind, str) and any(medium in kind for medium in ("image", "audio", "video"))
-    return is_media or any(_is_media_name(name) and _holds_something(part[name]) for name in part)
+    if isinstance(part.get("type"), str) and part["type"] in _MEDIA_PARTS:
+        return True
+    return any(_is_media_name(name) and _is_media(part[name], is_sure=True) for name in part)
 
 
 def _name_of(part: Mapping[str, Any]) -> str:
@@ -535,11 +568,22 @@ def _name_of(part: Mapping[str, Any]) -> str:
     return f"{part['type']!r:.80}" if "type" in part else f"an object with {', '.join(map(repr, part)):.80}"
 
 
+def _find_reasoning(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """(field, text) of the reasoning beside the text; two empty texts where there is none."""
+    for name in REASONING_KEYS:
+        said = turn.get(name)
+        if isinstance(said, list) and said and _are_texts(said):
+            said = "".join(part["text"] for part in said)
+        if isinstance(said, str) and said:
+            return name, said
+    return "", ""
+
+
 def _find_calls(turn: dict[str, Any]) -> object:
     """What an assistant calls in this turn, or None."""
     for name in _CALL_KEYS:
         calls = _get(turn, name)
-        is_empty = calls.strip() in _EMPTY_JSON if isinstance(calls, str) else not _holds_something(calls)
+        is_empty = re.sub(r"\s", "", calls) in _EMPTY_JSON if isinstance(calls, str) else not _holds_something(calls)
         if not is_empty:
             return calls
     return None
@@ -549,7 +593,7 @@ def _find_tools(fields: Mapping[str, Any]) -> str:
     """The definitions of tools as the record writes them; empty where there are none."""
     tools = _get(fields, _first(fields, TOOL_KEYS))
     if isinstance(tools, str):
-        return "" if tools.strip() in _EMPTY_JSON else tools
+        return "" if re.sub(r"\s", "", tools) in _EMPTY_JSON else tools
     if not isinstance(tools, list | dict | None):
         raise _Refusal("value_not_text", f"the definitions of tools are {_kind(tools)}")
     return _write_json(tools, "the definitions of tools") if _holds_something(tools) else ""
@@ -562,7 +606,11 @@ def _write_json(value: object, name: str) -> str:
         raise _Refusal("value_not_text", f"{name} is {_kind(value)}")
     try:
         return orjson.dumps(value, default=str).decode()
-    except TypeError as error:  # orjson's own: nested more deeply than it writes, though it could read it
+    except TypeError:  # a number above 64 bits, or nested more deeply than orjson writes
+        pass
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    except (RecursionError, TypeError, ValueError) as error:
         raise _Refusal("value_not_text", f"{name} cannot be written as JSON ({error})") from None
 
 

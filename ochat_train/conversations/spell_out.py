@@ -189,13 +189,15 @@ def _read_calls(text: str) -> list[dict[str, Any]]:
     """Calls as {name, arguments}, the arguments as an object; [] where one of them is written in another way."""
     calls = []
     for call in _read_objects(text):
+        call = {key: value for key, value in call.items() if value is not None}
         function = call.get("function", call)
         if not isinstance(function, dict) or not call.keys() <= {"id", "type", "index", "function", *function}:
             return []
+        function = {key: value for key, value in function.items() if value is not None}
         arguments = [function[key] for key in _ARGUMENTS if key in function]
         if arguments and isinstance(arguments[0], str):
             try:
-                arguments[0] = json.loads(arguments[0] or "{}")  # with all digits of a number
+                arguments[0] = json.loads(arguments[0].strip() or "{}") or {}  # with all digits of a whole number
             except (ValueError, RecursionError):
                 return []
         is_known = isinstance(function.get("name"), str) and function.keys() <= {"name", "id", "type", *_ARGUMENTS}
