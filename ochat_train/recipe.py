@@ -448,7 +448,7 @@ for _tag, _pattern in _NUMBERS.items():
 _YAML_REMEDIES = {
     r"'\t' that cannot start": "indent with spaces, not with tabs",
     "that cannot start any token": "put the text in quotes",
-    "mapping values are not allowed": "put a text that holds a colon in quotes, and a space behind each key's colon",
+    "mapping values are not allowed": "put a text that holds a colon in quotes, and a space after each key's colon",
     "but found another document": "a recipe is one document: remove the line ---",
     "could not determine a constructor": "leave the tag out",
     "expected <block end>": "keys of one section are indented alike",

@@ -422,7 +422,7 @@ def join_user_turns(messages: Messages) -> Messages:
 
 
 def remove_unanswered_turns(messages: Messages) -> Messages:
-    """Without the turns behind the last one that is the assistant's or is trained."""
+    """Without the turns after the last one that is the assistant's or is trained."""
     answers = [index for index, message in enumerate(messages) if message.role == "assistant" or _is_trained(message)]
     return messages[: answers[-1] + 1] if answers else ()
 

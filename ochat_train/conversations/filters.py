@@ -224,7 +224,7 @@ def find_refusals(answers: Sequence[str]) -> list[str | None]:
     Case, the amount and kind of white space, and the form of apostrophes make no difference. A phrase ends where a
     word ends: letters of any script, their accents, digits and the underscore are parts of words. What somebody else
     says is not looked at, since a program, a quotation or a figure of a dialogue that refuses is no refusal: code,
-    fenced or between backticks; text in double quotation marks, and lines behind `>`, beside text that is not; and what
+    fenced or between backticks; text in double quotation marks, and lines after `>`, beside text that is not; and what
     follows a name and a colon, where another name speaks too.
 
     Worked example: ["It was an airplane, I said.", "As an AI, I\\u00a0fly."] gives [None, "as an AI, I"].

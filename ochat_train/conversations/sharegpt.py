@@ -148,7 +148,7 @@ def parse_record(record: Record, *, default_id: str, reading: Reading = Reading(
     """The record's turns as they are written, or why there are none; never raises.
 
     The turns are the first list that is not empty under `conversations`, `items`, `messages`, `conversation` or
-    `contents`. A turn is one of, told apart turn by turn:
+    `contents`. Each turn is one of:
 
     - `{from, value}` or `{role, content}`, with the weights of `own_weights`. The text may be parts, `{"type": "text",
       "text": ...}` or text: these are joined as they are. What an assistant thought (REASONING_KEYS) and calls

@@ -39,7 +39,7 @@ def spell_out(turns: Turns, spelling: Spelling) -> Turns:
 
     Definitions follow the system text. Where they, a call or the reasoning have no form in the base's template they are
     written as the record has them, reasoning between <think> and </think>. A call that is no part of the loss becomes a
-    turn of its own behind its text. Added to `repairs`: tools_in_system, reasoning_kept, reasoning_dropped, and
+    turn of its own after its text. Added to `repairs`: tools_in_system, reasoning_kept, reasoning_dropped, and
     calls_untrained where calls became context because nothing says that they are trained.
 
     Worked example: assistant text "Let me look.", calls [{"name": "f", "arguments": {}}] becomes, with "train" and
@@ -69,7 +69,7 @@ def spell_out(turns: Turns, spelling: Spelling) -> Turns:
         last = (leading.index(False) if False in leading else len(messages)) - 1
         if last < 0:
             system = _write_system(spelling, system, turns.tools)
-        else:  # behind the last of the system turns that `repair_turns` will join
+        else:  # after the last of the system turns that `repair_turns` will join
             messages[last] = replace(messages[last], text=_write_system(spelling, messages[last].text, turns.tools))
     return replace(turns, system=system, messages=tuple(messages), repairs=tuple(repairs), tools="")
 
@@ -110,7 +110,7 @@ def _num_common(first: str, second: str) -> int:
 
 
 def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> str:
-    """The text of an answer with its reasoning before it and its calls behind it."""
+    """The text of an answer with its reasoning before it and its calls after it."""
     if not reasoning and not calls:
         return text
     asked = {"role": "user", "content": _USER}

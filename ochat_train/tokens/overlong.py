@@ -60,8 +60,8 @@ class _Cut(NamedTuple):
 def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens: int) -> Fitted:
     """The conversation as examples of at most `max_tokens` tokens.
 
-    Nothing is kept behind the last token with a weight. A conversation without any is dropped (`no_weight`). One within
-    the limit is one example, views into the same arrays. A longer one is dropped (`too_long`), truncated behind its
+    Nothing is kept after the last token with a weight. A conversation without any is dropped (`no_weight`). One within
+    the limit is one example, views into the same arrays. A longer one is dropped (`too_long`), truncated after its
     last whole answer within the limit, or split into parts:
 
     - Every part begins with the prefix: the beginning, the condition where it comes first, the system message.

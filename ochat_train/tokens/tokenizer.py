@@ -296,7 +296,7 @@ def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
         auto = AutoTokenizer.from_pretrained(files.name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
-    # Behind a special token as well, where some put a space in front of a text, and others do not.
+    # After a special token as well, where some put a space in front of a text, and others do not.
     special = next((token for token in tokenizer.pretrained.all_special_tokens if token in auto.get_vocab()), "")
     probes = [*_PROBES, *(special + text for text in _PROBES)]
     ours, others = (
