@@ -509,10 +509,18 @@ MARKED = st.lists(
 )
 
 
+@pytest.fixture(scope="module")
+def naive(llama2: ChatTokenizer) -> Tokenizer:
+    """What encodes with the file's own normalizer."""
+    tokenizer = Tokenizer.from_str(llama2.pretrained.backend_tokenizer.to_str())
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.normalizer is not None
+    return tokenizer
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=12) | MARKED.map("".join))
-def test_spaces_that_python_marks_give_the_ids_of_the_files_normalizer(llama2: ChatTokenizer, text: str) -> None:
-    naive = Tokenizer.from_str(llama2.pretrained.backend_tokenizer.to_str())
-    naive.encode_special_tokens = True
-    assert naive.normalizer is not None
+def test_spaces_that_python_marks_give_the_ids_of_the_files_normalizer(
+    llama2: ChatTokenizer, naive: Tokenizer, text: str
+) -> None:
     assert llama2.encode_texts([text])[0].tolist() == naive.encode(text, add_special_tokens=False).ids
