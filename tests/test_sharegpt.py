@@ -625,8 +625,18 @@ def test_a_source_may_name_the_parts_of_its_records() -> None:
 @pytest.mark.parametrize(
     ("fields", "hint"),
     [
-        ({"chat": [{"speaker": "user", "text": "Hi"}]}, "fields: {turns: chat, role: speaker, text: text}"),
-        ({"my turns": [{"from": "human", "text": "Hi"}]}, 'fields: {turns: "my turns", role: from, text: text}'),
+        (
+            {"chat": [{"speaker": "user", "text": "Hi"}, {"speaker": "bot", "text": "Hello"}]},
+            "fields: {turns: chat, role: speaker, text: text}",
+        ),
+        (
+            {"my turns": [{"from": "human", "text": "Hi"}, {"from": "gpt", "text": "Hello"}]},
+            'fields: {turns: "my turns", role: from, text: text}',
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+            "",
+        ),
         (
             {"instruction": "Add.", "input": "", "output": "3"},
             "fields: {question: [instruction, input], answer: output}",

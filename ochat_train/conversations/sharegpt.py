@@ -658,8 +658,9 @@ _SYSTEM_FIELDS = ("system_prompt", "system_message", "sys")
 def hint_fields(fields: Mapping[str, Any]) -> str:
     """The line `fields: {...}` for a record whose turns have other names, or empty where none can be guessed.
 
-    Worked example: {"chat": [{"speaker": "user", "text": "Hi"}]} gives "fields: {turns: chat, role: speaker, text:
-    text}", and {"instruction": "Add.", "output": "3"} gives "fields: {question: instruction, answer: output}".
+    Worked example: {"chat": [{"speaker": "user", "text": "Hi"}, {"speaker": "bot", "text": "Hello"}]} gives "fields:
+    {turns: chat, role: speaker, text: text}", and {"instruction": "Add.", "output": "3"} gives "fields: {question:
+    instruction, answer: output}".
     """
     system = next((f", system: {name}" for name in _SYSTEM_FIELDS if isinstance(fields.get(name), str)), "")
     for name, turns in fields.items():
@@ -667,8 +668,10 @@ def hint_fields(fields: Mapping[str, Any]) -> str:
             role = next((key for key in _ROLE_FIELDS if isinstance(turns[0].get(key), str)), None)
             text = next((key for key in _TEXT_FIELDS if key != role and isinstance(turns[0].get(key), str)), None)
             is_known = name in TURN_LISTS and role in ("role", "from") and text in ("content", "value")
-            # Turns that begin with an answer belong to a question that stands elsewhere.
-            if role and text and not is_known and find_role(turns[0][role], Reading()) != "assistant":
+            roles = [find_role(turn.get(role), Reading()) for turn in turns if isinstance(turn, dict) and role]
+            # Where there is but one side, the other stands elsewhere.
+            has_both = roles[:1] != ["assistant"] and not {"user", "system"} >= set(roles)
+            if role and text and not is_known and has_both:
                 return f"fields: {{turns: {_yaml(name)}, role: {_yaml(role)}, text: {_yaml(text)}{system}}}"
     answers = [key for key in ANSWER_KEYS if isinstance(fields.get(key), str)]
     questions = [key for key in ("instruction", *USER_KEYS) if isinstance(fields.get(key), str)]
