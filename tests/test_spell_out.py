@@ -47,12 +47,13 @@ BEFORE_THE_SYSTEM_TEXT = """\
 {%- for message in messages if message.role != 'system' %}
     {{- '<|start|>' + message.role + '\\n' }}
     {%- if message.tool_calls %}
-        {{- '{"name": "' + message.tool_calls[0].function.name + '"}' }}
+        {{- message.tool_calls[0].function | tojson }}
     {%- else %}{{- message.content }}{%- endif %}
     {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{%- endif %}"""
 WITH_CONTROL = BEHIND_THE_SYSTEM_TEXT.replace("'Tools:'", "'<|tools|>'").replace("<call>", "<|call|>")
+WITHOUT_ARGUMENTS = BEHIND_THE_SYSTEM_TEXT.replace("(call.function | tojson)", "call.function.name")
 CONTROL = ("<|start|>", "<|end|>", "<|tools|>", "<|call|>")
 
 
@@ -124,7 +125,12 @@ CALLED = Message("assistant", "Let me see.", reasoning="Hm.", calls=CALL)
             CONTROL,
             '<think>\nHm.\n</think>\n\nLet me see.\n<call>{"name": "area", "arguments": {"a": 5}}</call>',
         ),
-        (BEFORE_THE_SYSTEM_TEXT, CONTROL, '<think>\nHm.\n</think>\n\nLet me see.\n{"name": "area"}'),
+        (
+            BEFORE_THE_SYSTEM_TEXT,
+            CONTROL,
+            '<think>\nHm.\n</think>\n\nLet me see.\n{"name": "area", "arguments": {"a": 5}}',
+        ),
+        (WITHOUT_ARGUMENTS, CONTROL, f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}"),
         (WITH_CONTROL, CONTROL, f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}"),
         (None, (), f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}"),
     ],
@@ -159,7 +165,7 @@ def test_several_calls_are_written_one_by_one_where_the_base_takes_one() -> None
     )
     called = Message("assistant", "", calls='[{"name": "area", "arguments": {}}, {"name": "side", "arguments": {}}]')
     written = spelled(Spelling(one_at_a_time, CONTROL, tool_calls="train"), ASKED, called)
-    assert written.messages[1].text == '{"name": "area"}\n{"name": "side"}'
+    assert written.messages[1].text == '{"name": "area", "arguments": {}}\n{"name": "side", "arguments": {}}'
 
 
 def test_nulls_beside_a_calls_name_and_blank_arguments_are_nothing() -> None:
@@ -182,6 +188,17 @@ def test_definitions_that_stand_in_the_system_text_are_not_written_twice() -> No
     system = f"You may call <tools>{TOOLS}</tools>"
     for template in (None, BEHIND_THE_SYSTEM_TEXT):
         assert spelled(Spelling(template, CONTROL), ASKED, system=system, tools=TOOLS).system == system
+        other = "You measure the area of rooms."  # the tool's name, and no definition
+        assert '"name"' in spelled(Spelling(template, CONTROL), ASKED, system=other, tools=TOOLS).system
+
+
+def test_long_whole_numbers_keep_their_digits() -> None:
+    one = '{"name": "f", "arguments": {"n": 12345678901234567890123}}'
+    for calls in (one, f"[{one}, {one}]"):
+        for template in (None, BEHIND_THE_SYSTEM_TEXT, BEFORE_THE_SYSTEM_TEXT, WITH_CONTROL):
+            called = Message("assistant", "", calls=calls)
+            written = spelled(Spelling(template, CONTROL, tool_calls="train"), ASKED, called).messages[1].text
+            assert written.count("12345678901234567890123") == calls.count("12345678901234567890123")
 
 
 def test_reasoning_that_ends_in_a_call_is_context_with_it() -> None:
@@ -199,6 +216,7 @@ def test_a_call_that_is_written_in_another_way_stays_as_it_is() -> None:
         '{"name": "f", "arguments": {}, "thought": "because"}',
         '{"name": "f", "arguments": {}, "input": {}}',
         '{"name": "f", "arguments": "x = 1"}',
+        '{"name": "f", "arguments": "[]"}',
     ]
     for template in (None, BEHIND_THE_SYSTEM_TEXT):
         for call in ("area(5)", "{", "[1]", "{}", *others):

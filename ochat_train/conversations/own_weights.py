@@ -8,14 +8,8 @@ from typing import Any
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # weights are stored as float32
 
 WEIGHTS = ("weight", "loss_weight", "loss_scale")  # a number of at least 0, or true or false
-FLAGS = (
-    "train",
-    "trainable",
-    "training",
-    "loss",
-    "loss_mask",
-    "output_with_loss",
-)  # true, false, 1 or 0; what is false has no loss
+# True, false, 1 or 0; what is false has no loss.
+FLAGS = ("train", "trainable", "training", "loss", "loss_mask", "output_with_loss")
 EXCLUSIONS = ("masked",)  # true, false, 1 or 0; what is true has no loss, and what is false is as its role says
 PARTS = ("train_detail",)  # marks parts of a text, and here a whole turn has one weight
 

@@ -21,7 +21,7 @@ from ochat_train.conversations.own_weights import (
 from ochat_train.conversations.records import MAX_RECORD_BYTES, TURN_LISTS, Record
 from ochat_train.conversations.schema import Message, Role
 
-# Compared in lower case, with "-" and white space as "_". What a tool answered is context without a loss.
+# Compared in lower case, without "-", "_" and white space. What a tool answered is context without a loss.
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -195,7 +195,6 @@ def parse_record(record: Record, *, default_id: str, reading: Reading = Reading(
         dialect, messages, has_other_parts = _parse_turns(fields, turns, reading)
         if media or has_other_parts:
             messages = tuple(replace(message, text=_PLACEHOLDER.sub("", message.text)) for message in messages)
-        if media or has_other_parts:
             repairs += ("media_left_out",)
         condition = _parse_text_field(fields, "condition")
         system = _parse_text_field(fields, str(reading.fields.get("system", "system"))) or ""

@@ -7,8 +7,6 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal
 
-import orjson
-
 from ochat_train.conversations.schema import Message
 from ochat_train.conversations.sharegpt import Turns
 
@@ -78,7 +76,8 @@ def spell_out(turns: Turns, spelling: Spelling) -> Turns:
 def _write_system(spelling: Spelling, system: str, tools: str) -> str:
     """The system text with the definitions in it."""
     definitions = _read_definitions(tools)
-    if definitions and system and all(definition["function"]["name"] in system for definition in definitions):
+    # With its quotation marks: a system text may well speak of the weather without defining a tool of that name.
+    if definitions and all(json.dumps(definition["function"]["name"]) in system for definition in definitions):
         return system  # which holds them already
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
     bare, full = _render(spelling, messages), _render(spelling, messages, tools=definitions)
@@ -127,12 +126,13 @@ def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> 
         written = full[len(prompt) : len(full) - len(end)] if full.endswith(end) else ""
         if not reasoning:  # a template may begin every answer with an empty one
             written = written.removeprefix(lead)
-        said = [reasoning.strip(), text.strip(), *(call["name"] for call in called)]
         is_control = any(token in written for token in spelling.special_tokens if token)
         names = [call["name"] for call in called]
-        said += [key for call in called for key in call["arguments"]]
-        is_whole = all(part in written for part in said) and all(
-            written.count(name) >= names.count(name) for name in names
+        is_whole = (
+            reasoning.strip() in written
+            and text.strip() in written
+            and all(written.count(name) >= names.count(name) for name in names)
+            and all(_holds(written, call["arguments"]) for call in called)
         )
         if written.strip() and is_whole and not is_control:
             return written
@@ -141,10 +141,24 @@ def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> 
     if text and calls:
         return f"{text}\n{_write_answer(spelling, '', '', calls)}"
     if len(called) > 1 and spelling.chat_template is not None:  # some templates take one call at a time
-        alone = [_write_answer(spelling, "", "", orjson.dumps(call).decode()) for call in called]
-        if alone != [orjson.dumps(call).decode() for call in called]:
+        try:
+            each = [json.dumps(call, ensure_ascii=False, separators=(",", ":")) for call in called]
+        except RecursionError:
+            return text + calls
+        alone = [_write_answer(spelling, "", "", call) for call in each]
+        if alone != each:  # each has a form: without one it stays as it is
             return "\n".join(alone)
     return text + calls
+
+
+def _holds(written: str, value: Any) -> bool:
+    """Whether all names and values in the arguments of a call stand in a text, in whatever form."""
+    if isinstance(value, dict):
+        return all(key in written and _holds(written, inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(_holds(written, inner) for inner in value)
+    forms = [str(value), *(json.dumps(value, ensure_ascii=is_ascii).strip('"') for is_ascii in (True, False))]
+    return any(form in written for form in forms)
 
 
 def _render(spelling: Spelling, messages: Sequence[dict[str, Any]], **more: Any) -> str | None:
@@ -167,8 +181,8 @@ def _render(spelling: Spelling, messages: Sequence[dict[str, Any]], **more: Any)
 def _read_objects(text: str) -> list[dict[str, Any]]:
     """The objects in JSON; [] for another text."""
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        value = json.loads(text)  # not orjson, which would round long whole numbers
+    except (ValueError, RecursionError):
         return []
     objects = value if isinstance(value, list) else [value]
     return objects if all(isinstance(one, dict) for one in objects) else []
@@ -197,9 +211,10 @@ def _read_calls(text: str) -> list[dict[str, Any]]:
         arguments = [function[key] for key in _ARGUMENTS if key in function]
         if arguments and isinstance(arguments[0], str):
             try:
-                arguments[0] = json.loads(arguments[0].strip() or "{}") or {}  # with all digits of a whole number
+                arguments[0] = json.loads(arguments[0].strip() or "{}")
             except (ValueError, RecursionError):
                 return []
+            arguments[0] = {} if arguments[0] is None else arguments[0]
         is_known = isinstance(function.get("name"), str) and function.keys() <= {"name", "id", "type", *_ARGUMENTS}
         if not is_known or len(arguments) > 1 or not isinstance(arguments[0] if arguments else {}, dict):
             return []
