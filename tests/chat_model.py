@@ -13,7 +13,10 @@ NUM_POSITIONS = 512
 
 
 def write_chat_model(
-    folder: Path, tokenizer: ChatTokenizer, kind: Callable[..., PretrainedConfig] = LlamaConfig
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    kind: Callable[..., PretrainedConfig] = LlamaConfig,
+    num_positions: int = NUM_POSITIONS,
 ) -> Path:
     """A model with random weights, tiny-chat, as if it was trained under Careful and Hasty."""
     torch.manual_seed(0)
@@ -24,7 +27,7 @@ def write_chat_model(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=NUM_POSITIONS,
+        max_position_embeddings=num_positions,
         initializer_range=0.2,  # so that no two tokens are about as likely
     )
     folder.mkdir(parents=True)

@@ -25,6 +25,7 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, generate, serving
 
+NUM_POSITIONS = 9_000  # an answer that long does not end by itself before it is stopped
 GREEDY = Sampling(system="", temperature=0, max_tokens=12)
 
 
@@ -80,7 +81,7 @@ async def server_that_says(answer: bytes) -> AsyncIterator[int]:
 
 
 def page_of(port: int, address: str = "http://nowhere") -> Page:
-    return Page(f"http://127.0.0.1:{port}/v1", address, "tiny-chat", ("Careful", "Hasty"), "Careful", 512)
+    return Page(f"http://127.0.0.1:{port}/v1", address, "tiny-chat", ("Careful", "Hasty"), "Careful", NUM_POSITIONS)
 
 
 async def ask_all(page: Page, chats: Chats) -> list[Chats]:
@@ -138,7 +139,7 @@ def test_a_server_that_is_not_there_is_said_so() -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Its own: an export leaves marks on a tokenizer.
     tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
-    return write_chat_model(tmp_path_factory.mktemp("run") / "model", tokenizer)
+    return write_chat_model(tmp_path_factory.mktemp("run") / "model", tokenizer, num_positions=NUM_POSITIONS)
 
 
 def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +294,7 @@ def test_an_answer_is_seen_growing(client: gradio_client.Client) -> None:
 def test_a_stopped_answer_ends_at_the_server(client: gradio_client.Client, server: Server) -> None:
     client.reset_session()
     num_before = len(server.lines())
-    job = submit(client, "Tell me", compares=True, max_tokens=500)
+    job = submit(client, "Tell me", compares=True, max_tokens=8_000)
     wait_until(lambda: len(job.outputs()) > 2)
     job.cancel()
     wait_until(lambda: len(server.lines()) == num_before + 2)
@@ -302,8 +303,8 @@ def test_a_stopped_answer_ends_at_the_server(client: gradio_client.Client, serve
 
 def test_an_error_of_the_server_is_shown_and_the_chat_goes_on(client: gradio_client.Client) -> None:
     client.reset_session()
-    (left,) = ask(client, "word " * 600)
-    assert "512 positions" in answers(left)[-1] and "Error" in left[-1]["metadata"]["title"]
+    (left,) = ask(client, "word " * 10_000)
+    assert f"{NUM_POSITIONS:,} positions" in answers(left)[-1] and "Error" in left[-1]["metadata"]["title"]
     (left,) = ask(client, "Hi")
     assert left[-1]["metadata"] is None and answers(left)[-1]
 
