@@ -44,22 +44,23 @@ from tokenizers import Tokenizer
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates, text_keys
 from ochat_train.conversations.filters import judge
-from ochat_train.conversations.ledger import Ledger
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.schema import Message
 from ochat_train.conversations.sharegpt import Turns
 from ochat_train.conversations.sources import assign_source
 from ochat_train.files import flush_tree
-from ochat_train.preprocess import CHUNK_BYTES, Plan, make_plan
+from ochat_train.preprocess.assemble import assemble
+from ochat_train.preprocess.job import Plan, make_plan
+from ochat_train.preprocess.ledger import Ledger
+from ochat_train.preprocess.run import CHUNK_BYTES
+from ochat_train.preprocess.shard import Task, clean, find_source, make_shard, parse
+from ochat_train.preprocess.shard_files import WorkFolder
+from ochat_train.preprocess.workers import num_cores
 from ochat_train.recipe import load_recipe
-from ochat_train.tokens.assemble import assemble
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.overlong import fit
-from ochat_train.tokens.shard import Task, clean, find_source, make_shard, parse
 from ochat_train.tokens.store import StoreWriter, read_manifest
 from ochat_train.tokens.tokenizer import TextEncoder
-from ochat_train.tokens.work import WorkFolder
-from ochat_train.workers import num_cores
 
 BATCH = 512  # conversations that preprocessing tokenizes at once
 STAGE_CHUNKS = 3  # on which the stages are measured, of CHUNK_BYTES each

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import ochat_train.train
-from ochat_train.preprocess import main as preprocess
+from ochat_train.preprocess.__main__ import main as preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.checkpoint import find_checkpoints

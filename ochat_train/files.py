@@ -1,6 +1,7 @@
-"""Writing that survives a power loss."""
+"""Files that survive a power loss; a free port. Imports nothing of ours."""
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -19,3 +20,10 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

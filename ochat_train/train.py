@@ -25,7 +25,6 @@ from torch import Tensor
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.pretrained import max_positions_of
-from ochat_train.prepare import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import StepPlan
@@ -47,14 +46,15 @@ from ochat_train.training.engine import (
     together,
     train_step,
 )
-from ochat_train.training.evaluate import evaluate, probe_conditions
 from ochat_train.training.flops import find_utilisation
+from ochat_train.training.held_out import evaluate, probe_conditions
 from ochat_train.training.metrics import Metrics, StepReport, describe_run, device_name, peak_memory_bytes
 from ochat_train.training.planning import source_weights
 from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, open_run_folder
 from ochat_train.training.saving import Saved, Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
+from ochat_train.training.setup import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
 from ochat_train.training.signals import STOPPED, StopRequest
 from ochat_train.training.skipped import SkippedSteps
 from ochat_train.training.watchdog import Watchdog

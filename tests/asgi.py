@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from ochat_train.serving.gate import CHAT, App
+from ochat_train.serve.gate import CHAT, App
 
 
 @dataclass

@@ -16,7 +16,7 @@ import orjson
 import torch
 
 from ochat_train.conversations.schema import Conversation, Message, Role
-from ochat_train.evaluation.endpoint import started
+from ochat_train.evaluate.endpoint import started
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ochat_train.preprocess import main, preprocess
+from ochat_train.preprocess.__main__ import main
+from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.tokens.store import Manifest, read_manifest
 

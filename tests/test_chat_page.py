@@ -16,11 +16,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.ports import free_port
-from ochat_train.serve import bind, check_page, main
-from ochat_train.serving import page_process
-from ochat_train.serving.asking import Chats, Page, Sampling, Turn, answer_all, to_messages
-from ochat_train.serving.chat_page import to_bubbles
+from ochat_train.files import free_port
+from ochat_train.serve.__main__ import bind, check_page, main, page_process
+from ochat_train.serve.asking import Chats, Page, Sampling, Turn, answer_all, to_messages
+from ochat_train.serve.chat_page import to_bubbles
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, generate, serving
@@ -151,7 +150,7 @@ def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeyp
             one.close()
 
     monkeypatch.setattr(page_process, "start", start)
-    monkeypatch.setattr("ochat_train.serving.transformers_engine.serve", lambda *_, **__: None)
+    monkeypatch.setattr("ochat_train.serve.transformers_engine.serve", lambda *_, **__: None)
     port = free_port()
     command = [str(model), "--engine", "transformers", "--ui", "--port", str(port), "--api-keys", KEY]
     main([*command, "--host", "127.0.0.1"])
@@ -175,7 +174,7 @@ def test_the_page_is_there_before_the_process_becomes_vllm(model: Path, monkeypa
 def test_a_page_that_cannot_be_shown_is_refused(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ochat_train.serving.transformers_engine.serve", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("ochat_train.serve.transformers_engine.serve", lambda *_, **__: pytest.fail("it was loaded"))
     command = [str(model), "--engine", "transformers", "--host", "127.0.0.1", "--ui", "--port", str(free_port())]
     with pytest.raises(SystemExit, match="--ui-port 70000 is not between"):
         main([*command, "--ui-port", "70000"])

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+import ochat_train.doctor.__main__ as doctor
+import ochat_train.doctor.checks as doctor_checks
 import ochat_train.model.attention
-from ochat_train import doctor, doctor_checks
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.doctor_finding import GIB, Finding
-from ochat_train.doctor_kernels import check_kernels
-from ochat_train.doctor_memory import check_memory
-from ochat_train.doctor_rows import check_rows
+from ochat_train.doctor.finding import GIB, Finding
+from ochat_train.doctor.kernels import check_kernels
+from ochat_train.doctor.memory import check_memory
+from ochat_train.doctor.rows import check_rows
+from ochat_train.files import free_port
 from ochat_train.model.memory import measure_size
-from ochat_train.ports import free_port
-from ochat_train.prepare import build_model, prepare
 from ochat_train.recipe import LoraSection, Recipe, load_recipe
-from ochat_train.report_plan import Rate
+from ochat_train.report.plan import Rate
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
@@ -32,6 +32,7 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.engine import World
 from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory, size_of
 from ochat_train.training.planning import make_run_plan
+from ochat_train.training.setup import build_model, prepare
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -18,16 +18,16 @@ from typing import Any
 import orjson
 import pytest
 
-import ochat_train.evaluation.ask
+import ochat_train.evaluate.ask
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.evaluate import main
-from ochat_train.evaluation.benchmarks import BENCHMARKS, find_questions
-from ochat_train.evaluation.held_out import evaluate_held_out
-from ochat_train.evaluation.journal import Answer, Journal
-from ochat_train.evaluation.judge import Outcome, make_prompt, read_verdict, settle, win_rate
-from ochat_train.preprocess import preprocess
+from ochat_train.evaluate.__main__ import main
+from ochat_train.evaluate.benchmarks import BENCHMARKS, find_questions
+from ochat_train.evaluate.held_out import evaluate_held_out
+from ochat_train.evaluate.journal import Answer, Journal
+from ochat_train.evaluate.judge import Outcome, make_prompt, read_verdict, settle, win_rate
+from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import load_recipe
-from ochat_train.serving.gate import CHAT
+from ochat_train.serve.gate import CHAT
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.engine import join_process_group
 from tests.chat_model import write_chat_model
@@ -103,7 +103,7 @@ class Stub:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.evaluation.ask, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(ochat_train.evaluate.ask, "_LONGEST_WAIT_S", 0.01)
 
 
 @pytest.fixture(autouse=True)

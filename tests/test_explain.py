@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ochat_train.conversations.ledger import show_id
-from ochat_train.preprocess import main
+from ochat_train.preprocess.__main__ import main
+from ochat_train.preprocess.ledger import show_id
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.dumps import chat, failure, ids_in, ledger_of, make, prose, source, write_lines, write_recipe

@@ -30,7 +30,7 @@ from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.schema import Message, Role
 from ochat_train.conversations.sharegpt import Drop, Turns
 from ochat_train.conversations.sources import Source
-from ochat_train.tokens.shard import Shard, ShardSettings, Task, make_shard
+from ochat_train.preprocess.shard import Shard, ShardSettings, Task, make_shard
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.dumps import ROOT, chat, ledger_of, make, page, prose, source, write_lines, write_recipe
 

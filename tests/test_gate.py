@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-import ochat_train.serving.gate
-from ochat_train.serving.gate import CHAT, Engine, Gate
-from ochat_train.serving.keys import ApiKeys, read_keys
-from ochat_train.serving.served import Served
+import ochat_train.serve.gate
+from ochat_train.serve.gate import CHAT, Engine, Gate
+from ochat_train.serve.keys import ApiKeys, read_keys
+from ochat_train.serve.served import Served
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.asgi import Answer, exchange
@@ -334,7 +334,7 @@ def test_a_large_body_is_refused_before_it_is_read(ask: Ask) -> None:
 def test_a_body_that_does_not_come_is_not_waited_for(
     quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.serving.gate, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(ochat_train.serve.gate, "BODY_TIMEOUT_S", 0.05)
 
     async def run(gate: Gate) -> int:
         status = 0

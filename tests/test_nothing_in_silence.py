@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ochat_train.conversations.ledger import read_unread
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.preprocess import main
+from ochat_train.preprocess.__main__ import main
+from ochat_train.preprocess.ledger import read_unread
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.dumps import chat, failure, ids_in, ledger_of, make, source, write_lines, write_recipe

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import ochat_train.tokens.plan
-from ochat_train.prepare import deepspeed_configuration, peak_learning_rate
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.order import DataOrder, SourceShare
 from ochat_train.tokens.packing import pack_step
 from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan, plan_epoch, quadratic_length
 from ochat_train.tokens.store import Manifest
+from ochat_train.training.setup import deepspeed_configuration, peak_learning_rate
 
 OPENCHAT_RECIPE = Path(__file__).parent.parent / "recipes" / "openchat_v3.2_super_13b.yaml"
 

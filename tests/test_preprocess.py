@@ -14,14 +14,14 @@ import pytest
 from transformers import AutoTokenizer
 
 import ochat_train.conversations.records
-from ochat_train.conversations.ledger import Ledger
 from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.preprocess import main
+from ochat_train.preprocess.__main__ import main
+from ochat_train.preprocess.ledger import Ledger
+from ochat_train.preprocess.shard import Shard
+from ochat_train.preprocess.shard_files import WorkFolder
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.shard import Shard
 from ochat_train.tokens.store import StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from ochat_train.tokens.work import WorkFolder
 from tests.dumps import (
     ROOT,
     chat,
@@ -371,7 +371,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_files_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
-    monkeypatch.setattr("ochat_train.preprocess.describe_origin", lambda *_: pytest.fail("files were read"))
+    monkeypatch.setattr("ochat_train.preprocess.run.describe_origin", lambda *_: pytest.fail("files were read"))
     for place in (dump, Path("/proc/self")):
         message = failure(write_recipe(tmp_path, [source("s", dump)], store=str(place / "store")))
         assert message.startswith(

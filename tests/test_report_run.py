@@ -15,10 +15,10 @@ import numpy as np
 import orjson
 import pytest
 
-from ochat_train import report
-from ochat_train.report_charts import Axis, Chart, Curve, draw, smooth, thin
-from ochat_train.report_run import RunReport, read_run
-from ochat_train.report_run_view import as_html, as_summary, as_text
+import ochat_train.report.__main__ as report
+from ochat_train.report.charts import Axis, Chart, Curve, draw, smooth, thin
+from ochat_train.report.run import RunReport, read_run
+from ochat_train.report.run_view import as_html, as_summary, as_text
 from tests.test_report_plan import Nesting
 from tests.test_report_store import Page
 
@@ -723,7 +723,7 @@ def test_the_model_replies_where_there_is_one(
 
 def test_a_report_without_a_model_loads_no_torch(run: Path) -> None:
     script = (
-        "import sys\nfrom ochat_train import report\nreport.main(sys.argv[1:])\n"
+        "import sys\nimport ochat_train.report.__main__ as report\nreport.main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, "run", str(run)], check=True, capture_output=True, timeout=120)

@@ -17,17 +17,19 @@ import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer
 
-from ochat_train import report, report_store, report_store_view
-from ochat_train.conversations.ledger import Entry, Ledger, ledger_table
+import ochat_train.report.__main__ as report
+import ochat_train.report.store as report_store
+import ochat_train.report.store_view as report_store_view
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.preprocess import preprocess
+from ochat_train.preprocess.ledger import Entry, Ledger, ledger_table
+from ochat_train.preprocess.run import preprocess
+from ochat_train.preprocess.shard import OVERLONG_COLUMNS
 from ochat_train.recipe import load_recipe
-from ochat_train.report_store import Packing, Piece, Sample, StoreReport, quantile, read_report
-from ochat_train.report_store_view import as_html, as_text
-from ochat_train.report_tables import align
+from ochat_train.report.store import Packing, Piece, Sample, StoreReport, quantile, read_report
+from ochat_train.report.store_view import as_html, as_text
+from ochat_train.report.tables import align
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.shard import OVERLONG_COLUMNS
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
@@ -583,7 +585,9 @@ def test_mistakes_are_said_in_a_line(mixed: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_store_does_without_torch() -> None:
-    code = "import sys, ochat_train.report; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, ochat_train.report.__main__\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
 

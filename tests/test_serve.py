@@ -16,12 +16,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.ports import free_port
-from ochat_train.serve import bind, choose_engine, is_loopback, main
-from ochat_train.serving.keys import ApiKeys
-from ochat_train.serving.served import find_served
-from ochat_train.serving.transformers_engine import load, make_app, parse_flags
-from ochat_train.serving.vllm_engine import make_command
+from ochat_train.files import free_port
+from ochat_train.serve.__main__ import bind, choose_engine, is_loopback, main
+from ochat_train.serve.keys import ApiKeys
+from ochat_train.serve.served import find_served
+from ochat_train.serve.transformers_engine import load, make_app, parse_flags
+from ochat_train.serve.vllm_engine import make_command
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.asgi import exchange
 from tests.chat_model import NUM_POSITIONS, write_chat_model
@@ -48,7 +48,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 def test_mistakes_are_refused_before_anything_is_loaded(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ochat_train.serving.transformers_engine.serve", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("ochat_train.serve.transformers_engine.serve", lambda *_, **__: pytest.fail("it was loaded"))
     assert "no folder" in refusal(capsys, tmp_path / "nowhere")
     assert "ochat_train.json is not there" in refusal(capsys, tmp_path)
     (tmp_path / "step-00000012").mkdir()
@@ -112,7 +112,7 @@ def test_vllm_is_started_behind_the_gate_and_sees_no_key_in_its_command(model: P
     words, environment = command_of(find_served(str(model)), "--max-model-len", "300", "--enforce-eager")
     joined = " ".join(words)
     assert f"serve {model} --host 0.0.0.0 --port 8000 --tensor-parallel-size 2" in joined
-    assert "--middleware ochat_train.serving.vllm_engine.VllmGate" in joined
+    assert "--middleware ochat_train.serve.vllm_engine.VllmGate" in joined
     assert "--served-model-name tiny-chat" in joined
     assert words[-3:] == ["--max-model-len", "300", "--enforce-eager"]
     assert KEY not in joined and environment["OCHAT_TRAIN_API_KEYS"] == KEY

@@ -12,15 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ochat_train.tokens.shard
-import ochat_train.tokens.work
+import ochat_train.preprocess.shard
+import ochat_train.preprocess.shard_files
 from ochat_train.conversations.filters import FilterRules
-from ochat_train.conversations.ledger import LEDGER_SCHEMA
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.sources import Source
-from ochat_train.tokens.shard import OVERLONG_COLUMNS, ROW_SCHEMA, UNREADABLE, Shard, ShardSettings, Task, make_shard
+from ochat_train.preprocess.ledger import LEDGER_SCHEMA
+from ochat_train.preprocess.shard import (
+    OVERLONG_COLUMNS,
+    ROW_SCHEMA,
+    UNREADABLE,
+    Shard,
+    ShardSettings,
+    Task,
+    make_shard,
+)
+from ochat_train.preprocess.shard_files import WorkFolder, find_leftovers
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.tokens.work import WorkFolder, find_leftovers
 from tests.dumps import ROOT, chat, contents, prose, write_lines
 
 ALL = Source("all", "GPT4", 1.0, {}, {})
@@ -148,7 +156,7 @@ def test_how_many_conversations_are_encoded_at_once_makes_no_difference(
     whole = shard_of(settings, dump)
     assert {None, "no_turns", "no_answer"} <= set(whole.records["reason"].to_pylist())
     for size in (1, 7):
-        monkeypatch.setattr(ochat_train.tokens.shard, "_BATCH_CONVERSATIONS", size)
+        monkeypatch.setattr(ochat_train.preprocess.shard, "_BATCH_CONVERSATIONS", size)
         assert_equal(shard_of(settings, dump), whole)
 
 
@@ -232,7 +240,7 @@ def test_a_shard_counts_only_once_all_of_it_is_on_the_disk(
         raise KeyboardInterrupt
 
     with WorkFolder(tmp_path / "work") as work:
-        monkeypatch.setattr(ochat_train.tokens.work, "flush_tree", fail)
+        monkeypatch.setattr(ochat_train.preprocess.shard_files, "flush_tree", fail)
         with pytest.raises(KeyboardInterrupt):
             work.save(0, shard)
         assert not work.has(0)
@@ -243,7 +251,7 @@ def test_a_shard_counts_only_once_all_of_it_is_on_the_disk(
 
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
-    hold = "import sys, ochat_train.tokens.work as w, pathlib\n"
+    hold = "import sys, ochat_train.preprocess.shard_files as w, pathlib\n"
     hold += "with w.WorkFolder.beside(pathlib.Path(sys.argv[1]), 'a' * 64): print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "store")]
     path = tmp_path / f"store.partial-{'a' * 12}"

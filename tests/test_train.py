@@ -26,14 +26,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ochat_train.prepare
 import ochat_train.tokens.order
 import ochat_train.train
 import ochat_train.training.metrics
 import ochat_train.training.saving
+import ochat_train.training.setup
 from ochat_train.export import export
-from ochat_train.ports import free_port
-from ochat_train.prepare import build_engine, prepare, settle_checkpointing
+from ochat_train.files import free_port
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.recondition import Frame, make_frame, recondition
 from ochat_train.tokens.store import TokenStore
@@ -51,6 +50,7 @@ from ochat_train.training.checkpoint import (
 from ochat_train.training.engine import World, join_process_group
 from ochat_train.training.memory_plan import Machine
 from ochat_train.training.planning import check_lengths
+from ochat_train.training.setup import build_engine, prepare, settle_checkpointing
 from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
 from tests.host_waits import host_waits
@@ -713,7 +713,7 @@ def test_auto_takes_the_checkpointing_that_fits_and_a_resume_may_choose_another(
     train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=1"), ALONE)
     told = capsys.readouterr().out
     assert re.search(r"model\.checkpointing auto: none, [\d.]+ MiB planned of [\d.]+ GiB for each process", told)
-    monkeypatch.setattr(ochat_train.prepare, "find_machine", lambda: Machine(None, 1000, is_here=True))
+    monkeypatch.setattr(ochat_train.training.setup, "find_machine", lambda: Machine(None, 1000, is_here=True))
     train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=2"), ALONE)
     told = capsys.readouterr().out
     assert "model.checkpointing auto: full, " in told

@@ -22,16 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import ochat_train.preprocess
-import ochat_train.workers
+import ochat_train.preprocess.run
+import ochat_train.preprocess.workers
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.sources import Source
-from ochat_train.preprocess import make_plan
+from ochat_train.preprocess.job import make_plan
+from ochat_train.preprocess.shard import Shard, Task
+from ochat_train.preprocess.shard_files import WorkFolder
+from ochat_train.preprocess.workers import make_shards
 from ochat_train.recipe import load_recipe
-from ochat_train.tokens.shard import Shard, Task
 from ochat_train.tokens.store import Split, StoreWriter
-from ochat_train.tokens.work import WorkFolder
-from ochat_train.workers import make_shards
 from tests.dumps import (
     ROOT,
     chat,
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.preprocess, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def varied_records() -> list[dict[str, Any]]:
@@ -116,8 +116,8 @@ def alone(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store that one process makes, the measure for all others."""
     path = tmp_path_factory.mktemp("alone") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ochat_train.preprocess, "CHUNK_BYTES", CHUNK_BYTES)
-        patch.setattr(ochat_train.workers, "ProcessPoolExecutor", None)  # it needs no others
+        patch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr(ochat_train.preprocess.workers, "ProcessPoolExecutor", None)  # it needs no others
         return make(varied, f"data.store={path}", num_workers=1)
 
 
@@ -138,7 +138,9 @@ def test_the_measure_has_something_of_everything(alone: Path) -> None:
 def test_any_number_of_processes_makes_the_same_bytes(
     num_workers: int, varied: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.workers, "make_shard", None)  # of this process, which leaves it to the others
+    monkeypatch.setattr(
+        ochat_train.preprocess.workers, "make_shard", None
+    )  # of this process, which leaves it to the others
     store = make(varied, f"data.store={tmp_path / 'store'}", num_workers=num_workers)
     assert contents(store) == contents(alone)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -180,7 +182,7 @@ def test_the_order_of_the_input_makes_no_difference(seed: int, alone: Path, tmp_
 def test_the_size_of_chunks_makes_no_difference_but_to_the_batches_of_files(
     chunk_bytes: int, varied: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.preprocess, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", chunk_bytes)
     store = make(varied, f"data.store={tmp_path / 'store'}", num_workers=1)
     mine, theirs = contents(store), contents(alone)
     of_batches = {name for name in theirs if name.endswith((".arrow", ".parquet"))}
@@ -301,8 +303,9 @@ def test_only_a_few_chunks_are_read_ahead_of_the_workers(varied: Path, tmp_path:
 # Saves slowly while a file says so, so that whatever happens to it happens in the middle.
 SCRIPT = f"""
 import os, sys, time
-from ochat_train import preprocess
-from ochat_train.tokens.work import WorkFolder
+import ochat_train.preprocess.__main__ as command
+import ochat_train.preprocess.run as preprocess
+from ochat_train.preprocess.shard_files import WorkFolder
 
 def save(self, number, shard, fast=WorkFolder.save):
     fast(self, number, shard)
@@ -312,7 +315,7 @@ def save(self, number, shard, fast=WorkFolder.save):
 WorkFolder.save = save
 preprocess.CHUNK_BYTES = {CHUNK_BYTES}
 if __name__ == "__main__":
-    preprocess.main(sys.argv[1:])
+    command.main(sys.argv[1:])
 """
 
 

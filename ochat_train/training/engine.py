@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ochat_train.ports import free_port
+from ochat_train.files import free_port
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.training.adam8bit import make_adam8bit
 

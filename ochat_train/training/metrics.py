@@ -25,8 +25,8 @@ from tqdm import tqdm
 import ochat_train
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.training.best_epoch import best_epoch
-from ochat_train.training.evaluate import Probe
 from ochat_train.training.flops import Utilisation
+from ochat_train.training.held_out import Probe
 from ochat_train.training.run_folder import utc_now
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 

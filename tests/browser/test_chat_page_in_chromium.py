@@ -11,10 +11,9 @@ import orjson
 import pytest
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.ports import free_port
-from ochat_train.serve import bind
-from ochat_train.serving import page_process
-from ochat_train.serving.asking import Page
+from ochat_train.files import free_port
+from ochat_train.serve.__main__ import bind, page_process
+from ochat_train.serve.asking import Page
 from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, serving

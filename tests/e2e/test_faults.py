@@ -57,7 +57,7 @@ def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path:
 
 
 SLOW_START = """
-import pathlib, time, ochat_train.prepare as p
+import pathlib, time, ochat_train.training.setup as p
 original = p.build_model
 def build_model(*arguments):
     if rank == 1:
@@ -269,7 +269,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 # As if something else had filled the disk since the run began, and, in the second, since the save began.
-FILLED = "import ochat_train.prepare as p; p.check_disk = lambda *arguments: None"
+FILLED = "import ochat_train.training.setup as p; p.check_disk = lambda *arguments: None"
 FILLED_MEANWHILE = f"{FILLED}\nimport ochat_train.training.saving as s; s.free_bytes = lambda folder: 10**15"
 
 
@@ -293,7 +293,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(recipe_path: Path, small_disk
 def test_a_run_folder_that_is_too_small_or_read_only_is_refused_before_the_model_is_loaded(
     recipe_path: Path, small_disk: Path
 ) -> None:
-    unloadable = "import ochat_train.prepare as p; p.load_model = None"
+    unloadable = "import ochat_train.training.setup as p; p.load_model = None"
     ended = start(recipe_path, small_disk / "run", code=unloadable).end()
     assert [code for code, _ in ended] == [1, 1]
     assert "error: checkpoint.dir lacks room: " in ended[0][1] and "5.0 MiB are free" in ended[0][1]

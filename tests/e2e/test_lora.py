@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import export, main
 from ochat_train.model.pretrained import load_model
-from ochat_train.prepare import Run, build_engine, prepare
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.store import TokenStore
@@ -31,6 +30,7 @@ from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, m
 from ochat_train.training.engine import World, join_process_group, train_step
 from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
+from ochat_train.training.setup import Run, build_engine, prepare
 from ochat_train.training.watchdog import Watchdog
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, train, weights, write_dump
 
@@ -412,7 +412,7 @@ def test_without_peft_a_run_ends_before_it_loads_the_base(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("ochat_train.prepare.load_model", refuse)
+    monkeypatch.setattr("ochat_train.training.setup.load_model", refuse)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     with pytest.raises(ValueError, match=r"model\.lora needs the package peft: pip install 'ochat_train\[lora\]'"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat_train.ports import free_port
+from ochat_train.files import free_port
 from tests.e2e.harness import (
     await_steps,
     events,

@@ -1,0 +1,133 @@
+"""Where a model answers: a URL that is given, or a server of its own for the time of an evaluation."""
+
+import hashlib
+import http.client
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ochat_train.files import free_port
+from ochat_train.model.exported import METADATA_FILE
+from ochat_train.serve.keys import VARIABLE
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_SHOWN = 2000  # characters of a server's output, when it does not start
+_END_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A model on an OpenAI-compatible API.
+
+    url: the base, up to /v1. model: its name there. identity: by what the model is known again, wherever it is served.
+    """
+
+    url: str
+    key: str
+    model: str
+    identity: str
+
+
+def is_url(target: str) -> bool:
+    """Whether a command's MODEL_OR_URL is a URL."""
+    return target.startswith(("http://", "https://"))
+
+
+@contextmanager
+def reach(target: str, *, model: str | None, condition: str | None, flags: Sequence[str]) -> Iterator[Endpoint]:
+    """The model at a URL, or of a folder, which is served until the block ends.
+
+    model: its name at a URL; None takes the first that the server lists. condition: checked where the model says which
+    it has. flags: of the server that is started. Raises ValueError.
+    """
+    if is_url(target):
+        if flags:
+            raise ValueError(f"no flag {flags[0]}; flags of a server go with a MODEL, not with a URL")
+        key = os.environ.get(KEY_VARIABLE) or "none"
+        yield Endpoint(target.rstrip("/"), key, model or _first_model(target, key), target.rstrip("/"))
+        return
+    from ochat_train.serve.served import find_served  # loads transformers, for which a URL has no use
+
+    served = find_served(target, condition)
+    if model is not None:
+        raise ValueError("--model names a model at a URL; a folder has one")
+    digest = hashlib.sha256((served.folder / METADATA_FILE).read_bytes()).hexdigest()
+    key = secrets.token_hex(16)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(
+            [target, "--disable-log-requests", *flags], output=Path(folder) / "output", variables={VARIABLE: key}
+        ) as server,
+    ):
+        yield Endpoint(f"http://127.0.0.1:{server.port}/v1", key, served.name, digest)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnServer:
+    """A server in a process of its own, on a port of this machine alone."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def started(
+    arguments: Sequence[str], *, output: Path, variables: dict[str, str], timeout_s: float = 1800
+) -> Iterator[OwnServer]:
+    """`ochat_train.serve` with the arguments on a free port, from when it answers until the block ends.
+
+    output: the file that gets what it prints. variables: of its environment. A terminal's Ctrl-C does not reach it.
+    Raises ValueError, with the end of its output, when it does not start.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "ochat_train.serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    with open(output, "wb") as stream:
+        process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, port, output, time.monotonic() + timeout_s)
+        yield OwnServer(port, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, output: Path, deadline: float) -> None:
+    while True:
+        if process.poll() is not None or time.monotonic() > deadline:
+            said = output.read_text(errors="replace")[-_SHOWN:].strip()
+            raise ValueError(f"the server did not start; the end of what it printed:\n{said}")
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(0.1)
+
+
+def _first_model(url: str, key: str) -> str:
+    import openai
+
+    try:
+        with openai.OpenAI(base_url=url, api_key=key, max_retries=2, timeout=30) as client:
+            models = client.models.list().data
+    except openai.OpenAIError as error:
+        raise ValueError(f"{url}/models does not answer ({error}); the key is taken from {KEY_VARIABLE}") from None
+    if not models:
+        raise ValueError(f"{url} lists no models; name one with --model")
+    return models[0].id

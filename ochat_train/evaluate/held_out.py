@@ -1,0 +1,100 @@
+"""Held-out loss and condition probe of an exported model, by the functions that training calls."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ochat_train.model.exported import read_export
+from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.pretrained import DTYPES, load_model, max_positions_of
+from ochat_train.serve.served import find_served
+from ochat_train.tokens.batch import PackedBatch
+from ochat_train.tokens.plan import PlanShape, StepPlan
+from ochat_train.tokens.store import Examples, Split, TokenStore
+from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.batches import make_batches
+from ochat_train.training.engine import join_process_group, read_world
+from ochat_train.training.held_out import evaluate, probe_conditions
+from ochat_train.training.metrics import evaluation_to_json
+from ochat_train.training.planning import check_lengths
+
+
+class _Engine:
+    """A model as `evaluate` calls DeepSpeed's engine."""
+
+    def __init__(self, model: PackedCausalLM, device: torch.device) -> None:
+        self._model, self.device = model.to(device), device
+
+    def __call__(self, batch: PackedBatch) -> Any:
+        return self._model(batch)
+
+    def eval(self) -> None:
+        self._model.eval()
+
+    def train(self) -> None:
+        self._model.train()
+
+
+def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
+    """The fields of training's evaluation line (docs/recipes.md), without its place in the run, for a split of a store.
+
+    tokens_per_batch: None takes what the model was trained with, so that the probe leaves out the same examples. One
+    process, on the GPU if there is one. Raises ValueError.
+    """
+    served = find_served(model)
+    if served.adapter is not None:
+        raise ValueError(f"{served.folder} holds adapters alone; export the merged model, without --adapter")
+    metadata = read_export(served.folder)
+    assert metadata is not None  # or it would not have been found
+    examples = TokenStore(store, split)
+    tokenizer = served.load_tokenizer()
+    _check_store(examples, tokenizer, metadata, str(store))
+    capacity = tokens_per_batch or metadata["run"].get("recipe", {}).get("packing", {}).get("tokens_per_gpu")
+    if not capacity:
+        raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
+    if not len(examples):
+        raise ValueError(f"the split {split} of {store} is empty; data.eval_fraction makes one")
+    check_lengths(examples, capacity)
+    world = read_world()
+    join_process_group(world)  # of one: the sums of training are over ranks
+    dtype = AutoConfig.from_pretrained(served.folder).dtype
+    name = next((name for name, known in DTYPES.items() if known == dtype), "float32")
+    lm = load_model(str(served.folder.absolute()), None, dtype=name, num_ids=tokenizer.num_ids, added_ids=(), seed=0)
+    conditions = examples.manifest.conditions
+    packed = PackedCausalLM(
+        lm,
+        attention="auto",
+        device_type=world.device.type,
+        checkpointing="none",
+        num_conditions=len(conditions),
+    )
+    engine: Any = _Engine(packed, world.device)
+    # How batches are balanced changes no sum, so the cost of length need not be the run's.
+    shape = PlanShape(capacity=capacity, world_size=1, grad_accum=1, quadratic_length=capacity)
+
+    def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
+        return make_batches(examples, step, world)
+
+    sums = evaluate(engine, examples, shape, batches, len(conditions))
+    most = min(capacity, max_positions_of(lm.config))
+    probe = probe_conditions(engine, examples, tokenizer, shape, batches, sums, max_tokens=most)
+    line = evaluation_to_json(metadata["step"], 0, sums, probe, conditions, is_epoch_end=False)
+    for place in ("event", "epoch", "epoch_end"):
+        del line[place]
+    return {"model": served.name, "store": str(store), "split": split} | line
+
+
+def _check_store(examples: TokenStore, tokenizer: ChatTokenizer, metadata: dict[str, Any], store: str) -> None:
+    """Raise ValueError unless the store's ids are what the model knows."""
+    manifest = examples.manifest
+    if manifest.template != metadata["template"]:
+        raise ValueError(f"{store} has the template {manifest.template}, and the model {metadata['template']}")
+    if manifest.made_from["tokenizer"] != tokenizer.digest:
+        raise ValueError(f"{store} was made with another tokenizer than the model's; preprocess with that")
+    if set(manifest.conditions) - set(metadata["conditions"]):
+        raise ValueError(
+            f"{store} has the conditions {', '.join(map(repr, manifest.conditions))}, and the model was trained under "
+            f"{', '.join(map(repr, metadata['conditions']))}"
+        )
