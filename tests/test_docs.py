@@ -426,8 +426,9 @@ def test_readme_lists_every_recipe() -> None:
 
 
 def test_readme_lists_the_variables_of_launch() -> None:
-    script = (ROOT / "launch.sh").read_text()
-    assert set(first_names(table(README, "variable", "meaning"))) == set(re.findall(r"\$\{([A-Z_]+):-", script))
+    sources = "".join(path.read_text() for path in (PACKAGE / "launch").glob("*.py"))
+    variables = set(re.findall(r"\.get\(\"([A-Z_]+)\"\)", sources))
+    assert set(first_names(table(README, "variable", "meaning"))) == variables
 
 
 def test_readme_shows_every_command() -> None:

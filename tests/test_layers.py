@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "training": BELOW | {"files"},
     "export": BELOW | {"files"},
     "train": BELOW | {"files", "export"},
+    "launch": {"recipe", "files", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "evaluate"},
     "report": BELOW | {"files", "preprocess", "report"},

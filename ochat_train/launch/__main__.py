@@ -1,0 +1,58 @@
+"""From a recipe's dump to a trained and exported model, on one node or several: what launch.sh starts.
+
+    python -m ochat_train.launch RECIPE [key=value ...]
+
+It preprocesses, examines the recipe, trains (again after a crash, if MAX_RESTARTS says so) and reports, each as a
+command of its own. The variables of the environment that it reads stand in README.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ochat_train.launch.commands import STOPPED, Commands, say
+from ochat_train.launch.nodes import find_nodes, training_command
+from ochat_train.launch.restarts import train_with_restarts
+from ochat_train.recipe import load_recipe, parse_arguments, recipe_arguments
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Take all steps; exits with the code of the first one that fails, or with 75 when it was asked to stop."""
+    parser = argparse.ArgumentParser(prog="python -m ochat_train.launch", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    recipe_arguments(parser)
+    options = parse_arguments(parser, arguments)
+    try:
+        launch([options.recipe, *options.overrides])
+    except ValueError as error:
+        sys.exit(f"launch: {error}")
+    except KeyboardInterrupt:  # before the first command
+        sys.exit(STOPPED)
+
+
+def launch(recipe: list[str]) -> None:
+    """Take all steps of a recipe, given as its path and overrides. Raises ValueError for a mistake of the user."""
+    max_restarts = os.environ.get("MAX_RESTARTS") or "0"
+    if not max_restarts.isdecimal():
+        raise ValueError(f"MAX_RESTARTS={max_restarts} is not a number of restarts, such as 3")
+    nodes = find_nodes(os.environ)
+    run_dir = Path(load_recipe(recipe[0], recipe[1:]).checkpoint.dir)
+    commands = Commands(run_dir)
+
+    if nodes.is_first:
+        commands.require(["ochat_train.preprocess", *recipe])
+        commands.require(["ochat_train.doctor", "--quick", *recipe])
+    command = training_command(nodes, recipe, os.environ)
+    code = train_with_restarts(commands, command, run_dir, int(max_restarts))
+    if code == STOPPED:
+        say("stopped; the same command goes on from there")
+    if code:
+        sys.exit(code)
+    if nodes.is_first:
+        commands.require(["ochat_train.report", "run", str(run_dir)])
+
+
+if __name__ == "__main__":
+    main()

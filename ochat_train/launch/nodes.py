@@ -1,0 +1,124 @@
+"""Where training runs, and the command that starts it there: DeepSpeed's launcher on each node."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ochat_train.files import free_port
+
+_RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+_PORT_BY_HAND = 29500  # nodes that do not communicate yet cannot agree on a free one
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The nodes of a run.
+
+    kind: here (this node alone), ssh (DeepSpeed's launcher starts the others), by_hand (launch.sh is called on each
+    node), slurm (srun starts a launcher on each node). hosts: their names where we know them, the first one first.
+    rank: of this node, by hand.
+    """
+
+    kind: Literal["here", "ssh", "by_hand", "slurm"]
+    hosts: tuple[str, ...] = ()
+    hostfile: str = ""
+    rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this node prepares the data and reports."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCommand:
+    """A command that trains.
+
+    address, port: where the first node listens; no address where this is the only node. at_once: what ends it on all
+    nodes.
+    """
+
+    words: tuple[str, ...]
+    is_first: bool
+    address: str
+    port: int
+    at_once: signal.Signals
+
+
+def find_nodes(environment: Mapping[str, str]) -> Nodes:
+    """The nodes that the variables HOSTFILE, NODE_RANK and SLURM_* name. Raises ValueError where they are wrong.
+
+    In a Slurm allocation of several nodes we run once, on the first of them.
+    """
+    hostfile, rank = environment.get("HOSTFILE"), environment.get("NODE_RANK")
+    if hostfile:
+        try:
+            lines = Path(hostfile).read_text().splitlines()
+        except OSError as error:
+            raise ValueError(f"no HOSTFILE at {hostfile} ({error.strerror})") from None
+        hosts = tuple(line.split()[0] for line in lines if line.strip() and not line.startswith("#"))
+        if not rank:
+            return Nodes("ssh", hosts, hostfile)
+        if not rank.isdecimal() or int(rank) >= len(hosts):
+            raise ValueError(f"NODE_RANK={rank} is not the number of a host in {hostfile}, from 0 to {len(hosts) - 1}")
+        return Nodes("by_hand", hosts, hostfile, int(rank))
+    if rank:
+        raise ValueError("NODE_RANK is the number of a host in HOSTFILE, from 0; set HOSTFILE too")
+    if int(environment.get("SLURM_JOB_NUM_NODES") or 1) == 1:
+        return Nodes("here")
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise ValueError("call launch.sh without srun: it calls srun itself, once for all nodes")
+    listed = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    return Nodes("slurm", tuple(subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()))
+
+
+def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str]) -> TrainingCommand:
+    """DeepSpeed's launcher on all nodes, with NUM_GPUS processes on each, or one for each GPU, or two on a CPU."""
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # torch would stay in our memory
+    num_devices = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
+    num_gpus = environment.get("NUM_GPUS")
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    if num_devices == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # no search for accelerators, no warning about it
+        num_devices = 2
+        if nodes.kind == "here":
+            num_gpus = num_gpus or "2"
+
+    launcher, options, at_once = _RUNNER, ["--log_level", "warning"], signal.SIGKILL
+    match nodes.kind:
+        case "ssh":
+            options += ["--hostfile", nodes.hostfile]
+            at_once = signal.SIGTERM  # the launcher then ends the processes of the other hosts
+        case "by_hand":
+            address, port = address or nodes.hosts[0], port or str(_PORT_BY_HAND)
+            options += ["--hostfile", nodes.hostfile, "--no_ssh", "--node_rank", str(nodes.rank)]
+        case "slurm":
+            address = address or nodes.hosts[0]
+            launcher = _srun(nodes.hosts, num_gpus or str(num_devices))
+            at_once = signal.SIGTERM  # srun then ends the tasks of all nodes
+    if num_gpus:  # else the slots, CUDA_VISIBLE_DEVICES, or all GPUs
+        options += ["--num_gpus", num_gpus]
+    if address:
+        options += ["--master_addr", address]
+    port = port or str(free_port())
+    words = [*launcher, *options, "--master_port", port, "--module", "ochat_train.train", *recipe]
+    return TrainingCommand(tuple(words), nodes.is_first, address or "", int(port), at_once)
+
+
+def _srun(hosts: Sequence[str], slots: str) -> list[str]:
+    """A launcher on each node of a Slurm allocation; all processes of a node are one task.
+
+    When the launcher of one node ends, the others stay: it may have been asked to stop, as they were, and the first
+    node exports at the end. A task must not be bound to the cores of one process.
+    """
+    return [
+        *("srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--overlap"),
+        *("--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"),
+        *(sys.executable, "-m", "ochat_train.launch.node"),
+        "".join(f"{host} slots={slots}\n" for host in hosts),
+    ]
