@@ -12,8 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.recipe import Recipe, differences, known_keys, load_recipe, main, to_json
-from ochat_train.recipe_mistakes import FOREIGN_KEYS
+from ochat_train.recipe import Recipe, differences, known_keys, load_recipe, to_json
+from ochat_train.recipe.__main__ import main
+from ochat_train.recipe.mistakes import FOREIGN_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"

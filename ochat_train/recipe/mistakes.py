@@ -250,8 +250,8 @@ def _describe(key: str, errors: list[Any], known: Sequence[str]) -> str:
         first = next(name for name in known if name.startswith(f"{_generic(key)}."))
         message = f"must be a section with keys of its own, such as {first}"
     elif kinds <= _WANTED.keys():
-        told = kinds - {"int_type"} if "float_type" in kinds else kinds
-        wanted = [_WANTED[error["type"]].format(**error.get("ctx", {})) for error in errors if error["type"] in told]
+        named = kinds - {"int_type"} if "float_type" in kinds else kinds
+        wanted = [_WANTED[error["type"]].format(**error.get("ctx", {})) for error in errors if error["type"] in named]
         *others, last = dict.fromkeys(wanted)
         message = f"must be {' or '.join([*([', '.join(others)] if others else []), last])}"
         message = message.replace("be not", "not be")

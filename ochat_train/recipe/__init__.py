@@ -1,0 +1,35 @@
+"""The recipe: one YAML file that describes a whole run. `docs/recipes.md` shows every key with examples."""
+
+from ochat_train.recipe.load import load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe.schema import (
+    CheckpointSection,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    ModelsSection,
+    Recipe,
+    SourceSection,
+    check_encoding,
+    differences,
+    known_keys,
+    leaves,
+    to_json,
+)
+
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "ModelsSection",
+    "Recipe",
+    "SourceSection",
+    "check_encoding",
+    "differences",
+    "known_keys",
+    "leaves",
+    "load_recipe",
+    "parse_arguments",
+    "recipe_arguments",
+    "to_json",
+]
