@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from starlette.types import ASGIApp
 
-from ochat_train.serve.gate import CHAT, App
+from ochat_train.serve.gate import CHAT
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Answer:
 
 
 async def exchange(
-    app: App,
+    app: ASGIApp,
     parts: list[bytes],
     *,
     method: str = "POST",

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.files import free_port
-from ochat_train.serve.__main__ import bind, check_page, main, page_process
-from ochat_train.serve.asking import Chats, Page, Sampling, Turn, answer_all, to_messages
+from ochat_train.serve import chat_page
+from ochat_train.serve.__main__ import bind, check_page, main
 from ochat_train.serve.chat_page import to_bubbles
+from ochat_train.serve.side_by_side import ChatPage, Chats, Exchange, Sampling, answer_all, to_messages
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, generate, serving
@@ -32,7 +33,13 @@ GREEDY = Sampling(system="", temperature=0, max_tokens=12)
 
 
 def test_turns_that_failed_are_not_sent_again() -> None:
-    chat = (Turn("a", "b"), Turn("c", "cut", error="lost"), Turn("stopped at once"), Turn("d", " e\n"), Turn("f"))
+    chat = (
+        Exchange("a", "b"),
+        Exchange("c", "cut", error="lost"),
+        Exchange("stopped at once"),
+        Exchange("d", " e\n"),
+        Exchange("f"),
+    )
     assert to_messages(chat, "Be brief.") == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a"},
@@ -41,14 +48,14 @@ def test_turns_that_failed_are_not_sent_again() -> None:
         {"role": "assistant", "content": " e\n"},
         {"role": "user", "content": "f"},
     ]
-    assert to_messages((Turn("f"),), "") == [{"role": "user", "content": "f"}]
+    assert to_messages((Exchange("f"),), "") == [{"role": "user", "content": "f"}]
 
 
 def test_an_error_is_shown_below_what_came_before_it() -> None:
     shown = [
         (bubble["role"], bubble["content"][0]["text"], "metadata" in bubble)
         for bubble in to_bubbles(
-            (Turn("a", "b"), Turn("c", "cut", error="lost"), Turn("d", error="refused"), Turn("e"))
+            (Exchange("a", "b"), Exchange("c", "cut", error="lost"), Exchange("d", error="refused"), Exchange("e"))
         )
     ]
     assert shown == [
@@ -79,11 +86,11 @@ async def server_that_says(answer: bytes) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-def page_of(port: int, address: str = "http://nowhere") -> Page:
-    return Page(f"http://127.0.0.1:{port}/v1", address, "tiny-chat", ("Careful", "Hasty"), "Careful", NUM_POSITIONS)
+def page_of(port: int, address: str = "http://nowhere") -> ChatPage:
+    return ChatPage(f"http://127.0.0.1:{port}/v1", address, "tiny-chat", ("Careful", "Hasty"), "Careful", NUM_POSITIONS)
 
 
-async def ask_all(page: Page, chats: Chats) -> list[Chats]:
+async def ask_all(page: ChatPage, chats: Chats) -> list[Chats]:
     client = openai.AsyncOpenAI(base_url=page.api, api_key=KEY, max_retries=0)
     return [grown async for grown in answer_all(client, page, chats, page.conditions, GREEDY)]
 
@@ -116,19 +123,19 @@ REFUSED = b'HTTP/1.1 400 X\r\nContent-Type: application/json\r\n\r\n{"error": {"
     ids=["whole", "empty", "ended", "cut", "failed", "refused", "gateway"],
 )
 def test_what_went_wrong_is_said_in_words(said: bytes, answer: str, error: str) -> None:
-    async def run() -> Turn:
+    async def run() -> Exchange:
         async with server_that_says(said) as port:
-            return (await ask_all(page_of(port), ((Turn("a"),),)))[-1][0][-1]
+            return (await ask_all(page_of(port), ((Exchange("a"),),)))[-1][0][-1]
 
     turn = asyncio.run(run())
-    assert turn == Turn("a", answer, error)
+    assert turn == Exchange("a", answer, error)
 
 
 def test_a_server_that_is_not_there_is_said_so() -> None:
     page = page_of(free_port())
-    left, right = asyncio.run(ask_all(page, ((Turn("a", "b"), Turn("c")), (Turn("c"),))))[-1]
+    left, right = asyncio.run(ask_all(page, ((Exchange("a", "b"), Exchange("c")), (Exchange("c"),))))[-1]
     expected = f"The server does not answer at {page.api}. Is it still starting, or was it stopped?"
-    assert left == (Turn("a", "b"), Turn("c", error=expected)) and right == (Turn("c", error=expected),)
+    assert left == (Exchange("a", "b"), Exchange("c", error=expected)) and right == (Exchange("c", error=expected),)
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -142,14 +149,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[Page, list[str]]] = []
+    started: list[tuple[ChatPage, list[str]]] = []
 
-    def start(page: Page, sockets: Any, keys: list[str]) -> None:
+    def start(page: ChatPage, sockets: Any, keys: list[str]) -> None:
         started.append((page, keys))
         for one in sockets:
             one.close()
 
-    monkeypatch.setattr(page_process, "start", start)
+    monkeypatch.setattr(chat_page, "start", start)
     monkeypatch.setattr("ochat_train.serve.transformers_engine.serve", lambda *_, **__: None)
     port = free_port()
     command = [str(model), "--engine", "transformers", "--ui", "--port", str(port), "--api-keys", KEY]
@@ -165,7 +172,7 @@ def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeyp
 def test_the_page_is_there_before_the_process_becomes_vllm(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.0")
-    monkeypatch.setattr(page_process, "start", lambda page, sockets, keys: done.append(page.model))
+    monkeypatch.setattr(chat_page, "start", lambda page, sockets, keys: done.append(page.model))
     monkeypatch.setattr("os.execve", lambda program, words, environment: done.append(words[words.index("-m") + 1]))
     main([str(model), "--ui", "--host", "127.0.0.1", "--port", str(free_port())])
     assert done == ["tiny-chat", "vllm.entrypoints.cli.main"]
@@ -185,7 +192,7 @@ def test_a_page_that_cannot_be_shown_is_refused(
     with taken, pytest.raises(SystemExit, match=r"cannot be used .* name another --ui-port"):
         main([*command, "--ui-port", str(taken.getsockname()[1])])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gradio" else object())
-    with pytest.raises(ValueError, match=r"--ui needs gradio: pip install 'ochat_train\[ui\]'"):
+    with pytest.raises(ValueError, match=r"--ui needs the package gradio: pip install 'ochat_train\[ui\]'"):
         check_page(None)  # type: ignore[arg-type]  # it is not looked at
 
 
@@ -269,7 +276,7 @@ def test_a_chat_is_answered_as_generate_answers_and_goes_on_in_two_conditions(
     client: gradio_client.Client, tokenizer: ChatTokenizer, loaded: Any
 ) -> None:
     def expected(condition: str, *texts: str) -> str:
-        return generate(loaded, tokenizer, texts, condition)[0].rstrip("\ufffd")
+        return generate(loaded, tokenizer, texts, condition)[0]
 
     client.reset_session()
     first = expected("Careful", "Hi")

@@ -1,6 +1,8 @@
 """The command: what it refuses before it loads anything, and the real server of transformers, asked and attacked."""
 
+import argparse
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ import openai
 import orjson
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -20,7 +24,7 @@ from ochat_train.files import free_port
 from ochat_train.serve.__main__ import bind, choose_engine, is_loopback, main
 from ochat_train.serve.keys import ApiKeys
 from ochat_train.serve.served import find_served
-from ochat_train.serve.transformers_engine import load, make_app, parse_flags
+from ochat_train.serve.transformers_engine import EndOfAnswer, TextStream, load, make_app, parse_flags
 from ochat_train.serve.vllm_engine import make_command
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.asgi import exchange
@@ -81,8 +85,8 @@ def test_the_engine_is_said_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_engine("auto") == ("vllm", "since vllm 0.33.0 is installed")
     assert choose_engine("transformers") == ("transformers", "as asked for")
     monkeypatch.undo()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openai" else object())
-    with pytest.raises(ValueError, match=r"needs openai: pip install 'ochat_train\[serve\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(ValueError, match=r"needs the package uvicorn: pip install 'ochat_train\[serve\]'"):
         choose_engine("transformers")
 
 
@@ -95,16 +99,10 @@ def test_only_loopback_needs_no_warning() -> None:
 
 
 def command_of(served: Any, *flags: str) -> tuple[list[str], dict[str, str]]:
-    command = make_command(
-        served,
-        flags,
-        host="0.0.0.0",
-        port=8000,
-        tensor_parallel=2,
-        keys=[KEY],
-        log_file=None,
-        is_logging=True,
+    options = argparse.Namespace(
+        host="0.0.0.0", port=8000, tensor_parallel_size=2, log_file=None, disable_log_requests=False
     )
+    command = make_command(served, options, flags, [KEY])
     return command.words, command.environment
 
 
@@ -174,7 +172,7 @@ def test_adapters_are_merged_into_their_base(model: Path, tokenizer: ChatTokeniz
 
 
 def test_what_a_user_writes_does_not_change_how_the_answer_is_read(tmp_path: Path) -> None:
-    # transformers' server parses answers of Qwen 2, and for that reads the prompt again as one string.
+    # transformers' own server parses answers of Qwen 2, and for that reads the prompt again as one string.
     chatml = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
     served = find_served(str(write_chat_model(tmp_path / "model", chatml, Qwen2Config)))
     tokenizer, loaded = served.load_tokenizer(), AutoModelForCausalLM.from_pretrained(served.folder)
@@ -187,8 +185,52 @@ def test_what_a_user_writes_does_not_change_how_the_answer_is_read(tmp_path: Pat
     stream = asyncio.run(exchange(app, [orjson.dumps(body | {"stream": True})])).body
     chunks = [orjson.loads(line[6:]) for line in stream.splitlines() if line.startswith(b"data: {")]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert "".join(delta.get("content", "") for delta in deltas) == expected.rstrip("\ufffd")
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
+    assert stream.endswith(b"\n\ndata: [DONE]\n\n")
     assert {name for delta in deltas for name in delta} == {"role", "content"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(st.sampled_from("ab \n日🙂é\ufffd"), max_size=20),
+    st.text(st.sampled_from("ab \n日"), max_size=3),
+    st.booleans(),
+)
+def test_the_pieces_of_a_stream_are_the_decoded_answer_up_to_the_stop_text(text: str, stop: str, is_cut: bool) -> None:
+    tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
+    ids = tokenizer.pretrained.encode(text, add_special_tokens=False)
+    ids = ids[:-1] if is_cut else [*ids, tokenizer.end_id]
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, [stop] if stop else [])
+    stream.send = pieces.append
+    stream.put(torch.tensor([[1, 2, 3]]))
+    with contextlib.suppress(EndOfAnswer):
+        for id_ in ids:
+            stream.put(torch.tensor([id_]))
+        stream.end()
+    whole = tokenizer.pretrained.decode(ids, skip_special_tokens=True)
+    is_stopped = bool(stop) and stop in whole
+    assert "".join(pieces) == (whole.partition(stop)[0] if is_stopped else whole)
+    assert stream.finish_reason == ("length" if is_cut and not is_stopped else "stop")
+
+
+def test_a_fault_of_generate_is_a_500_or_ends_the_stream(
+    model: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(ids: torch.Tensor, *, streamer: TextStream, **_: Any) -> None:
+        streamer.put(ids)
+        streamer.put(torch.tensor([300]))
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(loaded, "generate", generate)
+    served = find_served(str(model))
+    app = make_app(served, loaded, served.load_tokenizer(), keys=ApiKeys([]), log=None)
+    body = {"model": "tiny-chat", "messages": [{"role": "user", "content": "Hi"}]}
+    whole = asyncio.run(exchange(app, [orjson.dumps(body)]))
+    assert whole.status == 500 and "the engine failed" in whole.error["message"]
+    stream = asyncio.run(exchange(app, [orjson.dumps(body | {"stream": True})]))
+    assert b"the engine failed" in stream.body and stream.body.endswith(b"data: [DONE]\n\n")
+    assert SECRET.encode() not in whole.body + stream.body
 
 
 # ------------------------------------------------------------------------------------------- the running server
@@ -232,19 +274,34 @@ def test_greedy_answers_are_those_of_generate_on_the_ids_of_training(
     assert answer.model == "tiny-chat"
     stream = ask(server, *texts, condition=condition, stream=True)
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert streamed == expected.removesuffix("\ufffd")  # half a character at the limit is held back in a stream
+    assert streamed == expected
 
 
 def test_an_answer_ends_at_the_text_that_was_asked_for(server: Server) -> None:
     whole = ask(server, "Hi").choices[0].message.content
     stop = whole[3:6]
-    assert ask(server, "Hi", stop=[stop]).choices[0].message.content == whole[: whole.index(stop)]
+    (choice,) = ask(server, "Hi", stop=[stop]).choices
+    assert (choice.message.content, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
+    chunks = [chunk.choices[0] for chunk in ask(server, "Hi", stop=[stop], stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1].finish_reason == "stop"
 
 
 def test_a_temperature_samples(server: Server) -> None:
     answers = {ask(server, "Hi", temperature=1.5).choices[0].message.content for _ in range(4)}
     assert len(answers) > 1
     assert len({ask(server, "Hi").choices[0].message.content for _ in range(3)}) == 1
+
+
+def test_a_seed_repeats_an_answer_whatever_is_answered_between(server: Server) -> None:
+    def sample(seed: int | None) -> str:
+        return str(ask(server, "Hi", temperature=1.5, seed=seed).choices[0].message.content)
+
+    first = sample(7)
+    others = {sample(None) for _ in range(3)}
+    assert sample(7) == first and others != {first}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(sample, [7] * 8)) == [first] * 8
 
 
 def test_models_are_listed_by_their_names(server: Server) -> None:
@@ -259,7 +316,7 @@ def test_a_chat_longer_than_the_model_is_refused_and_an_answer_fills_what_is_lef
 
 
 def test_many_streams_at_once_are_as_alone(server: Server) -> None:
-    alone = [ask(server, f"Question {number}").choices[0].message.content.rstrip("\ufffd") for number in range(8)]
+    alone = [ask(server, f"Question {number}").choices[0].message.content for number in range(8)]
     assert len(set(alone)) == 8
 
     async def run() -> list[str]:
@@ -317,7 +374,7 @@ def test_attacks_get_an_answer_and_leave_the_server_as_it_was(server: Server) ->
         (chat_request(message).replace(KEY.encode(), b"wrong-" + SECRET.encode()), 401),
         (chat_request(message.replace(b"tiny-chat", b"../../etc/passwd")), 404),
         (chat_request(message[:-1] + b',"chat_template_kwargs":{"tokenize":false}}'), 400),
-        (chat_request(message[:-1] + b',"stop":"\\u0000","stream":true}'), 400),
+        (chat_request(message[:-1] + b',"stop":"","stream":true}'), 400),
         (get.format("GET", "/v1/../load_model").encode(), 404),
         (get.format("GET", "//v1/models").encode(), 404),
         (get.format("GET", "/v1%2fmodels").encode(), 404),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ochat_train.files import free_port
 from ochat_train.model.exported import METADATA_FILE
-from ochat_train.serve.keys import VARIABLE
+from ochat_train.serve.keys import KEYS_VARIABLE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHOWN = 2000  # characters of a server's output, when it does not start
@@ -64,7 +64,7 @@ def reach(target: str, *, model: str | None, condition: str | None, flags: Seque
     with (
         tempfile.TemporaryDirectory() as folder,
         started(
-            [target, "--disable-log-requests", *flags], output=Path(folder) / "output", variables={VARIABLE: key}
+            [target, "--disable-log-requests", *flags], output=Path(folder) / "output", variables={KEYS_VARIABLE: key}
         ) as server,
     ):
         yield Endpoint(f"http://127.0.0.1:{server.port}/v1", key, served.name, digest)

@@ -6,7 +6,6 @@ python -m ochat_train.serve MODEL [--host HOST] [--port PORT] [--api-keys K ...]
 import argparse
 import errno
 import importlib.metadata
-import importlib.util
 import ipaddress
 import os
 import socket
@@ -14,14 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ochat_train.serve import page_process
-from ochat_train.serve.asking import Page
-from ochat_train.serve.keys import VARIABLE, ApiKeys, read_keys
-from ochat_train.serve.log import open_log
+from ochat_train.files import require_packages
+from ochat_train.serve import chat_page
+from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
+from ochat_train.serve.request_log import open_log
 from ochat_train.serve.served import Served, find_served
-
-_PACKAGES = ("fastapi", "uvicorn", "openai", "accelerate")  # of transformers' server
-_PAGE_PACKAGES = ("fastapi", "uvicorn", "openai", "gradio")
+from ochat_train.serve.side_by_side import ChatPage
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,21 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Serve a trained model on an OpenAI-compatible API. Flags that are not listed go to the engine.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="an exported model, the folder of a run, or exported adapters")
-    parser.add_argument("--host", default="localhost", help="address to listen on (localhost)")
-    parser.add_argument("--port", type=int, default=18888, help="port to listen on (18888)")
-    parser.add_argument(
-        "--api-keys", nargs="+", default=[], metavar="K", help=f"keys of which one is needed; better in {VARIABLE}"
-    )
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of a model, with vLLM")
-    parser.add_argument("--condition", help="of requests that name none, in place of the model's own")
-    parser.add_argument(
-        "--engine", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM if there"
-    )
-    parser.add_argument("--ui", action="store_true", help="show a page to chat on, too")
-    parser.add_argument("--ui-port", type=int, metavar="PORT", help="port of that page (the next after --port)")
-    parser.add_argument("--log-file", type=Path, help="where a line for each request goes (stderr)")
-    parser.add_argument("--disable-log-requests", action="store_true", help="no line for each request")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="an exported model, the folder of a run, or exported adapters")
+    add("--host", default="localhost", help="address to listen on (localhost)")
+    add("--port", type=int, default=18888, help="port to listen on (18888)")
+    add("--api-keys", nargs="+", default=[], metavar="K", help=f"allowed API keys; safer in {KEYS_VARIABLE}")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model, with vLLM (1)")
+    add("--condition", help="condition of requests that name none (the model's own)")
+    add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM if it is installed")
+    add("--ui", action="store_true", help="also show a page to chat on")
+    add("--ui-port", type=int, metavar="PORT", help="port of that page (--port + 1)")
+    add("--log-file", type=Path, help="file for one line per request (stderr)")
+    add("--disable-log-requests", action="store_true", help="write no line per request")
     options, flags = parser.parse_known_args(arguments)
     try:
         start(options, flags)
@@ -68,7 +62,7 @@ def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
     served = find_served(options.model, options.condition)
     print(f"engine: {engine}, {reason}")
     if not keys and not is_loopback(options.host):
-        print(f"warning: anybody who reaches {options.host} may ask; give --api-keys, or set {VARIABLE}")
+        print(f"warning: anybody who reaches {options.host} can ask; give --api-keys, or set {KEYS_VARIABLE}")
     if engine == "vllm":
         _become_vllm(served, options, flags, keys)
     else:
@@ -76,29 +70,23 @@ def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:
-    """The engine and why. Raises ValueError when it is not installed."""
+    """The engine and the reason for it. Raises ValueError when it is not installed."""
     try:
-        vllm = importlib.metadata.version("vllm")  # its command asks for the same, which not all of its builds have
+        vllm = importlib.metadata.version("vllm")  # vLLM's command looks this up too, and some builds do not have it
     except importlib.metadata.PackageNotFoundError:
         vllm = None
     if wanted == "vllm" and vllm is None:
         raise ValueError("--engine vllm: the package vllm is not installed: pip install 'ochat_train[vllm]'")
     if wanted != "transformers" and vllm is not None:
         return "vllm", "as asked for" if wanted == "vllm" else f"since vllm {vllm} is installed"
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     reason = "as asked for" if wanted == "transformers" else "since the package vllm is not installed"
-    if missing:
-        raise ValueError(
-            f"transformers' server, {reason}, needs {', '.join(missing)}: pip install 'ochat_train[serve]'"
-        )
+    require_packages(f"the engine transformers, {reason},", "starlette", "uvicorn", "accelerate", extra="serve")
     return "transformers", reason
 
 
 def check_page(options: argparse.Namespace) -> None:
-    """Give the page its port. Raises ValueError when the page cannot be shown."""
-    missing = [package for package in _PAGE_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f"--ui needs {', '.join(missing)}: pip install 'ochat_train[ui]'")
+    """Choose the port of the page. Raises ValueError when the page cannot be shown."""
+    require_packages("--ui", "uvicorn", "openai", "gradio", extra="ui")
     if options.ui_port is None:
         options.ui_port = options.port + 1
     if options.ui_port == options.port:
@@ -114,7 +102,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
-    """Sockets bound to all addresses of the host, which do not listen yet. Raises ValueError, which names the flag."""
+    """Sockets bound to all addresses of the host, not yet listening. Raises ValueError, which names the flag."""
     if not 1 <= port <= 65535:
         raise ValueError(f"{flag} {port} is not between 1 and 65535")
     try:
@@ -141,16 +129,7 @@ def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
 def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
     from ochat_train.serve.vllm_engine import make_command
 
-    command = make_command(
-        served,
-        flags,
-        host=options.host,
-        port=options.port,
-        tensor_parallel=options.tensor_parallel_size,
-        keys=keys,
-        log_file=options.log_file,
-        is_logging=not options.disable_log_requests,
-    )
+    command = make_command(served, options, flags, keys)
     if options.log_file is not None:
         open_log(options.log_file)
     sockets = bind(options.host, options.port)
@@ -158,7 +137,7 @@ def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[st
         _start_page(served, options, keys)
     for one in sockets:
         one.close()
-    print(_ready(served, options), flush=True)
+    print(_describe(served, options), flush=True)
     os.execve(command.words[0], command.words, {**os.environ, **command.environment})
 
 
@@ -172,37 +151,29 @@ def _serve_with_transformers(
     sockets = bind(options.host, options.port)
     if options.ui:
         _start_page(served, options, keys)
-    serve(
-        served,
-        engine_options,
-        sockets,
-        keys=ApiKeys(keys),
-        log=log,
-        ready=_ready(served, options),
-    )
+    serve(served, engine_options, sockets, keys=ApiKeys(keys), log=log, ready=_describe(served, options))
 
 
 def _start_page(served: Served, options: argparse.Namespace, keys: Sequence[str]) -> None:
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
-    page = Page(
-        api=f"http://{_written(reached)}:{options.port}/v1",
-        address=f"http://{_written(options.host)}:{options.ui_port}",
+    page = ChatPage(
+        api=f"{_url(reached, options.port)}/v1",
+        address=_url(options.host, options.ui_port),
         model=served.name,
         conditions=served.conditions,
         condition=served.condition,
         num_positions=served.num_positions,
     )
-    page_process.start(page, bind(options.host, options.ui_port, "--ui-port"), keys)
+    chat_page.start(page, bind(options.host, options.ui_port, "--ui-port"), keys)
 
 
-def _written(host: str) -> str:
-    """The host as it stands in an address."""
-    return f"[{host}]" if ":" in host else host
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _ready(served: Served, options: argparse.Namespace) -> str:
+def _describe(served: Served, options: argparse.Namespace) -> str:
     also = "".join(f", also {name}" for name in served.names[1:])
-    return f"serving {served.name}{also}, condition {served.condition!r}, on http://{_written(options.host)}:{options.port}/v1"
+    return f"serving {served.name}{also}, condition {served.condition!r}, on {_url(options.host, options.port)}/v1"
 
 
 if __name__ == "__main__":

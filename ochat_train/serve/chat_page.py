@@ -1,35 +1,48 @@
-"""The chat page: Gradio's components around `asking`, and who is let in."""
+"""The chat page: Gradio's components, who may open it, and its process beside the server.
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+The process is started on sockets that are bound already, and ends when the server's process does.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from ochat_train.serve.asking import Chat, Chats, Page, Sampling, Turn, answer_all
-from ochat_train.serve.keys import ApiKeys
-from ochat_train.serve.reply import Message, Send
+import orjson
 
-# Nothing that a model writes, such as an image of another host, makes a browser ask others than this page.
+from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
+from ochat_train.serve.side_by_side import Chat, ChatPage, Chats, Exchange, Sampling, answer_all
+
+# A browser asks no host but this page's, whatever a model writes, such as the image of another host.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
-_HEIGHT = "calc(100vh - 216px)"  # what a condition above and a question below leave
+_HEIGHT = "calc(100vh - 216px)"  # without the condition above and the question below
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
+_SHUTDOWN_S = 1  # for browsers, which keep connections open
 
 
 def to_bubbles(chat: Chat) -> list[dict[str, Any]]:
     """The chat as Gradio's Chatbot takes it."""
     bubbles: list[dict[str, Any]] = []
-    for turn in chat:
-        bubbles.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-        if turn.answer or not turn.error:
-            bubbles.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer or "…"}]})
-        if turn.error:
-            text = {"type": "text", "text": turn.error}
+    for exchange in chat:
+        bubbles.append({"role": "user", "content": [{"type": "text", "text": exchange.question}]})
+        if exchange.answer or not exchange.error:
+            bubbles.append({"role": "assistant", "content": [{"type": "text", "text": exchange.answer or "…"}]})
+        if exchange.error:
+            text = {"type": "text", "text": exchange.error}
             bubbles.append({"role": "assistant", "content": [text], "metadata": {"title": "⚠️ Error"}})
     return bubbles
 
 
-def build(page: Page, client: Any) -> Any:
+def build(page: ChatPage, client: Any) -> Any:
     """The Gradio blocks."""
     import gradio as gr
 
@@ -51,14 +64,14 @@ def build(page: Page, client: Any) -> Any:
             yield (gr.skip(),) * 4
             return
         conditions = (left, right)[: 1 + is_comparing]
-        chats = tuple((*chat, Turn(question)) for chat in (*chats, chats[0])[: len(conditions)])
+        chats = tuple((*chat, Exchange(question)) for chat in (*chats, chats[0])[: len(conditions)])
         yield gr.update(value="", **busy), chats, *map(to_bubbles, chats), *[gr.skip()] * (2 - len(chats))
         async for grown in answer_all(client, page, chats, conditions, Sampling(system, temperature, max_tokens)):
             yield gr.skip(), grown, *map(to_bubbles, grown), *[gr.skip()] * (2 - len(grown))
         yield gr.update(**idle), *[gr.skip()] * 3
 
     def compare(is_comparing: bool, chats: Chats) -> tuple[Any, ...]:
-        chats = (chats[0], chats[0]) if is_comparing else chats[:1]  # both go on from the same
+        chats = (chats[0], chats[0]) if is_comparing else chats[:1]  # both continue the same conversation
         return gr.update(**idle), chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
 
     def column(value: str) -> tuple[Any, Any]:
@@ -102,16 +115,18 @@ def build(page: Page, client: Any) -> Any:
     return blocks
 
 
-def make_app(page: Page, keys: ApiKeys, client: Any) -> Any:
-    """The ASGI application. With keys, nobody is let in without one, which is the password."""
-    import fastapi
+def make_app(page: ChatPage, keys: ApiKeys, client: Any) -> Any:
+    """The ASGI application. With keys, a user logs in with one of them as the password."""
     import gradio as gr
+    from starlette.applications import Starlette
+    from starlette.datastructures import MutableHeaders
+    from starlette.types import Message, Receive, Scope, Send
 
-    def is_let_in(_: str, password: str) -> bool:
-        return keys.allow([b"Bearer " + password.encode()])
+    def is_allowed(_: str, password: str) -> bool:
+        return keys.allow([f"Bearer {password}"])
 
     mounted = gr.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None),
+        Starlette(),
         build(page, client),
         path="/",
         app_kwargs={"openapi_url": None},
@@ -121,17 +136,76 @@ def make_app(page: Page, keys: ApiKeys, client: Any) -> Any:
         ssr_mode=False,
         mcp_server=False,
         max_file_size=1,  # nothing is uploaded here
-        auth=is_let_in if keys else None,
+        auth=is_allowed if keys else None,
         auth_message="Any name; the password is an API key of the server.",
         css=_CSS,
     )
 
-    async def app(scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+                MutableHeaders(scope=message)["content-security-policy"] = _POLICY
             await send(message)
 
         await mounted(scope, receive, send_with_policy)
 
     return app
+
+
+def start(page: ChatPage, sockets: Sequence[socket.socket], keys: Sequence[str]) -> None:
+    """Start the page on the sockets. It ends with this process, also after that has become another by exec."""
+    settings = asdict(page) | {"parent": os.getpid(), "sockets": [one.fileno() for one in sockets]}
+    # The keys are in the environment alone.
+    environment = os.environ | {
+        KEYS_VARIABLE: " ".join(keys),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+    }
+    subprocess.Popen(
+        [sys.executable, "-m", "ochat_train.serve.chat_page", orjson.dumps(settings).decode()],
+        pass_fds=settings["sockets"],
+        env=environment,
+    )
+    for one in sockets:
+        one.close()
+
+
+def _serve(page: ChatPage, sockets: list[socket.socket], keys: Sequence[str], parent: int) -> None:
+    """Show the page until the parent has ended, or a signal comes."""
+    import openai
+    import uvicorn
+
+    client = openai.AsyncOpenAI(
+        base_url=page.api,
+        api_key=next(iter(keys), "none"),
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),  # no proxy stands before this machine
+    )
+    config = uvicorn.Config(
+        make_app(page, ApiKeys(keys), client),
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )
+    server = uvicorn.Server(config)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        server.should_exit = True
+
+    threading.Thread(target=watch, daemon=True).start()
+    for one in sockets:
+        one.listen(config.backlog)  # so that the address accepts connections once it is printed
+    print(f"chat page on {page.address}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=sockets)
+
+
+if __name__ == "__main__":
+    settings = orjson.loads(sys.argv[1])
+    parent = settings.pop("parent")
+    sockets = [socket.socket(fileno=number) for number in settings.pop("sockets")]
+    page = ChatPage(**settings | {"conditions": tuple(settings["conditions"])})
+    _serve(page, sockets, read_keys([]), parent)

@@ -1,64 +1,66 @@
-"""The layer in front of every engine: who may ask what, and one line of log for each request.
+"""The gate in front of every engine: who may ask what, and one line of the log for each request.
 
-An ASGI application around another. What passes it is known: an allowed route, a key, a body that was read and written
-anew, a model name and a condition that exist, a prompt that leaves room for an answer. docs/serving.md lists the rest.
+ASGI middleware around an engine's application. What passes it is known: an allowed route, a key, a body that was parsed
+and written again, a model and a condition that exist, a prompt that leaves room for an answer. docs/serving.md explains
+each of them.
 """
 
 import asyncio
-import contextlib
 import logging
-import secrets
+import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
-from ochat_train.serve.chat_request import ChatRequest, choose_condition, read_chat_request
 from ochat_train.serve.keys import ApiKeys
-from ochat_train.serve.refusal import Refusal
-from ochat_train.serve.reply import Entry, Message, Reply, Send
-from ochat_train.serve.served import Served
+from ochat_train.serve.protocol import STREAM_END, Refusal, read_chat_request
+from ochat_train.serve.request_log import RequestRecord
+from ochat_train.serve.served import Served, explain_unknown
 from ochat_train.tokens.prompt import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
-Receive = Callable[[], Awaitable[Message]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 BODY_TIMEOUT_S = 30.0
-GONE = 499  # nginx's number for a client that did not wait for its answer
+CLIENT_GONE = 499  # nginx's status for a client that did not wait for its answer
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+_STREAM_ERROR = b'data: {"error":'  # within the JSON of an answer the quotes would be escaped
+_KEPT_HEADERS = {b"content-type", b"content-length", b"cache-control"}
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What the gate must know of the server behind it.
+class EngineTraits:
+    """What the gate must know of the engine.
 
-    name: for messages. model: what it calls the model. unable: fields of a request that it would ignore or read
-    otherwise than OpenAI, with the values that change nothing. renders_text: it makes one string of a chat, in which
-    text that spells special tokens becomes control. fills_room: an answer without a limit of its own gets what room
-    there is; else the engine's own default holds.
+    name: for messages. unable: fields of a request that it would ignore or read otherwise than OpenAI, with the values
+    that change nothing. renders_text: it makes one string of a chat, in which text that spells special tokens becomes
+    control. fills_room: an answer without a limit of its own gets what room there is; else the engine's default holds.
     """
 
     name: str
-    model: str
     unable: dict[str, tuple[Any, ...]]
     renders_text: bool
     fills_room: bool
 
 
 class Gate:
-    """See the module. log: None for silence."""
+    """The middleware. log: None for silence."""
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         *,
         served: Served,
         tokenizer: ChatTokenizer,
-        engine: Engine,
+        engine: EngineTraits,
         keys: ApiKeys,
         log: logging.Logger | None,
     ) -> None:
@@ -68,155 +70,232 @@ class Gate:
         self._created = int(time.time())
         # A token is rarely more than 16 bytes of JSON; no more is read than a prompt could need.
         self.max_body_bytes = min(2**16 + 16 * served.num_positions, 2**24)
+        routes = [
+            Route(CHAT, self._chat, methods=["POST"]),
+            Route(MODELS, self._list_models),
+            Route(f"{MODELS}/{{name:path}}", self._show_model),
+            Route(HEALTH, self._health),
+        ]
+        self._router = Router(routes, redirect_slashes=False)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve one connection, as ASGI says."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no engine's WebSockets are for us
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":  # WebSockets of an engine are not offered
+            await WebSocketClose(code=1008)(scope, receive, send)
             return
-        entry = Entry(secrets.token_hex(16))
-        reply = Reply(send, entry)
+        client = Client(scope, receive, send)
+        # With "app" in the scope the router raises HTTPException for unknown paths and methods.
+        scope = {**scope, "app": self, "state": {"client": client}}
         try:
-            await self._answer(scope, receive, reply, entry)
+            self._check_path_and_key(Request(scope))
+            await self._router(scope, client.receive, client.send)
         except Refusal as refusal:
-            await reply.send_json(refusal.status, refusal.body)
-        except _Vanished:
-            entry.status = GONE
+            await client.refuse(refusal)
+        except HTTPException as error:
+            known = f"this server has POST {CHAT}, GET {MODELS} and GET {HEALTH}"
+            message = known if error.status_code == 404 else f"{scope['method']} is not allowed here; {known}"
+            await client.refuse(Refusal(error.status_code, message))
+        except ClientDisconnect:
+            client.is_gone = True
         except Exception as error:  # whatever an engine's code raises
             # Where it was raised, never its message, which may quote what a user wrote.
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            entry.error = f"{type(error).__name__} at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
-            await reply.send_json(500, Refusal(500, f"the engine failed; the log says more of {entry.id}").body)
+            client.record.error = f"{type(error).__name__} at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
+            await client.refuse(engine_failure(500, client.record))
         finally:
+            if client.is_gone:
+                client.record.status = CLIENT_GONE
             if self._log is not None:
-                self._log.info(entry.to_json().decode())
+                self._log.info(client.record.to_json())
 
-    async def _answer(self, scope: Message, receive: Receive, reply: Reply, entry: Entry) -> None:
-        method, path = scope["method"], scope["path"]
-        # As it was sent, so that nothing encoded is read as one thing here and as another behind.
-        raw_path = scope.get("raw_path") or path.encode()
-        is_plain = raw_path.partition(b"?")[0] == path.encode()
-        model = path.removeprefix(f"{MODELS}/")
-        entry.route = path if is_plain and path in (CHAT, MODELS, HEALTH) else "other"
-        if entry.route == HEALTH and method == "GET":  # for load balancers, which have no key
-            await self._forward(scope, receive, reply, b"")
+    def _check_path_and_key(self, request: Request) -> None:
+        path = request.scope["path"]
+        # The path as it was sent, so that an engine cannot decode it to another one than was checked here.
+        is_plain = (request.scope.get("raw_path") or path.encode()).partition(b"?")[0] == path.encode()
+        request.state.client.record.route = path if is_plain and path in (CHAT, MODELS, HEALTH) else "other"
+        if is_plain and path == HEALTH and request.method == "GET":  # for load balancers, which have no key
             return
-        authorization = [value for name, value in scope["headers"] if name == b"authorization"]
-        if not self._keys.allow(authorization):
+        if not self._keys.allow(request.headers.getlist("authorization")):
             raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if entry.route == "other" and not (is_plain and model in self._served.names):
-            raise Refusal(404, f"this server has POST {CHAT}, GET {MODELS} and GET {HEALTH}")
-        if method != ("POST" if entry.route == CHAT else "GET"):
-            raise Refusal(405, f"{method} is not for {path}")
-        if entry.route == CHAT:
-            await self._chat(scope, receive, reply, entry)
-        elif entry.route == MODELS:
-            cards = [self._card(name) for name in self._served.names]
-            await reply.send_json(200, orjson.dumps({"object": "list", "data": cards}))
-        else:
-            entry.route = MODELS
-            await reply.send_json(200, orjson.dumps(self._card(model)))
+        if not is_plain:
+            raise HTTPException(404)
 
-    def _card(self, name: str) -> dict[str, Any]:
+    async def _health(self, request: Request) -> ASGIApp:
+        return self._forward(b"")
+
+    async def _list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card(name) for name in self._served.names]})
+
+    async def _show_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._served.names:
+            raise HTTPException(404)
+        request.state.client.record.route = MODELS
+        return JSONResponse(self._model_card(name))
+
+    def _model_card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "ochat_train"}
 
-    async def _chat(self, scope: Message, receive: Receive, reply: Reply, entry: Entry) -> None:
-        request = read_chat_request(await self._read_body(scope, receive))
-        if request.model not in self._served.names:
+    async def _chat(self, request: Request) -> ASGIApp:
+        record: RequestRecord = request.state.client.record
+        chat = read_chat_request(await self._read_body(request))
+        if chat.model not in self._served.names:
             names = ", ".join(self._served.names)
             raise Refusal(404, f"no such model; this server has {names}", param="model", code="model_not_found")
-        entry.model = request.model
-        entry.condition = choose_condition(request, self._served)
-        self._check_ability(request)
-        conversation = request.to_conversation(entry.condition)
-        entry.prompt_tokens = len(encode_prompt(conversation, self._tokenizer))
+        record.model = chat.model
+        condition = self._served.condition if chat.condition is None else chat.condition
+        if condition not in self._served.conditions:
+            where = "chat_template_kwargs.condition"
+            raise Refusal(400, f"{where}: {explain_unknown(condition, self._served.conditions)}", param=where)
+        record.condition = condition
+        for name, harmless in self._engine.unable.items():
+            if getattr(chat, name) not in (None, *harmless):
+                raise Refusal(400, f"{name}: {self._engine.name} cannot do this; vLLM can", param=name)
+        conversation = chat.to_conversation(condition)
+        record.prompt_tokens = num_tokens = len(encode_prompt(conversation, self._tokenizer))
         if self._control is not None and (forged := self._control.find(conversation)):
             raise Refusal(400, f"{forged} is a control token, which {self._engine.name} would obey; write it otherwise")
-        room = self._served.num_positions - entry.prompt_tokens
+        room = self._served.num_positions - num_tokens
         if room < 1:
             raise Refusal(
                 400,
-                f"the prompt has {entry.prompt_tokens:,} tokens, and the model {self._served.num_positions:,} positions"
-                " for prompt and answer; shorten it",
+                f"the prompt has {num_tokens:,} tokens, and the model {self._served.num_positions:,} positions for "
+                "prompt and answer; shorten it",
                 param="messages",
                 code="context_length_exceeded",
             )
-        asked = request.max_completion_tokens or request.max_tokens
+        asked = chat.max_completion_tokens or chat.max_tokens
         limit = min(asked, room) if asked else room if self._engine.fills_room else None
-        body = request.to_body(model=self._engine.model, condition=entry.condition, max_tokens=limit)
-        for name in self._engine.unable:
-            body.pop(name, None)
-        await self._forward(scope, receive, reply, orjson.dumps(body))
+        body = chat.for_engine(model=self._served.name, condition=condition, max_tokens=limit)
+        return self._forward(orjson.dumps({k: v for k, v in body.items() if k not in self._engine.unable}))
 
-    def _check_ability(self, request: ChatRequest) -> None:
-        for name, harmless in self._engine.unable.items():
-            if getattr(request, name) not in (None, *harmless):
-                raise Refusal(400, f"{name}: {self._engine.name} cannot do this; vLLM can", param=name)
-        if self._engine.unable and request.stream and request.stop is not None:
-            raise Refusal(400, f"stop: {self._engine.name} cannot do this in a stream; vLLM can", param="stop")
-
-    async def _read_body(self, scope: Message, receive: Receive) -> bytes:
+    async def _read_body(self, request: Request) -> bytes:
         limit = self.max_body_bytes
         too_large = Refusal(413, f"the body is above {limit:,} bytes, which no prompt of this model needs")
-        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        if any(not value.isdigit() or len(value) > 9 or int(value) > limit for value in lengths):
+        lengths = request.headers.getlist("content-length")
+        if any(not length.isdigit() or len(length) > 9 or int(length) > limit for length in lengths):
             raise too_large
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Vanished
-                    body += message.get("body", b"")
+                async for part in request.stream():
+                    body += part
                     if len(body) > limit:
                         raise too_large
-                    if not message.get("more_body", False):
-                        return bytes(body)
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+        return bytes(body)
 
-    async def _forward(self, scope: Message, receive: Receive, reply: Reply, body: bytes) -> None:
-        """Let the engine answer. A client that vanishes ends its task, and with that the generation."""
-        headers = [
-            (b"host", b"localhost"),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", reply.entry.id.encode()),  # never the client's, which might be another client's
-        ]
-        is_gone = asyncio.Event()
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
+    def _forward(self, body: bytes) -> ASGIApp:
+        """A response that the engine gives to a body of ours. It learns from `receive` that a client has gone."""
 
-        async def inner_receive() -> Message:
-            if messages:
-                return messages.pop()
-            await is_gone.wait()
-            return {"type": "http.disconnect"}
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            client: Client = scope["state"]["client"]
+            headers = [
+                (b"host", b"localhost"),
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"x-request-id", client.record.id.encode()),  # never the client's, which might be another client's
+            ]
+            unread = [{"type": "http.request", "body": body, "more_body": False}]
 
-        inner = dict(scope) | {"headers": headers, "query_string": b""}
-        engine = asyncio.ensure_future(self._app(inner, inner_receive, reply.relay))
-        client = asyncio.ensure_future(_wait_until_gone(receive))
+            async def receive_body() -> Message:
+                return unread.pop() if unread else await receive()
+
+            engine_scope = {**client.scope, "headers": headers, "query_string": b""}
+            await self._app(engine_scope, receive_body, EngineResponse(client).send)
+
+        return respond
+
+
+def engine_failure(status: int, record: RequestRecord) -> Refusal:
+    """What a client is told of a fault of the engine; the rest is for the log."""
+    return Refusal(status, f"the engine failed; the log says more of {record.id}")
+
+
+class Client:
+    """The connection to a client, and the record of its request. scope: as the server made it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        self.record = RequestRecord()
+        self.is_complete = self.is_gone = False
+        self._is_stream = False
+
+    async def receive(self) -> Message:
+        """The next part of the body, or that the client has gone."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self.is_complete:
+            self.is_gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the response, with the request's id in its headers."""
+        if message["type"] == "http.response.start":
+            self.record.status = message["status"]
+            self._is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            message["headers"] = [*message["headers"], (b"x-request-id", self.record.id.encode())]
+        else:
+            self.is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Send the refusal: as a response, or as the last event of a stream that has begun."""
+        body = refusal.to_json()
+        if not self.record.status:
+            headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else {}
+            response = Response(body, refusal.status, headers, "application/json")
+            await response({"type": "http"}, self.receive, self.send)
+        elif self._is_stream and not self.is_complete:
+            await self.send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + STREAM_END})
+
+
+class EngineResponse:
+    """An engine's response on its way to the client: few headers, errors as OpenAI writes them, tokens counted."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._error_status = 0
+        self._error_body = bytearray()
+        self._tail = b""  # the last bytes of the response, where the usage stands
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the engine to the client."""
+        if self._client.is_complete:  # what follows an error that ended the stream
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] >= 400:
+                self._error_status = message["status"]
+                return
+            headers = [(name, value) for name, value in message["headers"] if name.lower() in _KEPT_HEADERS]
+            await self._client.send({**message, "headers": headers})
+            return
+        body, is_last = message.get("body", b""), not message.get("more_body", False)
+        if self._error_status:
+            self._error_body += body[:4096]
+            if is_last:
+                await self._client.refuse(self._read_error())
+            return
+        record = self._client.record
+        if (place := body.find(_STREAM_ERROR)) >= 0:
+            record.error = "the stream ended in an error"
+            body = body[:place] + b"data: " + engine_failure(500, record).to_json() + b"\n\n" + STREAM_END
+            is_last = True
+        self._tail = (self._tail + body)[-2048:]
+        if is_last and (found := _COMPLETION_TOKENS.findall(self._tail)):
+            record.completion_tokens = int(found[-1])
+        await self._client.send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    def _read_error(self) -> Refusal:
+        if self._error_status >= 500:
+            return engine_failure(self._error_status, self._client.record)
         try:
-            await asyncio.wait({engine, client}, return_when=asyncio.FIRST_COMPLETED)
-            if not engine.done() and not reply.is_complete:
-                is_gone.set()
-                raise _Vanished
-            await engine
-        finally:
-            for task in (engine, client):
-                if task.cancel():  # else it is done
-                    with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await task
-
-
-class _Vanished(Exception):
-    """The client closed its connection."""
-
-
-async def _wait_until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            fields = orjson.loads(self._error_body)
+            error = fields.get("error", fields)
+            message = error.get("message") or error.get("detail")
+        except (orjson.JSONDecodeError, AttributeError):
+            message = self._error_body.decode(errors="replace")
+        return Refusal(self._error_status, str(message))

@@ -5,11 +5,11 @@ import hmac
 import os
 from collections.abc import Sequence
 
-VARIABLE = "OCHAT_TRAIN_API_KEYS"
+KEYS_VARIABLE = "OCHAT_TRAIN_API_KEYS"
 
 
 class ApiKeys:
-    """The keys of which one is needed. None of them: everybody may ask. Only their SHA-256 is kept."""
+    """The keys of which a request needs one; without any, every request is allowed. Only their SHA-256 is kept."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -17,22 +17,22 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def allow(self, authorization: Sequence[bytes]) -> bool:
+    def allow(self, authorization: Sequence[str]) -> bool:
         """Whether the values of a request's Authorization headers are `Bearer KEY`, once.
 
-        As long for a wrong key as for a right one: digests have one length, and all are compared.
+        Takes as long for a wrong key as for a right one: digests have one length, and all are compared.
         """
         if not self._digests:
             return True
-        scheme, _, given = (authorization[0] if len(authorization) == 1 else b"").partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
+        scheme, _, given = (authorization[0] if len(authorization) == 1 else "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def read_keys(given: Sequence[str]) -> list[str]:
     """The keys of the command line and of the environment, each once. Raises ValueError, which shows none of them."""
-    keys = list(dict.fromkeys([*given, *os.environ.get(VARIABLE, "").split()]))
+    keys = list(dict.fromkeys([*given, *os.environ.get(KEYS_VARIABLE, "").split()]))
     if any(len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise ValueError("an API key has fewer than 8 characters, or others than printable ASCII without spaces")
     return keys

@@ -12,8 +12,9 @@ import pytest
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.files import free_port
-from ochat_train.serve.__main__ import bind, page_process
-from ochat_train.serve.asking import Page
+from ochat_train.serve import chat_page
+from ochat_train.serve.__main__ import bind
+from ochat_train.serve.side_by_side import ChatPage
 from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, serving
@@ -96,8 +97,8 @@ def address(server: Server) -> str:
     # A process of the tests' own, so that it is left when the server is gone.
     port = free_port()
     api = f"http://127.0.0.1:{server.port}/v1"
-    page = Page(api, f"http://127.0.0.1:{port}", "tiny-chat", ("Careful", "Hasty"), "Careful", 512)
-    page_process.start(page, bind("127.0.0.1", port), [KEY])
+    page = ChatPage(api, f"http://127.0.0.1:{port}", "tiny-chat", ("Careful", "Hasty"), "Careful", 512)
+    chat_page.start(page, bind("127.0.0.1", port), [KEY])
     return page.address
 
 
