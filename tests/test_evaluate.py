@@ -5,12 +5,14 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,12 @@ from typing import Any
 import orjson
 import pytest
 
-import ochat_train.evaluate.ask
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.evaluate.__main__ import main
-from ochat_train.evaluate.benchmarks import BENCHMARKS, find_questions
-from ochat_train.evaluate.held_out import evaluate_held_out
-from ochat_train.evaluate.journal import Answer, Journal
-from ochat_train.evaluate.judge import Outcome, make_prompt, read_verdict, settle, win_rate
+from ochat_train.evaluate.held_out import measure_held_out
+from ochat_train.evaluate.journal import Answer, open_journal
+from ochat_train.evaluate.judge import Outcome, make_prompt, read_preference, settle, win_rate
+from ochat_train.evaluate.question_sets import QUESTION_SETS, find_questions
 from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.serve.gate import CHAT
@@ -103,7 +104,7 @@ class Stub:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.evaluate.ask, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
     assert "has the template chatml" in refusal("held-out", tmp_path / "run", recipe.data.store)
     manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | {"template": recipe.template}))
     with pytest.raises(ValueError, match=r"packing.tokens_per_gpu 8"):
-        evaluate_held_out(str(tmp_path / "run"), recipe.data.store, split="eval", tokens_per_batch=8)
+        measure_held_out(str(tmp_path / "run"), recipe.data.store, split="eval", tokens_per_batch=8)
 
 
 def near(fields: dict[str, Any]) -> dict[str, Any]:
@@ -217,12 +218,12 @@ def test_mt_bench_is_answered_turn_by_turn_in_the_format_of_fastchat(
     asked, said = QUESTIONS[1]["turns"], written[1]["choices"][0]["turns"]
     assert said[0] == ask(server, asked[0], condition="Hasty").choices[0].message.content
     assert said[1] == ask(server, asked[0], said[0], asked[1], condition="Hasty").choices[0].message.content
-    assert "5 answers asked for, 0 known" in capsys.readouterr().out
+    assert "5 new answers, 0 known" in capsys.readouterr().out
     before = out.read_bytes()
     assert run("answer", "mt-bench", url, out, *options, "--temperature", 0) == 0
     assert out.read_bytes() == before
     assert sum(line["route"] == CHAT for line in server.lines()) <= 7  # five of the first run, and two of `ask`
-    assert "0 answers asked for, 5 known" in capsys.readouterr().out
+    assert "0 new answers, 5 known" in capsys.readouterr().out
 
 
 def test_a_model_of_a_folder_is_served_while_it_answers_alpaca_eval(
@@ -285,13 +286,13 @@ def test_requests_that_fail_are_tried_again_and_counted(
     with Stub(reply) as stub:
         out = tmp_path / "out.jsonl"
         assert run("answer", "mt-bench", stub.url, out, "--questions", questions) == 1
-        assert "4 requests tried again" in (told := capsys.readouterr().out)
+        assert "4 retries" in (told := capsys.readouterr().out)
         assert "1 failed" in told and "131: status 400: no, 400" in told
-        assert "28 tokens asked, 12 answered" in told
+        assert "28 tokens in prompts, 12 in answers" in told
         assert [row["question_id"] for row in rows(out)] == [81, 111]
         assert rows(out)[0]["choices"][0]["turns"] == ["to Write a line.", "to Again, in capitals."]
-        warmth = {body["messages"][0]["content"]: body["temperature"] for body in stub.asked}
-        assert warmth == {"Write a line.": 0.7, "What is 2 + 2?": 0, "Which is red: sky or blood?": 0}
+        temperatures = {body["messages"][0]["content"]: body["temperature"] for body in stub.asked}
+        assert temperatures == {"Write a line.": 0.7, "What is 2 + 2?": 0, "Which is red: sky or blood?": 0}
         assert all(body["max_tokens"] == 1024 and body["model"] == "stub" for body in stub.asked)
         size = len(stub.asked)
         assert run("answer", "mt-bench", stub.url, out, "--questions", questions) == 1
@@ -335,37 +336,49 @@ def test_a_run_that_is_killed_in_the_middle_goes_on(number: signal.Signals, tmp_
             text=True,
         )
         deadline = time.monotonic() + 60
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        while len(stub.asked) < 7:  # two at once, so that five of them have an answer
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
         assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-        assert ("the same command goes on" in told) is (number == signal.SIGINT) and not out.exists()
-        known = len(rows(journal))
+        assert ("the same command continues" in told) is (number == signal.SIGINT) and not out.exists()
+        known = num_answers(journal)
         assert 4 <= known < 12
-        with open(journal, "ab") as file:
-            file.write(b'{"key": "cut off in the mid')
         time.sleep(0.2)  # for what was under way
         stub.asked.clear()
         assert run(*arguments) == 0
         assert len(stub.asked) == 12 - known
         assert [row["choices"][0]["turns"] for row in rows(out)] == [[text.upper()] for text in asked]
-        assert len(rows(journal)) == 12
+        assert num_answers(journal) == 12
+
+
+def num_answers(journal: Path) -> int:
+    with closing(sqlite3.connect(journal)) as database:
+        return int(database.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+
+def sqlite_file(path: Path) -> bytes:
+    """A database of something else."""
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE answers (number INTEGER)")
+    return path.read_bytes()
 
 
 def test_a_journal_is_one_process_at_a_time_and_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "asked"
-    with Journal(path) as journal:
-        journal.add("a", Answer("text", False, 1, 2))
-        with pytest.raises(ValueError, match="another process"), Journal(path):
+    answer = Answer("text", False, 1, None)
+    with open_journal(path) as journal:
+        journal.add("a", answer)
+        with pytest.raises(ValueError, match="another process"), open_journal(path):
             pass
-    with Journal(path) as journal:
-        assert (found := journal.get("a")) is not None and found.text == "text"
-    path.write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="does not hold answers"), Journal(path):
-        pass
-    assert path.read_text() == '{"a": 1}\n'
+    with open_journal(path) as journal:
+        assert journal.get("a") == answer and journal.get("b") is None
+    for other in (b'{"a": 1}\n', sqlite_file(tmp_path / "other")):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="does not hold answers"), open_journal(path):
+            pass
+        assert path.read_bytes() == other
 
 
 # ------------------------------------------------------------------------------------------------------------ judging
@@ -443,7 +456,7 @@ def test_the_prompt_of_the_judge_marks_what_others_wrote() -> None:
     ],
 )
 def test_a_verdict_is_the_last_line_or_none(text: str, verdict: str | None) -> None:
-    assert read_verdict(text) == verdict
+    assert read_preference(text) == verdict
 
 
 def test_two_verdicts_are_settled() -> None:
@@ -503,11 +516,11 @@ def test_mistakes_are_refused_before_anything_is_asked(
     assert "has no answer to '131'" in refusal(*compare, "--questions", questions)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'lm-eval" in refusal("lm-eval", server.model, "hellaswag")
-    assert "pip install 'ochat_train[serve]'" in refusal(*answer)
+    assert "pip install 'ochat_train[evaluate]'" in refusal(*answer)
 
 
 def test_questions_are_found_in_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = BENCHMARKS["mt-bench"]
+    benchmark = QUESTION_SETS["mt-bench"]
     with pytest.raises(ValueError, match="--questions"):
         find_questions(benchmark, None)
     place = tmp_path / "fastchat" / benchmark.file

@@ -1,8 +1,7 @@
-"""Requests to an OpenAI-compatible API: several at once, tried again when they fail, none asked twice."""
+"""Requests to an OpenAI-compatible API: several at once, retried by the openai client, and none sent twice."""
 
 import asyncio
-import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,19 +11,17 @@ from ochat_train.evaluate.endpoint import Endpoint
 from ochat_train.evaluate.journal import Answer, Journal, key_of
 
 T = TypeVar("T")
-Messages = list[dict[str, str]]
-_LONGEST_WAIT_S = 30.0
-_RETRIED = {408, 409, 429}  # and all from 500 on
+ChatMessages = list[dict[str, str]]
 _WRONG_FOR_ALL = {401, 403, 404}
 
 
 class Unanswered(Exception):
-    """A request that failed for good; the message says why."""
+    """A request that failed for good; the message is the reason."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """Of one run, without what earlier ones asked."""
+    """Of one run, without the requests of earlier runs. failures: reasons by the name of what was asked."""
 
     num_answered: int = 0
     num_known: int = 0  # from earlier runs
@@ -32,12 +29,13 @@ class Counts:
     num_cut: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failures: dict[str, str] = field(default_factory=dict)  # what was asked, and why it has no answer
+    failures: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
-            f"{self.num_answered:,} answers asked for, {self.num_known:,} known already; {self.prompt_tokens:,} tokens "
-            f"asked, {self.completion_tokens:,} answered; {self.num_retries:,} requests tried again"
+            f"{self.num_answered:,} new answers, {self.num_known:,} known from earlier runs; "
+            f"{self.prompt_tokens:,} tokens in prompts, {self.completion_tokens:,} in answers; "
+            f"{self.num_retries:,} retries"
         ]
         if self.num_cut:
             lines.append(f"{self.num_cut:,} answers were cut at --max-tokens")
@@ -47,10 +45,10 @@ class Counts:
         return "\n".join(lines)
 
 
-class Asker:
-    """Asks one model. What the journal has is not asked.
+class CachedClient:
+    """Asks one model. What the journal has is not asked again.
 
-    num_tries: of each request; in between it waits 1, 2, 4 ... seconds, or as long as the server says, 30 at most.
+    num_tries: of each request, by the openai client's own retries. timeout_s: of each try.
     """
 
     def __init__(
@@ -58,108 +56,103 @@ class Asker:
     ) -> None:
         import openai
 
-        self._client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0, timeout=timeout_s)
-        self._endpoint, self._journal, self._condition, self._num_tries = endpoint, journal, condition, num_tries
+        self._client = openai.AsyncOpenAI(
+            base_url=endpoint.url, api_key=endpoint.key, max_retries=num_tries - 1, timeout=timeout_s
+        )
+        self.endpoint, self._journal, self._condition = endpoint, journal, condition
         self._num_failed_in_a_row = 0
         self.counts = Counts()
 
-    async def ask(self, messages: Messages, *, temperature: float, max_tokens: int) -> Answer:
-        """The answer to a chat. Raises Unanswered; ValueError when nothing can be asked of this server."""
+    async def ask(self, messages: ChatMessages, *, temperature: float, max_tokens: int) -> Answer:
+        """The answer to a chat. Raises Unanswered; ValueError when the server refuses all requests."""
         request: dict[str, Any] = {"messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         if self._condition is not None:
             request["extra_body"] = {"chat_template_kwargs": {"condition": self._condition}}
-        key = key_of({"of": self._endpoint.identity, "model": self._endpoint.model, **request})
-        if (known := self._journal.get(key)) is not None:
+        key = key_of({"of": self.endpoint.identity, "model": self.endpoint.model, **request})
+        answer = self._journal.get(key)
+        if answer is not None:
             self.counts.num_known += 1
         else:
-            known = await self._ask_anew(request)
-            self._journal.add(key, known)
+            answer = await self._send(request)
+            self._journal.add(key, answer)
             self.counts.num_answered += 1
-            self.counts.prompt_tokens += known.prompt_tokens or 0
-            self.counts.completion_tokens += known.completion_tokens or 0
-        self.counts.num_cut += known.is_cut
-        return known
+            self.counts.prompt_tokens += answer.prompt_tokens or 0
+            self.counts.completion_tokens += answer.completion_tokens or 0
+        self.counts.num_cut += answer.is_cut
+        return answer
 
     async def run(
         self, items: dict[str, T], work: Callable[[T], Awaitable[None]], *, concurrency: int, title: str
     ) -> None:
-        """`work` on every item, so many at once; items by names under which their failures are counted."""
+        """Run `work` on every item, `concurrency` at once. Failures are counted by the items' names."""
         room = asyncio.Semaphore(concurrency)
         most_failures = max(10, concurrency)
+        counts = self.counts
         with tqdm(total=len(items), desc=title, mininterval=0.5) as bar:
 
-            async def one(name: str, item: T) -> None:
+            async def run_one(name: str, item: T) -> None:
                 async with room:
                     try:
                         await work(item)
                         self._num_failed_in_a_row = 0
                     except Unanswered as error:
-                        self.counts.failures[name] = str(error)
+                        counts.failures[name] = str(error)
                         self._num_failed_in_a_row += 1
-                        if self._num_failed_in_a_row >= most_failures and not self.counts.num_answered:
+                        if self._num_failed_in_a_row >= most_failures and not counts.num_answered:
                             raise ValueError(
                                 f"the first {most_failures} requests all failed; the last: {error}"
                             ) from None
-                counts = self.counts
                 bar.set_postfix_str(
-                    f"{counts.prompt_tokens:,} tokens asked, {counts.completion_tokens:,} answered, "
+                    f"{counts.prompt_tokens:,} tokens in prompts, {counts.completion_tokens:,} in answers, "
                     f"{counts.num_retries} retries, {len(counts.failures)} failed",
                     refresh=False,
                 )
                 bar.update()
 
             async with self._client:
-                await asyncio.gather(*(one(name, item) for name, item in items.items()))
+                await asyncio.gather(*(run_one(name, item) for name, item in items.items()))
 
-    async def _ask_anew(self, request: dict[str, Any]) -> Answer:
+    async def _send(self, request: dict[str, Any]) -> Answer:
         import openai
 
-        for number in range(1, self._num_tries + 1):
-            wait = min(2.0 ** (number - 1) * random.uniform(0.75, 1.25), _LONGEST_WAIT_S)
-            try:
-                return _read(await self._client.chat.completions.create(model=self._endpoint.model, **request))
-            except openai.APIStatusError as error:
-                reason = f"status {error.status_code}: {_one_line(_said(error))}"
-                if error.status_code in _WRONG_FOR_ALL:
-                    raise ValueError(f"{self._endpoint.url} refuses all requests, with {reason}") from None
-                if error.status_code not in _RETRIED and error.status_code < 500:
-                    raise Unanswered(reason) from None
-                wait = min(_asked_wait(error.response.headers.get("retry-after")) or wait, _LONGEST_WAIT_S)
-            except (openai.OpenAIError, ValueError) as error:  # no connection, a cut one, a body that is not the API's
-                reason = _one_line(f"{error} ({type(error.__cause__ or error).__name__})")
-            if number < self._num_tries:
-                self.counts.num_retries += 1
-                await asyncio.sleep(wait)
-        raise Unanswered(f"{reason}, {self._num_tries} times")
+        create = self._client.chat.completions.with_raw_response.create
+        try:
+            response = await create(model=self.endpoint.model, **request)
+            self.counts.num_retries += response.retries_taken
+            return _read(response.parse())
+        except openai.APIStatusError as error:
+            body = error.body if isinstance(error.body, dict) else {}
+            reason = f"status {error.status_code}: {_one_line(str(body.get('message', error)))}"
+            if error.status_code in _WRONG_FOR_ALL:
+                raise ValueError(f"{self.endpoint.url} refuses all requests, with {reason}") from None
+            raise Unanswered(reason + self._count_tries(error.request)) from None
+        except openai.APIConnectionError as error:
+            reason = _one_line(f"{error} ({type(error.__cause__ or error).__name__})")
+            raise Unanswered(reason + self._count_tries(error.request)) from None
+        except (openai.OpenAIError, ValueError) as error:  # the response is not the API's
+            raise Unanswered(_one_line(f"{error} ({type(error).__name__})")) from None
+
+    def _count_tries(self, request: Any) -> str:
+        """Count the retries of a request that failed; `, 3 times` for its message."""
+        num_retries = int(request.headers.get("x-stainless-retry-count", 0))
+        self.counts.num_retries += num_retries
+        return f", {num_retries + 1} times" if num_retries else ""
 
 
-def _read(reply: Any) -> Answer:
-    """The first choice. Raises ValueError when there is none."""
-    choices: Sequence[Any] | None = getattr(reply, "choices", None)
+def _read(completion: Any) -> Answer:
+    """The first choice. Raises ValueError when it has no text."""
+    choices: Any = getattr(completion, "choices", None)
     text = choices[0].message.content if choices and choices[0].message else None
     if not isinstance(text, str):
         raise ValueError("the server's answer has no text")
-    usage = reply.usage
+    usage = completion.usage
     return Answer(
         text=text,
-        is_cut=choices[0].finish_reason == "length" if choices else False,
+        is_cut=choices[0].finish_reason == "length",
         prompt_tokens=usage.prompt_tokens if usage else None,
         completion_tokens=usage.completion_tokens if usage else None,
     )
 
 
-def _said(error: Any) -> str:
-    body = error.body
-    return str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
-
-
-def _asked_wait(header: str | None) -> float | None:
-    """Of Retry-After in seconds; a date, which it also may be, counts as nothing."""
-    try:
-        return max(float(header), 0.0) if header else None
-    except ValueError:
-        return None

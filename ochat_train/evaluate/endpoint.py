@@ -1,4 +1,4 @@
-"""Where a model answers: a URL that is given, or a server of its own for the time of an evaluation."""
+"""Where a model answers: at a given URL, or by a server of ours that runs during the evaluation."""
 
 import hashlib
 import http.client
@@ -19,15 +19,15 @@ from ochat_train.model.exported import METADATA_FILE
 from ochat_train.serve.keys import KEYS_VARIABLE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_SHOWN = 2000  # characters of a server's output, when it does not start
-_END_S = 30.0
+_SHOWN = 2000  # characters of the output of a server that does not start
+_END_S = 30.0  # for a server to end by itself
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A model on an OpenAI-compatible API.
 
-    url: the base, up to /v1. model: its name there. identity: by what the model is known again, wherever it is served.
+    url: the base, up to /v1. model: its name there. identity: the same wherever the model is served.
     """
 
     url: str
@@ -37,24 +37,24 @@ class Endpoint:
 
 
 def is_url(target: str) -> bool:
-    """Whether a command's MODEL_OR_URL is a URL."""
+    """Whether MODEL_OR_URL is a URL."""
     return target.startswith(("http://", "https://"))
 
 
 @contextmanager
 def reach(target: str, *, model: str | None, condition: str | None, flags: Sequence[str]) -> Iterator[Endpoint]:
-    """The model at a URL, or of a folder, which is served until the block ends.
+    """The model at a URL, or in a folder, which is served until the block ends.
 
-    model: its name at a URL; None takes the first that the server lists. condition: checked where the model says which
-    it has. flags: of the server that is started. Raises ValueError.
+    model: its name at a URL; None takes the first that the server lists. condition: checked for a folder. flags: for
+    the server that is started. Raises ValueError.
     """
     if is_url(target):
         if flags:
-            raise ValueError(f"no flag {flags[0]}; flags of a server go with a MODEL, not with a URL")
+            raise ValueError(f"no flag {flags[0]}; flags of a server are for a MODEL, not for a URL")
         key = os.environ.get(KEY_VARIABLE) or "none"
         yield Endpoint(target.rstrip("/"), key, model or _first_model(target, key), target.rstrip("/"))
         return
-    from ochat_train.serve.served import find_served  # loads transformers, for which a URL has no use
+    from ochat_train.serve.served import find_served  # loads transformers, which a URL does not need
 
     served = find_served(target, condition)
     if model is not None:
@@ -72,7 +72,7 @@ def reach(target: str, *, model: str | None, condition: str | None, flags: Seque
 
 @dataclass(frozen=True, slots=True)
 class OwnServer:
-    """A server in a process of its own, on a port of this machine alone."""
+    """A server in a process of its own, on a port that only this machine reaches."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -82,9 +82,9 @@ class OwnServer:
 def started(
     arguments: Sequence[str], *, output: Path, variables: dict[str, str], timeout_s: float = 1800
 ) -> Iterator[OwnServer]:
-    """`ochat_train.serve` with the arguments on a free port, from when it answers until the block ends.
+    """Run `ochat_train.serve` with the arguments on a free port until the block ends; it answers when the block begins.
 
-    output: the file that gets what it prints. variables: of its environment. A terminal's Ctrl-C does not reach it.
+    output: the file for what it prints. variables: added to its environment. A terminal's Ctrl-C does not reach it.
     Raises ValueError, with the end of its output, when it does not start.
     """
     port = free_port()

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from ochat_train.evaluate.endpoint import KEY_VARIABLE, Endpoint, is_url, reach
+from ochat_train.evaluate.endpoint import is_url, reach
 
 
 def run_tasks(
@@ -17,13 +17,13 @@ def run_tasks(
     batch_size: int,
     concurrency: int,
 ) -> dict[str, Any]:
-    """What lm-eval's `simple_evaluate` returns.
+    """The result of lm-eval's `simple_evaluate`.
 
     A folder is run by its hf model, which can also compare given answers by their likelihood. A URL is asked for
-    answers, so that tasks of likelihoods do not run. Both get chats, to which our template is applied. Raises
-    ValueError.
+    answers, so tasks of likelihoods do not run. Both get chats, to which our template is applied. Raises ValueError.
     """
-    require_harness()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("the package lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'")
     import lm_eval
     import torch
 
@@ -34,37 +34,36 @@ def run_tasks(
         "fewshot_as_multiturn": True,
     }
     results: dict[str, Any] | None
-    if is_url(target):
-        with reach(target, model=model, condition=condition, flags=()) as endpoint:
-            try:
-                results = lm_eval.simple_evaluate(
-                    "local-chat-completions",
-                    model_args=_of_url(endpoint, concurrency),
-                    gen_kwargs=None if condition is None else {"chat_template_kwargs": {"condition": condition}},
-                    **common,
-                )
-            except NotImplementedError as error:  # what lm-eval raises for likelihoods, which no chat API gives
-                raise ValueError(f"a URL cannot be asked for this task ({error}); name the model's folder") from None
-    else:
+    if not is_url(target):
         results = lm_eval.simple_evaluate(
             "hf",
-            model_args=_of_folder(target, condition),
+            model_args=_folder_arguments(target, condition),
             batch_size=batch_size,
-            device="cuda" if torch.cuda.is_available() else "cpu",  # its own default is cuda, there or not
+            device="cuda" if torch.cuda.is_available() else "cpu",  # its default is cuda, also where there is none
             **common,
         )
+    else:
+        with reach(target, model=model, condition=condition, flags=()) as endpoint:
+            arguments = {  # it takes the key from OPENAI_API_KEY, as `reach` does
+                "base_url": f"{endpoint.url}/chat/completions",
+                "model": endpoint.model,
+                "num_concurrent": concurrency,
+                "tokenizer_backend": None,
+                "tokenized_requests": False,
+            }
+            template_options = None if condition is None else {"chat_template_kwargs": {"condition": condition}}
+            try:
+                results = lm_eval.simple_evaluate(
+                    "local-chat-completions", model_args=arguments, gen_kwargs=template_options, **common
+                )
+            except NotImplementedError as error:  # raised for likelihoods, which no chat API gives
+                raise ValueError(f"a URL cannot be asked for this task ({error}); name the model's folder") from None
     assert results is not None  # only ranks other than the first get none
     return results
 
 
-def require_harness() -> None:
-    """Raise ValueError unless lm-eval is installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("the package lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'")
-
-
-def _of_folder(target: str, condition: str | None) -> dict[str, Any]:
-    from ochat_train.serve.served import find_served  # loads transformers, for which a URL has no use
+def _folder_arguments(target: str, condition: str | None) -> dict[str, Any]:
+    from ochat_train.serve.served import find_served  # loads transformers, which a URL does not need
 
     served = find_served(target, condition)
     if served.adapter is not None:
@@ -73,16 +72,4 @@ def _of_folder(target: str, condition: str | None) -> dict[str, Any]:
         "pretrained": str(served.folder.absolute()),
         "max_length": served.num_positions,
         "chat_template_args": {"condition": served.condition},
-    }
-
-
-def _of_url(endpoint: Endpoint, concurrency: int) -> dict[str, Any]:
-    # Its own key comes from the same variable as ours.
-    assert KEY_VARIABLE == "OPENAI_API_KEY"
-    return {
-        "base_url": f"{endpoint.url}/chat/completions",
-        "model": endpoint.model,
-        "num_concurrent": concurrency,
-        "tokenizer_backend": None,
-        "tokenized_requests": False,
     }

@@ -21,8 +21,8 @@ from ochat_train.training.metrics import evaluation_to_json
 from ochat_train.training.planning import check_lengths
 
 
-class _Engine:
-    """A model as `evaluate` calls DeepSpeed's engine."""
+class _ModelAlone:
+    """A model with the methods that `evaluate` calls of DeepSpeed's engine."""
 
     def __init__(self, model: PackedCausalLM, device: torch.device) -> None:
         self._model, self.device = model.to(device), device
@@ -37,11 +37,11 @@ class _Engine:
         self._model.train()
 
 
-def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
-    """The fields of training's evaluation line (docs/recipes.md), without its place in the run, for a split of a store.
+def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
+    """The fields of training's evaluation line (docs/recipes.md) for a split of a store, without the place in the run.
 
-    tokens_per_batch: None takes what the model was trained with, so that the probe leaves out the same examples. One
-    process, on the GPU if there is one. Raises ValueError.
+    tokens_per_batch: None takes the value of training, so that the probe leaves out the same examples. One process, on
+    the GPU if there is one. Raises ValueError.
     """
     served = find_served(model)
     if served.adapter is not None:
@@ -58,7 +58,7 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
         raise ValueError(f"the split {split} of {store} is empty; data.eval_fraction makes one")
     check_lengths(examples, capacity)
     world = read_world()
-    join_process_group(world)  # of one: the sums of training are over ranks
+    join_process_group(world)  # of one process: training sums over ranks
     dtype = AutoConfig.from_pretrained(served.folder).dtype
     name = next((name for name, known in DTYPES.items() if known == dtype), "float32")
     lm = load_model(str(served.folder.absolute()), None, dtype=name, num_ids=tokenizer.num_ids, added_ids=(), seed=0)
@@ -70,7 +70,7 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
         checkpointing="none",
         num_conditions=len(conditions),
     )
-    engine: Any = _Engine(packed, world.device)
+    engine: Any = _ModelAlone(packed, world.device)
     # How batches are balanced changes no sum, so the cost of length need not be the run's.
     shape = PlanShape(capacity=capacity, world_size=1, grad_accum=1, quadratic_length=capacity)
 
@@ -87,7 +87,7 @@ def evaluate_held_out(model: str, store: str | Path, *, split: Split, tokens_per
 
 
 def _check_store(examples: TokenStore, tokenizer: ChatTokenizer, metadata: dict[str, Any], store: str) -> None:
-    """Raise ValueError unless the store's ids are what the model knows."""
+    """Raise ValueError unless the store has the model's template, tokenizer and conditions."""
     manifest = examples.manifest
     if manifest.template != metadata["template"]:
         raise ValueError(f"{store} has the template {manifest.template}, and the model {metadata['template']}")

@@ -1,20 +1,20 @@
-"""What was answered already: a file of one JSON line an answer, from which a cut run goes on."""
+"""Answers on disk, by their requests: a run that was cut goes on from them."""
 
-import fcntl
 import hashlib
-import os
+import sqlite3
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import orjson
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer. is_cut: it ended at the limit of tokens. tokens: None where the server did not tell them.
+    """A model's answer. is_cut: it ended at the limit of tokens. tokens: None where the server does not report them.
 
     time: seconds since 1970.
     """
@@ -27,56 +27,43 @@ class Answer:
 
 
 def key_of(request: dict[str, Any]) -> str:
-    """By what a request is known again: all that decides its answer."""
+    """A digest of all that decides the answer to a request."""
     return hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 class Journal:
-    """The answers in a file, by the keys of their requests.
+    """The answers in an SQLite file, by the keys of their requests. Each is on the disk when `add` returns."""
 
-    Each is written at once. A last line that a crash cut off is removed. One process at a time has the file; entering
-    raises ValueError when another has it, or when it is something else.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # closed by __exit__
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._answers = self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"another process writes {self.path}; wait for it, or name another file") from None
-        except ValueError:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
 
     def get(self, key: str) -> Answer | None:
         """The answer, if it is there."""
-        return self._answers.get(key)
+        row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Answer(**orjson.loads(row[0]))
 
     def add(self, key: str, answer: Answer) -> None:
         """Write an answer."""
-        self._answers[key] = answer
-        self._file.write(orjson.dumps({"key": key, **asdict(answer)}, option=orjson.OPT_APPEND_NEWLINE))
+        self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, orjson.dumps(answer).decode()))
 
-    def _read(self) -> dict[str, Answer]:
-        self._file.seek(0)
-        data = self._file.readall()
-        whole = data.rfind(b"\n") + 1
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Open the journal in a file, for one process at a time.
+
+    Raises ValueError when another process has it open, or when the file is something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:  # commits each statement
+        journal = Journal(database)
         try:
-            rows = [orjson.loads(line) for line in data[:whole].splitlines()]
-            answers = {row.pop("key"): Answer(**row) for row in rows}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.path} does not hold answers of an earlier run ({error}); move it away") from None
-        os.ftruncate(self._file.fileno(), whole)
-        return answers
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")  # the first transaction's lock lasts until the end
+            database.execute("BEGIN EXCLUSIVE")
+            database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+            journal.get("")
+            database.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise ValueError(f"another process writes {path}; wait for it, or name another file") from None
+            raise ValueError(f"{path} does not hold answers of an earlier run ({error}); move it away") from None
+        yield journal

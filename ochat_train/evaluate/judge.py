@@ -1,4 +1,4 @@
-"""Which of two models answers better, by a third one that sees each pair in both orders."""
+"""Which of two models answers better: a third one judges each pair of answers, in both orders."""
 
 import hashlib
 import math
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ochat_train.evaluate.ask import Asker, Messages
-from ochat_train.evaluate.benchmarks import Question, read_rows
+from ochat_train.evaluate.ask import CachedClient, ChatMessages
+from ochat_train.evaluate.question_sets import Question, read_rows
 
-Verdict = Literal["A", "B", "TIE"]
+Preference = Literal["A", "B", "TIE"]
 Outcome = Literal["first", "second", "tie", "split", "unclear"]
 _VERDICT = re.compile(r"verdict:\s*(A|B|TIE)", re.IGNORECASE)
 _Z95 = 1.959964
@@ -39,10 +39,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """How the first model does against the second.
+    """How often the first model wins against the second.
 
-    outcomes: of questions. rate: mean score of the first, over the questions with two clear verdicts: 1 for a win, 1/2
-    for a tie; None without any. low, high: an interval of 95 %.
+    outcomes: number of questions by outcome. rate: mean score of the first model over the questions with two clear
+    verdicts: 1 for a win, 1/2 for a tie or a split; None without any. low, high: an interval of 95 %.
     """
 
     outcomes: Counter[Outcome]
@@ -90,16 +90,16 @@ def read_pairs(first: Path, second: Path, questions: list[Question] | None) -> d
     return {name: Pair(asked[name], sides[0][name], sides[1][name]) for name in sides[0]}
 
 
-async def judge(asker: Asker, pair: Pair, *, max_tokens: int) -> Outcome:
-    """What came of a pair that was read in both orders. Raises Unanswered."""
+async def compare_pair(judge: CachedClient, pair: Pair, *, max_tokens: int) -> Outcome:
+    """The outcome of a pair that the judge reads in both orders. Raises Unanswered."""
     texts = [
-        (await asker.ask(make_prompt(pair.question, *sides), temperature=0.0, max_tokens=max_tokens)).text
+        (await judge.ask(make_prompt(pair.question, *sides), temperature=0.0, max_tokens=max_tokens)).text
         for sides in ((pair.first, pair.second), (pair.second, pair.first))
     ]
-    return settle(*map(read_verdict, texts))
+    return settle(*map(read_preference, texts))
 
 
-def make_prompt(question: tuple[str, ...], a: tuple[str, ...], b: tuple[str, ...]) -> Messages:
+def make_prompt(question: tuple[str, ...], a: tuple[str, ...], b: tuple[str, ...]) -> ChatMessages:
     """The request to the judge. The mark around texts is a digest of them, which no text can hold."""
     mark = "#" + hashlib.sha256(repr((question, a, b)).encode()).hexdigest()[:12]
     parts = [_INSTRUCTIONS.format(mark=mark)]
@@ -110,8 +110,8 @@ def make_prompt(question: tuple[str, ...], a: tuple[str, ...], b: tuple[str, ...
     return [{"role": "user", "content": "\n\n".join([*parts, f"{mark} end"])}]
 
 
-def read_verdict(text: str) -> Verdict | None:
-    """The verdict in the last line that is not empty; None when that is not one."""
+def read_preference(text: str) -> Preference | None:
+    """The verdict in the last line that is not empty; None when that line is something else."""
     lines = [line.strip(" \t*_`.") for line in text.splitlines() if line.strip()]
     found = _VERDICT.fullmatch(lines[-1]) if lines else None
     if found is None:
@@ -120,14 +120,15 @@ def read_verdict(text: str) -> Verdict | None:
     return "A" if name == "A" else "B" if name == "B" else "TIE"
 
 
-def settle(straight: Verdict | None, swapped: Verdict | None) -> Outcome:
-    """Of two verdicts, where A is the first model in the one and the second in the other.
+def settle(straight: Preference | None, swapped: Preference | None) -> Outcome:
+    """The outcome of two verdicts: A is the first model in `straight` and the second model in `swapped`.
 
-    One side and a tie: that side wins. Two opposite ones: split, since the order decided.
+    One model and a tie: that model wins. A different model each time: split, since the order decided.
     """
     if straight is None or swapped is None:
         return "unclear"
-    lead = {"A": 1, "B": -1, "TIE": 0}[straight] - {"A": 1, "B": -1, "TIE": 0}[swapped]
+    scores = {"A": 1, "B": -1, "TIE": 0}
+    lead = scores[straight] - scores[swapped]
     if lead:
         return "first" if lead > 0 else "second"
     return "tie" if straight == "TIE" else "split"
@@ -136,8 +137,8 @@ def settle(straight: Verdict | None, swapped: Verdict | None) -> Outcome:
 def win_rate(outcomes: Counter[Outcome]) -> WinRate:
     """The rate with Wilson's score interval.
 
-    The interval is meant for scores of 0 and 1; with ties among them it is wider than it must be, since no score
-    between has a larger variance.
+    The interval is meant for scores of 0 and 1. With ties it is wider than necessary, since scores of 1/2 have less
+    variance.
     """
     num = sum(outcomes.values()) - outcomes["unclear"]
     if not num:

@@ -1,7 +1,6 @@
-"""The questions of MT-bench and AlpacaEval, and answers to them in the files that their judges read."""
+"""The questions of MT-bench and AlpacaEval, and the files of answers that their judges read."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 
 import orjson
 
-from ochat_train.evaluate.ask import Asker, Messages
+from ochat_train.evaluate.ask import CachedClient, ChatMessages
 from ochat_train.evaluate.journal import Answer, key_of
 
-# FastChat's temperatures (llm_judge/common.py, 0.2.36); a question's required_temperature stands above them.
+# FastChat's temperatures by category (llm_judge/common.py, 0.2.36), unless a question has a required_temperature.
 MT_TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -29,7 +28,7 @@ _OTHER_TEMPERATURE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a model is asked, turn after turn. fields: those of the benchmark that go into the answers' file."""
+    """The texts that a model is asked, one after the other. fields: what goes into the file of answers as it is."""
 
     name: str
     turns: tuple[str, ...]
@@ -38,11 +37,11 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Benchmark:
-    """A set of questions and the format of its answers.
+class QuestionSet:
+    """A benchmark's questions and the format of its answers.
 
-    package, file: where an installation may have the questions. max_tokens: of an answer, what the benchmark's own
-    scripts take. write: the bytes of the answers' file, of questions, their answers and the model's name.
+    package, file: where an installation may have the questions. max_tokens: of an answer, as in the benchmark's own
+    scripts. write: the bytes of the file of answers, from questions with their answers and the model's name.
     """
 
     package: str
@@ -52,29 +51,29 @@ class Benchmark:
     write: Callable[[Iterable[tuple[Question, Sequence[Answer]]], str], bytes]
 
 
-def find_questions(benchmark: Benchmark, path: Path | None) -> Path:
+def find_questions(question_set: QuestionSet, path: Path | None) -> Path:
     """The file of the questions: as given, or of the installed package. Raises ValueError when there is none."""
     if path is None:
-        package = importlib.util.find_spec(benchmark.package)
+        package = importlib.util.find_spec(question_set.package)
         folders = list(package.submodule_search_locations or []) if package else []
-        path = next((file for folder in folders if (file := Path(folder) / benchmark.file).is_file()), None)
+        path = next((file for folder in folders if (file := Path(folder) / question_set.file).is_file()), None)
         if path is None:
             raise ValueError(
-                f"no questions: the package {benchmark.package} is not installed, or comes without {benchmark.file}; "
-                "name the file with --questions (docs/evaluation.md says where it is)"
+                f"no questions: the package {question_set.package} is not installed or has no {question_set.file}; give "
+                "--questions FILE (docs/evaluation.md says where it is)"
             )
     if not path.is_file():
         raise ValueError(f"no file {path} with questions")
     return path
 
 
-def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
-    """All questions of a file, JSON lines or one JSON list.
+def read_questions(question_set: QuestionSet, path: Path) -> list[Question]:
+    """All questions of a file of JSON lines or of one JSON list.
 
-    The same question may stand there twice. Raises ValueError for what is none, and for two questions of one name.
+    The same question may be in it twice. Raises ValueError for other rows, and for two questions of one name.
     """
     try:
-        questions = [benchmark.read(row) for row in read_rows(path)]
+        questions = [question_set.read(row) for row in read_rows(path)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold questions of this benchmark: {error!r}") from None
     by_name = {question.name: question for question in questions}
@@ -95,32 +94,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-async def ask_turns(asker: Asker, question: Question, *, max_tokens: int, temperature: float | None) -> list[Answer]:
-    """The answers to a question's turns, each behind all before it. Raises Unanswered."""
-    messages: Messages = []
+async def ask_turns(
+    client: CachedClient, question: Question, *, max_tokens: int, temperature: float | None
+) -> list[Answer]:
+    """The answers to a question's turns; each is asked after all before it. Raises Unanswered."""
+    messages: ChatMessages = []
     answers = []
     for turn in question.turns:
         messages = [*messages, {"role": "user", "content": turn}]
-        warmth = question.temperature if temperature is None else temperature
-        answers.append(await asker.ask(messages, temperature=warmth, max_tokens=max_tokens))
+        answers.append(
+            await client.ask(
+                messages,
+                temperature=question.temperature if temperature is None else temperature,
+                max_tokens=max_tokens,
+            )
+        )
         messages = [*messages, {"role": "assistant", "content": answers[-1].text}]
     return answers
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def _read_mt(row: dict[str, Any]) -> Question:
-    warmth = row.get("required_temperature", MT_TEMPERATURES.get(row["category"], _OTHER_TEMPERATURE))
+    temperature = row.get("required_temperature", MT_TEMPERATURES.get(row["category"], _OTHER_TEMPERATURE))
     turns = tuple(row["turns"])
     if not turns or not all(isinstance(turn, str) for turn in turns):
         raise ValueError(f"question {row['question_id']} has no turns of text")
-    return Question(str(row["question_id"]), turns, float(warmth), {"question_id": row["question_id"]})
+    return Question(str(row["question_id"]), turns, float(temperature), {"question_id": row["question_id"]})
 
 
 def _write_mt(answered: Iterable[tuple[Question, Sequence[Answer]]], model: str) -> bytes:
@@ -140,7 +138,9 @@ def _write_mt(answered: Iterable[tuple[Question, Sequence[Answer]]], model: str)
 
 def _read_alpaca(row: dict[str, Any]) -> Question:
     if row.get("input"):
-        raise ValueError(f"the instruction {row['instruction'][:60]!r} has an input beside it; write it into the text")
+        raise ValueError(
+            f"the instruction {row['instruction'][:60]!r} has an input of its own; write that into the instruction"
+        )
     fields = {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
     return Question(row["instruction"], (row["instruction"],), 0.0, fields)
 
@@ -158,7 +158,7 @@ def _write_alpaca(answered: Iterable[tuple[Question, Sequence[Answer]]], model: 
     return orjson.dumps(rows, option=orjson.OPT_INDENT_2)
 
 
-BENCHMARKS = {
-    "mt-bench": Benchmark("fastchat", "llm_judge/data/mt_bench/question.jsonl", 1024, _read_mt, _write_mt),
-    "alpaca-eval": Benchmark("alpaca_eval", "alpaca_eval.json", 2048, _read_alpaca, _write_alpaca),
+QUESTION_SETS = {
+    "mt-bench": QuestionSet("fastchat", "llm_judge/data/mt_bench/question.jsonl", 1024, _read_mt, _write_mt),
+    "alpaca-eval": QuestionSet("alpaca_eval", "alpaca_eval.json", 2048, _read_alpaca, _write_alpaca),
 }
