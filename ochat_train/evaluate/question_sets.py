@@ -59,8 +59,8 @@ def find_questions(question_set: QuestionSet, path: Path | None) -> Path:
         path = next((file for folder in folders if (file := Path(folder) / question_set.file).is_file()), None)
         if path is None:
             raise ValueError(
-                f"no questions: the package {question_set.package} is not installed or has no {question_set.file}; give "
-                "--questions FILE (docs/evaluation.md says where it is)"
+                f"no questions: the package {question_set.package} is not installed or lacks {question_set.file}; "
+                "give --questions FILE (docs/evaluation.md says where it is)"
             )
     if not path.is_file():
         raise ValueError(f"no file {path} with questions")

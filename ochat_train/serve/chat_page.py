@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,7 @@ _POLICY = (
 )
 _HEIGHT = "calc(100vh - 216px)"  # without the condition above and the question below
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
+_IDLE, _BUSY = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
 _SHUTDOWN_S = 1  # for browsers, which keep connections open
 
 
@@ -42,37 +43,36 @@ def to_bubbles(chat: Chat) -> list[dict[str, Any]]:
     return bubbles
 
 
-def build(page: ChatPage, client: Any) -> Any:
-    """The Gradio blocks."""
+def answer_with(page: ChatPage, client: Any) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
+    """The function that Gradio calls with a question and the settings; it yields what the components show next."""
     import gradio as gr
 
-    names = [(condition or "(none)", condition) for condition in page.conditions]
-    other = next((condition for condition in page.conditions if condition != page.condition), page.condition)
-    idle, busy = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
-
     async def ask(
-        question: str,
-        chats: Chats,
-        is_comparing: bool,
-        left: str,
-        right: str,
-        system: str,
-        temperature: float,
-        max_tokens: int,
+        question: str, chats: Chats, is_comparing: bool, left: str, right: str, *sampling: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         if not question.strip():
             yield (gr.skip(),) * 4
             return
         conditions = (left, right)[: 1 + is_comparing]
         chats = tuple((*chat, Exchange(question)) for chat in (*chats, chats[0])[: len(conditions)])
-        yield gr.update(value="", **busy), chats, *map(to_bubbles, chats), *[gr.skip()] * (2 - len(chats))
-        async for grown in answer_all(client, page, chats, conditions, Sampling(system, temperature, max_tokens)):
+        yield gr.update(value="", **_BUSY), chats, *map(to_bubbles, chats), *[gr.skip()] * (2 - len(chats))
+        async for grown in answer_all(client, page, chats, conditions, Sampling(*sampling)):
             yield gr.skip(), grown, *map(to_bubbles, grown), *[gr.skip()] * (2 - len(grown))
-        yield gr.update(**idle), *[gr.skip()] * 3
+        yield gr.update(**_IDLE), *[gr.skip()] * 3
+
+    return ask
+
+
+def build(page: ChatPage, client: Any) -> Any:
+    """The Gradio blocks."""
+    import gradio as gr
+
+    names = [(condition or "(none)", condition) for condition in page.conditions]
+    other = next((condition for condition in page.conditions if condition != page.condition), page.condition)
 
     def compare(is_comparing: bool, chats: Chats) -> tuple[Any, ...]:
         chats = (chats[0], chats[0]) if is_comparing else chats[:1]  # both continue the same conversation
-        return gr.update(**idle), chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
+        return gr.update(**_IDLE), chats, gr.update(visible=is_comparing), to_bubbles(chats[-1])
 
     def column(value: str) -> tuple[Any, Any]:
         condition = gr.Dropdown(names, value=value, label="Condition", interactive=True, filterable=len(names) > 8)
@@ -94,18 +94,18 @@ def build(page: ChatPage, client: Any) -> Any:
                 left, left_bubbles = column(page.condition)
             with gr.Column(visible=False) as beside:
                 right, right_bubbles = column(other)
-        question = gr.Textbox(show_label=False, placeholder="Ask something", autofocus=True, max_lines=12, **idle)
+        question = gr.Textbox(show_label=False, placeholder="Ask something", autofocus=True, max_lines=12, **_IDLE)
         asked = question.submit(
-            ask,
+            answer_with(page, client),
             [question, chats, is_comparing, left, right, system, temperature, max_tokens],
             [question, chats, left_bubbles, right_bubbles],
             trigger_mode="once",
             show_progress="hidden",
         )
-        question.stop(lambda: gr.update(**idle), None, question, cancels=asked, queue=False)
+        question.stop(lambda: gr.update(**_IDLE), None, question, cancels=asked, queue=False)
         gr.on(
             [new.click, left_bubbles.clear, right_bubbles.clear],
-            lambda: (gr.update(**idle), ((),), [], []),
+            lambda: (gr.update(**_IDLE), ((),), [], []),
             None,
             [question, chats, left_bubbles, right_bubbles],
             cancels=asked,

@@ -212,7 +212,7 @@ class Gate:
 
 
 def engine_failure(status: int, record: RequestRecord) -> Refusal:
-    """What a client is told of a fault of the engine; the rest is for the log."""
+    """The refusal that a client gets for a fault of the engine; the log has its kind and place."""
     return Refusal(status, f"the engine failed; the log says more of {record.id}")
 
 

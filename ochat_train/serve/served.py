@@ -1,4 +1,4 @@
-"""What is served: an exported model, or adapters beside their base, and what it answers to."""
+"""What is served: an exported model, or adapters with their base; its names and its conditions."""
 
 import difflib
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import orjson
 from transformers import AutoConfig
 
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.files import STEP_FOLDERS
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base
@@ -19,7 +20,7 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Adapters as `export --adapter` writes them. has_tokens: rows of tokens are among them."""
+    """Adapters as `export --adapter` writes them. has_tokens: they contain trained rows of tokens."""
 
     base: str
     rank: int
@@ -30,8 +31,8 @@ class Adapter:
 class Served:
     """A model and its names.
 
-    folder: of the export: tokenizer, template, and weights or adapters. names: what requests may call it, the recipe's
-    name first. conditions: those that it was trained under. condition: of a request that names none. num_positions: how
+    folder: the export: tokenizer, template, and weights or adapters. names: what requests may call the model, the
+    recipe's name first. conditions: those of its training. condition: for requests that name none. num_positions: how
     many tokens prompt and answer may have together.
     """
 
@@ -45,7 +46,7 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The recipe's name."""
+        """The first name, the recipe's."""
         return self.names[0]
 
     def load_tokenizer(self) -> ChatTokenizer:
@@ -54,9 +55,9 @@ class Served:
 
 
 def find_served(path: str, condition: str | None = None, num_positions: int | None = None) -> Served:
-    """What `path` holds: an exported model, a run (its RUN/model is taken), or adapters.
+    """Find the exported model or adapters in the folder `path`, or the model in RUN/model if it is the folder of a run.
 
-    condition, num_positions: in place of the model's own. Raises ValueError.
+    condition, num_positions: replace the model's own. Raises ValueError.
     """
     folder, metadata = _find_export(Path(path).expanduser())
     adapter = _read_adapter(folder)
@@ -84,7 +85,7 @@ def find_served(path: str, condition: str | None = None, num_positions: int | No
 
 
 def explain_unknown(condition: str, conditions: tuple[str, ...]) -> str:
-    """Says which conditions there are, and which is meant most likely."""
+    """The conditions that exist, and the most similar one."""
     near = difflib.get_close_matches(condition, conditions, n=1, cutoff=0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
     return f"{meant}The model was trained under {', '.join(map(repr, conditions))}"
@@ -100,7 +101,7 @@ def _find_export(path: Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"{folder / METADATA_FILE} is damaged ({error}); export the checkpoint again") from error
         if metadata is not None:
             return folder, metadata
-    checkpoints = sorted(path.glob("step-" + "[0-9]" * 8))
+    checkpoints = sorted(path.glob(STEP_FOLDERS))
     remedy = f"python -m ochat_train.export {checkpoints[-1]} OUT makes one" if checkpoints else "name another folder"
     raise ValueError(f"{path} holds no exported model, for {METADATA_FILE} is not there; {remedy}")
 

@@ -44,7 +44,7 @@ UNABLE: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
 }
 _DEFAULTS = {"--device": "auto", "--dtype": "auto", "--attn-implementation": "sdpa"}
-_SHUTDOWN_S = 5  # for answers that are being given when the server is told to stop
+_SHUTDOWN_S = 5  # for answers that are under way when a signal comes
 
 
 def parse_flags(flags: Sequence[str]) -> argparse.Namespace:

@@ -47,7 +47,7 @@ class Command:
 
 
 def make_command(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> Command:
-    """The command that serves the model with vLLM behind the gate. The keys are in the environment alone.
+    """The command that serves the model with vLLM and the gate in front. The keys are in the environment alone.
 
     options: those of `ochat_train.serve`. flags: vLLM's own. Raises ValueError for flags that would go around the gate,
     and for adapters that vLLM cannot load.
