@@ -324,6 +324,7 @@ def test_a_large_body_is_refused_before_it_is_read(ask: Ask) -> None:
     assert ask(b"", headers=[(b"content-length", str(limit + 1).encode())]).status == 413
     assert ask(b"", headers=[(b"content-length", b"9" * 5000)]).status == 413
     assert ask(b"", headers=[(b"content-length", b"-1")]).status == 413
+    assert ask(b"", headers=[(b"content-length", "²".encode("latin-1"))]).status == 413
     parts = [b"x" * 60_000, b"x" * 60_000, b"never read"]
     assert ask(parts=parts).status == 413
     assert parts == [b"never read"]

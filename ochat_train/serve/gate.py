@@ -176,7 +176,7 @@ class Gate:
         limit = self.max_body_bytes
         too_large = Refusal(413, f"the body is above {limit:,} bytes, which no prompt of this model needs")
         lengths = request.headers.getlist("content-length")
-        if any(not length.isdigit() or len(length) > 9 or int(length) > limit for length in lengths):
+        if any(not length.isdecimal() or len(length) > 9 or int(length) > limit for length in lengths):
             raise too_large
         body = bytearray()
         try:

@@ -105,7 +105,7 @@ def address(server: Server) -> str:
 @pytest.fixture(scope="module")
 def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     made = Browser(tmp_path_factory.mktemp("pictures"))
-    wait_for(lambda: is_there(made, address))
+    wait_for(lambda: is_there(made, address), timeout_s=180)  # the page imports Gradio, which takes a while
     yield made
     print(f"pictures in {made.pictures}")
     made.driver.quit()
