@@ -45,8 +45,7 @@ from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates, text_keys
 from ochat_train.conversations.filters import judge
 from ochat_train.conversations.records import read_chunks
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Turns
+from ochat_train.conversations.schema import Message, ParsedRecord
 from ochat_train.conversations.sources import assign_source
 from ochat_train.files import flush_tree
 from ochat_train.preprocess.assemble import assemble
@@ -270,9 +269,11 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
             "find the source",
             lambda: [find_source(record, sources) for record in records],
         )
-        pairs = [(turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, Turns)]
+        pairs = [
+            (turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, ParsedRecord)
+        ]
         cleaned = measure("clean", lambda: [(clean(turns, source, settings), source) for turns, source in pairs])
-        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, Turns)]
+        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, ParsedRecord)]
         assigned = measure("assign the source", lambda: [assign_source(turns, source) for turns, source in pairs])
         batches = [assigned[start : start + BATCH] for start in range(0, len(assigned), BATCH)]
         all_languages = replace(settings.filters, languages=None)
@@ -329,7 +330,7 @@ def measure_html(repeats: int) -> list[Stage]:
             break
     megabytes = sum(len(page.encode()) for page in pages) / 1e6
     turns = [
-        Turns("", "ShareGPT page", True, None, "", (Message("user", "Hi"), Message("assistant", page)), ())
+        ParsedRecord("", "ShareGPT page", True, None, "", (Message("user", "Hi"), Message("assistant", page)), ())
         for page in pages
     ]
     return [

@@ -25,8 +25,7 @@ from ochat_train.conversations.clean import (
     remove_unanswered_turns,
     repair_turns,
 )
-from ochat_train.conversations.schema import Message, Role
-from ochat_train.conversations.sharegpt import Drop, Turns
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Role
 from tests.test_html import DIV, code_block, watch_examples
 
 ROLE_LETTERS: dict[str, Role] = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
@@ -181,15 +180,15 @@ def test_a_conversation_changes_only_by_rules_that_are_named(system: str, messag
 Html = Literal["auto", "always", "never"]
 
 
-def record(*messages: tuple[Role, str], is_page: bool = False, system: str = "") -> Turns:
+def record(*messages: tuple[Role, str], is_page: bool = False, system: str = "") -> ParsedRecord:
     texts = tuple(Message(role, text) for role, text in messages)
-    return Turns("id7", "from/value", is_page, "GPT4", system, texts, ("surrogate_replaced",))
+    return ParsedRecord("id7", "from/value", is_page, "GPT4", system, texts, ("surrogate_replaced",))
 
 
-def expect_clean(turns: Turns, html: Html = "auto") -> tuple[list[str], tuple[str, ...]]:
+def expect_clean(turns: ParsedRecord, html: Html = "auto") -> tuple[list[str], tuple[str, ...]]:
     """(texts, repairs that were added)"""
     cleaned = clean_turns(turns, html=html)
-    assert isinstance(cleaned, Turns)
+    assert isinstance(cleaned, ParsedRecord)
     assert (cleaned.id, cleaned.dialect, cleaned.is_page, cleaned.condition) == (
         "id7",
         "from/value",
@@ -253,7 +252,7 @@ def test_always_converts_every_text_that_has_tags() -> None:
     )
     assert expect_clean(turns, "always") == (["one\ntwo", "**t**", "Is *x*", "a_b", "1 < 2"], ("html_converted",))
     cleaned = clean_turns(record(("user", "q"), ("assistant", "a"), system="<p>Be &lt;brief&gt;</p>"), html="always")
-    assert isinstance(cleaned, Turns) and cleaned.system == "Be <brief>"
+    assert isinstance(cleaned, ParsedRecord) and cleaned.system == "Be <brief>"
 
 
 def test_what_a_tool_says_stays_in_a_page_and_keeps_its_noise() -> None:

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from ochat_train.conversations.dedupe import DROP_REASONS
-from ochat_train.conversations.sharegpt import ROLES
+from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
+from ochat_train.conversations.roles import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
 from ochat_train.recipe import known_keys, load_recipe, to_json
 from ochat_train.tokens.store import Manifest
@@ -88,16 +89,19 @@ REASONS = {
 NAMING_FILES = (
     *(
         f"conversations/{name}.py"
-        for name in ("records", "json_scan", "sharegpt", "spell_out", "html", "clean", "filters")
+        for name in ("records", "json_scan", "sharegpt", "own_weights", "spell_out", "html", "clean", "filters")
     ),
     "tokens/overlong.py",
 )
-OTHER_NAMES = set(ROLES) | {
-    *("tool_calls", "reasoning_content", "input_text", "output_text"),  # fields and types of records
-    *("system_prompt", "system_message"),
-    *("bos_token", "eos_token", "date_string", "tools_in_user_message"),  # variables of templates
-    *("line_end", "depth_limit_exceeded"),
-}
+OTHER_NAMES = (
+    LISTS
+    | OF_A_TURN
+    | {
+        *("tool_calls", "reasoning_content"),  # fields of messages
+        *("bos_token", "eos_token", "date_string", "tools_in_user_message"),  # variables of templates
+        *("line_end", "depth_limit_exceeded"),
+    }
+)
 ONE_WORD = {"refusal", "bad_condition", "bad_system"}
 
 # Folders that a run makes: what lies in them need not exist.

@@ -25,10 +25,9 @@ from hypothesis import strategies as st
 
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.filters import FilterRules
-from ochat_train.conversations.html import HtmlError, convert_text
+from ochat_train.conversations.html import convert_text
 from ochat_train.conversations.records import read_chunks
-from ochat_train.conversations.schema import Message, Role
-from ochat_train.conversations.sharegpt import Drop, Turns
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, RecordError, Role
 from ochat_train.conversations.sources import Source
 from ochat_train.preprocess.shard import Shard, ShardSettings, Task, make_shard
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -433,7 +432,7 @@ def test_every_word_that_html_shows_is_in_its_markdown(document: str, is_page: b
     words = set(re.findall(r"w\d+x", document))
     try:
         markdown = convert_text(document, typed=typed, sure=sure)
-    except HtmlError:  # a doctype and nothing else
+    except RecordError:  # a doctype and nothing else
         assert not words
         return
     assert convert_text(document, typed=typed, sure=sure) == markdown
@@ -468,7 +467,7 @@ def test_broken_html_becomes_text_or_a_drop_and_the_same_every_time(document: st
         Message("tool", document),
         Message("assistant", "x"),
     )
-    turns = Turns("a", "from/value", False, None, document, said, ())
+    turns = ParsedRecord("a", "from/value", False, None, document, said, ())
     cleaned = clean_turns(turns, html=page_like)
     assert cleaned == clean_turns(turns, html=page_like)
     if isinstance(cleaned, Drop):
@@ -491,7 +490,7 @@ def test_a_greater_than_in_an_attribute_is_no_text(document: str) -> None:
 def test_elements_deep_in_one_another_are_refused_or_converted_without_a_crash(open_tag: str, number: int) -> None:
     try:
         markdown = convert_text(open_tag * number + "x", typed=False, sure=True)
-    except HtmlError as error:
+    except RecordError as error:
         assert error.reason == "html_too_deep"
     else:
         assert len(markdown) < 10_000_000
@@ -508,7 +507,7 @@ WIDE = {
 @pytest.mark.parametrize("what", WIDE)
 def test_a_small_table_does_not_become_huge_markdown(what: str) -> None:
     """Markdown writes out every cell that a row lacks."""
-    with pytest.raises(HtmlError, match="html_not_converted"):
+    with pytest.raises(RecordError, match="html_not_converted"):
         convert_text(WIDE[what], typed=False, sure=True)
 
 
@@ -561,7 +560,7 @@ roles: st.SearchStrategy[Role] = st.sampled_from(["user", "assistant", "system",
 @fuzz(250)
 @given(noisy, st.lists(st.builds(Message, roles, noisy), max_size=6), st.sampled_from(["auto", "never"]))
 def test_cleaning_plain_text_twice_is_cleaning_it_once(system: str, messages: list[Message], page_like: Any) -> None:
-    cleaned = clean_turns(Turns("a", "from/value", False, None, system, tuple(messages), ()), html=page_like)
+    cleaned = clean_turns(ParsedRecord("a", "from/value", False, None, system, tuple(messages), ()), html=page_like)
     if isinstance(cleaned, Drop):
         assert cleaned.reason == "no_answer"
         return

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat_train.conversations import html
-from ochat_train.conversations.html import HtmlError, convert_text, is_rendered
+from ochat_train.conversations.html import convert_text, is_rendered
+from ochat_train.conversations.schema import RecordError
 
 BAR = (
     '<div class="bg-black rounded-md mb-4"><div class="flex items-center relative text-gray-200 bg-gray-800 px-4 py-2">'
@@ -304,7 +305,7 @@ def test_only_chatgpts_own_marks_make_a_record_html() -> None:
 def test_deep_nesting_is_refused_rather_than_lost(tag: str, closed: bool) -> None:
     close = "".join(f"</{name}>" for name in reversed(tag.split("><"))) if closed else ""
     for depth in (200, 10_000):
-        with pytest.raises(HtmlError) as error:
+        with pytest.raises(RecordError) as error:
             answer(f"<p>seen</p>{f'<{tag}>' * depth}lost?{close * depth}")
         assert error.value.reason == "html_too_deep"
 
@@ -328,7 +329,7 @@ def test_usual_nesting_is_not_refused() -> None:
     ],
 )
 def test_what_the_library_cannot_convert_is_refused(value: str) -> None:
-    with pytest.raises(HtmlError) as error:
+    with pytest.raises(RecordError) as error:
         answer(value)
     assert error.value.reason == "html_not_converted" and error.value.detail
 
@@ -342,7 +343,7 @@ def test_a_panic_of_the_library_is_a_refusal_and_an_interrupt_is_not(monkeypatch
 
     monkeypatch.setattr(html_to_markdown, "convert", fail)
     problem: BaseException = Panic("at the disco")
-    with pytest.raises(HtmlError, match="html_not_converted: Panic: at the disco"):
+    with pytest.raises(RecordError, match="html_not_converted: Panic: at the disco"):
         answer("x")
     problem = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -351,7 +352,7 @@ def test_a_panic_of_the_library_is_a_refusal_and_an_interrupt_is_not(monkeypatch
 
 def test_text_that_the_library_drops_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "_convert", lambda _: " \n")
-    with pytest.raises(HtmlError, match="html_not_converted"):
+    with pytest.raises(RecordError, match="html_not_converted"):
         answer("<p>x</p>")
     assert answer("<p> </p>") == ""
 
@@ -386,7 +387,8 @@ BOMBS = {
 
 def test_no_input_crashes_the_process_or_takes_more_than_linear_time() -> None:
     script = (
-        "from ochat_train.conversations.html import HtmlError, convert_text, is_rendered\n"
+        "from ochat_train.conversations.html import convert_text, is_rendered\n"
+        "from ochat_train.conversations.schema import RecordError\n"
         "import sys, time\n"
         "for bomb in sys.argv[1:]:\n"
         "    started = time.perf_counter()\n"
@@ -395,7 +397,7 @@ def test_no_input_crashes_the_process_or_takes_more_than_linear_time() -> None:
         "        for typed in (True, False):\n"
         "            try:\n"
         "                convert_text(value, typed=typed, sure=True)\n"
-        "            except HtmlError:\n"
+        "            except RecordError:\n"
         "                pass\n"
         "    print(time.perf_counter() - started)\n"
     )
@@ -411,7 +413,7 @@ def test_any_text_is_converted_or_refused(text: str) -> None:
         for by_user in (True, False):
             try:
                 convert_text(value, typed=by_user, sure=True)
-            except HtmlError as error:
+            except RecordError as error:
                 assert error.reason in ("html_not_converted", "html_too_deep")
 
 

@@ -11,32 +11,26 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.forms import ANSWER_KEYS, USER_KEYS
+from ochat_train.conversations.hints import hint_fields
 from ochat_train.conversations.records import Record
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import (
-    ANSWER_KEYS,
-    CALL_ROLES,
-    ROLES,
-    USER_KEYS,
-    Drop,
-    Reading,
-    Turns,
-    hint_fields,
-    parse_record,
-)
+from ochat_train.conversations.roles import CALL_ROLES, ROLES
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord
+from ochat_train.conversations.sharegpt import parse_record
 
 
 def record_of(fields: Any, damage: str | None = None, repairs: tuple[str, ...] = ()) -> Record:
     return Record("dump.json", 0, 10, fields, damage, repairs)
 
 
-def parse(fields: Any) -> Turns | Drop:
+def parse(fields: Any) -> ParsedRecord | Drop:
     return parse_record(record_of(fields), default_id="dump.json:0")
 
 
-def turns_of(turns: Any, name: str = "conversations") -> Turns:
+def turns_of(turns: Any, name: str = "conversations") -> ParsedRecord:
     parsed = parse({name: turns})
-    assert isinstance(parsed, Turns), parsed
+    assert isinstance(parsed, ParsedRecord), parsed
     return parsed
 
 
@@ -63,14 +57,14 @@ HI, HELLO = Message("user", "Hi"), Message("assistant", "Hello")
     ],
 )
 def test_every_dialect_is_read_under_every_name_of_the_list(name: str, turns: Any, dialect: str) -> None:
-    assert turns_of(turns, name) == Turns("dump.json:0", dialect, False, None, "", (HI, HELLO), ())
+    assert turns_of(turns, name) == ParsedRecord("dump.json:0", dialect, False, None, "", (HI, HELLO), ())
 
 
 def test_the_first_list_with_turns_is_taken() -> None:
     turns = chat()["conversations"]
     for others in ({"conversations": None}, {"conversations": []}, {"conversations": "x"}, {"items": None}):
         parsed = parse(others | {"messages": turns, "conversation": [["other", "other"]]})
-        assert isinstance(parsed, Turns)
+        assert isinstance(parsed, ParsedRecord)
         assert parsed.messages == (HI, HELLO)
 
 
@@ -85,7 +79,7 @@ def test_sharegpt_turns_and_openchat_messages_are_understood_turn_by_turn() -> N
         "condition": "GPT4",
         "system": "Be brief.",
     }
-    assert parse(mixed) == Turns(
+    assert parse(mixed) == ParsedRecord(
         "dump.json:0",
         "role/content + from/value",
         False,
@@ -184,11 +178,11 @@ def test_reasoning_stands_beside_the_text(key: str) -> None:
 @pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name":"add"}]'])
 def test_definitions_of_tools_are_kept_as_they_are_written(tools: Any) -> None:
     parsed = parse(chat(tools=tools))
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert (parsed.tools, parsed.unread) == ('[{"name":"add"}]', ())
     for nothing in (None, "", [], {}, "[]", " {} ", "null", float("nan")):
         without = parse(chat(tools=nothing))
-        assert isinstance(without, Turns) and without.tools == ""
+        assert isinstance(without, ParsedRecord) and without.tools == ""
 
 
 def test_calls_that_are_null_or_of_another_role_are_no_calls() -> None:
@@ -228,8 +222,12 @@ def test_a_row_of_a_table_with_every_column_is_read_as_the_record_it_was() -> No
     rows = pa.Table.from_pylist([dict.fromkeys(names) | row for row in written]).to_pylist()
     assert set(rows[0]) == set(names)
     parsed = [parse(row) for row in rows]
-    assert [turns.dialect for turns in parsed if isinstance(turns, Turns)] == ["from/value", "role/content", "pairs"]
-    assert [turns.messages for turns in parsed if isinstance(turns, Turns)] == [
+    assert [turns.dialect for turns in parsed if isinstance(turns, ParsedRecord)] == [
+        "from/value",
+        "role/content",
+        "pairs",
+    ]
+    assert [turns.messages for turns in parsed if isinstance(turns, ParsedRecord)] == [
         (HI,),
         (HI, call(CALL_TEXT)),
         (HI, HELLO),
@@ -242,7 +240,7 @@ def test_a_row_of_a_table_with_every_column_is_read_as_the_record_it_was() -> No
 
 def test_a_page_is_marked_and_repairs_of_reading_are_kept() -> None:
     record = Record("a.html", 0, 99, chat(title="t", views=3), None, ("surrogate_replaced",), is_page=True)
-    expected = Turns("d", "from/value", True, None, "", (HI, HELLO), ("surrogate_replaced",))
+    expected = ParsedRecord("d", "from/value", True, None, "", (HI, HELLO), ("surrogate_replaced",))
     assert parse_record(record, default_id="d") == expected
     dropped = parse_record(record_of([], repairs=("surrogate_replaced",)), default_id="d")
     assert dropped.repairs == ("surrogate_replaced",)
@@ -265,7 +263,7 @@ def test_nulls_that_a_table_writes_into_objects_are_nothing() -> None:
         (False, json.dumps([call]).replace(" ", ""), '[{"name":"add","x":null}]'),
     ):
         parsed = parse_record(Record("t.parquet", 0, 1, fields, is_row=is_row), default_id="d")
-        assert isinstance(parsed, Turns)
+        assert isinstance(parsed, ParsedRecord)
         assert (parsed.messages[0].calls, parsed.tools) == (called, tools)
 
 
@@ -371,7 +369,7 @@ def test_a_flag_that_is_neither_true_nor_false_is_a_bad_weight(flags: dict[str, 
 )
 def test_a_list_beside_the_turns_has_an_entry_for_each(name: str, entries: Any, weights: list[float | None]) -> None:
     parsed = parse(chat(**{name: entries}))
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert [message.weight for message in parsed.messages] == weights
     assert parsed.weight == 1.0
 
@@ -398,7 +396,7 @@ def test_what_is_no_list_says_it_of_the_whole_record(more: dict[str, Any], weigh
         assert isinstance(parsed, Drop)
         assert (parsed.reason, next(iter(more)) in parsed.detail) == ("bad_weight", True)
     else:
-        assert isinstance(parsed, Turns)
+        assert isinstance(parsed, ParsedRecord)
         assert parsed.weight == weight
         assert parsed.unread == ((("record field", "loss"),) if more == {"loss": 0.37} else ())
 
@@ -414,7 +412,7 @@ def test_what_is_no_list_says_it_of_the_whole_record(more: dict[str, Any], weigh
 )
 def test_what_only_has_the_name_of_a_weight_is_named_and_not_read(more: dict[str, Any]) -> None:
     parsed = parse(chat(**more))
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert (parsed.weight, [message.weight for message in parsed.messages]) == (1.0, [None, None])
     (name, value), *_ = more.items()
     assert parsed.unread == ((("record field", name),) if value != "" else ())
@@ -436,7 +434,7 @@ def test_a_list_that_does_not_fit_the_turns_is_a_bad_weight(more: dict[str, Any]
 )
 def test_a_record_may_have_a_weight(more: dict[str, Any], weight: float) -> None:
     parsed = parse(chat(**more))
-    assert isinstance(parsed, Turns) and parsed.weight == weight
+    assert isinstance(parsed, ParsedRecord) and parsed.weight == weight
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1.0", {"a": 1}])
@@ -446,11 +444,11 @@ def test_a_records_weight_is_as_bad_as_a_turns(weight: Any) -> None:
 
 
 def test_a_recipe_names_the_field_of_a_records_weight() -> None:
-    def weigh(field: str | None, **more: Any) -> Turns | Drop:
+    def weigh(field: str | None, **more: Any) -> ParsedRecord | Drop:
         return parse_record(record_of(chat(**more)), default_id="d", reading=Reading(weight_field=field))
 
     for parsed, weight in ((weigh("reward", reward=0.5, weight=7), 0.5), (weigh(None, weight=7), 1.0)):
-        assert isinstance(parsed, Turns)
+        assert isinstance(parsed, ParsedRecord)
         assert (parsed.weight, parsed.unread) == (weight, (("record field", "weight"),))
     lost = weigh("reward")
     assert isinstance(lost, Drop) and (lost.reason, "reward" in lost.detail) == ("bad_weight", True)
@@ -475,13 +473,13 @@ def test_a_record_with_media_is_dropped_unless_its_text_is_asked_for(fields: dic
     assert isinstance(parsed, Drop)
     assert (parsed.reason, parsed.hint) == ("not_text", "data.media: text")
     text = parse_record(record_of(fields), default_id="d", reading=Reading(media="text"))
-    assert isinstance(text, Turns)
+    assert isinstance(text, ParsedRecord)
     assert (text.messages, text.repairs) == ((HI, HELLO), ("media_left_out",))
 
 
 def test_a_placeholder_that_no_field_explains_is_text() -> None:
     for fields in (chat(image=None, images=[]), chat(cover="0.jpg")):
-        assert isinstance(parse(fields), Turns)
+        assert isinstance(parse(fields), ParsedRecord)
     talk = [{"from": "human", "value": "What does <image> do in HTML?"}]
     assert turns_of(talk).messages == (Message("user", "What does <image> do in HTML?"),)
 
@@ -509,7 +507,7 @@ def test_a_part_that_is_no_plain_text_drops_its_record(parts: list[dict[str, Any
 def test_a_thought_among_parts_is_reasoning_and_other_fields_of_parts_are_named() -> None:
     parts = [{"text": "Hm.", "thought": True}, {"text": "Hello", "citation": 1}]
     parsed = parse({"contents": [{"role": "model", "parts": parts}]})
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert parsed.messages == (Message("assistant", "Hello", reasoning="Hm."),)
     assert parsed.unread == (("part field", "citation"),)
 
@@ -536,7 +534,7 @@ def test_what_a_tool_says_is_json_unless_it_is_plain_text(value: Any) -> None:
 
 @pytest.mark.parametrize("nothing", [[None], {"bytes": None, "path": None}, "", {}])
 def test_empty_media_are_nothing(nothing: Any) -> None:
-    assert isinstance(parse(chat(images=nothing)), Turns)
+    assert isinstance(parse(chat(images=nothing)), ParsedRecord)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +546,7 @@ def test_empty_media_are_nothing(nothing: Any) -> None:
     ],
 )
 def test_a_note_about_media_is_no_picture(more: dict[str, Any]) -> None:
-    assert isinstance(parse(chat(**more)), Turns)
+    assert isinstance(parse(chat(**more)), ParsedRecord)
     turns = [{"from": "human", "value": "Hi"} | more, {"from": "gpt", "value": "Hello"}]
     assert turns_of(turns).messages == (HI, HELLO)
 
@@ -558,7 +556,7 @@ def test_a_tools_parts_with_a_picture_are_no_text() -> None:
     parsed = parse(fields)
     assert isinstance(parsed, Drop) and parsed.reason == "not_text"
     text = parse_record(record_of(fields), default_id="d", reading=Reading(media="text"))
-    assert isinstance(text, Turns) and text.messages == (Message("tool", "r"),)
+    assert isinstance(text, ParsedRecord) and text.messages == (Message("tool", "r"),)
 
 
 @pytest.mark.parametrize(("value", "text"), [(True, ""), ({"budget": 1}, ""), ([{"type": "text", "text": "x"}], "x")])
@@ -609,7 +607,7 @@ def test_a_source_may_name_the_parts_of_its_records() -> None:
     reading = Reading(fields={"turns": "chat", "role": "who", "text": "said"}, roles={"Agent": "assistant"})
     chatty = {"chat": [{"who": "user", "said": "Hi", "at": 1}, {"who": "agent", "said": "Hello", "train": False}]}
     parsed = parse_record(record_of(chatty), default_id="d", reading=reading)
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert parsed.messages == (HI, Message("assistant", "Hello", 0.0))
     assert parsed.unread == (("turn field", "at"),)
 
@@ -617,7 +615,7 @@ def test_a_source_may_name_the_parts_of_its_records() -> None:
     reading = Reading(fields={"question": ("instruction", "input"), "answer": "output", "system": "sys"})
     for record, asked in ((flat, "Add.\n\n1 2"), (flat | {"input": ""}, "Add."), (flat | {"input": None}, "Add.")):
         parsed = parse_record(record_of(record), default_id="d", reading=reading)
-        assert isinstance(parsed, Turns)
+        assert isinstance(parsed, ParsedRecord)
         assert parsed.messages == (Message("user", asked), Message("assistant", "3"))
         assert (parsed.system, parsed.weight, parsed.unread) == ("S", 0.5, (("record field", "source"),))
 
@@ -652,13 +650,15 @@ def test_a_line_of_a_recipe_is_guessed_that_reads_other_names(fields: dict[str, 
         parsed = parse(fields)
         assert isinstance(parsed, Drop) and parsed.hint == hint
         section = yaml.safe_load(hint)["fields"]
-        assert isinstance(parse_record(record_of(fields), default_id="d", reading=Reading(fields=section)), Turns)
+        assert isinstance(
+            parse_record(record_of(fields), default_id="d", reading=Reading(fields=section)), ParsedRecord
+        )
 
 
 def test_what_is_met_and_not_read_is_named() -> None:
     turns = [{"from": "human", "value": "Hi", "tag": 1}, {"from": "gpt", "value": "Hello", "tag": 2, "role": "x"}]
     parsed = parse({"conversations": turns, "messages": turns, "id": "a", "title": "T", "lang": None})
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert Counter(parsed.unread) == {
         ("record field", "messages"): 1,
         ("record field", "title"): 1,
@@ -673,18 +673,18 @@ def test_what_is_met_and_not_read_is_named() -> None:
     assert isinstance(strange, Drop)
     reading = Reading(roles=yaml.safe_load(strange.hint)["roles"])
     read = parse_record(record_of({"items": [{"from": "用户", "value": "Hi"}]}), default_id="d", reading=reading)
-    assert isinstance(read, Turns) and read.messages == (HI,)
+    assert isinstance(read, ParsedRecord) and read.messages == (HI,)
 
 
 @pytest.mark.parametrize("missing", ["system", "condition", "tools"])
 def test_nan_is_as_good_as_nothing_but_for_a_weight(missing: str) -> None:
     parsed = parse(chat(**{missing: float("nan")}))
-    assert isinstance(parsed, Turns) and parsed.messages == (HI, HELLO)
+    assert isinstance(parsed, ParsedRecord) and parsed.messages == (HI, HELLO)
 
 
 def test_the_largest_float32_is_a_weight() -> None:
     parsed = parse({"items": [{"role": "assistant", "content": "y", "weight": 3.4028234663852886e38}]})
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     assert parsed.messages[0].weight == 3.4028234663852886e38
 
 
@@ -759,7 +759,7 @@ almost_records = st.fixed_dictionaries(
 @given(table_values | almost_records)
 def test_any_value_becomes_turns_or_a_drop_with_a_reason(fields: Any) -> None:
     parsed = parse(fields)
-    if isinstance(parsed, Turns):
+    if isinstance(parsed, ParsedRecord):
         assert all(isinstance(message.text, str) for message in parsed.messages)
         assert parsed.dialect
     else:

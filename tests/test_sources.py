@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.conversations.sharegpt import Turns
+from ochat_train.conversations.schema import Conversation, Message, ParsedRecord
 from ochat_train.conversations.sources import Source, assign_source, match_source
 
 GPT4 = Source("gpt4", "GPT4", 1.0, {"model": "Model: GPT-4"}, {})
@@ -85,8 +84,8 @@ def test_a_record_that_is_no_object_belongs_to_the_only_candidate_or_to_none(fie
     assert match(fields) is None
 
 
-def turns_of(*messages: Message, condition: str | None = None) -> Turns:
-    return Turns("rec7", "role/content", False, condition, "Be brief.", messages, ())
+def turns_of(*messages: Message, condition: str | None = None) -> ParsedRecord:
+    return ParsedRecord("rec7", "role/content", False, condition, "Be brief.", messages, ())
 
 
 def test_weights_multiply_and_become_numbers() -> None:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Turns
+from ochat_train.conversations.schema import Message, ParsedRecord
 from ochat_train.conversations.spell_out import Spelling, spell_out
 
 TOOLS = '[{"name": "area", "parameters": {"a": null, "b": "number"}}]'  # a null that somebody wrote
@@ -57,14 +56,14 @@ WITHOUT_ARGUMENTS = BEHIND_THE_SYSTEM_TEXT.replace("(call.function | tojson)", "
 CONTROL = ("<|start|>", "<|end|>", "<|tools|>", "<|call|>")
 
 
-def turns(*messages: Message, system: str = "", tools: str = "") -> Turns:
-    return Turns("id", "role/content", False, None, system, messages, ("nan_read",), tools=tools)
+def turns(*messages: Message, system: str = "", tools: str = "") -> ParsedRecord:
+    return ParsedRecord("id", "role/content", False, None, system, messages, ("nan_read",), tools=tools)
 
 
 ASKED = Message("user", "How large?")
 
 
-def spelled(spelling: Spelling, *messages: Message, system: str = "", tools: str = "") -> Turns:
+def spelled(spelling: Spelling, *messages: Message, system: str = "", tools: str = "") -> ParsedRecord:
     return spell_out(turns(*messages, system=system, tools=tools), spelling)
 
 

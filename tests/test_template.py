@@ -10,8 +10,8 @@ from jinja2 import Environment, TemplateError
 
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.records import Record, read_chunks
-from ochat_train.conversations.schema import Conversation, Message, Role
-from ochat_train.conversations.sharegpt import Turns, parse_record
+from ochat_train.conversations.schema import Conversation, Message, ParsedRecord, Role
+from ochat_train.conversations.sharegpt import parse_record
 from ochat_train.conversations.sources import Source, assign_source
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Joint
 from ochat_train.tokens.chat_template import chat_template
@@ -257,9 +257,9 @@ def tool_conversations(shared: Path) -> Iterator[Conversation]:
 
 def as_conversation(record: Record, condition: str) -> Conversation:
     parsed = parse_record(record, default_id=f"{record.offset}")
-    assert isinstance(parsed, Turns)
+    assert isinstance(parsed, ParsedRecord)
     turns = clean_turns(parsed, html="never")
-    assert isinstance(turns, Turns)
+    assert isinstance(turns, ParsedRecord)
     return assign_source(turns, Source("source", condition, 1.0, {}, {}))
 
 

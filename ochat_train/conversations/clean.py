@@ -11,9 +11,8 @@ from dataclasses import replace
 from itertools import groupby, takewhile
 from typing import Literal
 
-from ochat_train.conversations.html import HtmlError, convert_text, is_rendered
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Drop, Turns
+from ochat_train.conversations.html import convert_text, is_rendered
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, RecordError
 from ochat_train.conversations.spell_out import AS_WRITTEN, Spelling, spell_out
 
 Messages = tuple[Message, ...]
@@ -25,12 +24,12 @@ LeadingAnswers = Literal["context", "train", "drop"]
 
 
 def clean_turns(
-    turns: Turns,
+    turns: ParsedRecord,
     *,
     html: Literal["auto", "always", "never"],
     spelling: Spelling = AS_WRITTEN,
     leading_answers: LeadingAnswers = "context",
-) -> Turns | Drop:
+) -> ParsedRecord | Drop:
     """The turns as markdown, without page noise, spelled out and repaired, or why they cannot be used.
 
     HTML becomes markdown in saved pages, and in records whose answers are ChatGPT's own HTML (`html` "auto"), in all
@@ -46,7 +45,7 @@ def clean_turns(
     if html == "always" or (html == "auto" and is_html(turns)):
         try:
             system, messages = convert_html(system, messages, sure=html == "always")
-        except HtmlError as error:
+        except RecordError as error:
             return Drop(turns.id, error.reason, error.detail, repairs, unread=turns.unread)
         if (system, messages) != (turns.system, turns.messages):
             repairs += ("html_converted",)
@@ -65,7 +64,7 @@ def clean_turns(
 # ---- HTML ----
 
 
-def is_html(turns: Turns) -> bool:
+def is_html(turns: ParsedRecord) -> bool:
     """Whether the record is a saved page, or one of its answers has ChatGPT's own marks."""
     return turns.is_page or any(message.role == "assistant" and is_rendered(message.text) for message in turns.messages)
 

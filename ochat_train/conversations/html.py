@@ -11,16 +11,10 @@ from html import unescape
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from ochat_train.conversations.schema import RecordError
+
 if TYPE_CHECKING:
     from html_to_markdown import ConversionOptions
-
-
-class HtmlError(ValueError):
-    """HTML that cannot be converted without losing text: `reason` is a fixed name, `detail` is for a person."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 MAX_DEPTH = 100  # elements in one another; an answer has up to 30
@@ -119,7 +113,7 @@ def convert_text(text: str, *, typed: bool, sure: bool) -> str:
     A text that is no markup is only freed of entities. Which texts are markup `is_wrapped` says, or, if the whole
     record is known to be HTML (`sure`), any tag. An answer that is markdown stays as it is, with its entities, which
     are the model's own: one that `is_fenced`, and one that is no markup and has back-ticks, unless `sure`. Raises
-    HtmlError where the library fails or would lose text.
+    RecordError where the library fails or would lose text.
 
     >>> convert_text("<p>Use <code>a_b</code> if 1 &lt; 2:</p><ol start='3'><li>so</li></ol>", typed=False, sure=False)
     'Use `a_b` if 1 < 2:\n\n3. so'
@@ -390,26 +384,26 @@ def _render(html: str) -> str:
         return ""
     free = list(islice((stand_in for stand_in in _STAND_INS if stand_in not in html), 3))
     if len(free) < 3:
-        raise HtmlError("html_not_converted", "its text has all characters that stand in for others")
+        raise RecordError("html_not_converted", "its text has all characters that stand in for others")
     backslash, space, edge = free
     hidden = html.replace("\\", backslash).replace("\u00a0", space).replace("&nbsp;", space)
     if _CODE_END in hidden:
         hidden = _CODE_START.sub(rf"\g<0>{edge}", hidden).replace(_CODE_END, edge + _CODE_END)
     markdown = _convert(hidden).strip()
     if not markdown and _visible(html):
-        raise HtmlError("html_not_converted", "the library left nothing of its text")
+        raise RecordError("html_not_converted", "the library left nothing of its text")
     if "\\" in markdown:
         markdown = _ESCAPE.sub(r"\1", markdown)
     return markdown.replace(edge, "").replace(space, "\u00a0").replace(backslash, "\\")
 
 
 def _refuse_bombs(html: str) -> None:
-    """Raises HtmlError for small HTML that would become huge markdown."""
+    """Raises RecordError for small HTML that would become huge markdown."""
     depth = 0
     for tag in _NESTED.finditer(html):
         depth = max(depth - 1, 0) if tag[1] else depth + 1
         if depth > MAX_INDENT:
-            raise HtmlError("html_too_deep", f"more than {MAX_INDENT} lists, quotes and tables in one another")
+            raise RecordError("html_too_deep", f"more than {MAX_INDENT} lists, quotes and tables in one another")
     # Markdown writes out each cell that a row lacks, and the library goes up to 1,000 columns.
     num_rows = num_cells = widest = 0
     for place in _ROW_OR_CELL.finditer(html):
@@ -418,7 +412,7 @@ def _refuse_bombs(html: str) -> None:
     spans = [int(span[1] or 1000) for span in _SPANNING_CELL.finditer(html)]
     span = max(spans, default=1)
     if span >= 100 or num_rows * min(widest * span, 1000) > max(MAX_CELLS, len(html)):
-        raise HtmlError("html_not_converted", f"a table of {num_rows:,} rows would have too many cells")
+        raise RecordError("html_not_converted", f"a table of {num_rows:,} rows would have too many cells")
 
 
 def _convert(html: str) -> str:
@@ -429,9 +423,9 @@ def _convert(html: str) -> str:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library is no Exception
-        raise HtmlError("html_not_converted", f"{type(error).__name__}: {error!s:.200}") from None
+        raise RecordError("html_not_converted", f"{type(error).__name__}: {error!s:.200}") from None
     if any(str(warning.kind) == "depth_limit_exceeded" for warning in result.warnings):
-        raise HtmlError("html_too_deep", f"more than {MAX_DEPTH} elements in one another")
+        raise RecordError("html_too_deep", f"more than {MAX_DEPTH} elements in one another")
     return result.content or ""
 
 

@@ -1,6 +1,6 @@
 """What a conversation is, after reading and before tokens: plain text with roles, weights and a condition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["user", "assistant", "system", "tool"]
@@ -10,11 +10,11 @@ Role = Literal["user", "assistant", "system", "tool"]
 class Message:
     """One turn.
 
-    `weight` is the loss weight of every token of `text` and of the end token behind it; None means
-    "as the role says": the source's weight on an assistant turn, 0 on any other.
+    `weight` is the loss weight of every token of `text` and of the end token after it. None means that the role
+    decides: the source's weight on an assistant turn, 0 on any other.
 
-    `reasoning` and `calls` are an assistant's thoughts before its text and the tools it calls after it, as the record
-    writes them; empty where there are none. `spell_out` writes them into the text, and a Conversation has neither.
+    `reasoning` and `calls` are an assistant's reasoning before its text and its tool calls after it, as the record
+    writes them, or empty. `spell_out` writes both into the text, so in a Conversation they are empty.
     """
 
     role: Role
@@ -22,6 +22,11 @@ class Message:
     weight: float | None = None
     reasoning: str = ""
     calls: str = ""
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the turn has a weight of its own above 0."""
+        return bool(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +38,52 @@ class Conversation:
     condition: str
     system: str
     messages: tuple[Message, ...]
+
+
+# What was found and not read: ("record field" | "turn field" | "part field" | "role", its name), once for each time.
+Unread = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRecord:
+    """The turns of a record that can be used, before its source gives it condition and weights.
+
+    `dialect` is how it is written: "from/value", "role/content", "pairs", or several of them with " + " between.
+    `is_page` is whether it comes from a saved ShareGPT page. `condition`, `weight` and the `weight` of each message are
+    the record's own, None (1.0 for the record's weight) where it has none. `tools` are the definitions of tools as the
+    record writes them, or empty.
+    """
+
+    id: str
+    dialect: str
+    is_page: bool
+    condition: str | None
+    system: str
+    messages: tuple[Message, ...]
+    repairs: tuple[str, ...]
+    weight: float = 1.0
+    tools: str = ""
+    unread: Unread = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why a record cannot be used: `reason` is a fixed name to count by, `detail` is for a person.
+
+    `hint` is the line of a recipe with which the record would be read, or empty.
+    """
+
+    id: str
+    reason: str
+    detail: str
+    repairs: tuple[str, ...]
+    hint: str = field(default="", compare=False)
+    unread: Unread = field(default=(), compare=False)
+
+
+class RecordError(ValueError):
+    """A record cannot be used; its attributes are those of the `Drop` that it becomes."""
+
+    def __init__(self, reason: str, detail: str, hint: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.hint = reason, detail, hint

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from reprlib import Repr
 from typing import Literal
 
+from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.own_weights import MAX_FLOAT32
-from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.conversations.sharegpt import Reading, Turns
+from ochat_train.conversations.schema import Conversation, Message, ParsedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _show_filter(source: Source) -> str:
     return f"{source.name} ({', '.join(rules) or 'takes every record'})"
 
 
-def assign_source(turns: Turns, source: Source) -> Conversation:
+def assign_source(turns: ParsedRecord, source: Source) -> Conversation:
     """The conversation that `turns` becomes in `source`: condition settled, every message weight a number.
 
     The condition is the source's; where that is None the record's own, or else empty. An assistant turn
@@ -123,7 +123,7 @@ def assign_source(turns: Turns, source: Source) -> Conversation:
     )
 
 
-def _weigh(message: Message, source: Source, turns: Turns) -> Message:
+def _weigh(message: Message, source: Source, turns: ParsedRecord) -> Message:
     own = message.weight
     if own is None:
         own = 1.0 if message.role == "assistant" else 0.0

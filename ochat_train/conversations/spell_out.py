@@ -7,8 +7,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal
 
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Turns
+from ochat_train.conversations.schema import Message, ParsedRecord
 
 _SYSTEM, _USER, _ANSWER = "\u2983system\u2984", "\u2983user\u2984", "\u2983answer\u2984"  # no template has such texts
 _DATE = "26 Jul 2024"  # for templates that would write today's, so that the same dump gives the same text every day
@@ -32,7 +31,7 @@ class Spelling:
 AS_WRITTEN = Spelling()
 
 
-def spell_out(turns: Turns, spelling: Spelling) -> Turns:
+def spell_out(turns: ParsedRecord, spelling: Spelling) -> ParsedRecord:
     """The turns with reasoning, calls and definitions of tools in their texts.
 
     Definitions follow the system text. Where they, a call or the reasoning have no form in the base's template they are

@@ -13,8 +13,7 @@ import numpy as np
 from ochat_train.conversations.containers import escape_name
 from ochat_train.conversations.filters import judge
 from ochat_train.conversations.records import Record, read_chunks
-from ochat_train.conversations.schema import Conversation, Message
-from ochat_train.conversations.sharegpt import Drop
+from ochat_train.conversations.schema import Conversation, Drop, Message
 from ochat_train.conversations.sources import Source, assign_source
 from ochat_train.preprocess.job import Plan, describe_origin, fingerprint_of, make_plan, reading_of
 from ochat_train.preprocess.ledger import read_entries

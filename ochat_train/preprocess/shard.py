@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.dedupe import TextKeys, text_keys
+from ochat_train.conversations.fields import Reading, own_id
 from ochat_train.conversations.filters import FilterRules, judge
 from ochat_train.conversations.records import Chunk, Record
-from ochat_train.conversations.schema import Conversation
-from ochat_train.conversations.sharegpt import Drop, Reading, Turns, own_id, parse_record
+from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
+from ochat_train.conversations.sharegpt import parse_record
 from ochat_train.conversations.sources import Source, assign_source, match_source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import ChatTemplate
@@ -119,7 +120,7 @@ def find_source(record: Record, sources: Sequence[Source]) -> Source | None:
     return match_source(record.fields, sources, file=record.file, offset=record.offset, id=id)
 
 
-def parse(record: Record, source: Source | None) -> Turns | Drop:
+def parse(record: Record, source: Source | None) -> ParsedRecord | Drop:
     """The record's turns as they are, or why there are none; without an id of its own it has its place for one."""
     reading = source.reading if source is not None else Reading()
     return parse_record(record, default_id=_default_id(record), reading=reading)
@@ -129,7 +130,7 @@ def _default_id(record: Record) -> str:
     return f"{record.file}:{record.offset}"
 
 
-def clean(turns: Turns, source: Source, settings: ShardSettings) -> Turns | Drop:
+def clean(turns: ParsedRecord, source: Source, settings: ShardSettings) -> ParsedRecord | Drop:
     """The turns as markdown, without a page's noise, spelled out, in an order that can be trained on."""
     return clean_turns(turns, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers)
 
@@ -171,13 +172,13 @@ class _ShardMaker:
         source = find_source(record, self._task.sources)
         parsed = parse(record, source)
         file = "" if record.is_page else record.file
-        self._dialects[file, chunk.form, parsed.dialect if isinstance(parsed, Turns) else "not read"] += 1
+        self._dialects[file, chunk.form, parsed.dialect if isinstance(parsed, ParsedRecord) else "not read"] += 1
         for kind, unread in (*parsed.unread, *((("hint", parsed.hint),) if isinstance(parsed, Drop) else ())):
             key = file, kind, unread
             if unread:
                 self._unread[key if key in self._unread or len(self._unread) < MAX_NAMES else OTHER_NAMES] += 1
         name = source.name if source is not None else UNREADABLE
-        if isinstance(parsed, Turns):
+        if isinstance(parsed, ParsedRecord):
             assert source is not None  # only a record that is no object, which is a Drop, belongs to none
             parsed = clean(parsed, source, self._settings)
         self._entries.append(Entry(parsed.id, record.file, record.offset, name, parsed.repairs))

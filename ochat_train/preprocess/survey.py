@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.forms import find_turns
 from ochat_train.conversations.records import Chunk, Record, list_files, read_chunks
-from ochat_train.conversations.sharegpt import Drop, Reading, find_role, find_turns, parse_record
+from ochat_train.conversations.roles import find_role
+from ochat_train.conversations.schema import Drop
+from ochat_train.conversations.sharegpt import parse_record
 
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted
@@ -113,10 +117,7 @@ class _Seen:
         if self._num_turns:
             yield f"  fields of turns: {_show_counts(self._turn_fields)}"
             yield f"  turns a record: {_spread(self._num_turns)}"
-        roles = [
-            f"{name} {count:,} ({find_role(name, Reading()) or 'not known'})"
-            for name, count in self._roles.most_common(20)
-        ]
+        roles = [f"{name} {count:,} ({find_role(name) or 'not known'})" for name, count in self._roles.most_common(20)]
         if roles:
             yield f"  roles: {', '.join(roles)}"
         if self._num_chars:
