@@ -43,7 +43,7 @@ from tokenizers import Tokenizer
 
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates, text_keys
-from ochat_train.conversations.filters import judge
+from ochat_train.conversations.filters import filter_conversations
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.schema import Message, ParsedRecord
 from ochat_train.conversations.sources import assign_source
@@ -277,8 +277,10 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
         assigned = measure("assign the source", lambda: [assign_source(turns, source) for turns, source in pairs])
         batches = [assigned[start : start + BATCH] for start in range(0, len(assigned), BATCH)]
         all_languages = replace(settings.filters, languages=None)
-        measure("filter, any language", lambda: [judge(batch, all_languages) for batch in batches])
-        judged = measure("filter, English", lambda: [judge(batch, settings.filters) for batch in batches])
+        measure("filter, any language", lambda: [filter_conversations(batch, all_languages) for batch in batches])
+        judged = measure(
+            "filter, English", lambda: [filter_conversations(batch, settings.filters) for batch in batches]
+        )
         batches = [[j.conversation for j in batch if j.reason is None] for batch in judged]
         encoded = measure("encode", lambda: [encode(batch, template, encoder) for batch in batches])
         texts = [list({m.text: None for conversation in batch for m in conversation.messages}) for batch in batches]

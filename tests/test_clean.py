@@ -7,23 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ochat_train.conversations import clean
+from ochat_train.conversations import page_noise
 from ochat_train.conversations.clean import (
     LeadingAnswers,
-    Messages,
     clean_turns,
-    find_fences,
     join_user_turns,
     lift_leading_system,
-    remove_copy_code,
-    remove_copy_counts,
     remove_empty_turns,
-    remove_glued_buttons,
     remove_leading_answers,
-    remove_page_noise,
-    remove_regenerate_counter,
     remove_unanswered_turns,
     repair_turns,
+)
+from ochat_train.conversations.page_noise import (
+    Messages,
+    find_fences,
+    remove_copy_code,
+    remove_copy_counts,
+    remove_glued_buttons,
+    remove_page_noise,
+    remove_regenerate_counter,
 )
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Role
 from tests.test_html import DIV, code_block, watch_examples
@@ -303,13 +305,13 @@ RULES_OF_TEXTS = ["remove_copy_code", "remove_copy_counts", "remove_regenerate_c
 
 @pytest.mark.parametrize("name", RULES_OF_TEXTS)
 def test_every_rule_has_examples_that_hold_of_what_it_removes_and_what_it_leaves(name: str) -> None:
-    calls = watch_examples(clean, name)
+    calls = watch_examples(page_noise, name)
     assert len(calls) >= 2 and {result == text for text, result in calls} == {True, False}
 
 
 @pytest.mark.parametrize("name", ["find_fences", "remove_page_noise", "repeats_counter"])
 def test_the_examples_of_whole_records_and_of_fences_hold(name: str) -> None:
-    assert len(watch_examples(clean, name)) >= 2
+    assert len(watch_examples(page_noise, name)) >= 2
 
 
 @pytest.mark.parametrize(
@@ -476,7 +478,7 @@ def test_a_counter_is_judged_by_the_question_before_it_without_its_own_noise() -
 
 def test_captions_of_buttons_behind_typed_text_are_removed() -> None:
     assert remove_glued_buttons("a\n\n  b.Share PromptSave & SubmitCancel") == "a\n\n  b."
-    notice = clean._ROW_ENDS[2]
+    notice = page_noise._ROW_ENDS[2]
     assert remove_glued_buttons("你好。" + notice) == "你好。"
     for text in (
         notice,

@@ -89,7 +89,7 @@ REASONS = {
 NAMING_FILES = (
     *(
         f"conversations/{name}.py"
-        for name in ("records", "json_scan", "sharegpt", "own_weights", "spell_out", "html", "clean", "filters")
+        for name in ("records", "json_scan", "sharegpt", "own_weights", "spell_out", "markdown", "clean", "filters")
     ),
     "tokens/overlong.py",
 )

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat_train.conversations.filters import (
+    Filtered,
     FilterRules,
-    Judgement,
     Treatment,
     check_languages,
+    filter_conversations,
     find_other_languages,
     find_refusals,
     find_repeats,
-    judge,
     read_refusals,
 )
 from ochat_train.conversations.schema import Conversation, Message
@@ -105,12 +105,12 @@ def rules(
     return FilterRules(languages, 0.7, refusals, repeated_answers, min_answers)
 
 
-def judge_one(texts: tuple[str, ...], by: FilterRules) -> Judgement:
-    (judgement,) = judge([conversation(*texts)], by)
+def judge_one(texts: tuple[str, ...], by: FilterRules) -> Filtered:
+    (judgement,) = filter_conversations([conversation(*texts)], by)
     return judgement
 
 
-def weights(judgement: Judgement) -> list[float | None]:
+def weights(judgement: Filtered) -> list[float | None]:
     return [message.weight for message in judgement.conversation.messages]
 
 
@@ -131,10 +131,10 @@ def repeats(*answers: str) -> dict[int, str]:
 
 def test_a_conversation_that_no_rule_is_about_stays_the_same_object() -> None:
     whole = conversation(*SPOKEN["en"])
-    (judgement,) = judge([whole], rules(("en",), "mask", "mask", 1))
+    (judgement,) = filter_conversations([whole], rules(("en",), "mask", "mask", 1))
     assert judgement.conversation is whole
-    assert judgement == Judgement(whole, (), None, "")
-    assert judge([], rules(("en",), "mask", "mask", 1)) == []
+    assert judgement == Filtered(whole, (), None, "")
+    assert filter_conversations([], rules(("en",), "mask", "mask", 1)) == []
 
 
 def test_a_masked_refusal_stays_as_context_and_the_other_answers_keep_their_weights() -> None:
@@ -149,7 +149,7 @@ def test_a_refusal_can_drop_the_conversation_or_be_kept() -> None:
     texts = ("Hi", "Hello!", "Sing", "I’m sorry, but I can’t sing.")
     dropped = judge_one(texts, rules(refusals="drop"))
     assert (dropped.actions, dropped.reason, dropped.detail) == ((), "refusal", "I'm sorry, but I can't")
-    assert judge_one(texts, rules()) == Judgement(conversation(*texts))
+    assert judge_one(texts, rules()) == Filtered(conversation(*texts))
 
 
 def test_a_repeated_answer_is_masked_dropped_or_kept() -> None:
@@ -159,7 +159,7 @@ def test_a_repeated_answer_is_masked_dropped_or_kept() -> None:
     assert (masked.actions, masked.reason) == (("repeated_answer_masked",), None)
     dropped = judge_one(texts, rules(repeated_answers="drop"))
     assert (dropped.reason, dropped.detail) == ("repeated_answer", "answer 2 equals answer 1")
-    assert judge_one(texts, rules()) == Judgement(conversation(*texts))
+    assert judge_one(texts, rules()) == Filtered(conversation(*texts))
 
 
 def test_too_few_answers_are_counted_in_assistant_turns() -> None:
@@ -184,7 +184,7 @@ def test_the_first_of_several_reasons_is_given() -> None:
 def test_an_answer_without_a_weight_is_not_judged() -> None:
     texts = ("Hi", "I cannot comply. " + ANSWER, "Again", "I cannot comply. " + ANSWER, "More", ANSWER * 20)
     unweighted = conversation(*texts, weight=0.0)
-    assert judge([unweighted], rules(refusals="drop", repeated_answers="drop")) == [Judgement(unweighted)]
+    assert filter_conversations([unweighted], rules(refusals="drop", repeated_answers="drop")) == [Filtered(unweighted)]
 
 
 def test_each_conversation_of_a_batch_gets_its_own_judgement() -> None:
@@ -196,8 +196,8 @@ def test_each_conversation_of_a_batch_gets_its_own_judgement() -> None:
         conversation("Sing", "I cannot comply.", "Please", "La la la"),
     ]
     by = rules(("en",), "mask", "mask", 0)
-    judged = judge(batch, by)
-    assert judged == [judge([one], by)[0] for one in batch]
+    judged = filter_conversations(batch, by)
+    assert judged == [filter_conversations([one], by)[0] for one in batch]
     assert [judgement.actions for judgement in judged] == [
         (),
         ("refusal_masked", "repeated_answer_masked"),
@@ -206,7 +206,7 @@ def test_each_conversation_of_a_batch_gets_its_own_judgement() -> None:
         ("refusal_masked",),
     ]
     assert [judgement.reason for judgement in judged] == [None, None, "other_language", None, None]
-    assert judge(batch[::-1], by) == judged[::-1]
+    assert filter_conversations(batch[::-1], by) == judged[::-1]
 
 
 # ---- Language
@@ -442,7 +442,7 @@ def test_a_phrase_in_code_refuses_nothing(answer: str) -> None:
 
 def test_a_user_who_writes_the_phrase_refuses_nothing() -> None:
     texts = ("Never say: as an AI language model, I cannot comply.", "All right!")
-    assert judge_one(texts, rules(refusals="drop")) == Judgement(conversation(*texts))
+    assert judge_one(texts, rules(refusals="drop")) == Filtered(conversation(*texts))
 
 
 def test_answers_of_a_batch_are_told_apart() -> None:
@@ -570,8 +570,8 @@ def test_any_text_is_judged_and_nothing_but_weights_of_answers_changes(
 ) -> None:
     conversations = [conversation(*turns) for turns in batch]
     by = rules(("en",), treatment, treatment, 1)
-    judged = judge(conversations, by)
-    assert judged == judge(conversations, by)
+    judged = filter_conversations(conversations, by)
+    assert judged == filter_conversations(conversations, by)
     for before, judgement in zip(conversations, judged, strict=True):
         after = judgement.conversation
         assert [(m.role, m.text) for m in after.messages] == [(m.role, m.text) for m in before.messages]
@@ -603,7 +603,7 @@ def test_any_text_is_judged_and_nothing_but_weights_of_answers_changes(
 def test_a_megabyte_of_anything_takes_no_longer_than_text(unit: str) -> None:
     huge = unit * (1_000_000 // len(unit))
     start = time.perf_counter()
-    judge([conversation(huge, huge, huge, huge + "x")], rules(("en",), "mask", "mask", 1))
+    filter_conversations([conversation(huge, huge, huge, huge + "x")], rules(("en",), "mask", "mask", 1))
     assert time.perf_counter() - start < 2, "a megabyte of text takes 0.03 s"
 
 
@@ -630,4 +630,4 @@ def test_a_turn_of_another_role_with_a_weight_counts_as_an_answer() -> None:
     rules = FilterRules(None, 0.7, "mask", "mask", 1)
     for weight, reason in ((1.0, None), (0.0, "too_few_answers")):
         told = Conversation("a", "s", "", "", (Message("user", "Bye now", weight),))
-        assert judge([told], rules)[0].reason == reason
+        assert filter_conversations([told], rules)[0].reason == reason

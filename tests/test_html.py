@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ochat_train.conversations import html
+from ochat_train.conversations import html, markdown
 from ochat_train.conversations.html import convert_text, is_rendered
 from ochat_train.conversations.schema import RecordError
 
@@ -73,9 +73,12 @@ def public_functions(module: ModuleType) -> list[str]:
     return [name for name, it in members if it.__module__ == module.__name__ and not name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", public_functions(html))
-def test_every_rule_has_examples_that_hold_of_what_it_does_and_what_it_leaves(name: str) -> None:
-    calls = watch_examples(html, name)
+RULES = [(module, name) for module in (html, markdown) for name in public_functions(module)]
+
+
+@pytest.mark.parametrize(("module", "name"), RULES, ids=[name for _, name in RULES])
+def test_every_rule_has_examples_that_hold_of_what_it_does_and_what_it_leaves(module: ModuleType, name: str) -> None:
+    calls = watch_examples(module, name)
     acts = {result if isinstance(result, bool) else result != text for text, result in calls}
     assert len(calls) >= 2 and acts == {True, False}
 
@@ -163,7 +166,7 @@ def test_code_that_talks_about_buttons_stays() -> None:
 
 any_line = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\u2028\u2029").filter(
-        lambda character: character not in html._STAND_INS
+        lambda character: character not in markdown._STAND_INS
     ),
     max_size=12,
 )
@@ -322,7 +325,7 @@ def test_usual_nesting_is_not_refused() -> None:
     [
         "<table><tr><td colspan='1000'>x</td></tr></table>",
         "<TABLE><TR><TH ROWSPAN=100>x</TABLE>",
-        "<p>" + "".join(html._STAND_INS) + "</p>",
+        "<p>" + "".join(markdown._STAND_INS) + "</p>",
         "<p>\ud800</p>",
         "\0" * 1000 + "x",
         "<![CDATA[ x ",
@@ -351,7 +354,7 @@ def test_a_panic_of_the_library_is_a_refusal_and_an_interrupt_is_not(monkeypatch
 
 
 def test_text_that_the_library_drops_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "_convert", lambda _: " \n")
+    monkeypatch.setattr(markdown, "_convert", lambda _: " \n")
     with pytest.raises(RecordError, match="html_not_converted"):
         answer("<p>x</p>")
     assert answer("<p> </p>") == ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ochat_train.conversations.containers import escape_name
-from ochat_train.conversations.filters import judge
+from ochat_train.conversations.filters import filter_conversations
 from ochat_train.conversations.records import Record, read_chunks
 from ochat_train.conversations.schema import Conversation, Drop, Message
 from ochat_train.conversations.sources import Source, assign_source
@@ -104,7 +104,7 @@ def _explain_record(plan: Plan, record: Record, sources: tuple[Source, ...]) -> 
         yield f"-- source {source.name}: dropped, bad_weight: {error}"
         return
     yield f"-- source {source.name}, condition {conversation.condition!r}"
-    judgement = judge([conversation], plan.settings.filters)[0]
+    judgement = filter_conversations([conversation], plan.settings.filters)[0]
     if judgement.reason is not None:
         yield f"-- filtered: dropped, {judgement.reason}: {judgement.detail}"
         return

@@ -17,7 +17,7 @@ import pyarrow as pa
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.dedupe import TextKeys, text_keys
 from ochat_train.conversations.fields import Reading, own_id
-from ochat_train.conversations.filters import FilterRules, judge
+from ochat_train.conversations.filters import FilterRules, filter_conversations
 from ochat_train.conversations.records import Chunk, Record
 from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
 from ochat_train.conversations.sharegpt import parse_record
@@ -195,7 +195,7 @@ class _ShardMaker:
 
     def judge(self, received: Sequence[Numbered]) -> list[Numbered]:
         """The conversations that pass the filters, some of their answers masked."""
-        judgements = judge([conversation for _, conversation in received], self._settings.filters)
+        judgements = filter_conversations([conversation for _, conversation in received], self._settings.filters)
         passed = []
         for (position, _), judgement in zip(received, judgements, strict=True):
             self._act(position, judgement.actions)
