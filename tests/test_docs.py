@@ -17,7 +17,7 @@ import yaml
 from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
 from ochat_train.conversations.roles import ROLES
-from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Piece
+from ochat_train.conversations.template import TEMPLATES, ChatTemplate, TemplatePart
 from ochat_train.recipe import known_keys, load_recipe, to_json
 from ochat_train.tokens.store import Manifest
 from ochat_train.training.checkpoint import FREE_AT_RESUME, Checkpoint, TrainState
@@ -293,12 +293,12 @@ def test_data_has_every_template_with_its_roles_and_condition() -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda template: template.name)
 def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
-    def shown(piece: Piece, role: str) -> str:
+    def shown(piece: TemplatePart, role: str) -> str:
         text = piece.text.replace("{role}", role).replace("\n", "\\n")
         return f"[{text}]" if piece.is_special else f'"{text}"'
 
-    def line(header: tuple[Piece, ...], role: str) -> str:
-        end = Piece(template.end_token, is_special=True)
+    def line(header: tuple[TemplatePart, ...], role: str) -> str:
+        end = TemplatePart(template.end_token, is_special=True)
         parts = [shown(piece, role) for piece in header]
         return " ".join([*parts, "TEXT", *(shown(piece, role) for piece in (end, *template.after_end))])
 

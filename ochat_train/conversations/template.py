@@ -1,7 +1,7 @@
-"""Chat templates: how a conversation becomes pieces of text and special tokens, each with a loss weight.
+"""Chat templates: how a conversation becomes segments of text and special tokens, each with a loss weight.
 
-A template is data, not code, so that its two readers cannot drift apart: `segments` (training) walks it in
-Python, `jinja` (serving) writes it out as the chat template of the exported tokenizer.
+A template is data, not code, so that its two readers cannot drift apart: `segments` (training) walks it in Python,
+`jinja` (serving) writes it as the chat template of the exported tokenizer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from ochat_train.conversations.schema import Conversation, Role
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece that is encoded on its own: one special token, or text that never yields a special token."""
+    """What is encoded on its own: one special token, or text that never yields a special token."""
 
     text: str
     weight: float
@@ -20,8 +20,8 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a header; `{role}` in its text stands for the role's name with its condition."""
+class TemplatePart:
+    """Text or a special token around the text of a turn; `{role}` is the role's name with its condition."""
 
     text: str
     is_special: bool = False
@@ -31,17 +31,17 @@ class Piece:
 class ChatTemplate:
     """One chat format.
 
-    A conversation is `bos`, the condition as a first piece where `condition_first`, then for the system text and
-    each turn: header, text, `end_token`, `after_end`. `addable` special tokens are added to a tokenizer that lacks
-    them; a tokenizer that lacks any other is refused.
+    A conversation is `bos`, the condition if `condition_first`, and then for the system text and each turn: header,
+    text, `end_token`, `after_end`. `addable` special tokens are added to a tokenizer that lacks them; a tokenizer that
+    lacks any other is refused.
     """
 
     name: str
     bos: str
     end_token: str
-    header: tuple[Piece, ...]
-    system_header: tuple[Piece, ...]
-    after_end: tuple[Piece, ...]
+    header: tuple[TemplatePart, ...]
+    system_header: tuple[TemplatePart, ...]
+    after_end: tuple[TemplatePart, ...]
     role_names: Mapping[Role, str]
     addable: tuple[str, ...]
     inference_condition: str
@@ -50,15 +50,15 @@ class ChatTemplate:
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Every special token of the template, each once, in a fixed order."""
-        pieces = (*self.header, *self.system_header, *self.after_end)
-        found = [self.bos, self.end_token, *(piece.text for piece in pieces if piece.is_special)]
+        parts = (*self.header, *self.system_header, *self.after_end)
+        found = [self.bos, self.end_token, *(part.text for part in parts if part.is_special)]
         return tuple(dict.fromkeys(token for token in found if token))
 
     def segments(self, conversation: Conversation, *, for_reply: bool = False) -> Iterator[Segment]:
-        """The conversation's pieces in order; with `for_reply`, up to where the assistant would begin to answer.
+        """The conversation's segments in order; with `for_reply`, up to where the assistant begins its answer.
 
-        The text and the end token of a turn carry its weight (a weight of None is 0 here: sources have been
-        assigned before); everything else carries 0.
+        The text and the end token of a turn have its weight, where None is 0, since `assign_source` set all others.
+        Everything else has weight 0.
         """
         condition = conversation.condition
         yield from self.prefix_segments(condition, conversation.system)
@@ -68,7 +68,7 @@ class ChatTemplate:
             yield from self.header_segments("assistant", condition)
 
     def prefix_segments(self, condition: str, system: str) -> Iterator[Segment]:
-        """What stands before the first turn: the beginning, the condition where it comes first, the system message."""
+        """The segments before the first turn: the beginning, the condition if it comes first, the system text."""
         if self.bos:
             yield Segment(self.bos, 0.0, True)
         if self.condition_first and condition:
@@ -78,19 +78,19 @@ class ChatTemplate:
             yield from self._turn("system", condition, system, 0.0)
 
     def header_segments(self, role: Role, condition: str) -> Iterator[Segment]:
-        """What stands before the text of a turn."""
+        """The segments before the text of a turn."""
         if role == "system":
-            pieces, name = self.system_header, self.role_names[role]
+            parts, name = self.system_header, self.role_names[role]
         else:
             shown = "" if self.condition_first else condition
-            pieces, name = self.header, f"{shown} {self.role_names[role]}".strip()
-        for piece in pieces:
-            yield Segment(piece.text.replace("{role}", name), 0.0, piece.is_special)
+            parts, name = self.header, f"{shown} {self.role_names[role]}".strip()
+        for part in parts:
+            yield Segment(part.text.replace("{role}", name), 0.0, part.is_special)
 
     def after_end_segments(self) -> Iterator[Segment]:
-        """What stands behind the end token of a turn."""
-        for piece in self.after_end:
-            yield Segment(piece.text, 0.0, piece.is_special)
+        """The segments after the end token of a turn."""
+        for part in self.after_end:
+            yield Segment(part.text, 0.0, part.is_special)
 
     def _turn(self, role: Role, condition: str, text: str, weight: float) -> Iterator[Segment]:
         yield from self.header_segments(role, condition)
@@ -101,14 +101,13 @@ class ChatTemplate:
     def jinja(self, inference_condition: str, *, joint: "Joint") -> str:
         """The template in Jinja, for `tokenizer.apply_chat_template(messages, condition=...)`.
 
-        `condition` defaults to `inference_condition`. Training encodes pieces one by one, a Jinja template yields
-        one string: `joint` says what must stand between two pieces so that the tokenizer splits it again there.
-        transformers' tag `generation` marks what has a loss when an assistant's turn has a weight.
+        `condition` defaults to `inference_condition`. Training encodes segments one by one, but a Jinja template yields
+        one string: `joint` says what must be between two segments for the tokenizer to split the string there.
+        transformers' tag `generation` marks what has a loss if an assistant's turn has a weight.
         """
         after_turn = self.after_end[-1].is_special if self.after_end else True
-        header, system_header = self._jinja_pieces(self.header, after_turn, joint), ""
-        if self.system_header:
-            system_header = self._jinja_pieces(self.system_header, after_turn, joint)
+        header = self._jinja_parts(self.header, after_turn, joint)
+        system_header = self._jinja_parts(self.system_header, after_turn, joint)
         said = _output(f"said.text + {_literal(self.end_token)}")
         text = joint.jinja_text(self.header[-1].is_special) + said
         system_text = joint.jinja_text(self.system_header[-1].is_special if self.system_header else True) + said
@@ -134,7 +133,7 @@ class ChatTemplate:
                 "{%- if message['role'] == 'assistant' -%}{%- generation -%}" + text + "{%- endgeneration -%}",
                 "{%- else -%}" + text + "{%- endif -%}",
                 "{%- else -%}{{- raise_exception('unknown role: ' + message['role']) -}}{%- endif -%}",
-                _output(self._jinja_pieces(self.after_end, True, joint)) if self.after_end else "",
+                _output(self._jinja_parts(self.after_end, True, joint)) if self.after_end else "",
                 "{%- endfor -%}",
                 "{%- if add_generation_prompt -%}{%- set role = names['assistant'] -%}{%- set role = " + role + " -%}",
                 _output(header) + "{%- endif -%}",
@@ -142,23 +141,25 @@ class ChatTemplate:
         )
 
     @staticmethod
-    def _jinja_pieces(pieces: tuple[Piece, ...], after_special: bool, joint: "Joint") -> str:
-        parts: list[str] = []
-        for piece in pieces:
-            if not piece.is_special and (lead := joint.before_text(after_special)):
-                parts.append(_literal(lead))
-            parts += [_literal(text) if text else "role" for text in _around_role(piece.text)]
-            after_special = piece.is_special
-        return " + ".join(parts)
+    def _jinja_parts(parts: tuple[TemplatePart, ...], after_special: bool, joint: "Joint") -> str:
+        """A Jinja expression for the parts, in which `role` is the role's name; empty if there are none."""
+        terms: list[str] = []
+        for part in parts:
+            lead = "" if part.is_special else joint.before_text(after_special)
+            before, has_role, after = part.text.partition("{role}")
+            terms += [_literal(text) for text in (lead, before) if text]
+            terms += ["role"] * bool(has_role) + [_literal(after)] * bool(after)
+            after_special = part.is_special
+        return " + ".join(terms)
 
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What a tokenizer needs in front of a text piece to encode it as if it stood alone.
+    """What a tokenizer needs before a text inside a string, to encode it as it encodes the text alone.
 
-    A SentencePiece-like tokenizer puts a space in front of a text that stands alone (`Hello` -> `▁Hello`), so behind
-    another text that space must be written; behind a special token most of them add it themselves. An empty text gets
-    none, and with some tokenizers neither does a text that begins with one of the characters in `unless`.
+    A SentencePiece-like tokenizer adds a space before a text (`Hello` -> `▁Hello`). So after another text that space
+    must be written; after a special token most tokenizers add it themselves. An empty text gets none, and with some
+    tokenizers neither does a text that begins with one of the characters in `unless`.
     """
 
     after_text: str = ""
@@ -166,18 +167,18 @@ class Joint:
     unless: str = ""
 
     def before_text(self, is_after_special: bool) -> str:
-        """The string that stands between a piece and a text behind it that begins with none of `unless`."""
+        """The string before a text that begins with none of `unless`, after a special token or another text."""
         return self.after_special if is_after_special else self.after_text
 
     def jinja_text(self, is_after_special: bool) -> str:
-        """The Jinja source of what stands in front of the text `said.text` of a message."""
+        """The Jinja source of what is written before the text `said.text` of a message."""
         lead = self.before_text(is_after_special)
         tests = ["said.text", *(f"not said.text.startswith({_literal(first)})" for first in self.unless)]
         return "{%- if " + " and ".join(tests) + " -%}" + _output(_literal(lead)) + "{%- endif -%}" if lead else ""
 
 
-# The text of `message`: a string, or OpenAI's list of parts. The loop is in this form because vLLM and SGLang look for
-# it, and pass parts as they are where they find it; without it they join them by characters of their own.
+# The text of `message`: a string, or OpenAI's list of parts. The loop has this form because vLLM and SGLang search for
+# it and then pass parts as they are. Without it they join the parts with characters of their own.
 _READ_TEXT = (
     "{%- set said = namespace(text='') -%}"
     "{%- if message['content'] is string -%}{%- set said.text = message['content'] -%}"
@@ -193,17 +194,6 @@ def _output(expression: str) -> str:
     return "{{- " + expression + " -}}"
 
 
-def _around_role(text: str) -> Iterator[str]:
-    """The parts of a piece's text, an empty string standing for the role: `{role}:` -> "", ":"."""
-    before, has_role, behind = text.partition("{role}")
-    if before:
-        yield before
-    if has_role:
-        yield ""
-    if behind:
-        yield behind
-
-
 def _literal(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"
@@ -217,7 +207,7 @@ def _openchat(name: str, inference_condition: str, *, condition_first: bool = Fa
         name=name,
         bos="<s>",
         end_token="<|end_of_turn|>",
-        header=(Piece("{role}:"),),
+        header=(TemplatePart("{role}:"),),
         system_header=(),
         after_end=(),
         role_names=_NAMES,
@@ -228,12 +218,12 @@ def _openchat(name: str, inference_condition: str, *, condition_first: bool = Fa
 
 
 _LLAMA_3_HEADER = (
-    Piece("<|start_header_id|>", is_special=True),
-    Piece("{role}"),
-    Piece("<|end_header_id|>", is_special=True),
-    Piece("\n\n"),
+    TemplatePart("<|start_header_id|>", is_special=True),
+    TemplatePart("{role}"),
+    TemplatePart("<|end_header_id|>", is_special=True),
+    TemplatePart("\n\n"),
 )
-_CHATML_HEADER = (Piece("<|im_start|>", is_special=True), Piece("{role}\n"))
+_CHATML_HEADER = (TemplatePart("<|im_start|>", is_special=True), TemplatePart("{role}\n"))
 
 TEMPLATES: Mapping[str, ChatTemplate] = {
     template.name: template
@@ -252,14 +242,14 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             addable=("<|eot_id|>",),
             inference_condition="GPT4 Correct",
         ),
-        # ChatML knows no condition; it stands in front of the role's name, as in openchat_3.6.
+        # ChatML has no condition; it is put before the role's name, as in openchat_3.6.
         ChatTemplate(
             name="chatml",
             bos="",
             end_token="<|im_end|>",
             header=_CHATML_HEADER,
             system_header=_CHATML_HEADER,
-            after_end=(Piece("\n"),),
+            after_end=(TemplatePart("\n"),),
             role_names={role: name.lower() for role, name in _NAMES.items()},
             addable=("<|im_start|>", "<|im_end|>"),
             inference_condition="GPT4",
