@@ -74,10 +74,10 @@ def test_a_turn_to_which_the_record_gives_a_weight_is_trained_wherever_it_stands
     for letter, role in ROLE_LETTERS.items():
         for text in ("x", " "):
             own = Message(role, text, 0.5)
-            for before, behind in (("", ""), ("", "ua"), ("ua", ""), ("ua", "u"), ("u", "ua"), ("uau", "")):
-                messages = (*turns(before), own, *turns(behind))
+            for before, after in (("", ""), ("", "ua"), ("ua", ""), ("ua", "u"), ("u", "ua"), ("uau", "")):
+                messages = (*turns(before), own, *turns(after))
                 _, repaired, _ = expect_repaired("", messages, leading_answers=choice)
-                assert own in repaired, (letter, text, before, behind)
+                assert own in repaired, (letter, text, before, after)
 
 
 def test_user_turns_in_a_row_are_joined_by_a_blank_line() -> None:
@@ -94,7 +94,7 @@ def test_user_turns_that_are_trained_are_left_as_they_are() -> None:
     assert join_user_turns((Message("user", "a", 0.0), two)) == (Message("user", "a\n\nb", 0.0),)
 
 
-def test_turns_behind_the_last_answer_are_removed() -> None:
+def test_turns_after_the_last_answer_are_removed() -> None:
     assert texts(remove_unanswered_turns(turns("uauts"))) == ["u0", "a1"]
     assert remove_unanswered_turns(turns("ut")) == ()
     assert repair_turns("", turns("uau")) == ("", turns("ua"), ("unanswered_turn_removed",))
@@ -476,7 +476,7 @@ def test_a_counter_is_judged_by_the_question_before_it_without_its_own_noise() -
     assert answers("What is 2/4?") == "1 / 2\nx"
 
 
-def test_captions_of_buttons_behind_typed_text_are_removed() -> None:
+def test_captions_of_buttons_after_typed_text_are_removed() -> None:
     assert remove_glued_buttons("a\n\n  b.Share PromptSave & SubmitCancel") == "a\n\n  b."
     notice = page_noise._ROW_ENDS[2]
     assert remove_glued_buttons("你好。" + notice) == "你好。"

@@ -500,7 +500,7 @@ WIDE = {
     "one wide row": "<table><tr>" + "<td>" * 1000 + "<tr><td>x" * 3_000 + "</table>",
     "a signed span": "<table>" + "<tr><td colspan=+1000>x" * 3_000 + "</table>",
     "a span in entities": "<table>" + "<tr><td colspan='&#57;99'>x" * 3_000 + "</table>",
-    "a span behind a greater-than": "<table>" + "<tr><td title='>' colspan=999>x" * 3_000 + "</table>",
+    "a span after a greater-than": "<table>" + "<tr><td title='>' colspan=999>x" * 3_000 + "</table>",
 }
 
 

@@ -13,7 +13,7 @@ TOOLS = '[{"name": "area", "parameters": {"a": null, "b": "number"}}]'  # a null
 CALL = '[{"id": "c1", "function": {"name": "area", "arguments": "{\\"a\\": 5}"}}]'
 
 # In the manner of templates that people use; each has a `{% ... %}` of its own for system text, tools and calls.
-BEHIND_THE_SYSTEM_TEXT = """\
+AFTER_THE_SYSTEM_TEXT = """\
 {%- if tools %}
     {{- '<|start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
@@ -51,8 +51,8 @@ BEFORE_THE_SYSTEM_TEXT = """\
     {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{%- endif %}"""
-WITH_CONTROL = BEHIND_THE_SYSTEM_TEXT.replace("'Tools:'", "'<|tools|>'").replace("<call>", "<|call|>")
-WITHOUT_ARGUMENTS = BEHIND_THE_SYSTEM_TEXT.replace("(call.function | tojson)", "call.function.name")
+WITH_CONTROL = AFTER_THE_SYSTEM_TEXT.replace("'Tools:'", "'<|tools|>'").replace("<call>", "<|call|>")
+WITHOUT_ARGUMENTS = AFTER_THE_SYSTEM_TEXT.replace("(call.function | tojson)", "call.function.name")
 CONTROL = ("<|start|>", "<|end|>", "<|tools|>", "<|call|>")
 
 
@@ -68,7 +68,7 @@ def spelled(spelling: Spelling, *messages: Message, system: str = "", tools: str
 
 
 @pytest.mark.parametrize("tool_calls", ["context", "train"])
-@pytest.mark.parametrize("chat_template", [None, BEHIND_THE_SYSTEM_TEXT])
+@pytest.mark.parametrize("chat_template", [None, AFTER_THE_SYSTEM_TEXT])
 def test_turns_without_tools_and_reasoning_are_left_as_they_are(chat_template: str | None, tool_calls: str) -> None:
     plain = turns(Message("system", " s"), ASKED, Message("assistant", " 25 ", 0.5), system="x")
     assert spell_out(plain, Spelling(chat_template, tool_calls=tool_calls)) is plain  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_turns_without_tools_and_reasoning_are_left_as_they_are(chat_template: s
 
 
 @pytest.mark.parametrize("system", ["", "Be brief.", " Two\n\nlines "])
-@pytest.mark.parametrize("template", [BEHIND_THE_SYSTEM_TEXT, BEFORE_THE_SYSTEM_TEXT])
+@pytest.mark.parametrize("template", [AFTER_THE_SYSTEM_TEXT, BEFORE_THE_SYSTEM_TEXT])
 def test_definitions_are_where_the_base_has_them(template: str, system: str) -> None:
     written = spelled(Spelling(template, CONTROL), ASKED, system=system, tools=TOOLS)
     assert (written.repairs, written.tools) == (("nan_read", "tools_in_system"), "")
@@ -98,7 +98,7 @@ def test_definitions_are_where_the_base_has_them(template: str, system: str) -> 
 @pytest.mark.parametrize(
     ("chat_template", "control"), [(None, ()), (WITH_CONTROL, CONTROL), ("{{ nothing.here }}", ())]
 )
-def test_definitions_that_have_no_form_are_json_behind_the_system_text(
+def test_definitions_that_have_no_form_are_json_after_the_system_text(
     chat_template: str | None, control: tuple[str, ...]
 ) -> None:
     spelling = Spelling(chat_template, control)
@@ -120,7 +120,7 @@ CALLED = Message("assistant", "Let me see.", reasoning="Hm.", calls=CALL)
     ("template", "control", "text"),
     [
         (
-            BEHIND_THE_SYSTEM_TEXT,
+            AFTER_THE_SYSTEM_TEXT,
             CONTROL,
             '<think>\nHm.\n</think>\n\nLet me see.\n<call>{"name": "area", "arguments": {"a": 5}}</call>',
         ),
@@ -176,16 +176,16 @@ def test_nulls_beside_a_calls_name_and_blank_arguments_are_nothing() -> None:
     ]
     for call in calls:
         called = Message("assistant", "", calls=call)
-        written = spelled(Spelling(BEHIND_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, called)
+        written = spelled(Spelling(AFTER_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, called)
         assert written.messages[1].text == '<call>{"name": "f", "arguments": {}}</call>'
     null = Message("assistant", "", calls='{"name": "f", "arguments": {"x": null}}')
-    written = spelled(Spelling(BEHIND_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, null)
+    written = spelled(Spelling(AFTER_THE_SYSTEM_TEXT, CONTROL, tool_calls="train"), ASKED, null)
     assert written.messages[1].text == '<call>{"name": "f", "arguments": {"x": null}}</call>'
 
 
 def test_definitions_that_stand_in_the_system_text_are_not_written_twice() -> None:
     system = f"You may call <tools>{TOOLS}</tools>"
-    for template in (None, BEHIND_THE_SYSTEM_TEXT):
+    for template in (None, AFTER_THE_SYSTEM_TEXT):
         assert spelled(Spelling(template, CONTROL), ASKED, system=system, tools=TOOLS).system == system
         other = "You measure the area of rooms."  # the tool's name, and no definition
         assert '"name"' in spelled(Spelling(template, CONTROL), ASKED, system=other, tools=TOOLS).system
@@ -194,7 +194,7 @@ def test_definitions_that_stand_in_the_system_text_are_not_written_twice() -> No
 def test_long_whole_numbers_keep_their_digits() -> None:
     one = '{"name": "f", "arguments": {"n": 12345678901234567890123}}'
     for calls in (one, f"[{one}, {one}]"):
-        for template in (None, BEHIND_THE_SYSTEM_TEXT, BEFORE_THE_SYSTEM_TEXT, WITH_CONTROL):
+        for template in (None, AFTER_THE_SYSTEM_TEXT, BEFORE_THE_SYSTEM_TEXT, WITH_CONTROL):
             called = Message("assistant", "", calls=calls)
             written = spelled(Spelling(template, CONTROL, tool_calls="train"), ASKED, called).messages[1].text
             assert written.count("12345678901234567890123") == calls.count("12345678901234567890123")
@@ -202,7 +202,7 @@ def test_long_whole_numbers_keep_their_digits() -> None:
 
 def test_reasoning_that_ends_in_a_call_is_context_with_it() -> None:
     called = Message("assistant", "", reasoning="Hm.", calls=CALL)
-    for template in (None, BEHIND_THE_SYSTEM_TEXT):
+    for template in (None, AFTER_THE_SYSTEM_TEXT):
         kept = Spelling(template, CONTROL, "keep", "context")
         (_, said) = spelled(kept, ASKED, called).messages
         assert said.weight == 0.0 and said.text.startswith("<think>\nHm.\n</think>\n\n") and "area" in said.text
@@ -217,7 +217,7 @@ def test_a_call_that_is_written_in_another_way_stays_as_it_is() -> None:
         '{"name": "f", "arguments": "x = 1"}',
         '{"name": "f", "arguments": "[]"}',
     ]
-    for template in (None, BEHIND_THE_SYSTEM_TEXT):
+    for template in (None, AFTER_THE_SYSTEM_TEXT):
         for call in ("area(5)", "{", "[1]", "{}", *others):
             written = spelled(Spelling(template, tool_calls="train"), ASKED, Message("assistant", "", calls=call))
             assert written.messages[1].text == call

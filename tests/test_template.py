@@ -181,7 +181,7 @@ def test_openchat_3_6_has_headers_and_a_system_turn_without_condition() -> None:
     ]
 
 
-def test_chatml_has_a_line_end_behind_each_end_token_and_no_bos() -> None:
+def test_chatml_has_a_line_end_after_each_end_token_and_no_bos() -> None:
     def turn(name: str, text: str) -> list[tuple[str, bool]]:
         return [special("<|im_start|>"), plain(f"{name}\n"), plain(text), special("<|im_end|>"), plain("\n")]
 

@@ -14,7 +14,7 @@ PAIR_KEYS = frozenset(USER_KEYS + ANSWER_KEYS)
 CALL_KEYS = ("tool_calls", "function_call")
 TOOL_KEYS = ("tools", "functions")  # definitions of the tools that may be called, beside the turns
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-TEXT_PARTS = (None, "text", "input_text", "output_text")  # Gemini's have no type, OpenAI's responses the last two
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # Gemini's have no type, OpenAI's responses have the last two
 
 _SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}
 

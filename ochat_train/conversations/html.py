@@ -5,6 +5,7 @@ search the HTML for a few tags, where a parsed tree would change the text betwee
 """
 
 import re
+from collections.abc import Callable
 from html import unescape
 
 from ochat_train.conversations.markdown import TAG, render, visible_text
@@ -19,7 +20,7 @@ _RENDERED_TAG = re.compile(
 _WRAPPERS = frozenset(("br", "div", "p", "span"))
 _WRAPPER_TAG = re.compile(r"<(?:div|p|span)(?![\w-])[^<>]*>")
 
-# The class `markdown`, and no longer name with it.
+# The class `markdown`, not a longer name that contains it.
 _MARK = re.compile(r"<div\b[^<>]*?\sclass\s*=\s*[\"'][^\"'<>]*(?<![\w-])markdown(?![\w-])", re.IGNORECASE)
 _CODE_BAR = '<pre><div class="bg-black'
 
@@ -179,12 +180,18 @@ def remove_elements(html: str, name: str) -> str:
     >>> remove_elements("&lt;button&gt; <b>bold</b> <button>never closed", "button")
     '&lt;button&gt; <b>bold</b> <button>never closed'
     """
-    kept = []
+    return _replace_elements(html, name, lambda _: "")
+
+
+def _replace_elements(html: str, name: str, replace: Callable[[str], str]) -> str:
+    """The HTML with `replace(element)` for each closed element of this name, in linear time."""
+    pieces = []
     at = 0
     while (start := html.find(f"<{name}", at)) >= 0 and (end := html.find(f"</{name}>", start)) >= 0:
-        kept.append(html[at:start])
-        at = end + len(name) + 3
-    return "".join(kept) + html[at:] if kept else html
+        element_end = end + len(name) + 3
+        pieces += [html[at:start], replace(html[start:element_end])]
+        at = element_end
+    return "".join(pieces) + html[at:] if pieces else html
 
 
 _COUNTER = re.compile(r'<span class="flex-grow flex-shrink-0">\s*\d+\s*/\s*\d+\s*</span>')
@@ -221,16 +228,10 @@ def simplify_code_blocks(html: str) -> str:
     >>> simplify_code_blocks("<pre>Run <code>x</code> now</pre>")
     '<pre>Run <code>x</code> now</pre>'
     """
-    pieces = []
-    at = 0
-    while (start := html.find("<pre", at)) >= 0 and (end := html.find("</pre>", start)) >= 0:
-        pieces += [html[at:start], _simplify_code_block(html[start:end])]
-        at = end
-    return "".join(pieces) + html[at:] if pieces else html
+    return _replace_elements(html, "pre", _simplify_code_block)
 
 
 def _simplify_code_block(block: str) -> str:
-    """One code block, without its `</pre>`, simplified."""
     start, end = block.find("<code"), block.rfind("</code>")
     opening = TAG.match(block, start) if start >= 0 else None
     if opening is None or end < opening.end():
@@ -243,7 +244,8 @@ def _simplify_code_block(block: str) -> str:
         return block
     language = classed[1] if classed else shown if _LANGUAGE_NAME.fullmatch(shown) else ""
     code = TAG.sub("", _BREAK.sub("\n", _LAST_LINE_END.sub(r"\1", code)))
-    return f'<pre><code class="language-{language}">{code}</code>' if language else f"<pre><code>{code}</code>"
+    name = f' class="language-{language}"' if language else ""
+    return f"<pre><code{name}>{code}</code></pre>"
 
 
 _KATEX = re.compile(r'<span class="katex(-display)?">')

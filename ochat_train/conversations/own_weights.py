@@ -83,8 +83,7 @@ def weight_of_record(fields: Mapping[str, Any], weight_field: str | None) -> flo
             raise RecordError("bad_weight", f"mask is {value!r}: it takes the loss from all answers")
         if says_weight(key, value):
             weights.append(_read_weight(key, value, key))
-    weight = product(weights)
-    return 1.0 if weight is None else weight
+    return math.prod((weight for weight in weights if weight is not None), start=1.0)
 
 
 def says_weight(key: str, value: object) -> bool:

@@ -159,8 +159,8 @@ class _TurnReader:
         messages: list[Message] = []
         listed = weights_of_turns(fields, len(turns))
         for number, (turn, weight) in enumerate(zip(turns, listed, strict=True), start=1):
-            if isinstance(turn, dict):
-                weight = product((weight, weight_of_turn(turn, f"turn {number}")))
+            own = weight_of_turn(turn, f"turn {number}") if isinstance(turn, dict) else None
+            weight = own if weight is None else product((weight, own))
             dialect, said = self._read_turn(turn, number)
             if weight is not None and (dialect != "pairs" or said[-1].role == "assistant"):  # of a pair the answer's
                 said[-1] = replace(said[-1], weight=weight)
