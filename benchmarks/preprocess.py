@@ -45,14 +45,14 @@ from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates, text_keys
 from ochat_train.conversations.filters import filter_conversations
 from ochat_train.conversations.records import read_chunks
-from ochat_train.conversations.schema import Message, ParsedRecord
-from ochat_train.conversations.sources import assign_source
+from ochat_train.conversations.schema import Message
+from ochat_train.conversations.sharegpt import Turns, parse_record
+from ochat_train.conversations.sources import assign_source, match_source
 from ochat_train.files import flush_tree
 from ochat_train.preprocess.assemble import assemble
-from ochat_train.preprocess.job import Plan, make_plan
+from ochat_train.preprocess.job import CHUNK_BYTES, Job, make_job, read_tasks
 from ochat_train.preprocess.ledger import Ledger
-from ochat_train.preprocess.run import CHUNK_BYTES
-from ochat_train.preprocess.shard import Task, clean, find_source, make_shard, parse
+from ochat_train.preprocess.shard import Task, id_of, make_shard
 from ochat_train.preprocess.shard_files import WorkFolder
 from ochat_train.preprocess.workers import num_cores
 from ochat_train.recipe import load_recipe
@@ -149,15 +149,14 @@ class Dump:
         """The texts that are tokenized at once, a file each."""
         return sorted((self.folder / "texts").iterdir())
 
-    def plan(self) -> Plan:
+    def job(self) -> Job:
         """What preprocessing makes of its recipe."""
-        return make_plan(load_recipe(self.recipe))
+        return make_job(load_recipe(self.recipe))
 
     def tasks(self) -> Iterator[Task]:
         """Its chunks, as they are given to workers."""
-        for file, sources in self.plan().files.items():
-            for chunk in read_chunks([file], chunk_bytes=CHUNK_BYTES):
-                yield Task(chunk, sources)
+        for file, sources in self.job().files.items():
+            yield from read_tasks([file], sources)
 
 
 def make_dump(folder: Path, num_conversations: int, tokenizer: str) -> Dump:
@@ -190,8 +189,8 @@ def make_dump(folder: Path, num_conversations: int, tokenizer: str) -> Dump:
     }
     dump.recipe.write_bytes(orjson.dumps(recipe))
     (folder / "texts").mkdir()
-    listener = Listener(*dump.plan().settings.encoder.__reduce__()[1])
-    settings = replace(dump.plan().settings, encoder=listener)
+    listener = Listener(*dump.job().settings.encoder.__reduce__()[1])
+    settings = replace(dump.job().settings, encoder=listener)
     for number, task in enumerate(dump.tasks()):
         make_shard(settings, task)
         for position, texts in enumerate(listener.heard):
@@ -247,9 +246,9 @@ class Stage:
 
 def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
     """Each stage alone on the first chunks of the dump, with one thread. Megabytes are those of the dump."""
-    plan = dump.plan()
-    settings, template, encoder = plan.settings, plan.template, plan.settings.encoder
-    ((file, sources),) = plan.files.items()
+    job = dump.job()
+    settings, template, encoder = job.settings, job.settings.template, job.settings.encoder
+    ((file, sources),) = job.files.items()
     stages: list[Stage] = []
 
     def measure(name: str, function: Callable[[], Any]) -> Any:
@@ -264,16 +263,22 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
         measure("cut into chunks", lambda: list(islice(read_chunks([file], chunk_bytes=CHUNK_BYTES), len(chunks))))
         measure("send a chunk to a worker", lambda: [pickle.loads(pickle.dumps(chunk)) for chunk in chunks])
         measure("read records", lambda: [record for chunk in chunks for record in chunk.records()])
-        parsed = measure("parse", lambda: [parse(record, None) for record in records])
+        parsed = measure("parse", lambda: [parse_record(record, default_id=id_of(record)) for record in records])
         found = measure(
             "find the source",
-            lambda: [find_source(record, sources) for record in records],
+            lambda: [
+                match_source(record.fields, sources, file=record.file, offset=record.offset, id=id_of(record))
+                for record in records
+            ],
         )
-        pairs = [
-            (turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, ParsedRecord)
-        ]
-        cleaned = measure("clean", lambda: [(clean(turns, source, settings), source) for turns, source in pairs])
-        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, ParsedRecord)]
+        pairs = [(turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, Turns)]
+        cleaned = measure(
+            "clean",
+            lambda: [
+                (clean_turns(turns, html=source.html, spelling=settings.spelling), source) for turns, source in pairs
+            ],
+        )
+        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, Turns)]
         assigned = measure("assign the source", lambda: [assign_source(turns, source) for turns, source in pairs])
         batches = [assigned[start : start + BATCH] for start in range(0, len(assigned), BATCH)]
         all_languages = replace(settings.filters, languages=None)
@@ -408,7 +413,7 @@ def encode_files(tokenizer: Tokenizer, files: Iterator[Path]) -> tuple[int, floa
 
 def ceiling_by_threads(dump: Dump) -> Ceiling:
     """One process, all cores by the tokenizer's own threads."""
-    tokenizer = load_bare(dump.plan().settings.encoder)
+    tokenizer = load_bare(dump.job().settings.encoder)
     encode_files(tokenizer, iter(dump.batches[:1]))
     return Ceiling("threads", *encode_files(tokenizer, iter(dump.batches)))
 
@@ -420,7 +425,7 @@ def ceiling_by_processes(dump: Dump) -> Ceiling:
     """
     context = multiprocessing.get_context("spawn")
     barrier, position, queue = context.Barrier(num_cores()), context.Value("i", 0), context.Queue()
-    arguments = (dump.plan().settings.encoder, dump.batches, barrier, position, queue)
+    arguments = (dump.job().settings.encoder, dump.batches, barrier, position, queue)
     with one_thread():  # which the processes inherit
         processes = [context.Process(target=_encode_some, args=arguments) for _ in range(num_cores())]
         for process in processes:

@@ -12,25 +12,25 @@ import pytest
 
 from ochat_train.preprocess.ledger import (
     LEDGER_SCHEMA,
-    Entry,
     Ledger,
+    LedgerRow,
     drop_rows,
     ledger_table,
-    read_entries,
+    read_rows,
     show_id,
 )
 
 
-def keep(id: str, source: str = "gpt4", actions: tuple[str, ...] = (), **more: Any) -> Entry:
+def keep(id: str, source: str = "gpt4", actions: tuple[str, ...] = (), **more: Any) -> LedgerRow:
     numbers = {"num_examples": 1, "num_tokens": 1000, "num_supervised_tokens": 400, "weight_sum": 400.0}
-    return Entry(id, "a.json", 5, source, actions, **{**numbers, **more})
+    return LedgerRow(id, "a.json", 5, source, actions, **{**numbers, **more})
 
 
-def drop(id: str, reason: str = "no_answer", source: str = "gpt4", actions: tuple[str, ...] = ()) -> Entry:
-    return Entry(id, "a.json", 77, source, actions, reason, "turns: user")
+def drop(id: str, reason: str = "no_answer", source: str = "gpt4", actions: tuple[str, ...] = ()) -> LedgerRow:
+    return LedgerRow(id, "a.json", 77, source, actions, reason, "turns: user")
 
 
-def ledger_of(*shards: Sequence[Entry], path: Path | None = None) -> Ledger:
+def ledger_of(*shards: Sequence[LedgerRow], path: Path | None = None) -> Ledger:
     with Ledger(str(path) if path is not None else None) as ledger:
         for entries in shards:
             ledger.add(ledger_table(entries))
@@ -67,15 +67,15 @@ def test_without_a_path_it_counts_and_writes_nothing(tmp_path: Path, monkeypatch
 def test_rows_are_found_by_id(tmp_path: Path) -> None:
     path = tmp_path / "ledger.parquet"
     ledger_of([keep("a"), keep("b")], [drop("a"), keep("aa")], path=path)
-    assert [(row["id"], row["outcome"]) for row in read_entries(str(path), "a")] == [("a", "kept"), ("a", "dropped")]
-    assert read_entries(str(path), "c") == []
+    assert [(row["id"], row["outcome"]) for row in read_rows(str(path), "a")] == [("a", "kept"), ("a", "dropped")]
+    assert read_rows(str(path), "c") == []
 
 
 def test_dropping_rows_later_takes_their_numbers_and_leaves_the_others_alone() -> None:
     table = ledger_table([keep("a", actions=("x",)), drop("b", actions=("y",)), keep("c")])
-    changed = drop_rows(table, ["near_duplicate", "no_answer", None], ["of c", "turns: user", None])
+    changed = drop_rows(table, {0: ("near_duplicate", "of c")})
     assert changed.schema.equals(LEDGER_SCHEMA)
-    first = Entry("a", "a.json", 5, "gpt4", ("x",), "near_duplicate", "of c")
+    first = LedgerRow("a", "a.json", 5, "gpt4", ("x",), "near_duplicate", "of c")
     assert changed.equals(ledger_table([first, drop("b", actions=("y",)), keep("c")]))
 
 
@@ -175,7 +175,7 @@ def test_strange_ids_and_file_names_break_neither_rows_nor_table(tmp_path: Path)
     path = tmp_path / "ledger.parquet"
     name = "caf\\xe9.json"  # as the readers show a name that is not UTF-8
     ids = ["two\nlines", "x" * 1000, "\u2028"]
-    entries = [Entry(id, name, 0, "gpt4", (), "no_answer", "") for id in (*ids, f"{name}:12")]
+    entries = [LedgerRow(id, name, 0, "gpt4", (), "no_answer", "") for id in (*ids, f"{name}:12")]
     table = ledger_of(entries, path=path).table()
     rows = pq.read_table(path).to_pylist()
     assert [row["id"] for row in rows] == [*ids, "caf\\xe9.json:12"]

@@ -22,7 +22,7 @@ import ochat_train.report.store as report_store
 import ochat_train.report.store_view as report_store_view
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.preprocess.ledger import Entry, Ledger, ledger_table
+from ochat_train.preprocess.ledger import Ledger, LedgerRow, ledger_table
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.shard import OVERLONG_COLUMNS
 from ochat_train.recipe import load_recipe
@@ -67,8 +67,8 @@ def plain(length: int, **names: str) -> Row:
     return Row(names.get("id", "a"), names.get("source", "good"), "GPT4", [5] * length, [0.0] * (length - 1) + [1.0])
 
 
-def entry_of(row: Row, *, num_examples: int = 1) -> Entry:
-    return Entry(
+def entry_of(row: Row, *, num_examples: int = 1) -> LedgerRow:
+    return LedgerRow(
         row.id.rpartition("#")[0] if num_examples > 1 else row.id, "f", 0, row.source, (), None, None, num_examples
     )
 
@@ -78,7 +78,7 @@ def write(
     tokenizer: ChatTokenizer,
     train: Sequence[Row],
     eval_: Sequence[Row] = (),
-    entries: Sequence[Entry] | None = None,
+    entries: Sequence[LedgerRow] | None = None,
     *,
     sources: Sequence[str] = ("good",),
     max_tokens: int = 64,
@@ -182,7 +182,7 @@ def show(path: Path) -> tuple[StoreReport, list[list[list[str]]]]:
 # ---- The numbers ----
 
 
-def random_rows(num_conversations: int, seed: int, prefix: str) -> tuple[list[Row], list[Entry]]:
+def random_rows(num_conversations: int, seed: int, prefix: str) -> tuple[list[Row], list[LedgerRow]]:
     """Conversations of one to three examples; some that are whole have ids which look like those of parts."""
     random = np.random.default_rng(seed)
     rows, entries = [], []
@@ -194,11 +194,11 @@ def random_rows(num_conversations: int, seed: int, prefix: str) -> tuple[list[Ro
             weights = random.choice(np.array([0, 0, 0.1, 1, 2.5], dtype=np.float32), length)
             suffix = f"#{part}" if parts > 1 else ""
             rows.append(Row(id + suffix, source, condition, random.integers(3, 900, length).tolist(), weights.tolist()))
-        entries.append(Entry(id, "f", number, source, (), None, None, parts))
+        entries.append(LedgerRow(id, "f", number, source, (), None, None, parts))
     return rows, entries
 
 
-def recount(rows: Sequence[Row], entries: Sequence[Entry]) -> dict[tuple[str, str], tuple[Any, ...]]:
+def recount(rows: Sequence[Row], entries: Sequence[LedgerRow]) -> dict[tuple[str, str], tuple[Any, ...]]:
     """Conversations, examples, tokens, supervised tokens and weight sum by source and condition."""
     starts = set(accumulate((entry.num_examples for entry in entries), initial=0))
     found: dict[tuple[str, str], list[Any]] = {}
@@ -322,9 +322,9 @@ def test_packing_of_many_examples_is_tried_on_a_sample_and_says_so(
 
 def test_the_funnel_and_the_changes_say_what_the_ledger_says(quickstart: ChatTokenizer, tmp_path: Path) -> None:
     rows = [chat(quickstart, id=f"k{number}") for number in range(6)]
-    kept = [Entry(row.id, "f", 0, "good", ("refusal_masked",) * (row.id < "k2"), None, None, 1) for row in rows]
-    dropped = [Entry(f"d{number}", "f", 0, "good", (), "no_answer", "") for number in range(4)]
-    dropped += [Entry("e", "f", 0, "bad", ("html_converted",), "language", "fr")]
+    kept = [LedgerRow(row.id, "f", 0, "good", ("refusal_masked",) * (row.id < "k2"), None, None, 1) for row in rows]
+    dropped = [LedgerRow(f"d{number}", "f", 0, "good", (), "no_answer", "") for number in range(4)]
+    dropped += [LedgerRow("e", "f", 0, "bad", ("html_converted",), "language", "fr")]
     facts, tables = show(write(tmp_path / "store", quickstart, rows, (), [*kept, *dropped], sources=["good", "bad"]))
     funnel = next(table for table in tables if table[1][0] == "records in")
     assert funnel == [
@@ -377,7 +377,7 @@ def mixed(quickstart: ChatTokenizer, tmp_path: Path) -> Path:
     train += [chat(quickstart, ["Hi", "Yo"], id=f"b{n}", source="<b>bad", condition="", weight=0.3) for n in range(5)]
     eval_ = [chat(quickstart, id="e")]
     entries = [*map(entry_of, (*train, *eval_))]
-    entries += [Entry(f"\x1b[31m{SCRIPT}", "f", 0, "good", ("question_cut",), "no_answer", SCRIPT)]
+    entries += [LedgerRow(f"\x1b[31m{SCRIPT}", "f", 0, "good", ("question_cut",), "no_answer", SCRIPT)]
     counts = (3, 1000, 400, 900, 400, 500, 100, 0, 0)
     sources = ["good", "<b>bad", "none"]
     return write(

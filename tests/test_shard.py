@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ochat_train.files
 import ochat_train.preprocess.shard
-import ochat_train.preprocess.shard_files
 from ochat_train.conversations.filters import FilterRules
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.sources import Source
@@ -62,7 +62,7 @@ def assert_equal(first: Shard, second: Shard) -> None:
     assert first.records.equals(second.records)
     for name in ("own", "num_prefixes", "prefixes", "priority", "condition", "signatures"):
         assert np.array_equal(getattr(first.keys, name), getattr(second.keys, name))
-    assert np.array_equal(first.key_records, second.key_records)
+    assert np.array_equal(first.kept, second.kept)
     assert np.array_equal(first.overlong, second.overlong)
     assert first.dialects == second.dialects
 
@@ -88,13 +88,13 @@ def test_each_record_has_its_entry_and_each_kept_one_its_keys_and_examples(
     assert shard.rows.schema.equals(ROW_SCHEMA) and shard.records.schema.equals(LEDGER_SCHEMA)
     assert shard.records["id"].to_pylist() == ["unanswered", "short", "long", "empty"]
     assert shard.records["reason"].to_pylist() == ["no_answer", None, None, "no_turns"]
-    assert shard.key_records.tolist() == [1, 2]
+    assert shard.kept.tolist() == [1, 2]
     assert len(shard.keys.own) == 2 and shard.keys.num_prefixes.tolist() == [0, 5]
 
     num_parts = shard.rows.num_rows - 1
     assert num_parts > 2
     assert shard.rows["id"].to_pylist() == ["short", *[f"long#{number + 1}" for number in range(num_parts)]]
-    assert shard.rows["record"].to_pylist() == [1, *[2] * num_parts]
+    assert shard.rows["conversation"].to_pylist() == [0, *[1] * num_parts]
     assert shard.records["num_examples"].to_pylist() == [0, 1, num_parts, 0]
     lengths = [len(ids) for ids in shard.rows["input_ids"].to_pylist()]
     assert shard.records["num_tokens"].to_pylist() == [0, lengths[0], sum(lengths[1:]), 0]
@@ -223,9 +223,8 @@ def test_a_shard_comes_back_as_it_was_and_equal_ones_are_equal_files(tmp_path: P
             work.save(4, empty)
             assert_equal(work.load(3), shard)
             assert_equal(work.load(4), empty)
-            assert (work.num_keys(3), work.num_keys(4)) == (2, 0)
             assert np.array_equal(work.load_keys(3).priority, shard.keys.priority)
-            assert [work.has(number) for number in range(5)] == [False, False, False, True, True]
+            assert [work.shard_folder(number).is_dir() for number in range(5)] == [False, False, False, True, True]
     assert len(contents(tmp_path / "a")) > 6
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -236,14 +235,14 @@ def test_a_shard_counts_only_once_all_of_it_is_on_the_disk(
     shard = shard_of(settings, mixed_dump(tmp_path))
 
     def fail(folder: Path) -> None:
-        assert not work.has(0)
+        assert not work.shard_folder(0).exists()
         raise KeyboardInterrupt
 
     with WorkFolder(tmp_path / "work") as work:
-        monkeypatch.setattr(ochat_train.preprocess.shard_files, "flush_tree", fail)
+        monkeypatch.setattr(ochat_train.files, "flush_tree", fail)
         with pytest.raises(KeyboardInterrupt):
             work.save(0, shard)
-        assert not work.has(0)
+        assert not work.shard_folder(0).exists()
         monkeypatch.undo()
         work.save(0, shard)
         assert_equal(work.load(0), shard)

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import ochat_train.preprocess.run
+import ochat_train.preprocess.job
 import ochat_train.preprocess.workers
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.sources import Source
-from ochat_train.preprocess.job import make_plan
+from ochat_train.preprocess.job import make_job
 from ochat_train.preprocess.shard import Shard, Task
 from ochat_train.preprocess.shard_files import WorkFolder
 from ochat_train.preprocess.workers import make_shards
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(ochat_train.preprocess.job, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def varied_records() -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def alone(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store that one process makes, the measure for all others."""
     path = tmp_path_factory.mktemp("alone") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr(ochat_train.preprocess.job, "CHUNK_BYTES", CHUNK_BYTES)
         patch.setattr(ochat_train.preprocess.workers, "ProcessPoolExecutor", None)  # it needs no others
         return make(varied, f"data.store={path}", num_workers=1)
 
@@ -182,7 +182,7 @@ def test_the_order_of_the_input_makes_no_difference(seed: int, alone: Path, tmp_
 def test_the_size_of_chunks_makes_no_difference_but_to_the_batches_of_files(
     chunk_bytes: int, varied: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.preprocess.run, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(ochat_train.preprocess.job, "CHUNK_BYTES", chunk_bytes)
     store = make(varied, f"data.store={tmp_path / 'store'}", num_workers=1)
     mine, theirs = contents(store), contents(alone)
     of_batches = {name for name in theirs if name.endswith((".arrow", ".parquet"))}
@@ -211,7 +211,7 @@ def ray() -> Iterator[None]:
 
 
 def test_ray_makes_the_same_bytes(varied: Path, alone: Path, tmp_path: Path, ray: None) -> None:
-    store = make(varied, f"data.store={tmp_path / 'store'}", engine="ray")
+    store = make(varied, f"data.store={tmp_path / 'store'}", executor="ray")
     assert contents(store) == contents(alone)
 
 
@@ -224,7 +224,9 @@ def test_mistakes_in_the_input_are_told_by_ray_as_by_one_process(tmp_path: Path,
 
 def test_ray_that_is_not_installed_is_named(varied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "--engine ray needs Ray: pip install 'ochat_train[ray]'" in failure("--dry-run", "--engine", "ray", varied)
+    assert "--engine ray needs the package ray: pip install 'ochat_train[ray]'" in failure(
+        "--dry-run", "--engine", "ray", varied
+    )
 
 
 # ---- Mistakes of the input, found by a worker ----
@@ -278,7 +280,7 @@ def test_a_mistake_in_the_input_stops_all_processes_with_the_message_of_one(
 
 
 def test_only_a_few_chunks_are_read_ahead_of_the_workers(varied: Path, tmp_path: Path) -> None:
-    settings = make_plan(load_recipe(varied)).settings
+    settings = make_job(load_recipe(varied)).settings
     dump = write_lines(tmp_path / "dump.jsonl", *(chat(str(number), prose(number, 20), "Yes.") for number in range(60)))
     everything = Source("all", "GPT4", 1.0, {}, {})
     num_read = 0
@@ -290,7 +292,7 @@ def test_only_a_few_chunks_are_read_ahead_of_the_workers(varied: Path, tmp_path:
             yield number, Task(chunk, (everything,))
 
     done: dict[int, Shard] = {}
-    for number, _, shard in make_shards(tasks(), settings, engine="local", num_workers=2):
+    for number, shard in make_shards(tasks(), settings, executor="local", num_workers=2):
         assert num_read - len(done) <= 2 * 2
         done[number] = shard
     assert len(done) == num_read > 20
@@ -304,7 +306,7 @@ def test_only_a_few_chunks_are_read_ahead_of_the_workers(varied: Path, tmp_path:
 SCRIPT = f"""
 import os, sys, time
 import ochat_train.preprocess.__main__ as command
-import ochat_train.preprocess.run as preprocess
+import ochat_train.preprocess.job as job
 from ochat_train.preprocess.shard_files import WorkFolder
 
 def save(self, number, shard, fast=WorkFolder.save):
@@ -313,7 +315,7 @@ def save(self, number, shard, fast=WorkFolder.save):
         time.sleep(0.2)
 
 WorkFolder.save = save
-preprocess.CHUNK_BYTES = {CHUNK_BYTES}
+job.CHUNK_BYTES = {CHUNK_BYTES}
 if __name__ == "__main__":
     command.main(sys.argv[1:])
 """

@@ -22,12 +22,7 @@ from ochat_train.preprocess.explain import explain
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.survey import survey
 from ochat_train.preprocess.workers import WorkerDied
-from ochat_train.recipe import (
-    check_encoding,
-    load_recipe,
-    parse_arguments,
-    recipe_arguments,
-)
+from ochat_train.recipe import check_encoding, load_recipe, parse_arguments, recipe_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.explain is not None:
             explain(recipe, options.explain)
         else:
-            preprocess(recipe, dry_run=options.dry_run, engine=options.engine, num_workers=options.workers)
+            preprocess(recipe, dry_run=options.dry_run, executor=options.engine, num_workers=options.workers)
     except (ValueError, WorkerDied) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written

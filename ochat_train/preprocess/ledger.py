@@ -1,11 +1,11 @@
 """The ledger of a preprocess run: a row for every record, saying what happened to it and why."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +35,7 @@ _NUMBERS = ("num_examples", "num_tokens", "num_supervised_tokens", "weight_sum")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerRow:
     """What happened to one record; `reason` None means that it was kept."""
 
     id: str
@@ -56,43 +56,45 @@ class Entry:
         return "kept" if self.reason is None else "dropped"
 
 
-def ledger_table(entries: Sequence[Entry]) -> pa.Table:
-    """The entries as a table of LEDGER_SCHEMA."""
-    columns: dict[str, list[Any]] = {name: [] for name in LEDGER_SCHEMA.names}
-    for entry in entries:
-        for name, column in columns.items():
-            column.append(getattr(entry, name))
+def ledger_table(rows: Sequence[LedgerRow]) -> pa.Table:
+    """The rows as a table of LEDGER_SCHEMA."""
+    columns = {name: [getattr(row, name) for row in rows] for name in LEDGER_SCHEMA.names}
     return pa.table(columns, schema=LEDGER_SCHEMA)
 
 
-def drop_rows(table: pa.Table, reasons: Sequence[str | None], details: Sequence[str | None]) -> pa.Table:
-    """The table with each row dropped for which `reasons` holds a text; their counts become 0."""
-    mask = pa.array([reason is not None for reason in reasons], type=pa.bool_())
-    changed = {"outcome": pa.scalar("dropped"), "reason": pa.array(reasons, pa.string())}
-    changed["detail"] = pa.array(details, pa.string())
-    changed |= {name: pa.scalar(0, LEDGER_SCHEMA.field(name).type) for name in _NUMBERS}
+def drop_rows(table: pa.Table, reasons: Mapping[int, tuple[str, str]]) -> pa.Table:
+    """The LEDGER_SCHEMA table with some rows dropped: by ascending position, the reason and its detail."""
+    if not reasons:
+        return table
+    mask = np.zeros(table.num_rows, np.bool_)
+    mask[list(reasons)] = True
+    changed: dict[str, list[Any]] = {name: [0] * len(reasons) for name in _NUMBERS}
+    changed["outcome"] = ["dropped"] * len(reasons)
+    changed["reason"] = [reason for reason, _ in reasons.values()]
+    changed["detail"] = [detail for _, detail in reasons.values()]
     for name, values in changed.items():
-        column = pc.if_else(mask, values, table[name])
-        table = table.set_column(table.schema.get_field_index(name), LEDGER_SCHEMA.field(name), column)
+        field = LEDGER_SCHEMA.field(name)
+        column = pc.replace_with_mask(table[name], mask, pa.array(values, field.type))
+        table = table.set_column(LEDGER_SCHEMA.get_field_index(name), field, column)
     return table
 
 
 @dataclass(slots=True)
 class Tally:
-    """How many records, and something of a few of them: `ids` holds the first NUM_EXAMPLES."""
+    """How many records, and the ids of the first NUM_EXAMPLES of them."""
 
     num_records: int = 0
     ids: list[str] = field(default_factory=list)
 
     def add(self, num_records: int, ids: Iterable[str]) -> None:
-        """More records, the first of them by id."""
+        """Count more records, of which `ids` are the first."""
         self.num_records += num_records
         self.ids = [*self.ids, *ids][:NUM_EXAMPLES]
 
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of one source's records; `actions` counts each that was changed, dropped ones too."""
+    """What became of one source's records; `actions` counts each record that was changed, dropped ones too."""
 
     num_in: int = 0
     num_kept: int = 0
@@ -111,28 +113,27 @@ class SourceCounts:
     def add(self, table: pa.Table) -> None:
         """Count the rows of a ledger table that are all of this source."""
         self.num_in += table.num_rows
-        # One that is kept without an example is lost: `check` shall notice it.
+        # A kept row without an example counts as neither kept nor dropped, so that `check` reports it.
         is_kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.greater(table["num_examples"], 0))
         self.num_kept += pc.sum(is_kept).as_py() or 0
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + (pc.sum(table[name]).as_py() or 0))
         dropped = table.filter(pc.equal(table["outcome"], "dropped"))
-        _tally(self.dropped, dropped["reason"], dropped["id"])
-        owners = table["id"].take(pc.list_parent_indices(table["actions"]))
-        _tally(self.actions, pc.list_flatten(table["actions"]), owners)
-
-
-def _tally(tallies: dict[str, Tally], names: pa.ChunkedArray, ids: pa.ChunkedArray) -> None:
-    for name in pc.unique(names).to_pylist():
-        of_name = ids.filter(pc.equal(names, name))
-        tallies.setdefault(name, Tally()).add(len(of_name), of_name.slice(0, NUM_EXAMPLES).to_pylist())
+        changed_ids = table["id"].take(pc.list_parent_indices(table["actions"]))
+        for tallies, names, ids in (
+            (self.dropped, dropped["reason"], dropped["id"]),
+            (self.actions, pc.list_flatten(table["actions"]), changed_ids),
+        ):
+            for name in pc.unique(names).to_pylist():
+                of_name = ids.filter(pc.equal(names, name))
+                tallies.setdefault(name, Tally()).add(len(of_name), of_name.slice(0, NUM_EXAMPLES).to_pylist())
 
 
 class Ledger:
     """Counts every record by source, and writes the rows to a Parquet file unless `path` is None.
 
-    `unread` is how often which (file, kind, name) was met and not read; it goes into the file's metadata. `sources` are
-    those that are to be in the table even without a record. Use it as a context manager, or call `close`.
+    A context manager that completes the file at its end. `unread` is how often which (file, kind, name) was met and not
+    read; it goes into the file's metadata. `sources` are those that are in the table even without a record.
     """
 
     def __init__(self, path: str | None, sources: Sequence[str] = ()) -> None:
@@ -148,19 +149,18 @@ class Ledger:
             self._file.write_table(table)
 
     def check(self, num_records: int) -> None:
-        """Raises RuntimeError, a bug of ours, if the records read are not kept + dropped, in all and by source."""
-        total = self.total()
-        for name, counts in [*self.counts.items(), ("total", total)]:
-            num_in = num_records if counts is total else counts.num_in
+        """Raise RuntimeError, a bug of ours, unless the records read are those kept and dropped, also by source."""
+        by_source = [(name, counts.num_in, counts) for name, counts in self.counts.items()]
+        for name, num_in, counts in [*by_source, ("total", num_records, self.total())]:
             if num_in != counts.num_kept + counts.num_dropped:
                 raise RuntimeError(
                     f"{name}: {num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} dropped; "
                     "this is a bug in preprocessing, please report it"
                 )
 
-    def check_examples(self, splits: Iterable[Mapping[str, float]]) -> None:
-        """Raises RuntimeError, a bug of ours, if the examples of a store's splits are not those of the records kept."""
-        total, splits = self.total(), list(splits)
+    def check_examples(self, splits: Collection[Mapping[str, float]]) -> None:
+        """Raise RuntimeError, a bug of ours, unless the examples of a store's splits are those of the kept records."""
+        total = self.total()
         for name in ("num_examples", "num_tokens", "num_supervised_tokens"):
             if (num_written := sum(split[name] for split in splits)) != getattr(total, name):
                 raise RuntimeError(
@@ -186,13 +186,15 @@ class Ledger:
         Share supervised is supervised tokens / tokens, mean weight is weight sum / supervised tokens; "-"
         stands for a division by 0.
         """
-        rows = [_HEADER, *(_row(name, counts) for name, counts in self.counts.items())]
-        rows.append(_row("total", self.total()))
+        total = _cells("total", self.total())
+        rows = [tuple(total), *(tuple(_cells(*item).values()) for item in self.counts.items()), tuple(total.values())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        details = [[], *map(_details, self.counts.values()), []]
-        return "\n".join(
-            line for row, below in zip(rows, details, strict=True) for line in (_align(row, widths), *below)
-        )
+        lines = []
+        for (name, *numbers), counts in zip(rows, (None, *self.counts.values(), None), strict=True):
+            aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+            lines.append("  ".join((name.ljust(widths[0]), *aligned)))
+            lines += _details(counts) if counts is not None else []
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The counts as plain JSON values, `{source: {...}, ...}`, for the store's manifest."""
@@ -210,8 +212,10 @@ class Ledger:
             for name, counts in self.counts.items()
         }
 
-    def close(self) -> None:
-        """Write out what is left and close the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         if self._file is not None:
             by_file: dict[str, dict[str, dict[str, int]]] = {}
             for (file, kind, name), count in sorted(self.unread.items()):
@@ -219,16 +223,8 @@ class Ledger:
             self._file.add_key_value_metadata({"unread": orjson.dumps(by_file)})
             self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def read_entries(path: str, id: str) -> list[dict[str, Any]]:
+def read_rows(path: str, id: str) -> list[dict[str, Any]]:
     """The rows of a ledger file for the records of this id; a file's records need not have different ids."""
     rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "==", id)]).to_pylist()
     return rows
@@ -240,61 +236,43 @@ def read_unread(path: str) -> dict[str, dict[str, dict[str, int]]]:
     return by_file
 
 
-_HEADER = (
-    "source",
-    "records in",
-    "kept",
-    "dropped",
-    "examples",
-    "tokens",
-    "supervised tokens",
-    "share supervised",
-    "mean weight",
-)
-
-
-def _row(name: str, counts: SourceCounts) -> tuple[str, ...]:
+def _cells(name: str, counts: SourceCounts) -> dict[str, str]:
+    """A row of the table, by the titles of its columns."""
     num_tokens, num_supervised = counts.num_tokens, counts.num_supervised_tokens
-    return (
-        name,
-        f"{counts.num_in:,}",
-        f"{counts.num_kept:,}",
-        f"{counts.num_dropped:,}",
-        f"{counts.num_examples:,}",
-        f"{num_tokens:,}",
-        f"{num_supervised:,}",
-        f"{100 * num_supervised / num_tokens:.1f} %" if num_tokens else "-",
-        f"{counts.weight_sum / num_supervised:.4f}" if num_supervised else "-",
-    )
-
-
-def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
-    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-    return "  ".join((cells[0].ljust(widths[0]), *numbers))
+    return {
+        "source": name,
+        "records in": f"{counts.num_in:,}",
+        "kept": f"{counts.num_kept:,}",
+        "dropped": f"{counts.num_dropped:,}",
+        "examples": f"{counts.num_examples:,}",
+        "tokens": f"{num_tokens:,}",
+        "supervised tokens": f"{num_supervised:,}",
+        "share supervised": f"{100 * num_supervised / num_tokens:.1f} %" if num_tokens else "-",
+        "mean weight": f"{counts.weight_sum / num_supervised:.4f}" if num_supervised else "-",
+    }
 
 
 def _details(counts: SourceCounts) -> list[str]:
+    """A line for the reasons and one for the actions, each with how many records and the ids of the first."""
     lines = []
     for title, tallies in (("dropped", counts.dropped), ("changed", counts.actions)):
-        if tallies:
-            lines.append(f"  {title}: {', '.join(map(_show_tally, tallies, tallies.values()))}")
+        shown = (
+            f"{name} {tally.num_records:,} ({', '.join(map(show_id, tally.ids))})" for name, tally in tallies.items()
+        )
+        lines += [f"  {title}: {', '.join(shown)}"] if tallies else []
     return lines
-
-
-def _show_tally(name: str, tally: Tally) -> str:
-    return f"{name} {tally.num_records:,} ({', '.join(map(show_id, tally.ids))})"
 
 
 def show_id(id: str) -> str:
     """The id, whole, as a word that bash and zsh read back, for `--explain`: an id is the dump's text, of any kind."""
     if id.isprintable():
         return shlex.quote(id)
-    return f"$'{''.join(map(_escape, id))}'"
 
+    def escape(character: str) -> str:
+        if character in "\\'":
+            return f"\\{character}"
+        if character.isprintable():
+            return character
+        return character.encode("unicode_escape").decode() if character.isascii() else f"\\U{ord(character):08x}"
 
-def _escape(c: str) -> str:
-    if c in "\\'":
-        return f"\\{c}"
-    if c.isprintable():
-        return c
-    return c.encode("unicode_escape").decode() if c.isascii() else f"\\U{ord(c):08x}"
+    return f"$'{''.join(map(escape, id))}'"

