@@ -6,7 +6,6 @@ python -m ochat_train.export --check MODEL STORE [--num N]
 
 import argparse
 import copy
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,10 +16,10 @@ import orjson
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.files import flush, flush_tree
+from ochat_train.files import flush_tree, publish_folder
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
@@ -35,7 +34,7 @@ _NUM_COMPARED = 20  # conversations of the store at each export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export one checkpoint."""
+    """Export one checkpoint, or check an exported model."""
     parser = argparse.ArgumentParser(prog="python -m ochat_train.export", description="Checkpoint to model.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
@@ -59,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(model: str | Path, store: str | Path, *, num: int) -> Parity:
-    """Compare the prompts of answers in a store with those that the exported model is served.
+    """Compare the prompts of answers in a store with those that servers make for the exported model.
 
-    Raises ValueError when one of them is not what it should be, or they do not belong together.
+    Raises ValueError when `model` is no exported model, `store` no store, or their templates differ.
     """
     if num < 1:
         raise ValueError(f"--num {num} is below 1")
@@ -78,13 +77,13 @@ def check(model: str | Path, store: str | Path, *, num: int) -> Parity:
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
-    """Write the checkpoint's model to the folder `out`; an earlier one there stays until the new one is whole.
+    """Write the checkpoint's model to the folder `out` in the recipe's dtype, see `write_model`.
 
-    As `write_model` does, in the recipe's dtype. Adapters of model.lora are merged into their base, which is loaded
-    again; with `adapter` they alone are written, for peft. What comparing its prompts with those of training finds is
-    printed and stands in its metadata; it stops nothing. Raises ValueError for an incomplete checkpoint, a base that is
-    not what it was, adapters where there are none, a disk without room, or when `out` holds something that is not an
-    earlier export.
+    An earlier export there stays until the new one is whole. Adapters of model.lora are merged into their base, which
+    is loaded again; with `adapter` they alone are written, for peft. The model's prompts are compared with those of its
+    training; what differs is printed and stands in the metadata, but does not stop the export. Raises ValueError for an
+    incomplete checkpoint, a base that is not what it was, adapters where there are none, a disk without room, or when
+    `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -96,48 +95,36 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
     tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), TEMPLATES[checkpoint.template])
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
     generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
-    condition, metadata = checkpoint.inference_condition, metadata_of(checkpoint)
+    metadata, dtype = metadata_of(checkpoint), _dtype(checkpoint)
     trained = _read_trained(checkpoint)
     weights = trained if adapter else _merge(trained, checkpoint, tokenizer)
-    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with room_for(_num_bytes(weights, config, None if adapter else _dtype(checkpoint)), partial):
-            partial.mkdir(parents=True)
-            if adapter:
-                _write_adapter(partial, weights, config, checkpoint)
-                _write_companions(partial, generation_config, tokenizer, condition, metadata)
-            else:
-                write_model(
-                    partial,
-                    weights,
-                    config=config,
-                    generation_config=generation_config,
-                    tokenizer=tokenizer,
-                    inference_condition=condition,
-                    dtype=_dtype(checkpoint),
-                    metadata=metadata,
-                )
-            _record_parity(partial, checkpoint)
-            flush_tree(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    partial.rename(out)
-    flush(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # Weights that are read lazily have no size yet.
+    sized = weights.values() if adapter else _empty_model(config, dtype).parameters()
+    with publish_folder(out) as folder, room_for(sum(weight.nbytes for weight in sized), folder):
+        if adapter:
+            recipe = checkpoint.state.recipe["model"]
+            rank, alpha = recipe["lora"]["rank"], recipe["lora"]["alpha"]
+            save_adapter(folder, weights, _empty_model(config, dtype), base=recipe["base"], rank=rank, alpha=alpha)
+            _write_companions(folder, generation_config, tokenizer, metadata)
+        else:
+            write_model(
+                folder,
+                weights,
+                config=config,
+                generation_config=generation_config,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                metadata=metadata,
+            )
+        _record_parity(folder, checkpoint)
+        flush_tree(folder)  # some file systems say only here that they are full
 
 
-def _num_bytes(weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype | None) -> int:
-    """About what an export takes: the model of this configuration in `dtype`, or with None adapters alone."""
-    if dtype is None:
-        return sum(weight.nbytes for weight in weights.values())
+def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration without memory for its weights, for their names and sizes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return sum(parameter.nbytes for parameter in model.parameters())
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    return model
 
 
 def write_model(
@@ -147,23 +134,21 @@ def write_model(
     config: Any,
     generation_config: GenerationConfig,
     tokenizer: ChatTokenizer,
-    inference_condition: str,
     dtype: torch.dtype,
     metadata: dict[str, Any],
 ) -> None:
-    """Write a model that everything else can load into the folder `folder`, which exists.
+    """Write a model that everything else can load into `folder`, which exists.
 
     Safetensors in `dtype`, configuration, a generation configuration that ends at the template's end token, the
     tokenizer with the Jinja chat template, and `metadata`, see `metadata_of`. weights: all, by transformers' names,
-    with adapters merged. The configurations are of transformers, and stay as they are.
+    with adapters merged. The configurations are transformers' own, and are not changed.
     """
     config = copy.deepcopy(config)
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
     if getattr(config, "pad_token_id", None) == tokenizer.end_id:  # as padding_idx it would freeze its embedding
         config.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
-    with torch.device("meta"):  # only the names and shapes: the weights are there already
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    model = _empty_model(config, dtype)
     # One after the other: read lazily, a weight is put together here.
     cast = {name: tensor.contiguous().to(dtype) for name, tensor in weights.items()}
     missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
@@ -173,7 +158,7 @@ def write_model(
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors makes them for their owner alone
         file.chmod((folder / "config.json").stat().st_mode)
-    _write_companions(folder, generation_config, tokenizer, inference_condition, metadata)
+    _write_companions(folder, generation_config, tokenizer, metadata)
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -274,16 +259,6 @@ def _merge(trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTo
     return merge_adapters(base.state_dict() | trained, scaling=lora["alpha"] / lora["rank"])
 
 
-def _write_adapter(folder: Path, trained: dict[str, Tensor], config: Any, checkpoint: Checkpoint) -> None:
-    """The adapters as peft reads them."""
-    recipe = checkpoint.state.recipe["model"]
-    with torch.device("meta"):  # only for the names of its parts
-        model = AutoModelForCausalLM.from_config(config)
-    save_adapter(
-        folder, trained, model, base=recipe["base"], rank=recipe["lora"]["rank"], alpha=recipe["lora"]["alpha"]
-    )
-
-
 def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The language model's weights that the checkpoint holds, by their names in training. Raises Damaged."""
     check_files(checkpoint)
@@ -317,10 +292,9 @@ def _write_companions(
     folder: Path,
     generation_config: GenerationConfig,
     tokenizer: ChatTokenizer,
-    inference_condition: str,
     metadata: dict[str, Any],
 ) -> None:
-    """What stands beside the weights."""
+    """Write what an exported model has beside its weights."""
     config = copy.deepcopy(generation_config)
     config.eos_token_id = tokenizer.end_id
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
@@ -333,7 +307,7 @@ def _write_companions(
     served = copy.deepcopy(tokenizer)  # training still uses this one
     problems: list[str] = []
     try:
-        served.pretrained.chat_template = chat_template(tokenizer, inference_condition)
+        served.pretrained.chat_template = chat_template(tokenizer, metadata["inference_condition"])
     except Exception as error:  # preprocess has checked it; since then a package is another
         served.pretrained.chat_template = None
         _report(f"the model has no chat template, since none gives the ids of training: {error}", problems)

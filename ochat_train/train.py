@@ -275,7 +275,6 @@ def _write_model(
         config=lm.config,
         generation_config=lm.generation_config,
         tokenizer=run.tokenizer,
-        inference_condition=run.store.manifest.inference_condition,
         dtype=torch.bfloat16,
         metadata=metadata_of(_checkpoint(run, state, world, about)),
     )

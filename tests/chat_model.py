@@ -37,7 +37,6 @@ def write_chat_model(
         config=config,
         generation_config=GenerationConfig(),
         tokenizer=tokenizer,
-        inference_condition="Careful",
         dtype=torch.float32,
         metadata={
             "template": tokenizer.template.name,
