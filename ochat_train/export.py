@@ -24,7 +24,7 @@ from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
-from ochat_train.tokens.parity import Parity, check_parity
+from ochat_train.tokens.parity import PromptParity, check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"exported {options.checkpoint} to {options.out}")
 
 
-def check(model: str | Path, store: str | Path, *, num: int) -> Parity:
+def check(model: str | Path, store: str | Path, *, num: int) -> PromptParity:
     """Compare the prompts of answers in a store with those that servers make for the exported model.
 
     Raises ValueError when `model` is no exported model, `store` no store, or their templates differ.

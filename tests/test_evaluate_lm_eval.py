@@ -10,7 +10,7 @@ import pytest
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.evaluate.harness import run_tasks
-from ochat_train.tokens.prompt import encode_prompt
+from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, serving

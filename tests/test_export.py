@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.pretrained import load_model
-from ochat_train.tokens.prompt import encode_prompt
+from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.small_tokenizers import write_base

@@ -11,10 +11,9 @@ import pytest
 from ochat_train.conversations.schema import Conversation, Message, Role
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import main
-from ochat_train.tokens.chat_template import chat_template
+from ochat_train.tokens.chat_template import ControlText, chat_template, encode_as_one_string, encode_prompt
 from ochat_train.tokens.encode import encode
-from ochat_train.tokens.parity import Parity, check_parity
-from ochat_train.tokens.prompt import ControlText, encode_as_one_string, encode_prompt
+from ochat_train.tokens.parity import PromptParity, check_parity
 from ochat_train.tokens.recondition import find_turns, make_frame
 from ochat_train.tokens.store import Manifest, StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
@@ -76,7 +75,7 @@ def tokenizer(request: pytest.FixtureRequest) -> ChatTokenizer:
     return made
 
 
-def counts(parity: Parity) -> dict[str, tuple[int, int]]:
+def counts(parity: PromptParity) -> dict[str, tuple[int, int]]:
     return {name: (way.num_equal, way.num_different) for name, way in parity.ways.items()}
 
 

@@ -29,7 +29,7 @@ from ochat_train.serve.gate import CHAT, HEALTH, EngineTraits, Gate
 from ochat_train.serve.keys import ApiKeys
 from ochat_train.serve.protocol import STREAM_END, AnswerText, ChatCompletion, ChatRequest, Choice, FinishReason, Usage
 from ochat_train.serve.served import Served
-from ochat_train.tokens.prompt import encode_prompt
+from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 T = TypeVar("T")

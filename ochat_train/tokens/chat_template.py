@@ -1,6 +1,12 @@
-"""The Jinja chat template of an exported tokenizer, proved to give the ids of training."""
+"""A chat as ids before its next answer: as in training, and as servers make them that render one string.
+
+Training encodes each text on its own; such servers encode one string, which the Jinja template of the exported
+tokenizer gives. The template is written here, and checked to give the ids of training.
+"""
 
 from itertools import product, starmap
+
+import numpy as np
 
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import Joint
@@ -9,19 +15,19 @@ from ochat_train.tokens.tokenizer import ChatTokenizer
 
 
 def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
-    """The Jinja source whose `condition` defaults to `inference_condition`.
+    """The Jinja source of the tokenizer's template; its `condition` defaults to `inference_condition`.
 
-    Training encodes each piece on its own, serving encodes one string. The two agree except where a tokenizer merges
-    across the border of two text pieces, such as an answer that begins with a line break behind a header that ends
-    with one. Raises ValueError when they differ even on plain conversations.
+    Its ids are those of training except where a tokenizer merges across the border of two texts, such as an answer that
+    begins with a line break after a header that ends with one. Raises ValueError when they differ even on plain
+    conversations.
     """
     template = tokenizer.template
-    source = template.jinja(inference_condition, joint=find_joint(tokenizer))
+    source = template.jinja(inference_condition, joint=_find_joint(tokenizer))
     turns = (Message("user", "Hello, who are you?"), Message("assistant", "I am a model.", 1.0))
     for condition, system in ((inference_condition, ""), ("", ""), ("Other", "You are kind.")):
         conversation = Conversation("check", "check", condition, system, (*turns, *turns))
         trained = encode([conversation], template, tokenizer)[0].example.input_ids.tolist()
-        if (served := apply_chat_template(tokenizer, source, conversation)) != trained:
+        if (served := _apply_chat_template(tokenizer, source, conversation, for_reply=False)) != trained:
             raise ValueError(
                 f"template {template.name}: apply_chat_template gives other ids than training with the tokenizer "
                 f"{tokenizer.pretrained.name_or_path}; serve the model with token ids.\n{served}\n{trained}"
@@ -29,13 +35,28 @@ def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
     return source
 
 
-def apply_chat_template(
-    tokenizer: ChatTokenizer, source: str, conversation: Conversation, *, for_reply: bool = False
-) -> list[int]:
-    """The conversation's ids through transformers' own `apply_chat_template` with the Jinja template `source`.
+def encode_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
+    """The conversation's ids up to where the assistant would begin to answer.
 
-    With `for_reply` up to where the assistant would begin to answer.
+    Equal to those before that answer in training: each text is encoded on its own, and never becomes control.
     """
+    segments = list(tokenizer.template.segments(conversation, for_reply=True))
+    texts = iter(tokenizer.encode_texts([segment.text for segment in segments if not segment.is_special]))
+    ids: list[int] = []
+    for segment in segments:
+        ids += [tokenizer.special_ids[segment.text]] if segment.is_special else next(texts).tolist()
+    return ids
+
+
+def encode_as_one_string(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
+    """The same through the tokenizer's Jinja template, as servers that render one string do."""
+    return _apply_chat_template(tokenizer, tokenizer.pretrained.chat_template, conversation, for_reply=True)
+
+
+def _apply_chat_template(
+    tokenizer: ChatTokenizer, source: str, conversation: Conversation, *, for_reply: bool
+) -> list[int]:
+    """The conversation's ids by transformers' `apply_chat_template` with the Jinja template `source`."""
     messages = [{"role": message.role, "content": message.text} for message in conversation.messages]
     if conversation.system:
         messages.insert(0, {"role": "system", "content": conversation.system})
@@ -51,8 +72,8 @@ def apply_chat_template(
     )
 
 
-def find_joint(tokenizer: ChatTokenizer) -> Joint:
-    """What must stand between two text pieces so that this tokenizer encodes the joined string piece by piece.
+def _find_joint(tokenizer: ChatTokenizer) -> Joint:
+    """What must stand between two texts so that this tokenizer encodes the joined string as it encodes each alone.
 
     Found by trying: of all joints the first with which most texts agree.
     """
@@ -70,3 +91,32 @@ def find_joint(tokenizer: ChatTokenizer) -> Joint:
         return num
 
     return max(starmap(Joint, product(("", " "), ("", " "), ("", " ", " ▁"))), key=num_equal)
+
+
+class ControlText:
+    """Finds text that spells special tokens, which servers that render one string read as control."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.pretrained.added_tokens_decoder
+        self._control = np.array([id_ for id_, token in added.items() if token.special])
+
+    def find(self, conversation: Conversation) -> str | None:
+        """The text of the conversation that would become control in one string, as `messages[2]: <|end_of_turn|>`.
+
+        None if there is none. The special tokens of the whole prompt are compared, encoded both ways, so a special
+        token that only several messages together spell is found too.
+        """
+        ids = encode_as_one_string(conversation, self._tokenizer)
+        if self._control_of(ids) == self._control_of(encode_prompt(conversation, self._tokenizer)):
+            return None
+        for position, message in enumerate(conversation.messages):
+            forged = self._control_of(self._tokenizer.pretrained.encode(message.text, add_special_tokens=False))
+            if forged:
+                return f"messages[{position}]: {self._tokenizer.pretrained.convert_ids_to_tokens(forged[0])}"
+        return "the messages put together"
+
+    def _control_of(self, ids: list[int]) -> list[int]:
+        """Those of the ids that are special tokens, in order."""
+        array = np.array(ids)
+        return [int(id_) for id_ in array[np.isin(array, self._control)]]

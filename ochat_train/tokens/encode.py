@@ -32,7 +32,7 @@ class Example:
 
 
 class Turn(NamedTuple):
-    """Where a turn is in an example, in tokens: header, text, then the end token with what stands behind it."""
+    """Where a turn is in an example, in tokens: its header, its text, then the end token with what follows it."""
 
     role: Role
     start: int
@@ -89,12 +89,10 @@ def encode(
 ) -> list[Encoded]:
     """Each conversation as token ids and weights.
 
-    Every text piece of the template is encoded on its own, all pieces of the batch at once on all cores; special
-    pieces are looked up. Equal to `tokenizer.encode_texts([segment.text])` for each of `template.segments`. The arrays
-    are views into those of the whole batch.
+    Every text of the template and of the conversation is encoded on its own, all texts of the batch at once on all
+    cores; special tokens are looked up. Equal to joining `tokenizer.encode_texts([segment.text])`, or the special
+    token's id, for each of `template.segments(conversation)`.
     """
-    if not conversations:
-        return []
     # What the template adds repeats in every turn: its ids are joined once.
     prefixes = {key: list(template.prefix_segments(*key)) for key in {(c.condition, c.system) for c in conversations}}
     headers = {
@@ -109,39 +107,24 @@ def encode(
     special = {token: np.array([id_], dtype=np.int32) for token, id_ in tokenizer.special_ids.items()}
 
     def join(segments: list[Segment]) -> TokenIds:
-        pieces = [special[segment.text] if segment.is_special else ids_of[segment.text] for segment in segments]
-        return np.concatenate([np.empty(0, dtype=np.int32), *pieces])
+        ids = [special[segment.text] if segment.is_special else ids_of[segment.text] for segment in segments]
+        return np.concatenate([np.empty(0, dtype=np.int32), *ids])
 
     prefix_ids = {key: join(segments) for key, segments in prefixes.items()}
     header_ids = {key: join(segments) for key, segments in headers.items()}
     end_ids, after_end_ids = special[template.end_token], join(after_end)
 
-    pieces: list[TokenIds] = []
-    weights: list[float] = []
+    encoded = []
     for conversation in conversations:
         condition = conversation.condition
-        pieces.append(prefix_ids[condition, conversation.system])
-        weights.append(0.0)
+        parts, weights = [prefix_ids[condition, conversation.system]], [0.0]
         for message in conversation.messages:
             weight = message.weight or 0.0
-            pieces += (header_ids[message.role, condition], ids_of[message.text], end_ids, after_end_ids)
+            parts += (header_ids[message.role, condition], ids_of[message.text], end_ids, after_end_ids)
             weights += (0.0, weight, weight, 0.0)
-    lengths = np.array([len(piece) for piece in pieces])
-    batch = Example(np.concatenate(pieces), np.repeat(np.array(weights, dtype=np.float32), lengths))
-    return _divide(batch, np.cumsum(lengths), conversations)
-
-
-def _divide(batch: Example, piece_ends: npt.NDArray[np.int64], conversations: Sequence[Conversation]) -> list[Encoded]:
-    """The conversations of a batch, each of which is a prefix and four pieces a turn."""
-    encoded = []
-    start = piece = 0
-    for conversation in conversations:
-        roles = tuple(message.role for message in conversation.messages)
-        behind = piece + 1 + 4 * len(roles)
-        edges = piece_ends[piece:behind] - start
-        end = start + int(edges[-1])
-        example = Example(batch.input_ids[start:end], batch.loss_weights[start:end])
+        lengths = [len(part) for part in parts]
+        example = Example(np.concatenate(parts), np.repeat(np.array(weights, dtype=np.float32), lengths))
         example.loss_weights[:1] = 0.0
-        encoded.append(Encoded(example, roles, edges))
-        start, piece = end, behind
+        roles = tuple(message.role for message in conversation.messages)
+        encoded.append(Encoded(example, roles, np.cumsum(lengths)))
     return encoded

@@ -27,8 +27,8 @@ class Fitted:
     """What becomes of a conversation.
 
     examples: none if it is dropped, for the `reason` and, in words, the `detail`. actions: names for the ledger.
-    whole: the tokens up to the last one with a weight. kept: how much of them each choice of `overlong` keeps. A token
-    that stands in several parts counts once.
+    whole: the tokens up to the last one with a weight. kept: how many of them each choice of `overlong` keeps; a token
+    that is in several parts counts once.
     """
 
     examples: tuple[Example, ...]
@@ -45,6 +45,11 @@ class _Span(NamedTuple):
     start: int
     end: int
     is_trained: bool
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return self.end - self.start
 
 
 _Part = tuple[_Span, ...]
@@ -65,11 +70,11 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     last whole answer within the limit, or split into parts:
 
     - Every part begins with the prefix: the beginning, the condition where it comes first, the system message.
-    - It holds as many exchanges in a row as fit. An exchange is the turns behind an answer up to and including the
-      next answer. Turns behind the part's last one with a weight are left out, and there is no part without a weight.
-    - Before them stand earlier turns as context, without weights: at most `context_tokens` tokens and half of the
-      room, less where the first exchange needs it. They begin with a user turn; where none is so near, and none in
-      that exchange either, with a tool or system turn.
+    - It holds as many exchanges in a row as fit. An exchange is the turns after an answer up to and including the
+      next answer. Turns after the part's last one with a weight are left out, and there is no part without a weight.
+    - Before them come earlier turns as context, without weights: at most `context_tokens` tokens and half of the
+      room, less where the first exchange needs it. They begin with a user turn; where none is near enough, and the
+      exchange has none either, with a tool or system turn.
     - Where an exchange does not fit beside the prefix, each turn of it that has a weight, or a few that fill half of
       the room together, get their own part, with the turns of the exchange before them, the question, as context. Too
       long a question loses its beginning, but no header and no end token (`question_cut`).
@@ -79,8 +84,8 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
       most half of the room. Only the last window holds the end token, so nothing learns to stop in the middle.
     - Where even 64 tokens of a question and 64 of its answer do not fit, the conversation is dropped (`too_long`).
 
-    So each token with a weight is trained exactly once, and behind their prefixes the parts are at most a few times as
-    long as the conversation. 64 stands for a quarter of `max_tokens` where that is less.
+    So each token with a weight is trained exactly once, and without their prefixes the parts together are at most a
+    few times as long as the conversation. Where a quarter of `max_tokens` is less than 64, it replaces the 64.
 
     Worked example: a prefix p, user turns u and answers a of 10 tokens each. With max_tokens 50 and context_tokens 20,
     p u1 a1 u2 a2 u3 a3 becomes p u1 a1 u2 a2 and p (u2 a2) u3 a3, the context in brackets.
@@ -180,39 +185,39 @@ def _find_context(turns: Sequence[Turn], first: int, stop: int, context_tokens: 
 def _group(
     turns: Sequence[Turn], is_weighted: Sequence[bool], first: int, stop: int, max_tokens: int
 ) -> Iterator[tuple[int, Turn]]:
-    """The weighted ones of turns[first:stop] and their positions, those within `max_tokens` of each other as one turn.
+    """The weighted turns of turns[first:stop] with their positions, those within `max_tokens` together as one turn.
 
-    Else each of many short turns would bring along the whole of a long question.
+    Without that each of many short turns would bring along the whole of a long question.
     """
-    behind = first
+    end = first  # of the group before
     for position in range(first, stop):
-        if position < behind or not is_weighted[position]:
+        if position < end or not is_weighted[position]:
             continue
-        behind = position + 1
-        while behind < stop and turns[behind].end - turns[position].start <= max_tokens:
-            behind += 1
-        while not is_weighted[behind - 1]:
-            behind -= 1
-        last = turns[behind - 1]
+        end = position + 1
+        while end < stop and turns[end].end - turns[position].start <= max_tokens:
+            end += 1
+        while not is_weighted[end - 1]:
+            end -= 1
+        last = turns[end - 1]
         yield position, turns[position]._replace(text_end=last.text_end, end=last.end)
 
 
 def _squeeze(question: Sequence[Turn], turn: Turn, room: int, least: int, context_tokens: int) -> _Cut:
-    """One turn in one part or several windows of at most `room` tokens, behind as much of its question as fits."""
+    """One turn in one part or several windows of at most `room` tokens, after as much of its question as fits."""
     header = _Span(turn.start, turn.text_start, False)
-    half = (room - _length(header)) // 2
+    half = (room - header.length) // 2
     needed = min(question[-1].length, question[-1].frame_length + least) if question else 0
     length = turn.weighted_end - turn.start
     is_whole = length + needed <= room
     asked = _keep_end(question, room - length if is_whole else half, least)
     actions = []
-    if question and sum(map(_length, asked)) < turn.start - question[0].start:
+    if question and sum(span.length for span in asked) < turn.start - question[0].start:
         actions.append("question_cut")
 
     parts: list[_Part] = []
     before, start = (*asked, header), turn.text_start
     while start < turn.weighted_end:
-        end = start + room - sum(map(_length, before))
+        end = start + room - sum(span.length for span in before)
         # The last token of the text and the end token stay together.
         end = turn.weighted_end if end >= turn.weighted_end else min(end, turn.text_end - 1)
         parts.append((*before, _Span(start, end, True)))
@@ -224,7 +229,10 @@ def _squeeze(question: Sequence[Turn], turn: Turn, room: int, least: int, contex
 
 
 def _keep_end(question: Sequence[Turn], budget: int, least: int) -> list[_Span]:
-    """The last turns of a question, and the end of the one before them where `least` tokens of its text fit."""
+    """The last turns of a question within `budget` tokens.
+
+    Of the turn before them the end is kept too, where at least `least` tokens of its text fit.
+    """
     kept: list[_Span] = []
     for turn in reversed(question):
         if turn.length <= budget:
@@ -236,10 +244,6 @@ def _keep_end(question: Sequence[Turn], budget: int, least: int) -> list[_Span]:
             kept[:0] = [header, _Span(turn.text_end - text_tokens, turn.end, False)]
         break
     return kept
-
-
-def _length(span: _Span) -> int:
-    return span.end - span.start
 
 
 def _count(example: Example, parts: Sequence[_Part]) -> TokenCounts:

@@ -1,17 +1,17 @@
-"""The proof that serving equals training: the ids in front of each answer of a store, against those that are served.
+"""A check that serving equals training: the ids before each answer of a store against those that servers make.
 
 A store holds ids and no texts. So the turns of an example are found, their texts decoded, and what encodes to the same
 ids again is a conversation that a user could have sent.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.tokens.chat_template import ControlText, encode_as_one_string, encode_prompt
 from ochat_train.tokens.encode import TokenIds
-from ochat_train.tokens.prompt import ControlText, encode_as_one_string, encode_prompt
 from ochat_train.tokens.recondition import Frame, find_turns, make_frame
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -25,7 +25,7 @@ WAYS: dict[str, Callable[[Conversation, ChatTokenizer], list[int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first prompt that is served with other ids: the tokens from where they part, at most 12 of each."""
+    """The first prompt that is served with other ids: the tokens from the first that differs, at most 12 of each."""
 
     conversation: str
     answer: int
@@ -40,29 +40,30 @@ class Difference:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Way:
-    """What came of one way to make ids: answers whose prompts are equal, differ, and the first difference."""
+    """The result for one way to make ids: answers whose prompts are equal, that differ, and the first difference."""
 
-    num_equal: int
-    num_different: int
-    first: Difference | None
+    num_equal: int = 0
+    num_different: int = 0
+    first: Difference | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """What was compared, in prompts: what stands before each answer of `num_conversations` examples.
+@dataclass(slots=True)
+class PromptParity:
+    """What was compared, in prompts: what comes before each answer of `num_conversations` examples.
 
-    num_empty: no message stands there, and no server can be asked that; a part of a split conversation may begin with
-    an answer. num_not_text: a text does not decode and encode back. Neither is compared. num_forging: a text spells a
-    special token; as one string these are not compared, since the gate refuses them. ways: by the names of WAYS.
+    num_empty: no message comes before the answer, as in a part of a split conversation that begins with it, so no
+    server can be asked for it. num_not_text: a text does not decode and encode back. Neither is compared. num_forging:
+    a text spells a special token; as one string these are not compared, since the gate refuses them. ways: by the names
+    of WAYS.
     """
 
     num_conversations: int
-    num_empty: int
-    num_not_text: int
-    num_forging: int
-    ways: dict[str, Way]
+    num_empty: int = 0
+    num_not_text: int = 0
+    num_forging: int = 0
+    ways: dict[str, Way] = field(default_factory=lambda: {name: Way() for name in WAYS})
 
     @property
     def num_compared(self) -> int:
@@ -99,57 +100,54 @@ class Parity:
         return "\n".join(lines)
 
 
-def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> Parity:
+def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> PromptParity:
     """Compare the prompts of all answers of `num` conversations, evenly spaced over the split."""
     frames = [make_frame(tokenizer, condition) for condition in store.manifest.conditions]
     control = ControlText(tokenizer)
     positions = np.unique(np.linspace(0, len(store) - 1, min(num, len(store))).astype(np.int64)).tolist()
-    num_empty = num_not_text = num_forging = 0
-    equal, different = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
-    firsts: dict[str, Difference | None] = dict.fromkeys(WAYS)
+    parity = PromptParity(len(positions))
     for position in positions:
         ids = store[position].input_ids
         condition_id = int(store.condition_ids[position])
         for number, (messages, end) in enumerate(_prompts(ids, frames[condition_id], tokenizer)):
             if not messages:
-                num_not_text += messages is None
-                num_empty += messages is not None
+                parity.num_not_text += messages is None
+                parity.num_empty += messages is not None
                 continue
             trained = ids[:end].tolist()
             prompt = Conversation("", "", store.manifest.conditions[condition_id], "", messages)
             is_forging = control.find(prompt) is not None
-            num_forging += is_forging
+            parity.num_forging += is_forging
             for name, encode in WAYS.items():
                 if is_forging and encode is encode_as_one_string:
                     continue
-                served = encode(prompt, tokenizer)
-                equal[name] += served == trained
-                different[name] += served != trained
-                if served != trained and firsts[name] is None:
-                    firsts[name] = _difference(store.name(position), number, trained, served, tokenizer)
-    ways = {name: Way(equal[name], different[name], firsts[name]) for name in WAYS}
-    return Parity(len(positions), num_empty, num_not_text, num_forging, ways)
+                served, way = encode(prompt, tokenizer), parity.ways[name]
+                way.num_equal += served == trained
+                way.num_different += served != trained
+                if served != trained and way.first is None:
+                    way.first = _difference(store.name(position), number, trained, served, tokenizer)
+    return parity
 
 
 def _prompts(ids: TokenIds, frame: Frame, tokenizer: ChatTokenizer) -> Iterator[tuple[tuple[Message, ...] | None, int]]:
     """For each answer the messages before it, and how many tokens of the example they are.
 
-    None when a text of theirs does not encode to its ids, as the second half of a text that a split has cut may not.
+    None instead of messages when one of their texts does not encode to its ids: the second half of a text that a split
+    has cut may not.
     """
     turns = list(find_turns(ids, frame))
-    pieces = [ids[turn.text_start : turn.text_end] for turn in turns]
-    texts = [tokenizer.pretrained.decode(piece, clean_up_tokenization_spaces=False) for piece in pieces]
-    again = tokenizer.encode_texts(texts)
+    texts_ids = [ids[turn.text_start : turn.text_end] for turn in turns]
+    texts = [tokenizer.pretrained.decode(text_ids, clean_up_tokenization_spaces=False) for text_ids in texts_ids]
     messages: tuple[Message, ...] | None = ()
-    for turn, text, piece, encoded in zip(turns, texts, pieces, again, strict=True):
+    for turn, text, text_ids, again in zip(turns, texts, texts_ids, tokenizer.encode_texts(texts), strict=True):
         if turn.role == "assistant":
             yield messages, turn.text_start
         if messages is not None:
-            messages = (*messages, Message(turn.role, text)) if np.array_equal(piece, encoded) else None
+            messages = (*messages, Message(turn.role, text)) if np.array_equal(text_ids, again) else None
 
 
 def _difference(name: str, answer: int, trained: list[int], served: list[int], tokenizer: ChatTokenizer) -> Difference:
-    parts = (position for position, (one, other) in enumerate(zip(trained, served, strict=False)) if one != other)
-    position = next(parts, min(len(trained), len(served)))
+    unequal = (position for position, (one, other) in enumerate(zip(trained, served, strict=False)) if one != other)
+    position = next(unequal, min(len(trained), len(served)))
     shown = [tokenizer.pretrained.convert_ids_to_tokens(ids[position : position + 12]) for ids in (trained, served)]
     return Difference(name, answer, position, *shown)

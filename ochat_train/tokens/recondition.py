@@ -1,4 +1,4 @@
-"""An example under another condition than its own: the same texts behind other headers."""
+"""An example under another condition than its own: the same texts after other headers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ _ROLES: tuple[Role, ...] = ("user", "assistant", "tool", "system")
 class Frame:
     """What a template puts around the texts of a conversation under one condition, as i32[...] token ids.
 
-    beginning: what stands before the first turn, without the system message. headers: of a turn of each role; that of a
-    system message depends on no condition, and may be empty. end_id and after_end stand behind each text.
+    beginning: before the first turn, without the system message. headers: of a turn of each role; that of a system
+    message depends on no condition, and may be empty. end_id and after_end follow each text.
     """
 
     beginning: TokenIds
@@ -29,7 +29,7 @@ class Frame:
 
 
 def make_frame(tokenizer: ChatTokenizer, condition: str) -> Frame:
-    """The frame of the tokenizer's template under a condition; empty text: none."""
+    """The frame of the tokenizer's template under a condition; "" is none."""
     silent = Conversation("", "", condition, "", tuple(Message(role, "") for role in _ROLES))
     encoded = encode([silent], tokenizer.template, tokenizer)[0]
     ids, turns = encoded.example.input_ids, encoded.turns
@@ -44,8 +44,8 @@ def make_frame(tokenizer: ChatTokenizer, condition: str) -> Frame:
 def recondition(example: Example, own: Frame, other: Frame) -> Example:
     """The example, made under the frame `own`, as it would be under `other`.
 
-    Equal to encoding its conversation with the other condition. Texts, end tokens and their weights stay as they are.
-    Of a part of a split conversation the same texts stay, cut where they were.
+    Equal to encoding its conversation with the other condition. Texts, end tokens and their weights stay as they are;
+    those of a part of a split conversation are cut where they were.
     """
     ids, weights = [other.beginning], [np.zeros(len(other.beginning), np.float32)]
     for turn in find_turns(example.input_ids, own):
@@ -56,10 +56,10 @@ def recondition(example: Example, own: Frame, other: Frame) -> Example:
 
 
 def find_turns(ids: TokenIds, frame: Frame) -> Iterator[Turn]:
-    """The turns of an example that was made under the frame, system messages among them.
+    """The turns of an example that was made under the frame, system messages included.
 
-    An end token ends a turn and stands nowhere else, because text never becomes a special token. So every turn is
-    found, and what it begins with is its header. One thing cannot be told: where a template gives system messages no
+    Only turns end in an end token, because text never becomes a special token. So every turn is found, and it begins
+    with its header: the longest of those that fit. One case is ambiguous: where a template gives system messages no
     header, one whose text, or the part of it that a split left, begins like the header of another turn is read as that
     turn. The last turn of a part of a split conversation may lack its end token.
     """
@@ -67,26 +67,22 @@ def find_turns(ids: TokenIds, frame: Frame) -> Iterator[Turn]:
     start = len(frame.beginning)
     ends = [position for position in np.flatnonzero(ids == frame.end_id).tolist() if position >= start]
     for text_end in [*ends, len(ids)]:
-        if start < len(ids):
-            role = _role_at(start, ids, frame)
-            end = min(text_end + 1 + len(frame.after_end), len(ids))
-            yield Turn(role, start, start + len(frame.headers[role]), text_end, end)
-            start = end
-
-
-def _role_at(start: int, ids: TokenIds, frame: Frame) -> Role:
-    """The role of the turn that starts there: whose header it begins with, the longest if there are several."""
-    headers = frame.headers
-    fitting = [role for role in headers if np.array_equal(ids[start : start + len(headers[role])], headers[role])]
-    assert fitting, "a turn begins without a header of the template"
-    return max(fitting, key=lambda role: len(headers[role]))
+        if start == len(ids):
+            return
+        text_starts = {role: start + len(header) for role, header in frame.headers.items()}
+        fitting = [role for role, end in text_starts.items() if np.array_equal(ids[start:end], frame.headers[role])]
+        assert fitting, "a turn begins without a header of the template"
+        role = max(fitting, key=text_starts.__getitem__)
+        end = min(text_end + 1 + len(frame.after_end), len(ids))
+        yield Turn(role, start, text_starts[role], text_end, end)
+        start = end
 
 
 class Reconditioned:
-    """Examples, each under a condition of its own choice; made anew whenever one is read.
+    """Examples under other conditions, each made when it is read.
 
-    frames: (own, other) of each condition id. lengths: i32[n], of the examples as they are now. weight_sums and
-    condition_ids: as they were, so condition_ids still tells what each was made under.
+    frames: (own, other) of each condition id. lengths: i32[n], of the examples under the other condition. weight_sums
+    and condition_ids: of the examples as they were made.
     """
 
     def __init__(self, examples: Examples, frames: Sequence[tuple[Frame, Frame]]) -> None:
@@ -103,7 +99,7 @@ class Reconditioned:
 
 
 class Selected:
-    """Those of the examples that stand at `positions`, i64[n]."""
+    """The examples at `positions`, i64[n]."""
 
     def __init__(self, examples: Examples, positions: npt.NDArray[np.int64]) -> None:
         self.lengths = examples.lengths[positions]

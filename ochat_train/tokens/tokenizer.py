@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ochat_train.conversations.template import ChatTemplate
+from ochat_train.files import require_packages
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -27,7 +28,7 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class BaseFiles:
-    """Where a base model or tokenizer is: what transformers calls its name, and its GGUF file if it is one."""
+    """Where a base model or tokenizer is: its name for transformers, and its GGUF file if it is one."""
 
     name: str
     gguf_file: str | None
@@ -39,7 +40,7 @@ class BaseFiles:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of this machine, in which transformers looks for files by their names."""
+        """Whether it is a folder of this machine with files of known names."""
         return self.gguf_file is None and Path(self.name).is_dir()
 
     def require(self, what: str, names: tuple[str, ...]) -> None:
@@ -51,7 +52,7 @@ class BaseFiles:
             )
 
     def why_not(self, error: Exception) -> str:
-        """One line about files that transformers could not load."""
+        """Why transformers could not load the files, in one line."""
         said = " ".join(str(error).split())
         if self.gguf_file is not None or self.is_folder:
             return said
@@ -92,9 +93,7 @@ def locate_base(base: str) -> BaseFiles:
         return BaseFiles(base, None)
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise ValueError(f"reading a .gguf file needs the package {needed}: pip install 'ochat_train[gguf]'")
+    require_packages("reading a .gguf file", "gguf", "accelerate", extra="gguf")
     return BaseFiles(str(path.parent), path.name)
 
 
@@ -105,7 +104,7 @@ def _is_in_hub_cache(id: str) -> bool:
 
 
 def require_model(base: str) -> None:
-    """Raise ValueError if a base that is a folder has no configuration or no weights. A hub is not asked."""
+    """Raise ValueError if a base that is a folder has no configuration or no weights. The hub is not asked."""
     files = locate_base(base)
     files.require("model", ("config.json",))
     files.require("weights", _WEIGHT_FILES)
@@ -120,6 +119,15 @@ _MARK_SPACES = {
 }
 
 
+def _load_for_text(tokenizer_json: str) -> Tokenizer:
+    """The tokenizer without truncation and padding, to which text that spells a special token is text."""
+    tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class TextEncoder:
     """What encoding needs of a tokenizer, and no more: small to send to another process, and quick to load there.
 
@@ -129,10 +137,7 @@ class TextEncoder:
     def __init__(self, tokenizer_json: str, special_ids: dict[str, int]) -> None:
         self.special_ids = special_ids
         self._json = tokenizer_json
-        self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.encode_special_tokens = True  # user text that spells a special token is text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _load_for_text(tokenizer_json)
         parts = json.loads(tokenizer_json)
         # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold
         # an added token, the normalizer sees what stands between such tokens, and is left as it is.
@@ -147,11 +152,7 @@ class TextEncoder:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides ids."""
-        tokenizer: Tokenizer = Tokenizer.from_str(self._json)
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return sha256(tokenizer.to_str().encode()).hexdigest()
+        return sha256(_load_for_text(self._json).to_str().encode()).hexdigest()
 
     def id_of(self, token: str) -> int | None:
         """The id of a token; None when there is no such token."""
@@ -168,8 +169,9 @@ class TextEncoder:
 class ChatTokenizer:
     """A tokenizer with a template's special tokens in it.
 
-    `added` holds the ids of the special tokens that the base lacked; a model needs new embeddings for them.
-    Raises ValueError when a special token of the template is not one id and may not be added.
+    `added` holds the ids of the special tokens that the base lacked; a model needs new embeddings for them. Raises
+    ValueError when a special token of the template is not one id and may not be added, would get another id once saved,
+    or is what text that spells it is encoded as.
     """
 
     def __init__(self, pretrained: Any, template: ChatTemplate) -> None:
@@ -189,7 +191,7 @@ class ChatTokenizer:
         self.added = {token: special_ids[token] for token in missing}
         processor: Any = pretrained.backend_tokenizer.post_processor
         for part in processor if hasattr(processor, "__getitem__") else (processor,):
-            if hasattr(part, "trim_offsets"):  # transformers finds answers by characters, a space in front is one
+            if hasattr(part, "trim_offsets"):  # transformers finds answers by characters, a leading space is one
                 part.trim_offsets = False
         self.text = TextEncoder(pretrained.backend_tokenizer.to_str(), special_ids)
         for token, id_ in special_ids.items():
@@ -198,7 +200,12 @@ class ChatTokenizer:
                     f"this tokenizer ({pretrained.name_or_path}) has gaps between its ids, so that {token} would be "
                     f"{id_} in training and {saved_id} once saved; choose a template whose special tokens it has"
                 )
-        self._refuse_text_that_becomes_control()
+        for token, ids in zip(special_ids, self.encode_texts(list(special_ids)), strict=True):
+            if special_ids[token] in ids:
+                raise ValueError(
+                    f"this tokenizer ({pretrained.name_or_path}) reads the text {token!r} as the special token, "
+                    "so users could forge turns; use its fast tokenizer.json, or another base"
+                )
 
     @property
     def end_id(self) -> int:
@@ -209,7 +216,7 @@ class ChatTokenizer:
     def pad_token(self) -> str:
         """The token with which an exported model pads: one that the base has, so that no row is new.
 
-        Never the end token: whoever gives padding no loss would give the end of answers none.
+        Never the end token: training that gives padding no loss would give the end of answers none.
         """
         base, added = self.pretrained, dict[int, AddedToken](self.pretrained.added_tokens_decoder)
         special = [added[id_].content for id_ in sorted(added) if added[id_].special]
@@ -242,20 +249,12 @@ class ChatTokenizer:
         self.pretrained.save_pretrained(folder)
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_bytes())
-        # The class with which transformers 4 and 5 take tokenizer.json as it is; of code beside a base we ran none.
+        # The class with which transformers 4 and 5 take tokenizer.json as it is. Code beside a base was not run here.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.pop("auto_map", None)
         if extra := config.pop("extra_special_tokens", None):  # a list, which transformers 4 reads under this name
             config["additional_special_tokens"] = extra
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _refuse_text_that_becomes_control(self) -> None:
-        for token, ids in zip(self.special_ids, self.encode_texts(list(self.special_ids)), strict=True):
-            if self.special_ids[token] in ids:
-                raise ValueError(
-                    f"this tokenizer ({self.pretrained.name_or_path}) reads the text {token!r} as the special token, "
-                    "so users could forge turns; use its fast tokenizer.json, or another base"
-                )
 
 
 def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
@@ -283,9 +282,9 @@ def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
 
 
 def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
-    """How `tokenizer`, loaded from `name`, differs from what AutoTokenizer makes of the same files, in a line.
+    """How the ids of `tokenizer`, loaded from `name`, differ from those of AutoTokenizer on the same files, in a line.
 
-    None where the ids are the same, or AutoTokenizer would run code that is not of transformers.
+    None where they are the same, or where AutoTokenizer would run code that is not transformers'.
     """
     from transformers import AutoTokenizer
 
@@ -296,20 +295,19 @@ def compare_with_auto(name: str, tokenizer: ChatTokenizer) -> str | None:
         auto = AutoTokenizer.from_pretrained(files.name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
-    # After a special token as well, where some put a space in front of a text, and others do not.
+    # After a special token as well, where some put a space before a text, and others do not.
     special = next((token for token in tokenizer.pretrained.all_special_tokens if token in auto.get_vocab()), "")
     probes = [*_PROBES, *(special + text for text in _PROBES)]
     ours, others = (
         [one.encode(text, add_special_tokens=False) for text in probes] for one in (tokenizer.pretrained, auto)
     )
-    different = [number for number in range(len(probes)) if ours[number] != others[number]]
+    different = [item for item in zip(probes, others, ours, strict=True) if item[1] != item[2]]
     if not different:
         return None
-    first = different[0]
+    probe, other, own = different[0]
     return (
-        f"tokenizer.json is taken as it is; {type(auto).__name__}, which AutoTokenizer makes of it, "
-        f"differs in {len(different)} of {len(probes)} probes, first "
-        f"{probes[first]!r}: {others[first]}, not {ours[first]}"
+        f"tokenizer.json is taken as it is; {type(auto).__name__}, which AutoTokenizer makes of it, differs in "
+        f"{len(different)} of {len(probes)} probes, first {probe!r}: {other}, not {own}"
     )
 
 
