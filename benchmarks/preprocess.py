@@ -45,8 +45,8 @@ from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates, text_keys
 from ochat_train.conversations.filters import filter_conversations
 from ochat_train.conversations.records import read_chunks
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Turns, parse_record
+from ochat_train.conversations.schema import Message, ParsedRecord
+from ochat_train.conversations.sharegpt import parse_record
 from ochat_train.conversations.sources import assign_source, match_source
 from ochat_train.files import flush_tree
 from ochat_train.preprocess.assemble import assemble
@@ -271,14 +271,16 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
                 for record in records
             ],
         )
-        pairs = [(turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, Turns)]
+        pairs = [
+            (turns, source) for turns, source in zip(parsed, found, strict=True) if isinstance(turns, ParsedRecord)
+        ]
         cleaned = measure(
             "clean",
             lambda: [
                 (clean_turns(turns, html=source.html, spelling=settings.spelling), source) for turns, source in pairs
             ],
         )
-        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, Turns)]
+        pairs = [(turns, source) for turns, source in cleaned if isinstance(turns, ParsedRecord)]
         assigned = measure("assign the source", lambda: [assign_source(turns, source) for turns, source in pairs])
         batches = [assigned[start : start + BATCH] for start in range(0, len(assigned), BATCH)]
         all_languages = replace(settings.filters, languages=None)

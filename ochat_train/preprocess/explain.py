@@ -12,8 +12,7 @@ import numpy as np
 
 from ochat_train.conversations.containers import escape_name
 from ochat_train.conversations.records import Record
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Drop
+from ochat_train.conversations.schema import Drop, Message
 from ochat_train.conversations.sources import Source
 from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
 from ochat_train.preprocess.ledger import read_rows
@@ -84,7 +83,7 @@ def _show_record(record: Record) -> Iterator[str]:
 
 def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterator[str]:
     """What each stage made of the record, up to the one that dropped it."""
-    parsed, cleaned, judgement = trace.parsed, trace.cleaned, trace.judgement
+    parsed, cleaned, filtered = trace.parsed, trace.cleaned, trace.filtered
     used = {name for source in sources for name in (*source.where, *source.where_not)}
     unread = Counter(item for item in parsed.unread if item[0] != "record field" or item[1] not in used)
     for (kind, name), count in sorted(unread.items()):
@@ -101,15 +100,15 @@ def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterato
     if (cleaned.system, cleaned.messages) != (parsed.system, parsed.messages):
         yield from _turns(cleaned.system, cleaned.messages)
     assert trace.source is not None  # only a record that is no object, which is a Drop, belongs to none
-    if judgement is None:
+    if filtered is None:
         yield f"-- source {trace.source.name}: dropped, {trace.reason}: {trace.detail}"
         return
-    yield f"-- source {trace.source.name}, condition {judgement.conversation.condition!r}"
-    if judgement.reason is not None:
-        yield f"-- filtered: dropped, {judgement.reason}: {judgement.detail}"
+    yield f"-- source {trace.source.name}, condition {filtered.conversation.condition!r}"
+    if filtered.reason is not None:
+        yield f"-- filtered: dropped, {filtered.reason}: {filtered.detail}"
         return
-    yield f"-- filtered{_actions(judgement.actions)}"
-    yield from _turns("", judgement.conversation.messages, with_text=False)
+    yield f"-- filtered{_actions(filtered.actions)}"
+    yield from _turns("", filtered.conversation.messages, with_text=False)
     if trace.encoded is None or trace.fitted is None:
         yield f"   dropped, {trace.reason}: {trace.detail}"
         return

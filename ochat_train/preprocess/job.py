@@ -20,7 +20,6 @@ from ochat_train.conversations.dedupe import needs_minhash
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
-from ochat_train.conversations.sharegpt import Reading
 from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import TEMPLATES

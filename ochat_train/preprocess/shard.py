@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.dedupe import TextKeys, text_keys
-from ochat_train.conversations.filters import FilterRules, Judgement, judge
+from ochat_train.conversations.fields import Reading, own_id
+from ochat_train.conversations.filters import Filtered, FilterRules, filter_conversations
 from ochat_train.conversations.records import Chunk, Record
 from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
 from ochat_train.conversations.sharegpt import parse_record
@@ -108,10 +109,10 @@ class Trace:
 
     record: Record
     source: Source | None
-    parsed: Turns | Drop
-    cleaned: Turns | Drop
+    parsed: ParsedRecord | Drop
+    cleaned: ParsedRecord | Drop
     conversation: Conversation | None = None
-    judgement: Judgement | None = None
+    filtered: Filtered | None = None
     encoded: Encoded | None = None
     fitted: Fitted | None = None
     reason: str | None = None
@@ -130,7 +131,7 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
     unread: Counter[tuple[str, str, str]] = Counter()
     for trace in traces:
         file, parsed = "" if trace.record.is_page else trace.record.file, trace.parsed
-        dialects[file, task.chunk.form, parsed.dialect if isinstance(parsed, Turns) else "not read"] += 1
+        dialects[file, task.chunk.form, parsed.dialect if isinstance(parsed, ParsedRecord) else "not read"] += 1
         for kind, name in parsed.unread:
             count_unread(unread, (file, kind, name))
         if isinstance(parsed, Drop) and parsed.hint:
@@ -151,7 +152,7 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
 def follow(records: Iterable[Record], sources: Sequence[Source], settings: ShardSettings) -> list[Trace]:
     """Each record through all stages. Raises ValueError for a record of no source or of two."""
     traces = [_read(record, sources, settings) for record in records]
-    _judge(traces, settings)
+    _filter(traces, settings)
     reached = [(trace, conversation) for trace in traces if (conversation := trace.conversation)]
     for start in range(0, len(reached), _BATCH_CONVERSATIONS):
         batch = reached[start : start + _BATCH_CONVERSATIONS]
@@ -181,12 +182,12 @@ def _read(record: Record, sources: Sequence[Source], settings: ShardSettings) ->
     source = match_source(record.fields, sources, file=record.file, offset=record.offset, id=id)
     parsed = parse_record(record, default_id=id, reading=source.reading if source is not None else Reading())
     trace = Trace(record, source, parsed, cleaned=parsed)
-    if isinstance(parsed, Turns):
+    if isinstance(parsed, ParsedRecord):
         assert source is not None  # only a record that is no object, which is a Drop, belongs to none
         trace.cleaned = clean_turns(
             parsed, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers
         )
-        if isinstance(trace.cleaned, Turns):
+        if isinstance(trace.cleaned, ParsedRecord):
             try:
                 trace.conversation = assign_source(trace.cleaned, source)
             except ValueError as error:  # a weight that is too large
@@ -196,18 +197,18 @@ def _read(record: Record, sources: Sequence[Source], settings: ShardSettings) ->
     return trace
 
 
-def _judge(traces: Sequence[Trace], settings: ShardSettings) -> None:
+def _filter(traces: Sequence[Trace], settings: ShardSettings) -> None:
     """Filter the conversations and mask answers, all at once, because the patterns are compiled for each call."""
     reached = [(trace, conversation) for trace in traces if (conversation := trace.conversation)]
-    judgements = judge([conversation for _, conversation in reached], settings.filters)
-    for (trace, _), judgement in zip(reached, judgements, strict=True):
-        trace.judgement = judgement
-        messages = judgement.conversation.messages
+    results = filter_conversations([conversation for _, conversation in reached], settings.filters)
+    for (trace, _), filtered in zip(reached, results, strict=True):
+        trace.filtered = filtered
+        messages = filtered.conversation.messages
         num_kept = max((place for place, message in enumerate(messages, start=1) if message.weight), default=0)
         # What stands after the last turn with a weight would be context of nothing.
-        trace.conversation = replace(judgement.conversation, messages=messages[:num_kept])
-        if judgement.reason is not None:
-            trace.drop(judgement.reason, judgement.detail)
+        trace.conversation = replace(filtered.conversation, messages=messages[:num_kept])
+        if filtered.reason is not None:
+            trace.drop(filtered.reason, filtered.detail)
         elif not num_kept:
             trace.drop("no_weight", "every turn has weight 0")
 
@@ -222,7 +223,7 @@ def count_unread(unread: Counter[tuple[str, str, str]], key: tuple[str, str, str
 
 def _ledger_row(trace: Trace) -> LedgerRow:
     actions = trace.cleaned.repairs
-    for stage in (trace.judgement, trace.fitted):
+    for stage in (trace.filtered, trace.fitted):
         actions += stage.actions if stage is not None else ()
     examples = trace.fitted.examples if trace.fitted is not None else ()
     return LedgerRow(

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.forms import find_turns
 from ochat_train.conversations.records import Record, list_files, read_chunks
-from ochat_train.conversations.sharegpt import Drop, Reading, find_role, find_turns, parse_record
+from ochat_train.conversations.roles import find_role
+from ochat_train.conversations.schema import Drop
+from ochat_train.conversations.sharegpt import parse_record
 
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted

@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from ochat_train.serve.keys import ApiKeys
-from ochat_train.serve.refusal import Refusal
-from ochat_train.serve.reply import Entry, Message, Reply, Send
-from ochat_train.serve.served import Served
+from ochat_train.serve.protocol import STREAM_END, Refusal, read_chat_request
+from ochat_train.serve.request_log import RequestRecord
+from ochat_train.serve.served import Served, explain_unknown
 from ochat_train.tokens.chat_template import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
