@@ -18,15 +18,13 @@ from ochat_train.conversations.dedupe import (
     EXACT,
     KEEP,
     NEAR,
-    NUM_HASHES,
     PREFIX,
     Decisions,
-    TextKeys,
     find_duplicates,
     needs_minhash,
-    text_keys,
 )
 from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.text_keys import NUM_HASHES, TextKeys, text_keys
 
 WORDS = np.array([f"{a}{b}{c}" for a in "bcdfgklmnprst" for b in "aeiou" for c in "bdgklmnprstx"])
 
@@ -301,11 +299,7 @@ def naive_copies(conversations: Sequence[Conversation], *, exact: bool, prefix: 
 
 
 @pytest.mark.parametrize(("exact", "prefix"), [(True, True), (True, False), (False, True)])
-def test_copies_and_prefixes_are_those_that_comparing_all_with_all_finds(
-    exact: bool, prefix: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dedupe, "BUCKET_SIZE", 50)
-    monkeypatch.setattr(dedupe, "BLOCK_SIZE", 77)
+def test_copies_and_prefixes_are_those_that_comparing_all_with_all_finds(exact: bool, prefix: bool) -> None:
     rng = np.random.default_rng(2)
     dump = []
     for number in range(600):
@@ -621,16 +615,12 @@ def make_dump(rng: np.random.Generator, size: int) -> list[Conversation]:
     return dump
 
 
-def test_decisions_depend_neither_on_the_order_nor_on_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_depend_neither_on_the_order_nor_on_the_shards() -> None:
     rng = np.random.default_rng(10)
     dump = make_dump(rng, 20_000)
     ids = np.array([int(conversation.id) for conversation in dump])
     outcomes = []
-    for order, shard_size, bucket_size in (
-        (np.arange(len(dump)), 20_000, 1 << 22),
-        (rng.permutation(len(dump)), 999, 1 << 12),
-    ):
-        monkeypatch.setattr(dedupe, "BUCKET_SIZE", bucket_size)
+    for order, shard_size in ((np.arange(len(dump)), 20_000), (rng.permutation(len(dump)), 999)):
         decisions = decide([dump[i] for i in order], near=0.8, eval_fraction=0.1, shard_size=shard_size)
         of = np.where(decisions.of < 0, -1, ids[order][decisions.of])
         back = np.argsort(order)
