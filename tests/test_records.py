@@ -93,10 +93,10 @@ def parquet_of(rows: list[dict[str, Any]], **options: Any) -> bytes:
     return file.getvalue()
 
 
-def arrow_of(rows: list[dict[str, Any]], *, is_stream: bool, batch_rows: int = 1000) -> bytes:
+def arrow_of(rows: list[dict[str, Any]], *, batch_rows: int = 1000) -> bytes:
     table = pa.Table.from_pylist(rows)
     file = io.BytesIO()
-    with (pa.ipc.new_stream if is_stream else pa.ipc.new_file)(file, table.schema) as writer:
+    with pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=batch_rows)
     return file.getvalue()
 
@@ -197,8 +197,8 @@ FORMS: dict[str, tuple[bytes, str]] = {
     "zstd in gzip tar": (gzip_of(tar_of({"a.json.zst": zstd(ARRAY)})), "JSON array, zstd in tar, gzip"),
     "parquet": (parquet_of(ROWS), "parquet"),
     "zstd parquet of many groups": (parquet_of(ROWS, compression="zstd", row_group_size=7), "parquet"),
-    "Arrow file": (arrow_of(ROWS, is_stream=False), "Arrow file"),
-    "Arrow stream of many batches": (arrow_of(ROWS, is_stream=True, batch_rows=7), "Arrow stream"),
+    "Arrow stream": (arrow_of(ROWS), "Arrow stream"),
+    "Arrow stream of many batches": (arrow_of(ROWS, batch_rows=7), "Arrow stream"),
 }
 
 
@@ -506,6 +506,7 @@ def test_deep_nesting_is_bad_syntax(write: Write) -> None:
         (b"[]x", 0, "array is empty"),
         (b"  x", 2, "starts with b'  x'"),
         (b"BZh91AY", 0, "decompress"),
+        (b"ARROW1\0\0", 0, "an Arrow IPC file (Feather); of Arrow only streams are read"),
         (b"\x1f\x8b\x08", 0, "Truncated compressed stream"),
         (gzip_of(gzip_of(b"{}")), 0, "decompress"),
         (b'\xff\xfe[\x00"', 0, "UTF-8"),
@@ -621,7 +622,7 @@ def test_a_page_above_the_limit_is_damage(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_row_above_the_limit_is_damage(write: Write, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 2000)
     rows = [{"items": [{"from": "human", "value": "x" * length}]} for length in (10, 1500, 5000, 10, 9000)]
-    for data in (parquet_of(rows), arrow_of(rows, is_stream=False), arrow_of(rows, is_stream=True)):
+    for data in (parquet_of(rows), arrow_of(rows)):
         got = read(write(data), chunk_bytes=chunk_bytes)
         assert [record.damage for record in got] == [None, None, "record_too_large", None, "record_too_large"]
         assert [record.fields for record in got if record.damage is None] == [rows[0], rows[1], rows[3]]
@@ -673,7 +674,7 @@ def test_members_of_an_archive_are_packed_into_chunks_by_form(write: Write) -> N
         (zip_of({"in.zip": zip_of({"a.json": b"[1]"})}), "/in.zip", "starts with b'PK"),
         (tar_of({"in.tgz": gzip_of(tar_of({"a.json": b"[1]"}))}), "/in.tgz", "decompress or unpack it"),
         (zip_of({"a.parquet": parquet_of(ROWS)}), "/a.parquet", "unpack it"),
-        (gzip_of(arrow_of(ROWS, is_stream=True)), "", "Arrow stream, gzip cannot be read; unpack it"),
+        (gzip_of(arrow_of(ROWS)), "", "Arrow stream, gzip cannot be read; unpack it"),
         (gzip_of(zip_of({"a.json": b"[1]"})), "", "decompress it to the zip file first"),
         (zip_of({"a.jsonl": LINES}, zipfile.ZIP_BZIP2), "/a.jsonl", "packed by method 12"),
         (zip_of({"a.jsonl": LINES}, zipfile.ZIP_LZMA), "/a.jsonl", "zip it again"),
@@ -810,15 +811,13 @@ def test_small_pages_share_a_chunk_and_keep_their_files(tmp_path: Path) -> None:
     ("data", "place", "found"),
     [
         (parquet_of([{"text": "x", "label": 1}]), "row 0", "no column is named as turns are; there are: text, label"),
-        (arrow_of([{"text": "x"}], is_stream=True), "row 0", "rename the right one to one of conversations, items"),
+        (arrow_of([{"text": "x"}]), "row 0", "rename the right one to one of conversations, items"),
         (parquet_of(ROWS)[:-20], "row 0", "reading stops here"),
         (parquet_of(ROWS)[:8], "row 0", "reading stops here"),
         (b"PAR1", "row 0", "reading stops here"),
-        (b"ARROW1\0\0", "row 0", "reading stops here"),
         (b"\xff\xff\xff\xff", "row 0", "reading stops here"),
-        (arrow_of(ROWS, is_stream=True, batch_rows=20)[:-1500], "row 40", "reading stops here"),
-        (arrow_of(ROWS, is_stream=False)[:-20], "row 0", "reading stops here"),
-        (arrow_of([{"items": "né" * 9}], is_stream=True).replace("é".encode(), b"\xff\xfe"), "row 0", "UTF8"),
+        (arrow_of(ROWS, batch_rows=20)[:-1500], "row 40", "reading stops here"),
+        (arrow_of([{"items": "né" * 9}]).replace("é".encode(), b"\xff\xfe"), "row 0", "UTF8"),
         (parquet_of([{"items": "né" * 9}], compression="none").replace("é".encode(), b"\xff\xfe"), "row 0", "UTF8"),
     ],
 )
@@ -852,7 +851,7 @@ def test_what_a_row_lacks_is_none(write: Write) -> None:
     # Arrow takes the columns of a table from the first rows
     turn = {"from": "human", "value": "Hi", "weight": None}
     rows = [{"items": [turn], "note": None}, {"items": [{"from": "gpt", "value": "x", "weight": 0.5}], "note": "n"}]
-    for data in (parquet_of(rows), arrow_of(rows, is_stream=False)):
+    for data in (parquet_of(rows), arrow_of(rows)):
         assert fields_of(write(data)) == rows
 
 
@@ -1130,9 +1129,9 @@ def test_a_table_that_swells_is_refused(write: Write, monkeypatch: pytest.Monkey
     ]
     for data in swelling:
         assert len(read(write(data))) == 30
-    monkeypatch.setattr(records, "BOMB_BYTES", 500_000)
+    monkeypatch.setattr(containers, "BOMB_BYTES", 500_000)
     for data in swelling:
         assert "are taken for a bomb; write it as JSON lines" in error_of(write(data))
-    assert len(read(write(arrow_of(rows, is_stream=True)))) == 30
+    assert len(read(write(arrow_of(rows)))) == 30
     monkeypatch.delattr(pq.ParquetFile, "iter_batches")  # what says itself how large it is, is not even read
     assert "are taken for a bomb" in error_of(write(swelling[1]))

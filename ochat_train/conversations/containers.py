@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self, cast
 
 _TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson")
 SUFFIXES = (
@@ -18,11 +18,12 @@ SUFFIXES = (
     *(text + packed for text in (*_TEXT_SUFFIXES, ".tar") for packed in (".gz", ".zst")),
 )
 
-# Above both, what comes out of a file is taken for a bomb: chats in JSON or HTML compress 3 to 20 times.
+# A file out of which come more bytes, and so many times more than were read of it, is taken for a bomb: chats compress
+# 3 to 20 times.
 BOMB_BYTES = 256 << 20
 BOMB_RATIO = 200
 
-_PIECE_BYTES = 1 << 20  # asked of a library at once
+_PIECE_BYTES = 1 << 20  # requested from a library at once
 _FETCH_AGAIN = "the file is damaged: fetch it again"
 
 
@@ -59,70 +60,50 @@ def has_known_suffix(name: str) -> bool:
 
 
 class DiskFile(io.FileIO):
-    """A file on disk that knows how much of it was read."""
+    """A file on disk that counts the bytes that were read of it, and those that came out of it decompressed."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
         self.size = os.fstat(self.fileno()).st_size
-        self._num_read = 0
+        self.num_read = 0
+        self.num_out = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size) or b""
-        self._num_read += len(data)
+        self.num_read = min(self.num_read + len(data), self.size)  # the index of an archive is read twice
         return data
-
-    @property
-    def num_read(self) -> int:
-        """Bytes of it that were read so far, at most its size."""
-        return min(self._num_read, self.size)  # an archive's index is read twice
-
-    @num_read.setter
-    def num_read(self, num_bytes: int) -> None:
-        self._num_read = num_bytes
-
-
-class _Swelling:
-    """How much came out of a file on disk, in one layer of its packing."""
-
-    def __init__(self, disk: DiskFile) -> None:
-        self.disk = disk
-        self.num_out = 0
-
-    def is_bomb(self) -> bool:
-        return self.num_out > BOMB_BYTES and self.num_out > BOMB_RATIO * self.disk.num_read
 
 
 class ByteStream:
     """The bytes of a file or of an archive's member, once from front to back.
 
-    `name` is the path of the file on disk, with a member's name behind it: "dump.zip/pages/a.html", both as
-    `escape_name` gives them. `packing` says how it is packed, such as ", gzip in zip". `offset` counts the bytes that
-    were given out.
+    `name` is the path of the file on disk, followed by a member's name: "dump.zip/pages/a.html", both as `escape_name`
+    gives them. `packing` says how it is packed, such as ", gzip in zip". `offset` counts the bytes that were given out.
 
-    Reading raises ValueError, with name and byte, for whatever a library says of a damaged file, and for a file out of
-    which comes more than BOMB_BYTES and more than BOMB_RATIO times what was read of it.
+    Reading raises ValueError, with name and byte, for whatever a library says of a damaged file, and for a bomb.
     """
 
-    closed = False  # Arrow asks for it
+    closed = False  # Arrow reads it
 
-    def __init__(self, name: str, packing: str, read: Callable[[int], bytes], swelling: _Swelling) -> None:
+    def __init__(self, name: str, packing: str, read: Callable[[int], bytes], disk: DiskFile) -> None:
         self.name = name
         self.packing = packing
         self.offset = 0
-        self.disk = swelling.disk
+        self.disk = disk
         self._read = read
-        self._swelling = swelling
+        self._is_counted = True
         self._ahead = b""
 
     def through(self, read: Callable[[int], bytes]) -> "ByteStream":
         """A stream of what `read` makes of the bytes that are left of this one."""
-        stream = ByteStream(self.name, self.packing, read, _Swelling(self.disk))
+        stream = ByteStream(self.name, self.packing, read, self.disk)
         stream.offset = self.offset
+        stream._is_counted = False  # its bytes came out of the file before
         return stream
 
     def close(self) -> None:
-        """Arrow asks for it; the file on disk is closed by `open_streams`."""
+        """Arrow calls it; the file on disk is closed by `open_streams`."""
 
     def peek(self, num_bytes: int) -> bytes:
         """The next `num_bytes`, fewer only at the end; they are not given out yet."""
@@ -149,19 +130,24 @@ class ByteStream:
             raise
         except Exception as error:  # what a library makes of a damaged file is in no list
             raise unreadable(self.name, self.offset, f"reading stops here ({explain(error)})", _FETCH_AGAIN) from error
-        self._swelling.num_out += len(piece)
-        if self._swelling.is_bomb():
-            found = f"{self._swelling.num_out:,} bytes came out of {self.disk.num_read:,}"
-            limit = f"more than {BOMB_BYTES:,} and than {BOMB_RATIO} times as many are taken for a bomb"
-            raise unreadable(self.name, self.offset, f"{found}; {limit}", "decompress it yourself if you trust it")
+        if self._is_counted:
+            self.disk.num_out += len(piece)
+            self.refuse_bomb(self.disk.num_out, self.disk.num_read, "decompress it yourself if you trust it")
         return piece
+
+    def refuse_bomb(self, num_out: int, num_read: int, remedy: str, *, unit: str = "byte") -> None:
+        """Raise ValueError if `num_out` bytes are more than may come out of `num_read`."""
+        if num_out > BOMB_BYTES and num_out > BOMB_RATIO * num_read:
+            found = f"{num_out:,} bytes came out of {num_read:,}"
+            limit = f"more than {BOMB_BYTES:,} and than {BOMB_RATIO} times as many are taken for a bomb"
+            raise unreadable(self.name, self.offset, f"{found}; {limit}", remedy, unit=unit)
 
 
 def open_streams(path: str) -> Iterator[ByteStream]:
     """The file at `path`, decompressed, or each member of the archive that it is, decompressed too.
 
     What a file is, its first bytes tell, not its name. Of an archive the members of a known suffix are given, in the
-    archive's order; each is to be read before the next is asked for. An archive in an archive is given as it is.
+    archive's order; each is to be read before the next is requested. An archive in an archive is given as it is.
 
     Raises ValueError while iterating: for a file that cannot be opened, an archive that is broken or holds no member to
     read, a zip inside gzip or zstd, and a member that is encrypted or packed by another method than deflate.
@@ -170,9 +156,9 @@ def open_streams(path: str) -> Iterator[ByteStream]:
     try:
         disk = DiskFile(path)
     except OSError as error:
-        raise Unreadable(f"{name} cannot be read: {error.strerror}; mend that, or leave it out") from None
+        raise Unreadable(f"{name} cannot be read: {error.strerror}; fix that, or leave it out") from None
     with disk:
-        stream = _decompress(ByteStream(name, "", disk.read, _Swelling(disk)), _Swelling(disk))
+        stream = _decompress(ByteStream(name, "", disk.read, disk))
         head = stream.peek(tarfile.BLOCKSIZE)
         if head.startswith((b"PK\3\4", b"PK\5\6")):
             if stream.packing:
@@ -183,17 +169,16 @@ def open_streams(path: str) -> Iterator[ByteStream]:
         else:
             yield stream
             return
-        outer, inner = _Swelling(disk), _Swelling(disk)
         num_members = 0
         for member, read in members:
             num_members += 1
-            yield _decompress(ByteStream(f"{name}/{member}", f" in {kind}{stream.packing}", read, outer), inner)
+            yield _decompress(ByteStream(f"{name}/{member}", f" in {kind}{stream.packing}", read, disk))
         if not num_members:
             remedy = f"known suffixes are {' '.join(SUFFIXES)}"
             raise unreadable(name, 0, "the archive holds no file with a known suffix", remedy)
 
 
-def _decompress(stream: ByteStream, swelling: _Swelling) -> ByteStream:
+def _decompress(stream: ByteStream) -> ByteStream:
     head = stream.peek(4)
     if head.startswith(b"\x1f\x8b"):
         codec = "gzip"
@@ -201,11 +186,11 @@ def _decompress(stream: ByteStream, swelling: _Swelling) -> ByteStream:
         codec = "zstd"
     else:
         return stream
-    # here, since most workers never need Arrow; it reads on behind the end of a gzip member and of a zstd frame
+    # here, since most workers never need Arrow; it reads on after the end of a gzip member and of a zstd frame
     import pyarrow
 
     source = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), codec)
-    return ByteStream(stream.name, f", {codec}{stream.packing}", source.read, swelling)
+    return ByteStream(stream.name, f", {codec}{stream.packing}", source.read, stream.disk)
 
 
 def _open_zip(disk: DiskFile, path: str) -> Iterator[tuple[str, Callable[[int], bytes]]]:
@@ -241,45 +226,44 @@ def _is_tar(head: bytes) -> bool:
     return True
 
 
+# Headers whose content is the name of the member after them, or more about it.
+_NAME_HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+
+class _TarHeader(tarfile.TarInfo):
+    """A header of a tar file; a broken one and a very large one are errors, which tarfile would accept."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf.strip(b"\0"):  # the end mark
+                raise
+            raise tarfile.ReadError(f"no valid header: {error}") from None
+        if header.type in _NAME_HEADERS and header.size > _PIECE_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes, above {_PIECE_BYTES:,}")
+        return header
+
+
 def _open_tar(stream: ByteStream) -> Iterator[tuple[str, Callable[[int], bytes]]]:
-    source: Any = _TarSource(stream)
     try:
-        # not tarfile's own streaming mode, which would read a header's long name of any size
-        archive: Any = tarfile.TarFile(fileobj=source, encoding="utf-8")
-        while (info := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep them all
-            if info.isreg() and has_known_suffix(info.name):
-                yield escape_name(info.name), archive.extractfile(info).read
+        with tarfile.open(fileobj=cast(Any, stream), mode="r|", encoding="utf-8", tarinfo=_TarHeader) as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                if info.isreg() and has_known_suffix(info.name):
+                    member = archive.extractfile(info)
+                    assert member is not None
+                    yield escape_name(info.name), member.read
+            while padding := archive.fileobj.read(_PIECE_BYTES):
+                if padding.strip(b"\0"):
+                    found = "something follows the archive's end"
+                    raise unreadable(stream.name, stream.offset, found, "unpack it with tar -i")
     except Unreadable:
         raise
     except Exception as error:  # as in ByteStream
         found = f"the archive breaks here ({explain(error)})"
         raise unreadable(stream.name, stream.offset, found, _FETCH_AGAIN) from error
-    # tarfile takes a broken header for the end
-    if source.last.strip(b"\0"):
-        raise unreadable(stream.name, stream.offset, "the archive breaks here (no valid header)", _FETCH_AGAIN)
-    while padding := stream.read(_PIECE_BYTES):
-        if padding.strip(b"\0"):
-            raise unreadable(stream.name, stream.offset, "something follows the archive's end", "unpack it with tar -i")
-
-
-class _TarSource:
-    """What tarfile asks of a file, on a stream that only goes forward. `last` is what was read last."""
-
-    def __init__(self, stream: ByteStream) -> None:
-        self._stream = stream
-        self.last = b""
-
-    def tell(self) -> int:
-        return self._stream.offset
-
-    def read(self, num_bytes: int) -> bytes:
-        if num_bytes > _PIECE_BYTES:
-            raise tarfile.ReadError(f"a header of {num_bytes:,} bytes, above {_PIECE_BYTES:,}")
-        self.last = self._stream.read(num_bytes)
-        return self.last
-
-    def seek(self, offset: int) -> None:
-        assert offset >= self.tell()
-        while self.tell() < offset and self._stream.read(min(offset - self.tell(), _PIECE_BYTES)):
-            pass

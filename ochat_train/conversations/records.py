@@ -6,7 +6,6 @@ says how, and a file that cannot be read on is a ValueError.
 
 import glob
 import io
-import mmap
 import os
 import re
 from array import array
@@ -17,11 +16,8 @@ from pathlib import PurePath
 from typing import Any, Protocol
 
 from ochat_train.conversations.containers import (
-    BOMB_BYTES,
-    BOMB_RATIO,
     SUFFIXES,
     ByteStream,
-    Unreadable,
     escape_name,
     explain,
     has_known_suffix,
@@ -30,6 +26,7 @@ from ochat_train.conversations.containers import (
 )
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
 from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array
+from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
 # Fields that may hold a record's turns; the last is Gemini's.
@@ -204,17 +201,16 @@ def _recognise(
     stream: ByteStream, chunk_bytes: int, encoding: str | None, columns: Sequence[str] | None
 ) -> tuple[str, Iterator[_Part]]:
     """The form of what `stream` begins with, and its parts."""
-    head = stream.peek(8)
-    for magic, form, read_batches in (
-        (b"PAR1", "parquet", _read_parquet),
-        (b"ARROW1\0\0", "Arrow file", _read_arrow),
-        (b"\xff\xff\xff\xff", "Arrow stream", _read_arrow),
-    ):
-        if head.startswith(magic):
-            if stream.packing:
-                found = f"{form}{stream.packing} cannot be read"
-                raise unreadable(stream.name, 0, found, "unpack it, and name the file itself")
-            return form, _read_table(stream, read_batches(stream, columns), chunk_bytes)
+    head = stream.peek(6)
+    if head.startswith((b"PAR1", b"\xff\xff\xff\xff")):
+        form = "parquet" if head.startswith(b"PAR1") else "Arrow stream"
+        if stream.packing:
+            found = f"{form}{stream.packing} cannot be read"
+            raise unreadable(stream.name, 0, found, "unpack it, and name the file itself")
+        return form, _read_table(stream, columns, chunk_bytes)
+    if head == b"ARROW1":
+        found = "an Arrow IPC file (Feather); of Arrow only streams are read, as datasets writes them"
+        raise unreadable(stream.name, 0, found, "write it as parquet")
     if encoding:
         stream = decode(stream, encoding)
         first = _skip_space(stream)
@@ -230,7 +226,7 @@ def _recognise(
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
-    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow file"
+    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow stream"
     raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
 
 
@@ -430,22 +426,20 @@ def _parse_page(data: bytes) -> tuple[dict[str, Any] | None, str | None, tuple[s
     return {key: page_props[key] for key in ("id", "views") if key in page_props} | content, None, repairs
 
 
-# ---- Parquet and Arrow ----
+# ---- Tables ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a table from row `first` on, as an Arrow IPC stream of one record batch."""
+    """Rows of a table from row `first` on, as `scan_table` gives them."""
 
     file: str
     first: int
     data: bytes
 
     def records(self) -> Iterator[Record]:
-        import pyarrow  # here, since most workers never need it
-
         try:
-            rows = pyarrow.ipc.open_stream(self.data).read_next_batch().to_pylist()
+            rows = parse_rows(self.data)
         except Exception as error:  # times out of Python's range, types of other libraries
             found, remedy = f"a row from here on: {explain(error)}", "write the table again without that column"
             raise unreadable(self.file, self.first, found, remedy, unit="row") from None
@@ -453,91 +447,9 @@ class _Rows:
             yield Record(self.file, row, row + 1, fields, is_row=True)
 
 
-def _read_table(stream: ByteStream, batches: Iterator[Any], chunk_bytes: int) -> Iterator[_Part]:
-    import pyarrow  # here, since JSON and pages do without it
-
-    row = num_bytes = 0
-    try:
-        for batch in batches:
-            batch.validate(full=True)  # buffers of a damaged file may point anywhere, and text may be no UTF-8
-            num_bytes += batch.nbytes
-            _refuse_bomb(stream, num_bytes)
-            for rows in _halve(batch, min(chunk_bytes, MAX_RECORD_BYTES)):
-                if rows.nbytes > MAX_RECORD_BYTES:
-                    yield _TooLarge(stream.name, row, row + 1)
-                else:
-                    sink = pyarrow.BufferOutputStream()
-                    with pyarrow.ipc.new_stream(sink, rows.schema) as writer:
-                        writer.write_batch(rows)
-                    yield _Rows(stream.name, row, sink.getvalue().to_pybytes())
-                row += rows.num_rows
-    except Unreadable:
-        raise
-    except Exception as error:  # what Arrow makes of a damaged file is in no list
-        remedy = "the file is damaged: fetch it again"
-        raise unreadable(stream.name, row, f"reading stops here ({explain(error)})", remedy, unit="row") from error
-    if not row:
-        raise unreadable(stream.name, 0, "the table has no rows", "remove it, or fetch it again", unit="row")
-
-
-def _read_parquet(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:
-    import pyarrow.parquet  # as in _read_table
-
-    disk = stream.disk
-    # not the defaults, which hold all columns of a row group
-    source = pyarrow.OSFile(os.fsencode(disk.path))  # as text, Arrow would take no name that is not UTF-8
-    file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
-    _check_columns(stream, file.schema_arrow, columns)
-    num_rows = 0
-    for index in range(file.num_row_groups):
-        group = file.metadata.row_group(index)
-        _refuse_bomb(stream, group.total_byte_size)
-        batch_rows = min(256, max(1, (group.num_rows << 20) // max(1, group.total_byte_size)))  # about 1 MiB
-        for batch in file.iter_batches(batch_size=batch_rows, row_groups=[index], use_threads=False):
-            num_rows += batch.num_rows
-            disk.num_read = disk.size * num_rows // file.metadata.num_rows
-            yield batch
-
-
-def _read_arrow(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:
-    import pyarrow  # as in _read_table
-
-    disk = stream.disk
-    memory = mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ)
-    source = pyarrow.BufferReader(pyarrow.py_buffer(memory))
-    is_file = memory[:6] == b"ARROW1"
-    reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
-    _check_columns(stream, reader.schema, columns)
-    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-    for index, batch in enumerate(batches, start=1):
-        disk.num_read = disk.size * index // reader.num_record_batches if is_file else source.tell()
-        yield batch
-        memory.madvise(mmap.MADV_DONTNEED)  # or the pages read would count as our memory until the file's end
-
-
-def _check_columns(stream: ByteStream, schema: Any, columns: Sequence[str] | None) -> None:
-    if columns is not None and not set(schema.names) & set(columns):
-        found = f"no column is named as turns are; there are: {', '.join(schema.names)[:200] or 'none'}"
-        remedy = (
-            f"rename the right one to one of {', '.join(columns)}, or name it in the source, as in "
-            "fields: {turns: NAME} or fields: {question: NAME, answer: NAME}"
-        )
-        raise unreadable(stream.name, 0, found, remedy, unit="row")
-
-
-def _refuse_bomb(stream: ByteStream, num_bytes: int) -> None:
-    if num_bytes > BOMB_BYTES and num_bytes > BOMB_RATIO * stream.disk.size:
-        found = f"{num_bytes:,} bytes in a file of {stream.disk.size:,}"
-        limit = f"more than {BOMB_BYTES:,} and than {BOMB_RATIO} times as many are taken for a bomb"
-        raise unreadable(stream.name, 0, f"{found}; {limit}", "write it as JSON lines if you trust it", unit="row")
-
-
-def _halve(batch: Any, max_bytes: int) -> Iterator[Any]:
-    """The batch in slices of at most `max_bytes`, or of one row."""
-    if batch.nbytes <= max_bytes or batch.num_rows <= 1:
-        if batch.num_rows:
-            yield batch
-        return
-    middle = batch.num_rows // 2
-    yield from _halve(batch.slice(0, middle), max_bytes)
-    yield from _halve(batch.slice(middle), max_bytes)
+def _read_table(stream: ByteStream, columns: Sequence[str] | None, chunk_bytes: int) -> Iterator[_Part]:
+    for row, data in scan_table(stream, columns, chunk_bytes=chunk_bytes, max_bytes=MAX_RECORD_BYTES):
+        if data is None:
+            yield _TooLarge(stream.name, row, row + 1)
+        else:
+            yield _Rows(stream.name, row, data)
