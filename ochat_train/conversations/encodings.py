@@ -1,24 +1,26 @@
-"""Text in another encoding than UTF-8: recognised and refused, or read where a recipe names the encoding."""
+"""Text in another encoding than UTF-8: recognised and refused, or decoded where a recipe names the encoding."""
 
 import codecs
 import re
+from collections.abc import Iterator
 from itertools import islice
 
 from ochat_train.conversations.containers import ByteStream, unreadable
 
 _PIECE_BYTES = 1 << 20
-_ENOUGH = 64  # signs beyond ASCII that decide whether a text is UTF-8
-_FEW = 4  # below so many that are no UTF-8, it is a damaged record rather than another encoding
+_ENOUGH = 64  # characters beyond ASCII that decide whether a text is UTF-8
+_FEW = 4  # fewer that are not UTF-8 are a damaged record rather than another encoding
 _SAMPLE_BYTES = 1 << 16
 _WITHOUT = "give the file a source of its own without encoding"
 
-# What dumps are saved in, the commonest first. They are named before others, and of those that fit equally well the
-# first is named first.
+# The encodings in which dumps are saved, the commonest first. They are named before others, and of those that fit
+# equally well the first is named first.
 _EAST_ASIAN = ("gb18030", "cp932", "big5", "cp949", "euc_jis_2004")
 _USUAL = ("gb18030", "cp1252", "cp932", "cp1251", "big5", "cp949", "iso8859_15", "euc_jis_2004", "koi8_r", "cp1250")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as "surrogateescape" decodes it
 
-# Byte order marks, and how JSON and pages begin where there is none.
+# Byte order marks, and the beginnings of JSON and pages without one.
 _WIDE = re.compile(
     rb"(?P<utf_32>\xff\xfe\0\0|\0\0\xfe\xff)|(?P<utf_16>\xff\xfe|\xfe\xff)|(?P<utf_32_le>[\[{<\s]\0\0\0)"
     rb"|(?P<utf_32_be>\0\0\0[\[{<\s])|(?P<utf_16_le>[\[{<\s]\0)|(?P<utf_16_be>\0[\[{<\s])"
@@ -32,32 +34,31 @@ def refuse_wide(stream: ByteStream) -> None:
 
 
 def check_utf8(stream: ByteStream) -> ByteStream:
-    """The same bytes. Raises ValueError, while they are read, for a text that is in another encoding.
+    """The same bytes. Raises ValueError, while they are read, for a text in another encoding.
 
-    That is one whose first 64 signs beyond ASCII are mostly no UTF-8; its likely encodings are named. Single ones that
-    are none, in a text that is UTF-8 otherwise, are left to whoever reads the records.
+    That is a text whose first 64 characters beyond ASCII are mostly not UTF-8; its likely encodings are named. A few
+    that are not, in a text that otherwise is UTF-8, are left to the reader of the records.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    signs: list[bool] = []  # whether each of the first 64 is UTF-8
+    are_utf8: list[bool] = []  # of the first 64
     offset, first, sample = stream.offset, 0, b""
 
     def read(num_bytes: int) -> bytes:
         nonlocal offset, first, sample
         piece = stream.read(num_bytes)
-        if len(signs) >= _ENOUGH:
+        if len(are_utf8) >= _ENOUGH:
             return piece
         if piece and piece.isascii() and not decoder.getstate()[0]:
             offset += len(piece)
             return piece
         text = decoder.decode(piece, final=not piece)
-        for sign in islice(_BEYOND_ASCII.finditer(text), _ENOUGH - len(signs)):
-            signs.append(not "\udc80" <= sign[0] <= "\udcff")
-            if not signs[-1] and not sample:
-                first = offset + len(text[: sign.start()].encode("utf-8", "surrogateescape"))
-                sample = text[sign.start() :].encode("utf-8", "surrogateescape")[:_SAMPLE_BYTES]
-        offset += len(text.encode("utf-8", "surrogateescape"))
-        num_invalid = signs.count(False)
-        if (len(signs) == _ENOUGH or not piece) and num_invalid >= _FEW and 2 * num_invalid > len(signs):
+        are_utf8.extend(_are_utf8(text, _ENOUGH - len(are_utf8)))
+        if not sample and (bad := _NOT_UTF8.search(text)):
+            first = offset + len(_encode(text[: bad.start()]))
+            sample = _encode(text[bad.start() :])[:_SAMPLE_BYTES]
+        offset += len(_encode(text))
+        num_bad = are_utf8.count(False)
+        if (len(are_utf8) == _ENOUGH or not piece) and num_bad >= _FEW and 2 * num_bad > len(are_utf8):
             raise _refused(stream, first, _guess(sample), sample)
         return piece
 
@@ -67,14 +68,17 @@ def check_utf8(stream: ByteStream) -> ByteStream:
 def decode(stream: ByteStream, encoding: str) -> ByteStream:
     """The text of `stream`, which is in `encoding`, as UTF-8. Raises ValueError, while it is read, if it is not.
 
-    Neither is a text that is UTF-8: nearly every other encoding would read it too, as something else.
+    It also raises for a text that is UTF-8: nearly every other encoding would read that too, as something else.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
-    signs: list[bool] = []
-    is_utf8 = f"the source says encoding: {encoding}, but this is UTF-8"
-    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32", "utf-8"))
+    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    may_be_utf8 = codecs.lookup(encoding).name.startswith("utf-8")
+    are_utf8: list[bool] = []  # of the first 64 characters beyond ASCII
     waiting = b""
     is_done = False
+
+    def is_utf8() -> ValueError:
+        return unreadable(stream.name, 0, f"the source says encoding: {encoding}, but this is UTF-8", _WITHOUT)
 
     def read(num_bytes: int) -> bytes:
         nonlocal waiting, is_done
@@ -82,18 +86,16 @@ def decode(stream: ByteStream, encoding: str) -> ByteStream:
             offset = stream.offset
             piece = stream.read(_PIECE_BYTES)
             is_done = not piece
-            if not is_wide and len(signs) < _ENOUGH:
-                text = piece.decode("utf-8", "surrogateescape")
-                found_signs = islice(_BEYOND_ASCII.finditer(text), _ENOUGH - len(signs))
-                signs.extend(not "\udc80" <= sign[0] <= "\udcff" for sign in found_signs)
-                is_mostly = signs.count(True) >= max(_FEW, len(signs) / 2)
-                if (len(signs) == _ENOUGH or is_done) and signs and (is_mostly or all(signs)):
-                    raise unreadable(stream.name, 0, is_utf8, _WITHOUT)
+            if not is_wide and not may_be_utf8 and len(are_utf8) < _ENOUGH:
+                are_utf8.extend(_are_utf8(piece.decode("utf-8", "surrogateescape"), _ENOUGH - len(are_utf8)))
+                is_mostly = are_utf8.count(True) >= max(_FEW, len(are_utf8) / 2)
+                if (len(are_utf8) == _ENOUGH or is_done) and are_utf8 and (is_mostly or all(are_utf8)):
+                    raise is_utf8()
             try:
                 waiting = decoder.decode(piece, is_done).encode()
             except UnicodeError as error:
-                if all(signs) and (signs or is_wide):
-                    raise unreadable(stream.name, 0, is_utf8, _WITHOUT) from None
+                if all(are_utf8) and (are_utf8 or is_wide):
+                    raise is_utf8() from None
                 at = offset + getattr(error, "start", 0)
                 found = f"this is not {encoding} ({error.reason if isinstance(error, UnicodeDecodeError) else error})"
                 raise unreadable(stream.name, at, found, "name the file's encoding in the source") from None
@@ -101,6 +103,15 @@ def decode(stream: ByteStream, encoding: str) -> ByteStream:
         return given
 
     return stream.through(read)
+
+
+def _are_utf8(text: str, most: int) -> Iterator[bool]:
+    """For each of the first `most` characters beyond ASCII whether it is UTF-8 and not a byte that was escaped."""
+    return (_NOT_UTF8.match(sign[0]) is None for sign in islice(_BEYOND_ASCII.finditer(text), most))
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _guess(sample: bytes) -> list[str]:
@@ -129,6 +140,6 @@ def _refused(stream: ByteStream, offset: int, guesses: list[str], sample: bytes)
         shown.append(f"{name} (in which it reads {excerpt[0]!r})" if excerpt else name)
     if not shown:
         remedy = "save it as UTF-8, or name its encoding in the source, as in encoding: cp1252"
-        return unreadable(stream.name, offset, "this is not UTF-8, nor any encoding that we know", remedy)
+        return unreadable(stream.name, offset, "this is not UTF-8, nor any known encoding", remedy)
     found = f"this is not UTF-8; it is likely {' or '.join(shown)}"
     return unreadable(stream.name, offset, found, f"name it in the source, as in encoding: {guesses[0]}")

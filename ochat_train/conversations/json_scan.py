@@ -13,13 +13,13 @@ SPACE = b" \t\r\n"  # JSON's own white space, no other
 
 _WINDOW_BYTES = 1 << 20
 _MAX_DEPTH = 1024  # orjson's own limit
-_REMEDY = "fetch the file again, or cut it behind its last whole record and close it with ']'"
+_REMEDY = "fetch the file again, or cut it after its last whole record and close it with ']'"
 
 
-def scan_array(stream: ByteStream, *, max_bytes: int, window_bytes: int = _WINDOW_BYTES) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of every value of the array that `stream` goes on with, in order, none of them parsed.
+def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of every value of the array that `stream` continues with, in order, not parsed.
 
-    Linear time; memory is a small multiple of the largest value or of `window_bytes`. That a value is valid JSON is
+    Takes linear time; memory is a small multiple of the largest value or of 1 MiB. Whether a value is valid JSON is
     left to the parser.
 
     Raises ValueError, with name and byte, while iterating: for an array that breaks, that the file ends inside, that is
@@ -27,10 +27,10 @@ def scan_array(stream: ByteStream, *, max_bytes: int, window_bytes: int = _WINDO
 
     Worked example: `[{"a": 1},\\n 7]` gives (1, b'{"a": 1}') and (12, b"7").
     """
-    window = _Window(stream, max_bytes, window_bytes)
+    window = _Window(stream, max_bytes)
     window.next_byte()
     opening = window.offset
-    window.at += 1  # the "[" that told the form
+    window.at += 1  # the "[" by which the form was recognised
     if window.next_byte() == b"]":
         raise unreadable(stream.name, opening, "the array is empty", "remove the file, or fetch it again")
     more = True
@@ -58,19 +58,19 @@ def scan_array(stream: ByteStream, *, max_bytes: int, window_bytes: int = _WINDO
 
 
 def not_valid(name: str, offset: int, error: ValueError) -> ValueError:
-    """The error of an array's value that is not valid JSON: no border follows behind which to go on."""
+    """The error for an array's value that is not valid JSON: where the next value begins is then unknown."""
     found = f"the record that starts here is not valid JSON ({error}, counted from here)"
     return unreadable(name, offset, found, _REMEDY)
 
 
-# Where a value ends is found without parsing it, so that only whole records are ever parsed, and by one
-# parser. Bytes above 127 never look like one of JSON's own signs, so nothing has to be decoded for it.
-# Possessive (`*+`), so that a match never goes back: time is linear and no stack grows with the text.
+# The end of a value is found without parsing it, so that only whole records are parsed, by one parser. Bytes above 127
+# never look like JSON's own signs, so nothing has to be decoded. Possessive (`*+`): a match never goes back, so time is
+# linear and no stack grows with the text.
 _FLAT_TEXT = rb'[^"{}\[\]]*+(?:"[^"]*+"[^"{}\[\]]*+)*+'
-# An object without another in it, such as a turn, is stepped over at once.
+# An object without another in it, such as a turn, is one step.
 _TO_BRACKET = re.compile(_FLAT_TEXT + rb"(?:\{" + _FLAT_TEXT + rb"\}" + _FLAT_TEXT + rb")*+([{}\[\]]?)")
 _DEPTH_CHANGE = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
-# A string, number or literal that has a byte behind it: where what was read ends, `12` may be half of `123`.
+# A string, number or literal with a byte after it: where the window ends, `12` may be half of `123`.
 _FLAT_VALUE = re.compile(rb'(?:"[^"]*+"|[^ \t\r\n"{}\[\],]++)(?=.)', re.DOTALL)
 _SPACES = re.compile(rb"[ \t\r\n]*+")
 
@@ -81,14 +81,13 @@ class _Window:
     `data[at:]` lies ahead. Methods move `at` forward and may replace `data`.
     """
 
-    def __init__(self, stream: ByteStream, max_bytes: int, window_bytes: int) -> None:
+    def __init__(self, stream: ByteStream, max_bytes: int) -> None:
         self.data = b""
         self.at = 0
         # `data` with each escaped backslash and quote made `__`, so that every quote left bounds a string
         self._masked = b""
         self._stream = stream
         self._max_bytes = max_bytes
-        self._window_bytes = window_bytes
         self._data_offset = stream.offset
 
     @property
@@ -97,7 +96,7 @@ class _Window:
         return self._data_offset + self.at
 
     def next_byte(self) -> bytes:
-        """The next byte that is not space, not yet taken; b"" at the end of the stream."""
+        """The next byte that is not space, at `at`; b"" at the end of the stream."""
         while True:
             spaces = _SPACES.match(self.data, self.at)
             assert spaces is not None
@@ -106,7 +105,7 @@ class _Window:
                 return self.data[self.at : self.at + 1]
 
     def take_value(self) -> bytes:
-        """The bytes of the JSON value that starts at `at`, which moves behind them.
+        """The bytes of the JSON value that starts at `at`, which moves to their end.
 
         Raises EOFError if the stream ends first, ValueError if no value starts here, or one that is nested too deeply
         or above `max_bytes`.
@@ -145,12 +144,12 @@ class _Window:
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             found = f"the record that starts here is above {self._max_bytes:,} bytes, or has no end"
-            raise unreadable(self._stream.name, self.offset, found, "mend it or take it out")
+            raise unreadable(self._stream.name, self.offset, found, "fix it or take it out")
 
     def _grow(self) -> bool:
         """Whether there was more to read. Doubles what is kept, so that a large value costs linear time."""
         kept = self.data[self.at :]
-        wanted = max(self._window_bytes, len(kept))
+        wanted = max(_WINDOW_BYTES, len(kept))
         more = self._stream.read(min(wanted, self._max_bytes + 1 - len(kept)))
         self._data_offset += self.at
         self.at = 0
@@ -175,8 +174,7 @@ def parse_json(raw: bytes) -> tuple[Any, tuple[str, ...]]:
 
     Surrogates without their other half become U+FFFD: "surrogate_replaced". The words NaN, Infinity and -Infinity,
     which Python's own `json` writes for numbers that JSON does not have, become those numbers: "nan_read". A number
-    that is too large for a float becomes infinite; JSON allows it. Raises NotUtf8 for bytes that are not UTF-8: no text
-    is made of them.
+    that is too large for a float becomes infinite, as JSON allows. Raises NotUtf8 for bytes that are not UTF-8.
     """
     try:
         value = orjson.loads(raw)

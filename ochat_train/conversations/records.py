@@ -1,7 +1,7 @@
 """Files to records, in two halves: the driver cuts files into chunks of whole records, a worker parses a chunk.
 
-Nothing is lost on the way without a name: a record that cannot be read says by its `damage` why, one that was repaired
-says how, and a file that cannot be read on is a ValueError.
+Nothing is lost without a name: a record that cannot be read names the reason in `damage`, one that was repaired names
+its `repairs`, and a file that cannot be read further raises ValueError.
 """
 
 import glob
@@ -37,13 +37,13 @@ TURN_LISTS = ("conversations", "items", "messages", "conversation", "contents")
 class Record:
     """One record of a file: `file[offset:end]` in bytes, without the space, comma or line end around it.
 
-    `file` is the path, for an archive's member with its name behind: "dump.zip/pages/a.html", and with each byte that
-    is not UTF-8 escaped. Of a compressed file the bytes count after decompression; of parquet and Arrow `offset` is the
-    row's number. `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop:
-    "not_json", "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names
-    what was done to its bytes before they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is
-    how a line that is not JSON begins, its first 2,000 bytes, for a person to look at. `is_row` is whether it is a row
-    of a table, in which fields are null that other rows have. The two are left out of comparisons.
+    `file` is the path, followed by the name of an archive's member: "dump.zip/pages/a.html", with each byte that is not
+    UTF-8 escaped. In a compressed file offsets count decompressed bytes; in a table `offset` is the row's number.
+    `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop: "not_json",
+    "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was
+    changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is the
+    beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a row of a
+    table, whose missing fields are null. The last two are left out of comparisons.
     """
 
     file: str
@@ -61,13 +61,14 @@ class Record:
 
 
 def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
-    """The input files that `path` means: the file itself, what lies below a folder, or what a glob matches (`**` too).
+    """The input files at `path`, which is a file, a folder or a glob (with `**` too).
 
-    Below a folder, sorted, the files of a known suffix that are not hidden. Next to Arrow and parquet files the small
-    JSON files are left out in which `datasets` describes them. A glob takes files as they are, and folders as above.
+    A folder stands for the files below it, sorted, that have a known suffix and are not hidden. Next to Arrow and
+    parquet files, the small JSON files in which `datasets` describes them are left out. A glob takes files whatever
+    their suffix, and folders as above.
 
-    `left_out`, if given, counts the suffixes of the files that are not. Raises ValueError if nothing is found, or a
-    folder cannot be listed.
+    `left_out`, if given, counts the suffixes of the files that are left out. Raises ValueError if nothing is found, or
+    if a folder cannot be listed.
     """
     matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     found: dict[str, None] = {}
@@ -100,7 +101,7 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
 
     def fail(error: OSError) -> None:
         name = escape_name(error.filename)
-        raise ValueError(f"{name} cannot be listed: {error.strerror}; mend that, or leave it out") from None
+        raise ValueError(f"{name} cannot be listed: {error.strerror}; fix that, or leave it out") from None
 
     for place, _, names in os.walk(folder, onerror=fail):
         files += (os.path.join(place, name) for name in names)
@@ -114,7 +115,7 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
 
 
 class _Part(Protocol):
-    """Whole records of one file as they lie there, in the one of its forms."""
+    """Whole records of one file, not parsed yet; each form of file has its own."""
 
     @property
     def file(self) -> str: ...
@@ -125,10 +126,10 @@ class _Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole records, not parsed yet, to be sent to a worker: of one file, or of several of one form.
+    """Whole records, not parsed yet, to be sent to a worker: of one file, or of several files of one form.
 
-    `form` says how all of it was found, such as "JSON lines, gzip" or "ShareGPT page in zip". `bytes_read` is how much
-    of the input files on disk was read up to here; the last chunk's is their size together.
+    `form` is the form of all of them, such as "JSON lines, gzip" or "ShareGPT page in zip". `bytes_read` is how many
+    bytes of the input files on disk were read up to here; for the last chunk it is their total size.
     """
 
     form: str
@@ -153,19 +154,19 @@ def read_chunks(
     encoding: str | None = None,
     columns: Sequence[str] | None = TURN_LISTS,
 ) -> Iterator[Chunk]:
-    """All records of `files`, in order, in chunks of about `chunk_bytes`; only their borders are looked for.
+    """All records of `files`, in order, in chunks of about `chunk_bytes`; only the borders of records are searched.
 
-    Read are JSON arrays, JSON lines, saved pages, parquet and Arrow files, the first three also in gzip, zstd, zip and
-    tar. The first bytes of a file tell what it is, never its name, but for one thing: what is named .html and is no
-    form at all is a page without data. Byte order marks and blank lines are skipped. JSON and pages are UTF-8, or else
-    in the `encoding` of that name in Python. A table must have one of the `columns`; None takes any.
+    The forms are JSON arrays, JSON lines, saved pages, parquet files and Arrow streams, the first three also in gzip,
+    zstd, zip and tar. A file's first bytes decide its form, not its name, with one exception: a file named .html that
+    has no known form is a page without data. Byte order marks and blank lines are skipped. JSON and pages are UTF-8, or
+    in Python's `encoding` of that name. A table must have one of the `columns`; None takes any.
 
     The same files and `chunk_bytes` give the same chunks, and any `chunk_bytes` the same records. Memory is bounded by
-    a few times `chunk_bytes` or MAX_RECORD_BYTES, and for Arrow by a record batch if its buffers are compressed. A
-    worker needs up to 30 times a record's bytes to parse it.
+    a few times `chunk_bytes` or MAX_RECORD_BYTES, and for a table by one batch of rows. A worker needs up to 30 times a
+    record's bytes to parse it.
 
     A line that is not JSON is a record with `damage`, and so are one that is not UTF-8 in a file that otherwise is, a
-    page without data, and a line, page or row above MAX_RECORD_BYTES, which is never held. Raises ValueError, with name
+    page without data, and a line, page or row above MAX_RECORD_BYTES. Raises ValueError, with name
     and byte, while iterating: for a file of another form or without records, for an array that breaks, for lines of
     which none looks like an object, for a table without the columns, for a text in another encoding, for damaged files
     and for bombs (see `containers.py`).
@@ -180,7 +181,7 @@ def read_chunks(
         for stream in open_streams(file):
             next_form, parts = _recognise(stream, chunk_bytes, encoding, columns)
             for part in parts:
-                # what is small is packed together: a shard for each of many files would cost more than they do
+                # Small parts are packed together: a shard for each of many files would cost more than their records.
                 if pending and (next_form != form or num_pending + len(part.data) > chunk_bytes):
                     yield Chunk(form, bytes_read, tuple(pending))
                     pending, num_pending = [], 0
@@ -200,7 +201,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 def _recognise(
     stream: ByteStream, chunk_bytes: int, encoding: str | None, columns: Sequence[str] | None
 ) -> tuple[str, Iterator[_Part]]:
-    """The form of what `stream` begins with, and its parts."""
+    """The form of `stream`, by its first bytes, and its parts."""
     head = stream.peek(6)
     if head.startswith((b"PAR1", b"\xff\xff\xff\xff")):
         form = "parquet" if head.startswith(b"PAR1") else "Arrow stream"
@@ -247,7 +248,7 @@ def _skip_space(stream: ByteStream) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    """Whole lines of a file, which begin at `offset`; without a line end at their end if the file ends there."""
+    """Whole lines of a file, the first at `offset`; only at the end of the file the last has no line end."""
 
     file: str
     offset: int
@@ -321,7 +322,7 @@ def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
 
 
 def _skip_line(stream: ByteStream) -> int:
-    """How many bytes the line still has; moves behind its end."""
+    """How many bytes the line still has; reads up to after its end."""
     num_bytes = 0
     while ahead := stream.peek(1 << 20):
         end = ahead.find(b"\n")
@@ -337,7 +338,7 @@ def _skip_line(stream: ByteStream) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Values of an array: `data` is one behind the other, without what stands between them."""
+    """Values of an array: `data` is one after the other, without the commas and spaces between them."""
 
     file: str
     offsets: "array[int]"
