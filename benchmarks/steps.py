@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, LlamaConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from ochat_train.model.attention import varlen_attention
+from ochat_train.model.attention import AttentionOptions, varlen_attention
 from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.tokens.batch import CUDA_MULTIPLE, collate
@@ -288,8 +288,8 @@ def _plain_layer(layer: Any, hidden: Tensor, turns: Any, borders: Any, backend: 
         F.linear(normed, projection.weight).unflatten(1, (-1, attention.head_dim))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    scale = attention.head_dim**-0.5
-    mixed = varlen_attention(_turn(q, *turns), _turn(k, *turns), v, *borders, backend=backend, scale=scale)
+    options = AttentionOptions(*borders, scale=attention.head_dim**-0.5)
+    mixed = varlen_attention(_turn(q, *turns), _turn(k, *turns), v, options, backend=backend)
     hidden = hidden + F.linear(mixed.flatten(1), attention.o_proj.weight)
     normed = _plain_norm(layer.post_attention_layernorm, hidden)
     gate, up = F.linear(normed, mlp.gate_proj.weight), F.linear(normed, mlp.up_proj.weight)

@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, MistralConfig, MistralModel
 
-from ochat_train.model.attention import register, varlen_attention
-from ochat_train.model.attention_backends import Backend
+from ochat_train.model.attention import AttentionOptions, Backend, register, varlen_attention
 
 LENGTHS = (5, 1, 23, 16, 1)
 
@@ -95,7 +94,7 @@ def check_against_naive(
     cu_seqlens, scale = borders(lengths), scale or q.shape[-1] ** -0.5
     values = with_gradients(
         lambda q, k, v: varlen_attention(
-            q, k, v, cu_seqlens, max(lengths), backend=backend, scale=scale, window=window, softcap=softcap
+            q, k, v, AttentionOptions(cu_seqlens, max(lengths), scale, window, softcap), backend=backend
         ),
         q,
         k,
@@ -166,9 +165,8 @@ def test_it_equals_rows_of_the_formula_in_a_long_sequence(
     rows = torch.tensor([0, 1, 62, 63, 64, 99, 100, 1023, 1024, length // 2, length - 1])
     leaves = [part.requires_grad_() for part in random_qkv((length,), heads=2, kv_heads=1, head_dim=8)]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    out = varlen_attention(
-        *leaves, borders((length,)), length, backend="sdpa", scale=0.3, window=window, softcap=softcap
-    )[rows]
+    options = AttentionOptions(borders((length,)), length, 0.3, window, softcap)
+    out = varlen_attention(*leaves, options, backend="sdpa")[rows]
     expected = naive_rows(*wide, rows, scale=0.3, window=window, softcap=softcap)
     assert relative_error(out, expected) < TOLERANCE
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -182,7 +180,8 @@ def test_it_equals_rows_of_the_formula_in_a_long_sequence(
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0)])
 def test_a_token_alone_sees_its_own_value(window: int | None, softcap: float | None) -> None:
     q, k, v = random_qkv((1, 1, 1))
-    out = varlen_attention(q, k, v, borders((1, 1, 1)), 1, backend="sdpa", scale=0.25, window=window, softcap=softcap)
+    options = AttentionOptions(borders((1, 1, 1)), 1, 0.25, window, softcap)
+    out = varlen_attention(q, k, v, options, backend="sdpa")
     assert torch.equal(out, v.repeat_interleave(2, dim=1))
 
 
@@ -191,9 +190,8 @@ def test_no_token_attends_across_a_boundary(window: int | None, softcap: float |
     cu_seqlens = borders(LENGTHS)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(
-            q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.25, window=window, softcap=softcap
-        )
+        options = AttentionOptions(cu_seqlens, max(LENGTHS), 0.25, window, softcap)
+        return varlen_attention(q, k, v, options, backend="sdpa")
 
     q, k, v = random_qkv()
     out = attend(q, k, v)
@@ -207,11 +205,11 @@ def test_no_token_attends_across_a_boundary(window: int | None, softcap: float |
 
 
 def test_no_token_sees_what_comes_later() -> None:
-    cu_seqlens = borders(LENGTHS)
+    options = AttentionOptions(borders(LENGTHS), max(LENGTHS), 0.25)
     q, k, v = random_qkv()
-    out = varlen_attention(q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.25)
+    out = varlen_attention(q, k, v, options, backend="sdpa")
     k[15:], v[15:] = 99.0, -99.0  # row 15 is in the middle of the third sequence, rows 6 to 28
-    after = varlen_attention(q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.25)
+    after = varlen_attention(q, k, v, options, backend="sdpa")
     # Not bitwise: the kernel may add the masked keys' exact zeros in another order.
     assert relative_error(after[:15], out[:15].double()) < TOLERANCE
     assert not torch.equal(after[15:], out[15:])
@@ -275,10 +273,10 @@ def call_registered(module: torch.nn.Module | None = None, **changes: Any) -> tu
 def test_the_registered_function_equals_varlen_attention() -> None:
     q, k, v = random_qkv((3, 4))
     out, weights = call_registered(scaling=0.3, sliding_window=2, softcap=5.0)
-    expected = varlen_attention(q, k, v, borders((3, 4)), 4, backend="sdpa", scale=0.3, window=2, softcap=5.0)
+    expected = varlen_attention(q, k, v, AttentionOptions(borders((3, 4)), 4, 0.3, 2, 5.0), backend="sdpa")
     assert weights is None
     assert torch.equal(out, expected[None])  # [1, T, Hq, D]
-    unscaled = varlen_attention(q, k, v, borders((3, 4)), 4, backend="sdpa", scale=16**-0.5)
+    unscaled = varlen_attention(q, k, v, AttentionOptions(borders((3, 4)), 4, 16**-0.5), backend="sdpa")
     assert torch.equal(call_registered()[0], unscaled[None])
 
 
@@ -330,7 +328,7 @@ def test_lengths_are_read_once_for_all_layers_of_a_batch() -> None:
 
     def num_reads() -> int:
         with CountReads() as reads:
-            varlen_attention(q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.25, window=3)
+            varlen_attention(q, k, v, AttentionOptions(cu_seqlens, max(LENGTHS), 0.25, window=3), backend="sdpa")
         return reads.num
 
     first = num_reads()
@@ -344,7 +342,7 @@ def test_other_lengths_in_the_same_tensor_are_seen() -> None:
     cu_seqlens = borders((20, 26))
     for lengths in ((20, 26), (3, 43)):
         cu_seqlens.copy_(borders(lengths))
-        out = varlen_attention(q, k, v, cu_seqlens, max(lengths), backend="sdpa", scale=0.25)
+        out = varlen_attention(q, k, v, AttentionOptions(cu_seqlens, max(lengths), 0.25), backend="sdpa")
         expected = naive_attention(q, k, v, borders(lengths), scale=0.25, window=None, softcap=None)
         assert relative_error(out, expected) < TOLERANCE
 

@@ -12,8 +12,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import ochat_train.model.attention
-from ochat_train.model.attention import register
-from ochat_train.model.attention_backends import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend
+from ochat_train.model.attention import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend, register
 from ochat_train.recipe import ModelSection
 from tests.flash_stand_ins import (
     PACKAGES,

@@ -22,6 +22,7 @@ from ochat_train.doctor.kernels import check_kernels
 from ochat_train.doctor.memory import check_memory
 from ochat_train.doctor.rows import check_rows
 from ochat_train.files import free_port
+from ochat_train.model.attention import AttentionOptions
 from ochat_train.model.memory import measure_size
 from ochat_train.recipe import LoraSection, Recipe, load_recipe
 from ochat_train.report.plan import Rate
@@ -197,8 +198,8 @@ def test_a_model_whose_attention_leaks_is_refused(
     assert good.state == "ok" and "the model in full (2 layers)" in good.detail
     original = ochat_train.model.attention._sdpa
 
-    def leaks(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *others: Any) -> Tensor:
-        return original(q, k, v, cu_seqlens[[0, -1]], *others)
+    def leaks(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        return original(q, k, v, options._replace(cu_seqlens=options.cu_seqlens[[0, -1]]))
 
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", leaks)
     bad = doctor_checks.check_isolation(recipe, config, HERE, "none")

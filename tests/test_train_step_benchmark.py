@@ -21,6 +21,7 @@ import steps
 import train_step
 
 from ochat_train.model import loss
+from ochat_train.model.attention import AttentionOptions
 from ochat_train.tokens.encode import Example
 from ochat_train.training.speed import Speed
 
@@ -97,8 +98,9 @@ def test_losses_that_do_not_agree_fail_the_run(results: Path, monkeypatch: pytes
     """As when a conversation sees the one before it, or a loss leaves out some tokens."""
     attention = steps.varlen_attention
 
-    def leaking(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, **others: Any) -> Tensor:
-        return attention(q, k, v, borders[[0, -1]], len(q), **others)
+    def leaking(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, **others: Any) -> Tensor:
+        whole = options._replace(cu_seqlens=options.cu_seqlens[[0, -1]], max_seqlen=len(q))
+        return attention(q, k, v, whole, **others)
 
     monkeypatch.setattr(steps, "varlen_attention", leaking)
     with pytest.raises(SystemExit, match="1 of 3 do not agree with ours: upstream"):

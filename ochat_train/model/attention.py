@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, by interchangeable backends.
+"""Causal attention over packed sequences by interchangeable backends, and the choice among the backends.
 
 Registered with transformers under names of our own, so that any of its models runs on packed batches: models pass
 `cu_seqlens` and `max_seqlen` through to us as keyword arguments.
@@ -8,7 +8,8 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +18,178 @@ from torch._library.custom_ops import CustomOpDef
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface
 
-from ochat_train.model.attention_backends import BACKENDS, TABLE, Backend
+Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-# q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens, max_seqlen, scale, window, softcap -> [T, Hq, D]
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, float | None], Tensor]
+# What we pass by name beside q, k and v; the order of the other arguments differs between the versions.
+PASSED = {
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    *("softmax_scale", "causal", "window_size", "softcap"),
+}
 
 
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    backend: Backend,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a backend does, forward and backward, on packed sequences on a range of GPUs: a row of TABLE.
+
+    module: what must be importable; None: torch alone does it. install: what to do when it is not. majors: the compute
+    capabilities, as the first and the last major number; None: any device. head_dims: the largest head size, and what
+    it must be a multiple of; None: any. is_automatic: whether `auto` takes it; where its makers speak of a prototype,
+    or say nothing of the backward pass, it is left to those who ask. All are for bfloat16 and float16, sdpa for any
+    dtype. All take grouped heads, windows, int32 `cu_seqlens`, and sequences as long as memory holds.
+    """
+
+    backend: Backend
+    module: str | None
+    install: str
+    majors: tuple[int, int] | None
+    head_dims: tuple[int, int] | None
+    has_softcap: bool
+    is_automatic: bool
+
+    @property
+    def capabilities(self) -> str:
+        """The range of compute capabilities, for people."""
+        if self.majors is None:
+            return "any device"
+        first, last = self.majors
+        return f"{last}.x" if first == last else f"{first}.0 to {last}.x"
+
+
+_FA4 = ("flash_attn.cute", "pip install flash-attn-4")
+_FA3 = ("flash_attn_interface", "build folder hopper of github.com/Dao-AILab/flash-attention")
+_FA2 = ("flash_attn", "pip install 'ochat_train[gpu]'")
+_TORCH = (None, "part of torch")
+
+# In the order in which `auto` tries them: the fastest by its makers' figures first (docs/design.md, Decisions).
+TABLE: tuple[Support, ...] = (
+    # Read in 4.0.0b36. Its backward pass takes 9.x to 12.x, on 12.x without saying which sizes. On 10.x head size 256
+    # has kernels of its own, which returned wrong gradients in 4.0.0b11 (NVIDIA/TransformerEngine issue 3216).
+    # A softcap goes backward through its general score functions. On 9.x it is no faster than flash_attn_3.
+    Support("flash_attn_4", *_FA4, majors=(10, 10), head_dims=(128, 8), has_softcap=False, is_automatic=True),
+    # Read in 3.0.0b1.
+    Support("flash_attn_3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=True, is_automatic=True),
+    # Read in 2.8.3, which is built for 8.0, 9.0, 10.0 and 12.0, and pads head sizes to multiples of 8 itself.
+    Support("flash_attn", *_FA2, majors=(8, 12), head_dims=(256, 1), has_softcap=True, is_automatic=True),
+    # Read in 2.13: the kernels of FlashAttention 2, without their softcap and without the padding.
+    Support("torch", *_TORCH, majors=(8, 12), head_dims=(256, 8), has_softcap=False, is_automatic=True),
+    Support("flash_attn_4", *_FA4, majors=(9, 11), head_dims=(128, 8), has_softcap=True, is_automatic=False),
+    # torch's call with the kernels of flash_attn_3; torch 2.13 calls it a prototype. Its way to FlashAttention 4 reads
+    # two results where that has returned four or five since 4.0.0b24, so it is not offered.
+    Support("torch_fa3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=False, is_automatic=False),
+    Support("sdpa", *_TORCH, majors=None, head_dims=None, has_softcap=True, is_automatic=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNeeds:
+    """What a model asks of attention on a device. capability: of the CUDA device; None: it is another device."""
+
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int
+    has_softcap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """The backend, and why: one line for the log."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(wanted: Literal["auto"] | Backend, needs: AttentionNeeds) -> BackendChoice:
+    """The wanted backend, or for `auto` the first automatic row of TABLE that is present and supports `needs`.
+
+    Raises ValueError when the wanted one cannot do it, with the reason and the remedy.
+    """
+    if wanted != "auto":
+        obstacles = [_obstacle(row, needs) for row in TABLE if row.backend == wanted]
+        if None not in obstacles:  # the last row of a backend is its widest
+            raise ValueError(
+                f"model.attention {wanted} cannot be used here: {obstacles[-1]}; set model.attention: auto"
+            )
+        return BackendChoice(wanted, "asked for by the recipe")
+    passed_over: dict[str, list[str]] = {}
+    for row in TABLE:
+        if not row.is_automatic:
+            continue
+        if (obstacle := _obstacle(row, needs)) is None:
+            reasons = [f"{', '.join(others)}: {why}" for why, others in passed_over.items()]
+            return BackendChoice(row.backend, "; ".join(reasons) or "the first choice is present")
+        passed_over.setdefault(obstacle, []).append(row.backend)
+    raise AssertionError("sdpa takes everything")
+
+
+def _obstacle(row: Support, needs: AttentionNeeds) -> str | None:
+    """Why the row cannot serve these needs; None when it can."""
+    if row.majors is not None:
+        if needs.capability is None:
+            return "needs a CUDA device"
+        if not row.majors[0] <= needs.capability[0] <= row.majors[1]:
+            has = ".".join(map(str, needs.capability))
+            return f"needs a GPU of compute capability {row.capabilities}, this one has {has}"
+        if needs.dtype not in (torch.bfloat16, torch.float16):
+            return f"needs bfloat16 or float16, not {str(needs.dtype).removeprefix('torch.')}"
+    if row.head_dims is not None:
+        largest, multiple = row.head_dims
+        if needs.head_dim > largest:
+            return f"head size {needs.head_dim} is above {largest}"
+        if needs.head_dim % multiple:
+            return f"head size {needs.head_dim} is no multiple of {multiple}"
+    if needs.has_softcap and not row.has_softcap:
+        return "no softcap"
+    return None if row.module is None else _import_obstacle(row.module, row.install)
+
+
+def _import_obstacle(module: str, install: str) -> str | None:
+    """Why the varlen function of a FlashAttention package cannot be called; None when it can."""
+    try:
+        function = importlib.import_module(module).flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        # flash-attn-4 alone leaves a package flash_attn without FlashAttention 2; its own dependencies may be missing.
+        if error.name in (module, module.partition(".")[0]):
+            return f"{module} is not installed ({install})"
+        return f"{module} cannot be imported: {error}"
+    except AttributeError:
+        return f"{module} has no flash_attn_varlen_func: not installed, or another version is needed ({install})"
+    except ImportError as error:  # mostly a build for another version of torch
+        return f"{module} cannot be imported: {error}"
+    # The first versions of flash-attn-4 found the longest sequence by themselves, by a synchronisation.
+    if missing := sorted(PASSED - inspect.signature(function).parameters.keys()):
+        return (
+            f"flash_attn_varlen_func of {module} takes no {', '.join(missing)}: another version is needed ({install})"
+        )
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- the kernels
+
+
+class AttentionOptions(NamedTuple):
+    """Where the sequences are, and how their scores are made; see `varlen_attention`.
+
+    A named tuple, because torch.compile traces those.
+
+    cu_seqlens: i32[B + 1]; sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]. max_seqlen: the longest one's length.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+# q [T, Hq, D], k and v [T, Hkv, D], options -> [T, Hq, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, backend: Backend) -> Tensor:
     """Causal attention inside each sequence: [T, Hq, D] from q [T, Hq, D] and k, v [T, Hkv, D].
 
-    Sequence i is rows cu_seqlens[i] to cu_seqlens[i+1]. For each of them, with K and V repeated to Hq heads:
+    For each sequence, with K and V repeated to Hq heads:
 
         scores = q @ k.T * scale;  if softcap: scores = softcap * tanh(scores / softcap)
         scores[i, j] = -inf where j > i, or where window is given and i - j >= window
@@ -45,11 +197,11 @@ def varlen_attention(
 
     A window of W lets a token see itself and W - 1 tokens before it, as in transformers.
     """
-    return _kernel(backend)(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    return _load_kernel(backend)(q, k, v, options)
 
 
-def _kernel(backend: Backend) -> Kernel:
-    """What a backend runs, found once for a model, so that a compiled layer holds no imports."""
+def _load_kernel(backend: Backend) -> Kernel:
+    """What a backend runs, loaded once for a model, so that a compiled layer holds no imports."""
     if backend == "sdpa":
         return _sdpa
     if backend in ("torch", "torch_fa3"):
@@ -58,8 +210,8 @@ def _kernel(backend: Backend) -> Kernel:
             activate_flash_attention_impl("FA3")
         elif current_flash_attention_impl() is not None:
             restore_flash_attention_impl()
-        return _torch_varlen()
-    return _flash(_package(backend).flash_attn_varlen_func)
+        return _torch_kernel()
+    return _flash_kernel(_package(backend).flash_attn_varlen_func)
 
 
 def _package(backend: Backend) -> Any:
@@ -69,40 +221,31 @@ def _package(backend: Backend) -> Any:
 def _is_traceable(backend: Backend) -> bool:
     """Whether torch.compile can keep a backend's kernels in its graph, because they are operators of torch.
 
-    FlashAttention 2's are, and those of newer builds of 3. Those of 4 are compiled when they are called. The loop of
-    sdpa would be compiled anew for every batch.
+    Those of FlashAttention 2 are, and those of newer builds of 3. Those of 4 are compiled when they are called. The
+    loop of sdpa would be compiled again for every batch.
     """
     if backend == "flash_attn_3":
         return isinstance(getattr(_package(backend), "_flash_attn_forward", None), CustomOpDef)
     return backend in ("flash_attn", "torch", "torch_fa3")
 
 
-def _flash(function: Callable[..., Any]) -> Kernel:
+def _flash_kernel(function: Callable[..., Any]) -> Kernel:
     """The call that FlashAttention 2, 3 and 4 have in common."""
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         out = function(
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            softmax_scale=scale,
+            cu_seqlens_q=options.cu_seqlens,
+            cu_seqlens_k=options.cu_seqlens,
+            max_seqlen_q=options.max_seqlen,
+            max_seqlen_k=options.max_seqlen,
+            softmax_scale=options.scale,
             causal=True,
-            softcap=softcap or 0.0,
+            softcap=options.softcap or 0.0,
             # Without a window the default stays, which 4 writes in another way: (None, None), not (-1, -1).
-            **({} if window is None else {"window_size": (window - 1, 0)}),
+            **({} if options.window is None else {"window_size": (options.window - 1, 0)}),
         )
         # 4 also returns the log of the sums of exponentials, and so did 3 until 2025.
         tensor: Tensor = out[0] if isinstance(out, tuple) else out
@@ -111,39 +254,27 @@ def _flash(function: Callable[..., Any]) -> Kernel:
     return attend
 
 
-def _torch_varlen() -> Kernel:
+def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
+    # torch 2.11 takes no groups of heads.
+    groups: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        assert softcap is None  # choose_backend
-        options: dict[str, Any] = {}
-        if takes_groups:
-            options["enable_gqa"] = True
-        else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        assert options.softcap is None  # choose_backend
+        if not groups:
+            k, v = _repeat_heads(k, v, q.shape[1])
         out = varlen_attn(
             q,
             k,
             v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            **options,
+            options.cu_seqlens,
+            options.cu_seqlens,
+            options.max_seqlen,
+            options.max_seqlen,
+            scale=options.scale,
+            window_size=(-1 if options.window is None else options.window - 1, 0),
+            **groups,
         )
         assert isinstance(out, Tensor)
         return out
@@ -151,21 +282,18 @@ def _torch_varlen() -> Kernel:
     return attend
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    lengths = _lengths(cu_seqlens)
+def _repeat_heads(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """k and v [N, Hkv, ...] with each head repeated, so that there are `num_heads`."""
+    groups = num_heads // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    lengths = _lengths(options.cu_seqlens)
     # [1, H, L, D] each. Split at the end and joined whole, because each view costs more than a short sequence does.
     parts = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v))
     outs = [
-        _one_sequence(q_i, k_i, v_i, scale, window, softcap).transpose(1, 2)
+        _one_sequence(q_i, k_i, v_i, options.scale, options.window, options.softcap).transpose(1, 2)
         for q_i, k_i, v_i in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=1).squeeze(0)
@@ -182,7 +310,7 @@ def _lengths(cu_seqlens: Tensor) -> list[int]:
     global _last_read
     if _last_read is not None and _last_read[0]() is cu_seqlens and _last_read[1] == cu_seqlens._version:
         return _last_read[2]
-    lengths: list[int] = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    lengths: list[int] = cu_seqlens.diff().tolist()
     _last_read = (weakref.ref(cu_seqlens), cu_seqlens._version, lengths)
     return lengths
 
@@ -193,8 +321,8 @@ _SMALLEST_BLOCK = 64
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """[1, Hq, L, D] from q [1, Hq, L, D], k and v [1, Hkv, L, D]. A window costs about L times its size, not L^2.
 
-    The first `window` tokens see all before them. The others are cut into blocks, which see themselves and as much of a
-    window in front of them: all blocks in one call, in which keys of neighbours are there more than once.
+    The first `window` tokens see all before them. The others are cut into blocks, each of which sees itself and the
+    window before it: all blocks in one call, to which keys of neighbours are given more than once.
     """
     length = q.shape[2]
     if window is None or window >= length:
@@ -202,7 +330,7 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | N
     first = _masked(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, None, softcap)
     size = min(max(window // 4, _SMALLEST_BLOCK), length - window)
     num_blocks = -(-(length - window) // size)
-    padding = (0, 0, 0, window + num_blocks * size - length)  # behind the end, where no token of the sequence sees
+    padding = (0, 0, 0, window + num_blocks * size - length)  # after the end, where no token of the sequence looks
     q_blocks = F.pad(q[0, :, window:], padding).unflatten(1, (num_blocks, size)).transpose(0, 1)  # [N, Hq, size, D]
     span = size + window - 1
     k_blocks, v_blocks = (
@@ -226,14 +354,15 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | Non
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
         )
+    # torch's attention has no softcap.
     if visible is None:
         visible = _band(q.shape[2], q.shape[2], q.shape[2], q.device)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    # torch's attention has no softcap.
+    k, v = _repeat_heads(k, v, q.shape[1])
     scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
     return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
 
+
+# --------------------------------------------------------------------------------------------- in transformers
 
 # What some models of transformers add to their attention scores: sinks (GPT-OSS), biases.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
@@ -246,7 +375,7 @@ def register(backend: Backend) -> str:
     """
     # transformers takes names with sdpa or flash in them for its own and asks whether the model has those.
     name = f"ochat_train_varlen_{BACKENDS.index(backend)}"
-    kernel = _kernel(backend)
+    kernel = _load_kernel(backend)
 
     def attend(
         module: torch.nn.Module,
@@ -254,40 +383,38 @@ def register(backend: Backend) -> str:
         key: Tensor,  # [1, Hkv, T, D]
         value: Tensor,
         attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        **others: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
-        # Each of these would mix sequences or change the result silently.
+        cu_seqlens, max_seqlen = options.get("cu_seqlens"), options.get("max_seqlen")
+        # Each of these would mix sequences or change the result without a word.
         if cu_seqlens is None or max_seqlen is None:
             raise ValueError("packed attention was called without cu_seqlens; run the model through PackedCausalLM")
         if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
             raise ValueError("packed attention takes one row, no mask and no cache")
-        if dropout:
+        if dropout := options.get("dropout", 0.0):
             raise ValueError(f"attention dropout {dropout} is not supported; set model.config.attention_dropout: 0")
         if getattr(module, "is_causal", True) is False:
             raise ValueError(f"{type(module).__name__} attends in both directions; a causal model is needed")
-        for name in _UNSUPPORTED:
-            if others.get(name) is not None:
-                raise ValueError(f"{type(module).__name__} needs {name} in its attention, which is not supported yet")
+        for unsupported in _UNSUPPORTED:
+            if options.get(unsupported) is not None:
+                kind = type(module).__name__
+                raise ValueError(f"{kind} needs {unsupported} in its attention, which is not supported yet")
+        scale = options.get("scaling")
         out = kernel(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            cu_seqlens,
-            max_seqlen,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            sliding_window,
-            softcap,
+            AttentionOptions(
+                cu_seqlens,
+                max_seqlen,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+                window=options.get("sliding_window"),
+                softcap=options.get("softcap"),
+            ),
         )
         return out[None], None  # [1, T, Hq, D]
 
     attend_function: Callable[..., tuple[Tensor, None]] = attend
-    # One break in the graph of a layer, and nothing of a backend compiled that cannot be.
+    # Else one break in the graph of a layer, and nothing of a backend compiled that cannot be.
     AttentionInterface.register(name, attend_function if _is_traceable(backend) else torch.compiler.disable(attend))
     return name

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ochat_train.model.attention import register
-from ochat_train.model.attention_backends import AttentionNeeds, BackendChoice, choose_backend
+from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
 from ochat_train.model.lora import CHECKSUM

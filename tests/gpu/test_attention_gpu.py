@@ -10,8 +10,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ochat_train.model.attention import register, varlen_attention
-from ochat_train.model.attention_backends import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend
+from ochat_train.model.attention import (
+    BACKENDS,
+    TABLE,
+    AttentionNeeds,
+    AttentionOptions,
+    Backend,
+    Support,
+    choose_backend,
+    register,
+    varlen_attention,
+)
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
@@ -70,11 +79,8 @@ def run(
 ) -> list[Tensor]:
     """The output and the gradients of q, k and v under a fixed projection, f32 on the CPU."""
     q, k, v = (part.detach().clone().requires_grad_() for part in qkv)
-    cu_seqlens = borders(lengths).to(q.device)
-    scale = q.shape[-1] ** -0.5
-    out = varlen_attention(
-        q, k, v, cu_seqlens, max(lengths), backend=backend, scale=scale, window=window, softcap=softcap
-    )
+    options = AttentionOptions(borders(lengths).to(q.device), max(lengths), q.shape[-1] ** -0.5, window, softcap)
+    out = varlen_attention(q, k, v, options, backend=backend)
     # Values that bf16 holds exactly, so that every run projects on the same direction.
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
     return [out.detach().float().cpu(), *(g.float().cpu() for g in torch.autograd.grad(out, [q, k, v], cotangent))]
@@ -162,9 +168,8 @@ def test_a_sequence_of_131072_tokens(backend: Backend, window: int | None) -> No
     shapes = [(length, num, head_dim) for num in (heads, kv_heads, kv_heads)]
     leaves = [torch.randn(shape, device=DEVICE).bfloat16().requires_grad_() for shape in shapes]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    out = varlen_attention(
-        *leaves, borders((length,)).to(DEVICE), length, backend=backend, scale=head_dim**-0.5, window=window
-    )
+    options = AttentionOptions(borders((length,)).to(DEVICE), length, head_dim**-0.5, window)
+    out = varlen_attention(*leaves, options, backend=backend)
     expected = naive_rows(*wide, rows, scale=head_dim**-0.5, window=window)
     # Scores are near a normal distribution here, so a row of 131,072 averages as many values: outputs near 0.003.
     cotangent = torch.randn_like(expected).bfloat16()
@@ -193,9 +198,7 @@ def test_no_token_attends_across_a_boundary(backend: Backend, window: int | None
     q, k, v = (torch.randn(sum(LENGTHS), 4, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(
-            q, k, v, cu_seqlens, max(LENGTHS), backend=backend, scale=0.125, window=window, softcap=None
-        )
+        return varlen_attention(q, k, v, AttentionOptions(cu_seqlens, max(LENGTHS), 0.125, window), backend=backend)
 
     before = attend(q, k, v)
     begin, end = 6, 236  # the third sequence; all lengths stay, and with them the kernel's splits
@@ -225,7 +228,7 @@ def test_sdpa_reads_the_lengths_once_a_batch() -> None:
     cu_seqlens = borders(LENGTHS).to(DEVICE)
 
     def attend() -> Tensor:
-        return varlen_attention(q, k, v, cu_seqlens, max(LENGTHS), backend="sdpa", scale=0.125)
+        return varlen_attention(q, k, v, AttentionOptions(cu_seqlens, max(LENGTHS), 0.125), backend="sdpa")
 
     first = attend()  # waits for the lengths
     torch.cuda.set_sync_debug_mode("error")  # any other wait raises
