@@ -1,4 +1,7 @@
-"""Files written whole or not at all, locks, packages of extras, and a free port. Imports nothing of ours."""
+"""Files written whole or not at all, JSON lines, locks, packages of extras, and a free port.
+
+Imports nothing of ours.
+"""
 
 import fcntl
 import importlib.util
@@ -6,9 +9,11 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import orjson
 
 STEP_FOLDERS = "step-" + "[0-9]" * 8  # a glob for what `step_name` makes
 
@@ -104,6 +109,19 @@ def require_packages(feature: str, *packages: str, extra: str, remedy: str = "")
         noun = "package" if len(missing) == 1 else "packages"
         remedies = [f"pip install 'ochat_train[{extra}]'", *([remedy] if remedy else [])]
         raise ValueError(f"{feature} needs the {noun} {', '.join(missing)}: {', or '.join(remedies)}")
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without a line that a crash cut off; none when there is no such file."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError:
+        return []
+    values = []
+    for line in lines:
+        with suppress(orjson.JSONDecodeError):
+            values.append(orjson.loads(line))
+    return [value for value in values if isinstance(value, dict)]
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from ochat_train.model.kernels import check_parity, use_kernels
+from ochat_train.model.kernels import measure_kernel_errors, use_kernels
 from ochat_train.model.lora import add_adapters
 from tests.test_packed_lm import MODELS, SIZE, make_batch, make_examples, make_model, make_packed
 
@@ -42,7 +42,7 @@ def tell(case: str, found: Any) -> None:
 
 def tell_parity(case: str, config: Any, dtype: torch.dtype = torch.float32) -> None:
     """Print the errors and limits of the check. The interpreter has float16, and no bfloat16."""
-    tell(case, [[parity.error, parity.limit] for parity in check_parity(config, dtype=dtype, device=CPU)])
+    tell(case, [[found.error, found.limit] for found in measure_kernel_errors(config, dtype=dtype, device=CPU)])
 
 
 def tell_packed(case: str, lm: PreTrainedModel, *, is_empty: bool = False) -> None:

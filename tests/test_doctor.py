@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,26 +15,21 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import ochat_train.doctor.__main__ as doctor
-import ochat_train.doctor.checks as doctor_checks
 import ochat_train.model.attention
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.doctor.finding import GIB, Finding
-from ochat_train.doctor.kernels import check_kernels
-from ochat_train.doctor.memory import check_memory
-from ochat_train.doctor.rows import check_rows
+from ochat_train.doctor import checks, rows, trials
+from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.files import free_port
 from ochat_train.model.attention import AttentionOptions
 from ochat_train.model.memory import measure_size
 from ochat_train.recipe import LoraSection, Recipe, load_recipe
-from ochat_train.report.plan import Rate
-from ochat_train.tokens.batch import collate
 from ochat_train.tokens.plan_ahead import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.engine import World
-from ochat_train.training.memory_plan import Machine, MemoryPlan, plan_memory, size_of
-from ochat_train.training.planning import make_run_plan
+from ochat_train.training.memory_plan import Machine, size_of
 from ochat_train.training.setup import build_model, prepare
+from ochat_train.training.speed import Rate
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -62,8 +58,17 @@ def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path)
 
 
-def config_of(recipe: Recipe, tokenizer: ChatTokenizer) -> Any:
-    return AutoConfig.for_model(**{"vocab_size": tokenizer.num_ids, **(recipe.model.config or {})})
+def case_of(recipe: Recipe, *, machine: Machine = HERE, num_gpus: int = 2, is_quick: bool = False) -> Case:
+    """The case with what the quick checks find, on a machine like this."""
+    case = Case(recipe, "", is_quick=is_quick, num_gpus=num_gpus)
+    case.machine, case.num_processes = machine, num_gpus
+    for check in (checks.check_special_tokens, checks.check_model, checks.check_kernels, checks.check_token_store):
+        check(case)
+    return case
+
+
+def examine(recipe: Recipe, path: Path, *, is_quick: bool = False) -> dict[str, Finding]:
+    return {finding.name: finding for finding in checks.examine(Case(recipe, str(path), is_quick=is_quick))}
 
 
 class Outcome(NamedTuple):
@@ -109,8 +114,9 @@ def test_a_good_recipe_ends_with_ok(recipe_path: Path, capsys: pytest.CaptureFix
 def test_the_quick_part_runs_no_model_and_makes_no_plan(
     recipe_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("check_isolation", "find_fullest", "run_fullest"):
-        monkeypatch.delattr(doctor_checks, name)
+    for name in ("shrink_config", "find_fullest", "_pack_as_in_a_run"):
+        monkeypatch.delattr(trials, name)
+    monkeypatch.delattr(checks, "make_table")
     code, text = run_doctor(capsys, "--quick", str(recipe_path))
     assert (code, text.splitlines()[-1]) == (0, "OK"), text
     assert "stage 3" not in text
@@ -132,7 +138,7 @@ def test_problems_are_listed_at_the_end_with_their_remedies(
 def test_a_mistake_in_the_command_is_told_before_anything_is_imported(
     recipe_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda *_: pytest.fail("examined"))
+    monkeypatch.setattr(checks, "examine", lambda *_: pytest.fail("examined"))
     for words in (["--gpus", "0"], ["--gpu-gib", "-1"], ["optim.lt=1"]):
         assert run_doctor(capsys, str(recipe_path), *words).code == 1
 
@@ -140,29 +146,34 @@ def test_a_mistake_in_the_command_is_told_before_anything_is_imported(
 # ---- Versions, attention ----
 
 
-def test_a_version_outside_its_range_and_a_missing_package_are_problems() -> None:
-    assert doctor_checks.check_versions().state == "ok"
-    wrong = doctor_checks.check_versions(["torch<2", "no-such-package>=1", "no-such-kernel>=1; extra == 'gpu'"])
+def test_a_version_outside_its_range_and_a_missing_package_are_problems(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*requirements: str) -> Finding:
+        monkeypatch.setattr(checks.metadata, "requires", lambda _: requirements)
+        return checks.check_versions(case_of(recipe))
+
+    assert checks.check_versions(case_of(recipe)).state == "ok"
+    wrong = check("torch<2", "no-such-package>=1", "no-such-kernel>=1; extra == 'gpu'")
     assert wrong.state == "problem"
     assert re.fullmatch(r"torch [\d.+a-z]+ is not in <2; no-such-package is not installed.*>=1", wrong.detail)
-    unused = doctor_checks.check_versions(["torch<2; extra == 'test'"])
-    assert unused.state == "ok"
+    assert check("torch<2; extra == 'test'").state == "ok"
 
 
 def test_bfloat16_on_a_cpu_is_warned_of(recipe_path: Path) -> None:
     bf16 = load_recipe(recipe_path, ["model.dtype=bfloat16"])
-    assert doctor_checks.check_accelerators(bf16, HERE).state == "warning"
-    assert doctor_checks.check_accelerators(bf16, RENTED).state == "ok"
+    assert torch.cuda.is_available() or checks.check_accelerators(Case(bf16, "")).state == "warning"
+    assert checks.check_accelerators(Case(bf16, "", gpu_gib=80)).state == "ok"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path, quickstart: ChatTokenizer) -> None:
-    wanted = load_recipe(recipe_path, ["model.attention=torch"])
-    found = doctor_checks.check_attention(wanted, config_of(wanted, quickstart))
-    assert found.state == "problem" and "needs a CUDA device" in found.detail
-    auto = load_recipe(recipe_path)
-    told = doctor_checks.check_attention(auto, config_of(auto, quickstart)).detail
-    assert told == "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device)"
+def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path) -> None:
+    found = examine(load_recipe(recipe_path, ["model.attention=torch"]), recipe_path)
+    assert found["attention"].state == "problem" and "needs a CUDA device" in found["attention"].detail
+    assert not found.keys() & {"isolation", "fullest micro-batch"}  # which need it
+    assert found["memory"].state == found["disk"].state == "ok"
+    shown = checks.check_attention(case_of(load_recipe(recipe_path))).detail
+    assert shown == "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device)"
 
 
 # ---- Kernels ----
@@ -170,13 +181,10 @@ def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path, quickst
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_kernels_that_cannot_be_had_and_a_missing_compiler_are_problems(
-    recipe_path: Path, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def find(*overrides: str) -> Finding:
-        recipe = load_recipe(recipe_path, overrides)
-        finding, kernels = check_kernels(recipe, config_of(recipe, quickstart))
-        assert kernels == "none"
-        return finding
+        return examine(load_recipe(recipe_path, overrides), recipe_path, is_quick=True)["kernels"]
 
     assert find().detail == "none (liger: needs a CUDA device); layers are not compiled"
     assert find("model.compile=true").detail.endswith("; layers are compiled")
@@ -190,11 +198,8 @@ def test_kernels_that_cannot_be_had_and_a_missing_compiler_are_problems(
 # ---- Isolation ----
 
 
-def test_a_model_whose_attention_leaks_is_refused(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(recipe, quickstart)
-    good = doctor_checks.check_isolation(recipe, config, HERE, "none")
+def test_a_model_whose_attention_leaks_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = trials.check_isolation(case_of(recipe))
     assert good.state == "ok" and "the model in full (2 layers)" in good.detail
     original = ochat_train.model.attention._sdpa
 
@@ -202,15 +207,13 @@ def test_a_model_whose_attention_leaks_is_refused(
         return original(q, k, v, options._replace(cu_seqlens=options.cu_seqlens[[0, -1]]))
 
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", leaks)
-    bad = doctor_checks.check_isolation(recipe, config, HERE, "none")
+    bad = trials.check_isolation(case_of(recipe))
     assert bad.state == "problem" and bad.remedy
     moved = float(re.search(r"the losses of the others by (\S+)", bad.detail)[1])  # type: ignore[index]
     assert moved > 1e-4
 
 
-def test_gradients_that_are_wrong_are_refused(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_that_are_wrong_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     class WithWrongGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -222,8 +225,7 @@ def test_gradients_that_are_wrong_are_refused(
 
     original = ochat_train.model.attention._sdpa
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *args: WithWrongGradient.apply(original(*args)))
-    found = doctor_checks.check_isolation(recipe, config_of(recipe, quickstart), HERE, "none")
-    assert found.state == "problem"
+    assert trials.check_isolation(case_of(recipe)).state == "problem"
 
 
 def test_a_model_that_is_too_large_is_compared_with_fewer_layers_and_then_narrower() -> None:
@@ -238,15 +240,16 @@ def test_a_model_that_is_too_large_is_compared_with_fewer_layers_and_then_narrow
     )
     names = []
     for room in (8 * GIB, GIB, GIB // 4):
-        small, name = doctor_checks.fit_config(config, room, torch.float32) or (None, "")
-        size = measure_size(small, lora_rank=None, lora_targets="all-linear").num_weights
+        small = trials.fit_config(config, room, torch.float32)
+        assert small is not None
+        size = measure_size(small.config, lora_rank=None, lora_targets="all-linear").num_weights
         assert 3 * 4 * size <= room
-        names.append(name)
+        names.append(small.made)
     assert "in full (24 layers)" in names[0]
     assert names[1] == "2 of the model's 24 layers, random weights"
     assert "1/2 as wide, vocabulary of 8,192" in names[2]
     assert config.num_hidden_layers == 24
-    assert doctor_checks.fit_config(config, 1000, torch.float32) is None
+    assert trials.fit_config(config, 1000, torch.float32) is None
 
 
 # ---- Tokens and store ----
@@ -266,34 +269,25 @@ def test_a_folder_without_a_model_is_a_problem(
     assert f"PROBLEM  model: the folder {tmp_path} holds no model: no config.json is in it" in text
 
 
-def test_each_special_token_is_shown_with_its_id_and_as_text(quickstart: ChatTokenizer) -> None:
-    found = doctor_checks.check_special_tokens(quickstart)
+def test_each_special_token_is_shown_with_its_id_and_as_text(recipe: Recipe, quickstart: ChatTokenizer) -> None:
+    found = checks.check_special_tokens(case_of(recipe))
     assert found.state == "ok"
     assert re.search(rf"<\|end_of_turn\|> = {quickstart.end_id} \(added\), as text \d+ ids", found.detail)
 
 
-def examine_store(recipe: Recipe, tokenizer: ChatTokenizer, *, is_quick: bool = False) -> Finding:
-    return doctor_checks.check_token_store(recipe, tokenizer, config_of(recipe, tokenizer), is_quick=is_quick)
-
-
-def test_a_store_that_is_not_there_is_a_problem_unless_quick(
-    recipe_path: Path, tmp_path: Path, quickstart: ChatTokenizer
-) -> None:
+def test_a_store_that_is_not_there_is_a_problem_unless_quick(recipe_path: Path, tmp_path: Path) -> None:
     nowhere = load_recipe(recipe_path, [f"data.store={tmp_path / 'none'}"])
-    assert examine_store(nowhere, quickstart).state == "problem"
-    assert examine_store(nowhere, quickstart, is_quick=True).state == "warning"
+    assert checks.check_token_store(case_of(nowhere)).state == "problem"
+    assert checks.check_token_store(case_of(nowhere, is_quick=True)).state == "warning"
 
 
-def test_a_store_of_another_recipe_is_a_problem(recipe_path: Path, quickstart: ChatTokenizer) -> None:
-    other = load_recipe(recipe_path, ["data.max_tokens=128"])
-    found = examine_store(other, quickstart)
+def test_a_store_of_another_recipe_is_a_problem(recipe_path: Path) -> None:
+    found = checks.check_token_store(case_of(load_recipe(recipe_path, ["data.max_tokens=128"])))
     assert found.state == "problem" and "data.max_tokens: 256 -> 128" in found.detail
 
 
 @pytest.mark.parametrize("damage", ["lengths.npy is cut off", "Arrow file is gone", "all weights are 0"])
-def test_a_broken_store_is_a_problem(
-    recipe: Recipe, recipe_path: Path, tmp_path: Path, quickstart: ChatTokenizer, damage: str
-) -> None:
+def test_a_broken_store_is_a_problem(recipe: Recipe, recipe_path: Path, tmp_path: Path, damage: str) -> None:
     copied = tmp_path / "store"
     shutil.copytree(recipe.data.store, copied)
     if damage == "lengths.npy is cut off":
@@ -303,7 +297,7 @@ def test_a_broken_store_is_a_problem(
         next((copied / "train").glob("*.arrow")).unlink()
     else:
         np.save(copied / "train/weight_sums.npy", np.zeros(len(TokenStore(copied))))
-    found = examine_store(load_recipe(recipe_path, [f"data.store={copied}"]), quickstart)
+    found = checks.check_token_store(case_of(load_recipe(recipe_path, [f"data.store={copied}"])))
     assert found.state == "problem" and found.remedy
     if damage == "all weights are 0":
         assert "has a loss weight above 0, so nothing would be learned" in found.detail
@@ -321,23 +315,25 @@ def test_a_broken_store_is_a_problem(
     ],
 )
 def test_settings_that_training_would_refuse_are_a_problem(
-    recipe_path: Path, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, override: str, told: str
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, told: str
 ) -> None:
+    case = case_of(load_recipe(recipe_path, [override]))
+    assert case.store
     monkeypatch.setattr("ochat_train.training.sinks.importlib.util.find_spec", lambda name: None)
-    recipe = load_recipe(recipe_path, [override])
-    store, config = TokenStore(recipe.data.store), config_of(recipe, quickstart)
-    found = doctor_checks.check_settings(recipe, config, size_of(recipe, config, 0), store, 2)
-    assert found.state == "problem" and told in found.detail
+    with pytest.raises(ValueError, match=re.escape(told)):
+        checks.check_settings(case)
 
 
 # ---- Memory ----
 
 
-def published(num_gpus: int = 8, **changes: Any) -> MemoryPlan:
+def published(num_gpus: int = 8, **changes: Any) -> Case:
     """The published run of 13B on GPUs of 80 GiB, with other keys of the recipe."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     recipe = load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml", overrides)
-    config = AutoConfig.for_model(
+    case = Case(recipe, "")
+    case.machine, case.num_processes = RENTED, num_gpus
+    case.config = AutoConfig.for_model(
         "llama",
         vocab_size=32_002,
         hidden_size=5120,
@@ -346,11 +342,12 @@ def published(num_gpus: int = 8, **changes: Any) -> MemoryPlan:
         num_attention_heads=40,
         num_key_value_heads=40,
     )
-    return plan_memory(recipe, RENTED, config, size_of(recipe, config, 0), num_gpus)
+    case.size = size_of(recipe, case.config, 0)
+    return case
 
 
 def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None:
-    found = check_memory(published(), is_quick=False)
+    found = checks.check_memory(published())
     assert found.state == "ok"
     rows = {line.split()[0]: line.split()[1:] for line in found.detail.splitlines() if re.match(r" +\d+ +- ", line)}
     assert list(rows) == ["1", "2", "4", "8"]
@@ -375,70 +372,66 @@ def test_the_published_run_fits_its_gpus_and_the_table_says_where_else() -> None
     ],
 )
 def test_a_recipe_that_does_not_fit_is_told_the_nearest_that_does(changes: dict[str, Any], remedy: str) -> None:
-    found = check_memory(published(**changes), is_quick=True)
+    found = checks.check_memory(published(**changes))
     assert found.state == "problem"
     assert re.match(remedy, found.remedy), found.remedy
 
 
-def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe, quickstart: ChatTokenizer) -> None:
-    config = config_of(recipe, quickstart)
-    size = size_of(recipe, config, 0)
-    needed = plan_memory(recipe, HERE, config, size, 2)
-    total = needed.total(needed.own)
-    for host, fits in ((2 * total, True), (2 * total - 1, False)):
-        plan = plan_memory(recipe, Machine(None, host, is_here=True), config, size, 2)
-        assert plan.fits(plan.own) is fits
+def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe) -> None:
+    case = case_of(recipe)
+    assert checks.check_memory(case).state == "ok"
+    total = case.memory.total(case.memory.own)
+    for host, state in ((2 * total, "ok"), (2 * total - 1, "problem")):
+        assert checks.check_memory(case_of(recipe, machine=Machine(None, host, is_here=True))).state == state
 
 
-def test_auto_is_planned_as_what_training_would_choose(recipe_path: Path, quickstart: ChatTokenizer) -> None:
-    recipe = load_recipe(recipe_path, ["model.checkpointing=auto"])
-    config = config_of(recipe, quickstart)
-    found = check_memory(plan_memory(recipe, HERE, config, size_of(recipe, config, 0), 2), is_quick=True)
+def test_auto_is_planned_as_what_training_would_choose(recipe_path: Path) -> None:
+    found = checks.check_memory(case_of(load_recipe(recipe_path, ["model.checkpointing=auto"])))
     assert found.state == "ok" and "model.checkpointing auto is none here" in found.detail
 
 
 # ---- Disk ----
 
 
+def llama_on_disk(recipe: Recipe, num_steps: int = 0) -> Case:
+    case = Case(recipe, "", num_steps=num_steps)
+    case.size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
+    return case
+
+
 def test_a_disk_that_is_too_small_is_a_problem(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
     usage = shutil.disk_usage("/")
-    needed = doctor_checks.check_disk(recipe, size, None)
-    assert needed.state == "ok"
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    found = doctor_checks.check_disk(recipe, size, None)
+    assert checks.check_disk(llama_on_disk(recipe)).state == "ok"
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    found = checks.check_disk(llama_on_disk(recipe))
     assert found.state == "problem" and "free" in found.remedy
     assert f"{recipe.checkpoint.keep + 1} checkpoints of" in found.detail
 
 
 def test_a_file_where_the_folder_would_be_is_a_problem(recipe_path: Path, tmp_path: Path) -> None:
-    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
     (tmp_path / "file").touch()
     for place in ("file", "file/run"):
-        found = doctor_checks.check_disk(load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / place}"]), size, None)
+        found = checks.check_disk(llama_on_disk(load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / place}"])))
         assert (found.state, found.detail) == ("problem", f"{tmp_path}/file is no folder that can be written")
 
 
 def test_what_a_resumed_run_has_already_on_disk_is_not_needed_again(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
-    recipe = load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / 'run'}", "checkpoint.keep=1"])
+    case = llama_on_disk(load_recipe(recipe_path, [f"checkpoint.dir={tmp_path / 'run'}", "checkpoint.keep=1"]))
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _: usage._replace(free=150 * 2**20))
-    assert doctor_checks.check_disk(recipe, size, None).state == "problem"
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=150 * 2**20))
+    assert checks.check_disk(case).state == "problem"
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run/weights", "wb") as file:
         file.truncate(10 * GIB)
-    assert doctor_checks.check_disk(recipe, size, None).state == "ok"
+    assert checks.check_disk(case).state == "ok"
 
 
 def test_light_checkpoints_take_disk_too(recipe_path: Path) -> None:
-    size = measure_size(AutoConfig.for_model("llama", hidden_size=64), lora_rank=None, lora_targets="all-linear")
-
     def num_light(*overrides: str) -> int:
-        detail = doctor_checks.check_disk(load_recipe(recipe_path, ["train.epochs=6", *overrides]), size, 50).detail
-        found = re.search(r", (\d+) light ones", detail)
+        case = llama_on_disk(load_recipe(recipe_path, ["train.epochs=6", *overrides]), num_steps=50)
+        found = re.search(r", (\d+) light ones", checks.check_disk(case).detail)
         return int(found[1]) if found else 0
 
     assert num_light() == 0
@@ -450,27 +443,47 @@ def test_light_checkpoints_take_disk_too(recipe_path: Path) -> None:
 # ---- Ports and hosts ----
 
 
-def test_a_port_that_is_taken_is_a_problem() -> None:
+def test_a_port_that_is_taken_is_a_problem(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(port: int) -> Finding:
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        return checks.check_port(Case(recipe, ""))
+
+    assert checks.check_port(Case(recipe, "")).state == "ok"  # launch.sh takes a free one
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        found = doctor_checks.check_port(str(port))
+        found = check(port)
     assert found.state == "problem" and f"MASTER_PORT {port} cannot be used" in found.detail
-    assert doctor_checks.check_port(str(free_port())).state == "ok"
-    assert doctor_checks.check_port(None).state == "ok"
-    assert doctor_checks.check_port("70000").state == "problem"
+    assert check(free_port()).state == "ok"
+    assert check(70_000).state == "problem"
 
 
-def test_a_host_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def check_hosts(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, int]], Finding]:
+    """What is found for these hosts in HOSTFILE."""
+
+    def check(hosts: dict[str, int]) -> Finding:
+        (tmp_path / "hosts").write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+        monkeypatch.setenv("HOSTFILE", str(tmp_path / "hosts"))
+        finding = checks.check_hosts(Case(recipe, ""))
+        assert finding is not None
+        return finding
+
+    return check
+
+
+def test_a_host_that_does_not_answer_is_a_problem(
+    check_hosts: Callable[[dict[str, int]], Finding], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         answering, silent = listener.getsockname()[1], free_port()
         ports = {"good": answering, "bad": silent}
-        monkeypatch.setattr(doctor_checks, "_ssh_address", lambda host: ("127.0.0.1", ports[host]))
-        assert doctor_checks.check_hosts({"good": 4}).state == "ok"
-        found = doctor_checks.check_hosts({"good": 4, "bad": 4})
+        monkeypatch.setattr(checks, "_ssh_address", lambda host: ("127.0.0.1", ports[host]))
+        assert check_hosts({"good": 4}).state == "ok"
+        found = check_hosts({"good": 4, "bad": 4})
     assert found.state == "problem" and re.match(rf"bad: 127\.0\.0\.1 port {silent} does not answer", found.detail)
 
 
@@ -490,54 +503,67 @@ def test_an_unreachable_host_of_the_host_file_ends_doctor_with_a_problem(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=2\na slots=2\n", "line 2: 'a slots=2' is not HOST slots=N, each host once"),
-        ("a 2\n", "line 1"),
-        ("a slots=0\n", "line 1"),
-        ("# nothing\n", "names no host"),
+        ("a slots=2\na slots=2\n", "multiple entries for a"),
+        ("b slots=1\na 2\n", "bad entry: a 2"),
+        ("a slots=0\n", "a has slots=0"),
+        ("# nothing\n", "empty"),
+        (None, "cannot be read"),
     ],
 )
-def test_a_wrong_host_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "hosts").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        doctor_checks.read_hosts(tmp_path / "hosts")
-    with pytest.raises(ValueError, match="cannot be read"):
-        doctor_checks.read_hosts(tmp_path / "none")
+def test_a_wrong_host_file_is_a_problem_that_names_the_entry(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "hosts").write_text(text)
+    monkeypatch.setenv("HOSTFILE", str(tmp_path / "hosts"))
+    findings = examine(load_recipe(recipe_path), recipe_path, is_quick=True)
+    found = findings["hosts"]
+    assert found.state == "problem" and f"HOSTFILE {tmp_path / 'hosts'}" in found.detail and message in found.detail
+    assert found.remedy.startswith("correct HOSTFILE")
+    assert findings["memory"].state == "ok"  # of as many processes as there would be here
 
 
-def test_hosts_that_are_started_by_hand_need_an_address_and_no_ssh() -> None:
-    assert doctor_checks.check_hosts({"192.0.2.1": 1, "localhost": 1}, by_ssh=False).state == "ok"
-    found = doctor_checks.check_hosts({"localhost": 1, "no-such-host.invalid": 1}, by_ssh=False)
+def test_hosts_that_are_started_by_hand_need_an_address_and_no_ssh(
+    check_hosts: Callable[[dict[str, int]], Finding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert check_hosts({"192.0.2.1": 1, "localhost": 1}).state == "ok"
+    found = check_hosts({"localhost": 1, "no-such-host.invalid": 1})
     assert found.state == "problem" and "no-such-host.invalid has no address" in found.detail
 
 
-def test_hosts_are_tried_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_are_tried_at_the_same_time(
+    check_hosts: Callable[[dict[str, int]], Finding], monkeypatch: pytest.MonkeyPatch
+) -> None:
     all_there = threading.Barrier(8, timeout=10)
-    monkeypatch.setattr(doctor_checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")
-    assert doctor_checks.check_hosts({f"host-{number}": 1 for number in range(8)}).state == "ok"
+    monkeypatch.setattr(checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")
+    assert check_hosts({f"host-{number}": 1 for number in range(8)}).state == "ok"
 
 
 # ---- The fullest micro-batch ----
 
 
-def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe, quickstart: ChatTokenizer) -> None:
-    store = TokenStore(recipe.data.store)
-    plan = make_run_plan(recipe, store, config_of(recipe, quickstart), 2)
-    positions = doctor_checks.find_fullest(plan)
-    most = max(int(store.lengths[p].sum()) for step in plan.steps() for p in step.bins)
-    assert int(store.lengths[positions].sum()) == most
+def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe) -> None:
+    case = case_of(recipe)
+    positions = trials.find_fullest(case.plan)
+    most = max(int(case.store.lengths[p].sum()) for step in case.plan.steps() for p in step.bins)
+    assert int(case.store.lengths[positions].sum()) == most
 
 
-def fullest(recipe: Recipe, tokenizer: ChatTokenizer, machine: Machine = HERE) -> Finding:
-    config, store = config_of(recipe, tokenizer), TokenStore(recipe.data.store)
-    plan = plan_memory(recipe, machine, config, size_of(recipe, config, 0), 1)
-    batch = collate([store[0], store[1]], store.condition_ids[:2])
-    return doctor_checks.run_fullest(recipe, config, batch, plan, "none", []).finding
+def fullest(recipe: Recipe, machine: Machine = HERE) -> Finding:
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
+    case = case_of(plain, machine=machine, num_gpus=1)
+    case.recipe = recipe
+    checks.check_memory(case)
+    finding = trials.check_fullest(case)
+    assert (case.tokens_per_s is not None) == (finding.state == "ok")
+    return finding
 
 
 def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert re.search(r"forward and backward in [\d.]+ s; peak .* planned", fullest(recipe, quickstart).detail)
+    assert re.search(r"forward and backward in [\d.]+ s; peak .* planned", fullest(recipe).detail)
     original = ochat_train.model.attention._sdpa
 
     def too_large(q: Tensor, *others: Any) -> Tensor:
@@ -545,27 +571,38 @@ def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
         return original(q, *others)
 
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", too_large)
-    found = fullest(recipe, quickstart)
+    found = fullest(recipe)
     assert found.state == "problem" and "out of memory" in found.detail
     assert found.remedy.startswith("lower packing.tokens_per_gpu")
 
 
 def test_a_mistake_in_the_micro_batch_is_not_taken_for_lack_of_memory(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda q, *_: q[:1] @ q)
     with pytest.raises(RuntimeError):
-        fullest(recipe, quickstart)
+        fullest(recipe)
+
+
+def test_a_check_that_raises_is_a_problem_and_the_others_go_on(
+    recipe: Recipe, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *_: {}["key"])
+    findings = examine(recipe, recipe_path)
+    assert findings["isolation"].state == "problem" and findings["isolation"].remedy
+    assert findings["isolation"].detail == "the check raised KeyError('key')"
+    assert findings["steps"].state == "warning"  # no speed is known
+    assert findings["memory"].state == findings["disk"].state == "ok"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = fullest(recipe, quickstart, Machine(None, 2**20, is_here=True))
+    small = fullest(recipe, Machine(None, 2**20, is_here=True))
     assert small.state == "warning" and "above a quarter of the 1.0 MiB free" in small.detail
-    monkeypatch.setattr(doctor_checks, "_CPU_FLOP", 1.0)
-    assert "FLOP are above 1e+00" in fullest(recipe, quickstart).detail
+    monkeypatch.setattr(trials, "_CPU_FLOP", 1.0)
+    assert "FLOP are above 1e+00" in fullest(recipe).detail
 
 
 @pytest.mark.parametrize("lora", ["null", "{}"])
@@ -601,18 +638,18 @@ def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_
 
 
 def test_the_fullest_micro_batch_of_adapters_trains_no_weight_of_the_base(
-    recipe: Recipe, quickstart: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    original = doctor_checks._as_in_a_run
+    original = trials._pack_as_in_a_run
 
-    def look(lm: Any, *arguments: Any, **options: Any) -> Any:
+    def look(case: Case, lm: Any, **options: Any) -> Any:
         trained.extend(name for name, parameter in lm.named_parameters() if parameter.requires_grad)
-        return original(lm, *arguments, **options)
+        return original(case, lm, **options)
 
-    monkeypatch.setattr(doctor_checks, "_as_in_a_run", look)
+    monkeypatch.setattr(trials, "_pack_as_in_a_run", look)
     lora = recipe.model.model_copy(update={"lora": LoraSection()})
-    assert fullest(recipe.model_copy(update={"model": lora}), quickstart).state == "ok"
+    assert fullest(recipe.model_copy(update={"model": lora})).state == "ok"
     assert trained and all(".lora_" in name for name in trained)
 
 
@@ -634,7 +671,14 @@ def test_rows_that_look_untrained_are_found_and_a_warning_where_they_do_not_lear
         lm.save_pretrained(tmp_path / "base", max_shard_size="100kB")  # in several files
         model = {"base": str(tmp_path / "base"), "dtype": "float32"}
         path = tiny_recipe(tmp_path, model=model, template="chatml", tokenizer=None)
-        return check_rows(load_recipe(path, list(overrides)), tokenizer)
+        return check_rows(path, *overrides)
+
+    def check_rows(path: Path, *overrides: str) -> Finding:
+        case = Case(load_recipe(path, list(overrides)), "")
+        case.tokenizer = tokenizer
+        finding = rows.check_rows(case)
+        assert finding is not None
+        return finding
 
     assert re.fullmatch(r"<\|im_\w+\|> = \d+, <\|im_\w+\|> = \d+ look trained", look().detail)
     with torch.no_grad():
@@ -651,19 +695,24 @@ def test_rows_that_look_untrained_are_found_and_a_warning_where_they_do_not_lear
     assert (frozen.state, frozen.remedy) == ("warning", "set model.lora.train_template_tokens: true")
     for file in (tmp_path / "base").glob("*.safetensors"):
         file.unlink()
-    assert check_rows(load_recipe(tmp_path / "recipe.yaml"), tokenizer).detail.startswith("not looked at: ")
+    assert check_rows(tmp_path / "recipe.yaml").detail.startswith("not looked at: ")
 
 
 # ---- Steps ----
 
 
-def test_hours_are_given_only_where_a_speed_is_known(recipe: Recipe, quickstart: ChatTokenizer) -> None:
-    plan = make_run_plan(recipe, TokenStore(recipe.data.store), config_of(recipe, quickstart), 2)
-    table = make_table(plan)
-    unknown = doctor_checks.check_steps(table, None, None)
+def test_hours_are_given_only_where_a_speed_is_known(
+    recipe: Recipe, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(tokens_per_s: float | None) -> Finding:
+        case = case_of(recipe)
+        case.path, case.tokens_per_s = str(recipe_path), tokens_per_s
+        return checks.check_steps(case)
+
+    unknown = check(None)
     assert unknown.state == "warning" and "no speed was measured" in unknown.detail
-    modelled = doctor_checks.check_steps(table, None, 100.0)
-    assert "at 100 tokens/s a process, modelled on" in modelled.detail
-    measured = doctor_checks.check_steps(table, Rate(50.0, "measured", 7, (2,)), 100.0)
-    hours = table.num_tokens / 100 * 2 / 3600
+    assert "at 100 tokens/s a process, modelled on" in check(100.0).detail
+    monkeypatch.setattr(checks, "measured_rate", lambda *_: Rate(50.0, "measured", 7, (2,)))
+    measured = check(100.0)
+    hours = make_table(case_of(recipe).plan).num_tokens / 100 * 2 / 3600
     assert f"({hours:.3g} GPU hours) at 50 tokens/s a process, as measured in 7 steps" in measured.detail

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ochat_train.files import publish_file, publish_folder, require_packages, try_lock
+from ochat_train.files import publish_file, publish_folder, read_json_lines, require_packages, try_lock
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -63,3 +63,10 @@ def test_packages_that_are_missing_are_named_with_their_extra() -> None:
         require_packages("--ui", "orjson", "no-such-a", extra="ui")
     with pytest.raises(ValueError, match=r"the packages no-such-a, no-such-b: .*, or set it to false$"):
         require_packages("x", "no-such-a", "no-such-b", extra="ui", remedy="set it to false")
+
+
+def test_json_lines_are_read_without_one_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_json_lines(file) == []
+    file.write_bytes(b'{"a": 1}\n[2]\n{"b": 3}\n{"c": ')
+    assert read_json_lines(file) == [{"a": 1}, {"b": 3}]

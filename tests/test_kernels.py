@@ -58,7 +58,7 @@ def test_a_missing_package_and_an_unknown_architecture_are_told(monkeypatch: pyt
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
     assert choose("auto", "gpt2").reason == "liger: it has no kernels for gpt2"
-    monkeypatch.setattr(kernels, "check_parity", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(kernels, "measure_kernel_errors", lambda *_, **__: 1 / 0)
     assert "fail in a small llama: ZeroDivisionError" in choose("auto").reason
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "evaluate"},
     "report": BELOW | {"files", "preprocess", "report"},
-    "doctor": BELOW | {"files", "report", "doctor"},
+    "doctor": BELOW | {"files", "doctor"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.

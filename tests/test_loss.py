@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ochat_train.model import loss
 from ochat_train.model.activations import live_bytes
+from ochat_train.model.lora import HeadWithRows
 from ochat_train.model.loss import LossHead, LossSums
-from ochat_train.model.rows import HeadWithRows
 from tests.host_waits import host_waits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

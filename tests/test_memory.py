@@ -10,11 +10,12 @@ import orjson
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ochat_train.files import free_port
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of
+from ochat_train.model.lora import add_adapters
 from ochat_train.model.loss import CHUNK_TOKENS
 from ochat_train.model.memory import (
     MemoryNeeds,
@@ -186,8 +187,22 @@ def test_only_adapters_are_trained_with_lora() -> None:
         )
         assert rows.num_trained - none.num_trained == 3 * WIDTH * (1 if is_tied else 2)
         assert rows.num_weights - none.num_weights == rows.num_trained - none.num_trained
-    with pytest.raises(ValueError, match=r"model\.lora\.targets query: no linear layer has such a name"):
-        measure_size(llama(), lora_rank=8, lora_targets=("query",))
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",), ("self_attn.q_proj", "q_proj")]
+)
+def test_the_adapters_that_are_counted_are_those_that_training_adds(targets: Any) -> None:
+    lm = AutoModelForCausalLM.from_config(llama())
+    add_adapters(lm, rank=8, alpha=8, targets=targets, row_ids=(), seed=0)
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    assert measure_size(llama(), lora_rank=8, lora_targets=targets).num_trained == trained
+
+
+@pytest.mark.parametrize("targets", [("query",), ("proj",), ("q_proj", "w_pack")])
+def test_adapters_that_training_would_refuse_are_not_counted(targets: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"model\.lora\.targets '{targets[-1]}': no linear layer has this name"):
+        measure_size(llama(), lora_rank=8, lora_targets=targets)
 
 
 # ---- DeepSpeed ----

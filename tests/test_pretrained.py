@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import load_config, load_model, quadratic_length_of
+from ochat_train.model.pretrained import load_config, load_model, quadratic_length_of, shrink_config
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.encode import Example
 
@@ -282,6 +283,31 @@ def test_layers_with_a_window_shorter_than_the_sequences_do_not_cost_with_the_sq
     # Qwen 2 states a window that it does not use.
     unused = Qwen2Config(num_hidden_layers=2)
     assert quadratic_length_of(unused, max_tokens=10**6) == quadratic_length_of(unused, max_tokens=16)
+
+
+def test_a_shrunk_configuration_is_narrower_in_proportion_with_the_same_heads_and_kinds_of_layers() -> None:
+    large = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=5120,
+        intermediate_size=13_824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        pad_token_id=31_999,
+    )
+
+    def sizes(config: Any) -> tuple[int, ...]:
+        widths = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+        return *widths, config.num_hidden_layers, config.vocab_size
+
+    assert sizes(shrink_config(large)) == (5120, 13_824, 40, 8, 2, 32_000)
+    assert sizes(shrink_config(large, num_heads=20, vocab_size=8192)) == (2560, 6912, 20, 4, 2, 8192)
+    odd = shrink_config(large, num_heads=3, vocab_size=97)
+    assert sizes(odd) == (384, 1036, 3, 1, 2, 97) and odd.head_dim == 128
+    assert sizes(large) == (5120, 13_824, 40, 8, 40, 32_000)
+    assert shrink_config(Gemma2Config()).layer_types == ["sliding_attention", "full_attention"]
+    for config in (odd, shrink_config(GPT2Config(), num_heads=3)):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() > 0
 
 
 def test_a_model_without_attention_heads_is_left_for_the_refusal_that_says_why() -> None:

@@ -20,12 +20,12 @@ import ochat_train.report.__main__ as report
 from ochat_train.model.pretrained import load_config
 from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import LoraSection, load_recipe
-from ochat_train.report.plan import MicroBatch, PlanReport, Rate, StepPicture, _predict, read_plans, read_requests
+from ochat_train.report.plan import MicroBatch, PlanReport, StepPicture, _predict, read_plans, read_requests
 from ochat_train.report.plan_view import _bar, _paths, as_html, as_text
 from ochat_train.report.tables import show_duration
 from ochat_train.tokens.store import TokenStore
 from ochat_train.training.planning import make_run_plan
-from ochat_train.training.speed import A100, H100, MACHINES
+from ochat_train.training.speed import A100, H100, MACHINES, Rate
 from tests.e2e.harness import tiny_recipe, write_dump
 from tests.test_report_store import Page
 

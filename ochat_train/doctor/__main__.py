@@ -13,22 +13,20 @@ are not in this machine.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ochat_train.recipe import Recipe, load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe import load_recipe, parse_arguments, recipe_arguments
 
 if TYPE_CHECKING:
-    from ochat_train.doctor.finding import Finding
+    from ochat_train.doctor.case import Finding
 
 _MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print each finding as it is made; exit with 1 when one is a problem."""
+    """Print each finding as soon as it is made; exit with 1 when one is a problem."""
     parser = argparse.ArgumentParser(prog="python -m ochat_train.doctor", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
@@ -44,11 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = load_recipe(options.recipe, options.overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    findings = []
-    for finding in examine(recipe, options):
+
+    # Only here: torch and transformers take seconds to import, and a mistake in the recipe is reported before.
+    from ochat_train.doctor.case import Case
+    from ochat_train.doctor.checks import examine
+
+    problems = []
+    for finding in examine(Case(recipe, options.recipe, options.quick, options.gpus, options.gpu_gib)):
         print(show(finding), flush=True)
-        findings.append(finding)
-    problems = [finding for finding in findings if finding.state == "problem"]
+        if finding.state == "problem":
+            problems.append(finding)
     if not problems:
         print("OK")
         return
@@ -63,95 +66,6 @@ def show(finding: "Finding") -> str:
     first, *rest = finding.detail.splitlines()
     lines = [f"{_MARKS[finding.state]:<8} {finding.name}: {first}", *(f"           {line}" for line in rest)]
     return "\n".join([*lines, f"           remedy: {finding.remedy}"] if finding.remedy else lines)
-
-
-def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
-    """Each finding in turn. What needs something that was not found is left out: that is a problem of its own."""
-    # Only here: torch and transformers take seconds to import, and a mistake in the recipe is told before.
-    from ochat_train.conversations.template import TEMPLATES
-    from ochat_train.doctor import checks
-    from ochat_train.doctor.finding import Finding
-    from ochat_train.doctor.kernels import check_kernels
-    from ochat_train.doctor.memory import check_memory
-    from ochat_train.doctor.rows import check_rows
-    from ochat_train.model.pretrained import load_config
-    from ochat_train.report.plan import measured_rate, read_requests
-    from ochat_train.tokens.batch import collate
-    from ochat_train.tokens.plan_ahead import PlanTable, make_table
-    from ochat_train.tokens.store import TokenStore
-    from ochat_train.tokens.tokenizer import load_tokenizer, require_model
-    from ochat_train.training.memory_plan import plan_memory, size_of
-    from ochat_train.training.planning import make_run_plan, trained_rows
-
-    machine = checks.machine_of(options.gpu_gib)
-    yield checks.check_versions()
-    yield checks.check_accelerators(recipe, machine)
-
-    per_host = os.environ.get("NUM_GPUS", "")
-    num_processes = options.gpus or (int(per_host) if per_host.isdecimal() else None)
-    if hostfile := os.environ.get("HOSTFILE"):
-        try:
-            hosts = checks.read_hosts(Path(hostfile))
-        except ValueError as error:
-            yield Finding("hosts", "problem", str(error), "correct HOSTFILE, or leave it out on one machine")
-        else:
-            yield checks.check_hosts(hosts, by_ssh="NODE_RANK" not in os.environ)
-            slots = [min(number, int(per_host)) if per_host.isdecimal() else number for number in hosts.values()]
-            num_processes = options.gpus or sum(slots)
-    if num_processes is None:
-        (here,) = read_requests(options.recipe, options.overrides, None)
-        num_processes = here.num_gpus
-    yield checks.check_port(os.environ.get("MASTER_PORT"))
-
-    try:
-        tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
-    except ValueError as error:
-        remedy = "name a template that fits the base, or a tokenizer that is there"
-        yield Finding("special tokens", "problem", str(error), remedy)
-        return
-    yield checks.check_special_tokens(tokenizer)
-    if recipe.model.base is not None:
-        yield check_rows(recipe, tokenizer)
-    try:
-        if recipe.model.base is not None:
-            require_model(recipe.model.base)
-        loaded = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
-        config = loaded.get_text_config()
-        row_ids = trained_rows(recipe, tokenizer)
-        size = size_of(recipe, config, len(row_ids))
-    except ValueError as error:
-        yield Finding("model", "problem", str(error), "name a model that is there, or correct model.config")
-        return
-    attention = checks.check_attention(recipe, config)
-    yield attention
-    finding, kernels = check_kernels(recipe, loaded)
-    yield finding
-    store = checks.check_token_store(recipe, tokenizer, config, is_quick=options.quick)
-    yield store
-    examples = TokenStore(recipe.data.store) if store.state == "ok" else None
-    yield checks.check_settings(recipe, config, size, examples, num_processes)
-    if "problem" in (attention.state, finding.state):
-        return
-    if not options.quick:
-        yield checks.check_isolation(recipe, config, machine, kernels)
-    try:
-        memory = plan_memory(recipe, machine, config, size, num_processes)
-    except ValueError as error:
-        yield Finding("memory", "warning", str(error), "measure it with train.max_steps=2")
-        return
-    yield check_memory(memory, is_quick=options.quick)
-    num_steps = None
-    if examples is not None and not options.quick:
-        plan = make_run_plan(recipe, examples, config, num_processes)
-        table = make_table(plan)
-        table = PlanTable(table.rows[: recipe.train.max_steps], table.shape)
-        num_steps = table.num_steps
-        positions = checks.find_fullest(plan)
-        batch = collate([examples[position] for position in positions.tolist()], examples.condition_ids[positions])
-        run = checks.run_fullest(recipe, config, batch, memory, kernels, row_ids)
-        yield run.finding
-        yield checks.check_steps(table, measured_rate(options.recipe, recipe), run.tokens_per_s)
-    yield checks.check_disk(recipe, size, num_steps)
 
 
 if __name__ == "__main__":

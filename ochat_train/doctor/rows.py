@@ -1,4 +1,4 @@
-"""What doctor says about the rows of the template's tokens in the base's embedding and head."""
+"""The check of doctor that reads the base's weights: the rows of the template's tokens in embedding and head."""
 
 from pathlib import Path
 
@@ -8,51 +8,49 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from ochat_train.doctor.finding import Finding
-from ochat_train.model.meta import meta_model
-from ochat_train.model.pretrained import DTYPES, load_config, template_ids
-from ochat_train.recipe import Recipe
-from ochat_train.tokens.tokenizer import ChatTokenizer, locate_base
+from ochat_train.doctor.case import Case, Finding
+from ochat_train.model.pretrained import DTYPES, load_config, meta_model, template_ids
+from ochat_train.tokens.tokenizer import locate_base
 
 # A row is the mean of all when it is nearer to it than this share of the median norm. Its norm is far off when it is
 # beyond this factor of all norms but the outermost hundredth.
 _AT_MEAN, _FAR = 0.02, 2.0
 
 
-def check_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> Finding:
+def check_rows(case: Case) -> Finding | None:
     """Which rows of the template's tokens look as if the base was never trained on them.
 
-    With all weights trained, or these rows beside adapters, they learn; else the model may never end an answer.
+    They learn when all weights are trained, or these rows beside adapters; else the model may never end an answer.
     """
+    recipe, tokenizer = case.recipe, case.tokenizer
+    if recipe.model.base is None:
+        return None
     lora = recipe.model.lora
     try:
-        tables = _read_tables(recipe, tokenizer)
-    except Exception as error:  # of many kinds: whatever files of other formats, or none, make of it
-        return Finding("template rows", "ok", f"not looked at: {str(error).splitlines()[0]}")
-    ids = {token: row for token, row in template_ids(tokenizer).items() if token not in tokenizer.added}
+        tables = _read_tables(case, recipe.model.base)
+    except Exception as error:  # of many kinds: no files, or those of other formats
+        return Finding("ok", f"not looked at: {str(error).splitlines()[0]}")
     odd: dict[str, str] = {}
-    for token, row in ids.items():
-        found = {name: why for name, table in tables.items() if (why := _oddity(table, row))}
-        odd[f"{token} = {row}"] = ", ".join(f"{name} {why}" for name, why in found.items())
+    for token, row in template_ids(tokenizer).items():
+        if token not in tokenizer.added:
+            found = {name: why for name, table in tables.items() if (why := _oddity(table, row))}
+            odd[f"{token} = {row}"] = ", ".join(f"{name} {why}" for name, why in found.items())
     shown = "; ".join(f"{token} ({why})" for token, why in odd.items() if why)
-    learns = "all weights are trained" if lora is None else "these rows are trained beside the adapters"
     if not shown:
-        fine = f"{', '.join(odd)} look trained" if odd else "all of the template's tokens are added"
-        return Finding("template rows", "ok", fine)
+        return Finding("ok", f"{', '.join(odd)} look trained" if odd else "all of the template's tokens are added")
     if lora is not None and not lora.train_template_tokens:
         detail = f"the base looks untrained on {shown}, and they stay so: the model may never end an answer"
-        return Finding("template rows", "warning", detail, "set model.lora.train_template_tokens: true")
-    return Finding("template rows", "ok", f"the base looks untrained on {shown}; {learns}")
+        return Finding("warning", detail, "set model.lora.train_template_tokens: true")
+    learns = "all weights are trained" if lora is None else "these rows are trained beside the adapters"
+    return Finding("ok", f"the base looks untrained on {shown}; {learns}")
 
 
-def _read_tables(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Tensor]:
-    """[V, C] of the base's embedding and, if it is not tied, its head, from files of safetensors that are here."""
-    base = recipe.model.base
-    assert base is not None
+def _read_tables(case: Case, base: str) -> dict[str, Tensor]:
+    """[V, C] of the base's embedding and, if it is not tied, its head, from local files of safetensors."""
     files = locate_base(base)
     if files.gguf_file is not None:
         raise ValueError("the base is a .gguf file")
-    model = meta_model(load_config(base, None, tokenizer.num_ids), DTYPES[recipe.model.dtype])
+    model = meta_model(load_config(base, None, case.tokenizer.num_ids), DTYPES[case.recipe.model.dtype])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     embedding, head = (
         names[id(table.weight)] for table in (model.get_input_embeddings(), model.get_output_embeddings())

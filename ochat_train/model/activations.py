@@ -1,7 +1,4 @@
-"""The bytes of activations, counted by running the model on the meta device.
-
-There tensors have sizes and no memory, so what is counted holds for any architecture.
-"""
+"""The bytes of activations, counted by running the model on the meta device, whatever its architecture."""
 
 import weakref
 from collections.abc import Iterator
@@ -16,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from ochat_train.model.lora import add_adapters, require_peft
-from ochat_train.model.meta import meta_model
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import DTYPES
+from ochat_train.model.pretrained import DTYPES, meta_model
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -26,8 +22,8 @@ from ochat_train.tokens.batch import PackedBatch
 class Activations:
     """Bytes of one micro-batch, without parameters and their gradients.
 
-    kept: what the forward pass leaves behind for the backward pass. layer: the most that the backward pass has on top
-    of it, mostly one layer computed again and its gradients. logits: what the loss head has on top of `kept`.
+    kept: what the forward pass leaves for the backward pass. layer: the most that the backward pass has beside `kept`,
+    mostly one recomputed layer and its gradients. logits: what the loss head has beside `kept`.
     """
 
     kept: int
@@ -36,7 +32,7 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        """The most at any time: the loss head is done before the first layer's backward pass begins."""
+        """The most at any time: the loss head ends before the backward pass of the layers begins."""
         return self.kept + max(self.layer, self.logits)
 
 
@@ -52,23 +48,23 @@ def count_activations(
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
-    checkpointing: full, none or every_N. lora_rank: with adapters in place, beside frozen weights, whose inputs need
-    not be kept for a gradient of theirs, and with `num_rows` trained rows; None: all weights are trained.
+    checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights, which need not keep their
+    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained.
 
-    A forward and a backward pass run on the meta device, and the bytes of all tensors that are alive are added up. With
-    C, I, A, K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
-    bfloat16, a token,
+    A forward and a backward pass run on the meta device, and the bytes of all live tensors are added up. With C, I, A,
+    K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
+    bfloat16, for each token,
 
         norms       2 * (4 C + 2 C + 2 C + 4)   the input in fp32, its norm, the output; 1 / rms
         attention   2 A + 2 K + 2 K + 2 A + 4 H queries, keys, values, output; log of the sums of exponentials in fp32
         MLP         4 * 2 I                     gate, silu(gate), up, their product
 
-    and with checkpointing only its input, 2 C. Of the `sdpa` backend on CPU there is one copy of the output more, 2 A.
-    The loss head has, of a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
+    and with checkpointing only its input, 2 C. The `sdpa` backend on CPU has one copy of the output more, 2 A. The loss
+    head has, for a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
     gradients by its weight in fp32 and by the hidden states.
 
-    Raises ValueError for a model that cannot be run without values, such as one that routes tokens to experts, and when
-    there are to be adapters without the package peft.
+    Raises ValueError for a model that cannot run without values, such as one that routes tokens to experts, and for
+    adapters without the package peft.
     """
     lm = meta_model(config, DTYPES[dtype])
     if lora_rank is not None:
@@ -91,9 +87,9 @@ def count_activations(
 
 def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
     """The activations of a model on the meta device."""
-    for parameter in model.parameters():  # gradients are counted where DeepSpeed keeps them
+    for parameter in model.parameters():  # gradients are counted in memory.py, where DeepSpeed keeps them
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with torch.device("meta"):
         tokens = torch.zeros(num_tokens, dtype=torch.int64)
         batch = PackedBatch(
@@ -117,12 +113,8 @@ def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
     return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)
 
 
-def _forget_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 def register_sized_attention() -> str:
-    """Register with transformers attention that keeps as much as flash attention does, of zeros; returns its name."""
+    """Register attention with transformers that keeps as many bytes as flash attention, of zeros; returns its name."""
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         rows = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, D]
@@ -145,12 +137,12 @@ class _SizedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = ctx.saved_tensors
-        _sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)  # in which the kernel adds up q's gradient
+        _sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)  # the kernel adds up q's gradient in it
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages of all tensors that are made while it is active, until they are gone: now, and at most."""
+    """Counts the bytes of the storages of all tensors made while it is active: those alive now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
@@ -165,12 +157,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def restart(self) -> int:
-        """The most so far; from here on the peak is that of what follows."""
+        """The peak so far; after this call it is the peak of what follows."""
         peak, self.peak = self.peak, self.now
         return peak
 
     def add(self, tensor: Tensor, num_bytes: int | None = None) -> None:
-        """Count the tensor's storage until it is gone, if it is not yet; num_bytes: in place of its size."""
+        """Count the tensor's storage while it is alive, if it is not counted yet; num_bytes: in place of its size."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
@@ -185,7 +177,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def live_bytes(known: list[Tensor]) -> Iterator[LiveBytes]:
-    """Counts the bytes of tensors made inside; those of `known` tensors count 0."""
+    """Count the bytes of tensors that are made inside the block; `known` tensors count 0."""
     with LiveBytes() as live:
         for tensor in known:
             live.add(tensor, 0)

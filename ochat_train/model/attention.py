@@ -30,13 +30,13 @@ PASSED = {
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What a backend does, forward and backward, on packed sequences on a range of GPUs: a row of TABLE.
+    """What a backend supports, forward and backward, on packed sequences on a range of GPUs: a row of TABLE.
 
-    module: what must be importable; None: torch alone does it. install: what to do when it is not. majors: the compute
-    capabilities, as the first and the last major number; None: any device. head_dims: the largest head size, and what
-    it must be a multiple of; None: any. is_automatic: whether `auto` takes it; where its makers speak of a prototype,
-    or say nothing of the backward pass, it is left to those who ask. All are for bfloat16 and float16, sdpa for any
-    dtype. All take grouped heads, windows, int32 `cu_seqlens`, and sequences as long as memory holds.
+    module: what must be importable; None: torch alone is enough. install: what to do when it is not. majors: the first
+    and the last major number of compute capability; None: any device. head_dims: the largest head size, and what it
+    must be a multiple of; None: any. is_automatic: whether `auto` may choose it; backends that their makers call a
+    prototype, or whose backward pass they do not describe, must be asked for. All are for bfloat16 and float16, sdpa
+    for any dtype. All take grouped heads, windows, int32 `cu_seqlens`, and sequences as long as memory allows.
     """
 
     backend: Backend
@@ -49,7 +49,7 @@ class Support:
 
     @property
     def capabilities(self) -> str:
-        """The range of compute capabilities, for people."""
+        """The range of compute capabilities in words."""
         if self.majors is None:
             return "any device"
         first, last = self.majors
@@ -83,7 +83,7 @@ TABLE: tuple[Support, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class AttentionNeeds:
-    """What a model asks of attention on a device. capability: of the CUDA device; None: it is another device."""
+    """What a model needs of attention on a device. capability: of the CUDA device; None: it is another device."""
 
     capability: tuple[int, int] | None
     dtype: torch.dtype
@@ -123,7 +123,7 @@ def choose_backend(wanted: Literal["auto"] | Backend, needs: AttentionNeeds) -> 
 
 
 def _obstacle(row: Support, needs: AttentionNeeds) -> str | None:
-    """Why the row cannot serve these needs; None when it can."""
+    """Why the row does not support these needs; None when it does."""
     if row.majors is not None:
         if needs.capability is None:
             return "needs a CUDA device"

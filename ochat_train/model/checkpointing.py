@@ -1,22 +1,22 @@
-"""Activation checkpointing: which layers of a model are computed again in the backward pass, instead of kept."""
+"""Activation checkpointing: which layers of a model are recomputed in the backward pass, instead of kept."""
 
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# What `auto` tries, that which computes least again first. A layer's forward pass is a third of its products, so a
-# policy adds a third of the share of layers that it computes again.
+# What `auto` tries, that which recomputes least first. A layer's forward pass is a third of its products, so a policy
+# adds a third of the share of layers that it recomputes.
 BY_TIME = ("none", "every_4", "every_3", "every_2", "full")
 
 
 def period_of(policy: str) -> int | None:
-    """1 for full, N for every_N, None for none. Layers 0, N, 2 N, ... are computed again."""
+    """1 for full, N for every_N, None for none. Layers 0, N, 2 N, ... are recomputed."""
     if policy == "none":
         return None
     return 1 if policy == "full" else int(policy.removeprefix("every_"))
 
 
 def share_of(policy: str) -> float:
-    """The share of a deep model's layers that are computed again."""
+    """The share of a deep model's layers that are recomputed."""
     period = period_of(policy)
     return 0 if period is None else 1 / period
 
@@ -34,10 +34,10 @@ def check_policy(policy: str, num_layers: int) -> None:
 def enable_checkpointing(lm: PreTrainedModel, policy: str) -> None:
     """Let `lm` keep activations by `policy`, in place: full, none or every_N.
 
-    full: each layer keeps its input alone, and is computed again when its backward pass begins. every_N: so do layers
-    0, N, 2 N, ...; the others keep all that they need. The gradients are the same. Layers are transformers' own
-    (GradientCheckpointingLayer), in the order of the model. Raises ValueError for an N of more layers than there are,
-    or a model whose layers cannot be chosen one by one.
+    full: each layer keeps only its input, and is recomputed when its backward pass begins. every_N: layers 0, N, 2 N,
+    ... do so; the others keep all that they need. The gradients are the same. Layers are transformers' own
+    (GradientCheckpointingLayer), in the order of the model. Raises ValueError when N is above the number of layers, or
+    when a model's layers cannot be chosen one by one.
     """
     period = period_of(policy)
     if period is None:

@@ -1,8 +1,8 @@
 """Fused kernels of the package liger-kernel inside a transformers model, and its layers compiled by torch.compile.
 
-Of Liger's kernels those of a layer are taken: RMSNorm, rotary embedding, SwiGLU or GeGLU. Its losses are not, because
-weights, conditions and sums are ours. How a kernel rounds, and whether a norm counts its weight from 1, Liger knows for
-each architecture; whether it is right for this configuration is measured (`check_parity`).
+Of Liger's kernels those of a layer are used: RMSNorm, rotary embedding, SwiGLU or GeGLU. Its losses are not, because
+weights, conditions and sums are ours. Liger knows for each architecture how a kernel rounds, and whether a norm counts
+its weight from 1; whether that is right for this configuration is measured (`measure_kernel_errors`).
 """
 
 import copy
@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ochat_train.model.pretrained import shrink_config
+
 Kernels = Literal["liger", "none"]
 
 # Two layers have some twenty operations in a row, each of 6e-8 in float32, and backwards as many again. tanh's
 # approximation of GELU in place of the exact one is off by 3e-4, a norm without its offset by 1.
 _SAME_FORMULA = 1e-5
-# Kernels may round at other places than transformers does, but not more.
+# Kernels may round in other places than transformers does, but not more.
 _ROUNDING = 2.0
+_VOCABULARY = 97
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class KernelChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Parity:
+class KernelError:
     """How far a model with kernels is from transformers' own in float32, and how far it may be.
 
     error: the largest relative norm of a difference, over the logits and each parameter's gradient.
@@ -79,8 +82,8 @@ def choose_kernels(
     return KernelChoice("liger", f"{version} against transformers' layers: {', '.join(map(str, found))}")
 
 
-def _try_liger(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Parity, ...] | str:
-    """How well Liger's kernels agree; or why they cannot be used."""
+def _try_liger(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[KernelError, ...] | str:
+    """How well Liger's kernels agree with transformers' layers; or why they cannot be used."""
     if device.type != "cuda":
         return "needs a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -94,12 +97,12 @@ def _try_liger(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[P
     if config.get_text_config() is not config:
         return f"{config.model_type} is more than a language model"
     try:
-        parities = check_parity(config, dtype=dtype, device=device)
+        errors = measure_kernel_errors(config, dtype=dtype, device=device)
     except Exception as error:  # of many kinds: Triton compiles for a GPU that it may not know
         return f"its kernels fail in a small {config.model_type}: {error!r}"
-    if wrong := [parity for parity in parities if not parity.error <= parity.limit]:
+    if wrong := [found for found in errors if not found.error <= found.limit]:
         return f"it disagrees with transformers' {config.model_type}: {', '.join(map(str, wrong))}"
-    return parities
+    return errors
 
 
 def use_kernels(lm: PreTrainedModel, kernels: Kernels) -> None:
@@ -127,7 +130,7 @@ def use_kernels(lm: PreTrainedModel, kernels: Kernels) -> None:
 
 
 def _call_instead(lm: PreTrainedModel, functions: dict[str, Any], of_module: dict[str, Any]) -> None:
-    """Let the forwards of modules of `lm` call `functions` where they name globals of `of_module`."""
+    """Let the forwards of modules of `lm` call `functions` in place of globals of the same names in `of_module`."""
     forwards: dict[FunctionType, FunctionType] = {}
     missing = set(functions)
     for module in lm.modules():
@@ -144,7 +147,7 @@ def _call_instead(lm: PreTrainedModel, functions: dict[str, Any], of_module: dic
 
 
 def _with_globals(function: FunctionType, changed: dict[str, Any]) -> FunctionType:
-    """The function, whose global names mean what `changed` says, else what they mean now."""
+    """A copy of the function in which the globals that are in `changed` have those values."""
     names = {**function.__globals__, **changed}
     # torch.compile watches the globals of a function that it inlines in the module of this name, and keeps what it
     # compiled with the code object.
@@ -158,38 +161,20 @@ def _with_globals(function: FunctionType, changed: dict[str, Any]) -> FunctionTy
 # -------------------------------------------------------------------------------------------------- the check
 
 
-def check_parity(config: Any, *, dtype: torch.dtype, device: torch.device) -> tuple[Parity, ...]:
+def measure_kernel_errors(config: Any, *, dtype: torch.dtype, device: torch.device) -> tuple[KernelError, ...]:
     """A small model of this configuration with kernels against transformers' own in float32, on packed positions.
 
     In float32, where a wrong formula shows; and in `dtype`, where wrong rounding shows: the limit is twice the error of
     transformers' own layers in `dtype`. The small model has the configuration's head size, activation and kinds of
-    layers.
+    layers, and widths that are no powers of 2.
     """
-    small = _reduce(config)
+    small = shrink_config(config, num_heads=3, vocab_size=_VOCABULARY)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return tuple(_compare(small, each, device) for each in dict.fromkeys((torch.float32, dtype)))
 
 
-def _reduce(config: Any) -> Any:
-    """The configuration with two narrow layers of the same head size; widths that are no powers of 2."""
-    small = copy.deepcopy(config)
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    is_grouped = (getattr(config, "num_key_value_heads", None) or num_heads) < num_heads
-    small.num_attention_heads = 3
-    small.num_key_value_heads = 1 if is_grouped else 3
-    small.hidden_size = 3 * head_dim
-    small.intermediate_size = 5 * head_dim
-    small.num_hidden_layers = 2
-    if getattr(config, "layer_types", None) is not None:
-        small.layer_types = config.layer_types[:2]
-    small.vocab_size = 97
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    return small
-
-
-def _compare(small: Any, dtype: torch.dtype, device: torch.device) -> Parity:
+def _compare(small: Any, dtype: torch.dtype, device: torch.device) -> KernelError:
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation="eager").to(device)
     for parameter in lm.parameters():  # large enough that activations bend, and norms whose weights differ
         offset = float(parameter.data.flatten()[0]) if parameter.dim() == 1 else 0.0
@@ -197,7 +182,7 @@ def _compare(small: Any, dtype: torch.dtype, device: torch.device) -> Parity:
     reference = _run(copy.deepcopy(lm).float())
     rounded = _distance(_run(lm), reference)
     use_kernels(lm, "liger")
-    return Parity(dtype, _distance(_run(lm), reference), _ROUNDING * rounded + _SAME_FORMULA)
+    return KernelError(dtype, _distance(_run(lm), reference), _ROUNDING * rounded + _SAME_FORMULA)
 
 
 def _run(lm: PreTrainedModel) -> dict[str, Tensor]:
@@ -242,7 +227,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
     """Compile the forward of each layer, in place: once for each kind of layer, whatever the number of tokens.
 
     Our attention stays as it is, between two compiled parts; so do checkpointing and hooks, which are around a layer.
-    Called when the attention has been set. Raises ValueError for models that are not made of transformers' layers.
+    To be called after the attention has been set. Raises ValueError for models without transformers' layers.
     """
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -255,7 +240,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
 
 
 def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class with its forward compiled. A class, because transformers checkpoints in that of the layer."""
+    """The class with its forward compiled. A class, because transformers checkpoints in the forward of the class."""
     run = torch.compile(kind.forward, dynamic=True)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

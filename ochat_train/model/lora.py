@@ -5,45 +5,83 @@ The weights of a model with adapters, by name, where X is a linear layer, and E 
     X.base_layer.weight [out, in]                                                   frozen
     X.lora_A.default.weight [rank, in], X.lora_B.default.weight [out, rank]         trained
     E.weight [V, C]                                                                 frozen
-    E.rows [n, C], E.row_ids i64[n]     of the template's tokens, see rows.py       trained
+    E.rows [n, C], E.row_ids i64[n]     of the template's tokens                    trained
     frozen_checksum                                                                 see `checksum`
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ochat_train.model.rows import EmbeddingWithRows, HeadWithRows
+from ochat_train.files import require_packages
 
 CHECKSUM = "frozen_checksum"
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 _ROWS, _ROW_IDS = ".rows", ".row_ids"
-TRAINED = (_A, _B, _ROWS)  # how the names of what is trained end
+TRAINED = (_A, _B, _ROWS)  # how the names of trained weights end
+
+
+class EmbeddingWithRows(nn.Embedding):
+    """The embedding `base`, in which `rows` [n, C] stand in place of the rows `row_ids` of the weight.
+
+    The weight stays the Parameter of `base`, under the same name, so that it can be frozen while the rows learn. The
+    rows start as those of the weight. row_ids: distinct, i64[n].
+    """
+
+    row_ids: Tensor
+
+    def __init__(self, base: nn.Embedding, row_ids: Tensor) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, base.padding_idx, device="meta")
+        self.weight = base.weight  # [V, C]
+        self.rows = nn.Parameter(base.weight.detach()[row_ids])
+        self.register_buffer("row_ids", row_ids)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Equal to F.embedding(input, weight with the rows in it), without a copy of the weight."""
+        is_row = torch.eq(input[..., None], self.row_ids)  # [..., n]: tokens that a template adds are few
+        embedded = F.embedding(is_row.int().argmax(dim=-1), self.rows)
+        return torch.where(is_row.any(dim=-1)[..., None], embedded, super().forward(input))
+
+
+class HeadWithRows(nn.Linear):
+    """The head `base` with `rows` as in EmbeddingWithRows. Head and embedding share one Parameter if they are tied."""
+
+    row_ids: Tensor
+
+    def __init__(self, base: nn.Linear, row_ids: Tensor, tied: EmbeddingWithRows | None) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias  # [V, C], [V]
+        self.rows = nn.Parameter(base.weight.detach()[row_ids]) if tied is None else tied.rows
+        self.register_buffer("row_ids", row_ids)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Equal to F.linear(input, weight with the rows in it, bias)."""
+        row_logits = F.linear(input, self.rows, None if self.bias is None else self.bias[self.row_ids])
+        return super().forward(input).index_copy(-1, self.row_ids, row_logits)
 
 
 def require_peft() -> None:
     """Raise ValueError, with the remedy, when the package peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("model.lora needs the package peft: pip install 'ochat_train[lora]'")
+    require_packages("model.lora", "peft", extra="lora")
 
 
 def add_adapters(
     lm: PreTrainedModel, *, rank: int, alpha: float, targets: str | Sequence[str], row_ids: Sequence[int], seed: int
 ) -> None:
-    """Freeze `lm` and put adapters into it: y = W x + alpha / rank * B A x, where B begins as 0, and A is of `seed`.
+    """Freeze `lm` and put adapters into it: y = W x + alpha / rank * B A x, where B is 0 and A is drawn from `seed`.
 
-    targets: all-linear, which is every linear layer but the head, or ends of names. row_ids: tokens whose rows of the
-    embedding and the head are trained as well. All is of the dtype of `lm`. Raises ValueError for a target that is no
-    linear layer, and for an embedding that does more than look up.
+    targets: see `target_layers`. row_ids: tokens whose rows of the embedding and the head are trained as well. All new
+    weights have the dtype of `lm`. Raises ValueError for a target that is no linear layer, and for an embedding that
+    does more than look up.
     """
     from peft import LoraConfig, inject_adapter_in_model  # an extra, which runs without adapters do not need
 
-    names = _find_targets(lm, targets)
+    names = list(target_layers(lm, targets))
     dtype = lm.dtype
     lm.register_buffer(CHECKSUM, checksum(lm))
     torch.manual_seed(seed)
@@ -55,22 +93,26 @@ def add_adapters(
         _train_rows(lm, torch.tensor(sorted(row_ids)))
 
 
-def _find_targets(lm: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
-    """The whole names of the layers that get an adapter."""
+def target_layers(lm: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers that get an adapter, by their whole names.
+
+    targets: all-linear, which is every linear layer but the head, or ends of names, of whole parts: `q_proj` or
+    `layers.0.self_attn.q_proj`, but not `proj`. Raises ValueError for a target that no linear layer has.
+    """
     head = lm.get_output_embeddings()
-    linear = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = {name: layer for name, layer in lm.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
     if not linear:
         raise ValueError(f"{type(lm).__name__} has no linear layers besides its head, so model.lora cannot adapt any")
     if isinstance(targets, str):
         return linear
-    found: set[str] = set()
+    found: dict[str, nn.Linear] = {}
     for target in targets:
-        matching = [name for name in linear if f".{name}".endswith(f".{target}")]
+        matching = {name: layer for name, layer in linear.items() if f".{name}".endswith(f".{target}")}
         if not matching:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ValueError(f"model.lora.targets {target!r}: no linear layer's name ends so; name some of {ends}")
-        found.update(matching)
-    return sorted(found)
+            raise ValueError(f"model.lora.targets {target!r}: no linear layer has this name; take some of {ends}")
+        found |= matching
+    return found
 
 
 def _train_rows(lm: PreTrainedModel, row_ids: Tensor) -> None:
@@ -88,9 +130,9 @@ def _train_rows(lm: PreTrainedModel, row_ids: Tensor) -> None:
 
 
 def checksum(lm: PreTrainedModel) -> Tensor:
-    """A number, i64 scalar below 2^24, that tells one base's weights from another's, whatever machine computes it.
+    """An i64 scalar below 2^24 that differs between the weights of two bases, and is the same on every machine.
 
-    Embedding and head do not count: the rows of added tokens are means, which another number of threads may round
+    Embedding and head are left out: the rows of added tokens are means, which another number of threads may round
     differently. Below 2^24, because DeepSpeed's reader of ZeRO-3 checkpoints makes every buffer fp32.
     """
     modules: list[Any] = [lm.get_input_embeddings(), lm.get_output_embeddings()]
@@ -106,9 +148,9 @@ def checksum(lm: PreTrainedModel) -> Tensor:
 
 
 def merge_adapters(weights: Mapping[str, Tensor], *, scaling: float) -> dict[str, Tensor]:
-    """The weights by transformers' names, of the dtype of the frozen ones, with adapters and rows in them.
+    """The weights by transformers' names, in the dtype of the frozen ones, with adapters and rows merged into them.
 
-    weights: all of a model with adapters. Frozen ones may also go by transformers' names, as in the base.
+    weights: all of a model with adapters. Frozen ones may also have transformers' names, as in the base.
     scaling: alpha / rank. Merged in fp32 and rounded once.
     """
     ours = (*TRAINED, _ROW_IDS, CHECKSUM)
@@ -125,17 +167,17 @@ def merge_adapters(weights: Mapping[str, Tensor], *, scaling: float) -> dict[str
 
 
 def row_ids_of(weights: Mapping[str, Tensor]) -> list[int]:
-    """The tokens whose rows are trained, of the weights of a model with adapters."""
+    """The tokens whose rows are trained, from the weights of a model with adapters."""
     return next((ids.long().tolist() for name, ids in weights.items() if name.endswith(_ROW_IDS)), [])
 
 
 def save_adapter(
     folder: Path, weights: Mapping[str, Tensor], plain: PreTrainedModel, *, base: str, rank: int, alpha: float
 ) -> None:
-    """Write adapters and rows as peft reads them: adapter_config.json, adapter_model.safetensors.
+    """Write adapters and rows as peft reads them: adapter_config.json and adapter_model.safetensors.
 
     weights: the trained ones of a model with adapters. plain: that model without adapters, for its names. Raises
-    ValueError for rows of a head with biases, since peft would leave those out.
+    ValueError for rows of a head with biases, since peft would leave the biases out.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file  # peft brings it
@@ -169,7 +211,7 @@ def save_adapter(
 
 
 def _shortest(layers: list[str], plain: PreTrainedModel) -> list[str]:
-    """The last parts of the layers' names, or the whole names where the last parts would take in other layers."""
+    """The last parts of the layers' names, or the whole names where the last parts would match other layers too."""
     ends = {layer.rpartition(".")[2] for layer in layers}
     alike = [name for name, _ in plain.named_modules() if name.rpartition(".")[2] in ends]
     return sorted(ends) if set(alike) == set(layers) else sorted(layers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ochat_train.model.rows import HeadWithRows
+from ochat_train.model.lora import HeadWithRows
 
 # Tokens whose logits exist at one time, twice in fp32: 2 x 2048 x 32,000 x 4 bytes are 524 MB. Every chunk reads and
 # writes the fp32 gradient of the weight once, 8 bytes an element beside the 6 flop a token of all three products. On an

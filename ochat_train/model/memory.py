@@ -1,35 +1,34 @@
 """The bytes that training a model takes: on a GPU, in host memory, and on disk.
 
-What is kept of a model is counted on the model itself (`activations.py`). What DeepSpeed keeps beside it are formulas,
-each checked against a real engine.
+Activations are counted on the model itself (`activations.py`). What DeepSpeed keeps are formulas, each checked against
+a real engine.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from ochat_train.model.activations import Activations
-from ochat_train.model.meta import meta_model
-from ochat_train.model.pretrained import DTYPES
+from ochat_train.model.lora import target_layers
+from ochat_train.model.pretrained import DTYPES, meta_model
 
 _FP32 = 4
-# Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of a byte, and of
-# each 256 weights two scales in fp32.
+# Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of a byte, and
+# for each 256 weights two scales in fp32.
 STATE_BYTES: dict[str, float] = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "sgd": 0}
 _REDUCED_AT_ONCE = 500_000_000  # elements, where DeepSpeed reduces gradients outside of its ZeRO optimizers
 _GATHERED = 1_000_000_000  # elements, stage3_max_live_parameters
 _SUB_GROUP = 1_000_000_000  # elements, sub_group_size
 _BUCKET = 500_000_000  # elements, reduce_bucket_size
-# Bytes that the optimizer's step has on top, for each weight of a group: on a GPU, on a CPU.
+# Bytes that the optimizer's step takes beside its states, for each weight of a group: on a GPU, on a CPU.
 _STEP_BYTES = {"adamw": (4, 8), "adamw_8bit": (0, 20), "sgd": (0, 0)}
 _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and shapes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Elements of a model's parameters, a shared one once.
+    """Elements of a model's parameters; a shared one counts once.
 
     num_trained: of those that get a gradient, adapters included. largest: of the largest of them. vocab_size and
     hidden_size are those of the head. num_rows: tokens whose rows are trained beside adapters.
@@ -45,7 +44,7 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class ZeroSetting:
-    """How DeepSpeed spreads a run. bucket: elements of its reduce_bucket_size. algorithm, grad_accum: the recipe's."""
+    """How DeepSpeed splits a run. bucket: elements of its reduce_bucket_size. algorithm, grad_accum: the recipe's."""
 
     stage: int
     offload: bool
@@ -60,9 +59,9 @@ class ZeroSetting:
 class MemoryNeeds:
     """Bytes of one process, by part; host: of its share of host memory with an offloaded optimizer.
 
-    gradients: when the backward pass ends. held: those that are there when activations take the most. activations,
-    layer and logits: see `Activations`. buffers: of communication in the backward pass, and weights that are gathered.
-    reduction: what takes their place when gradients of all weights are reduced behind it. step: gradients, and what
+    gradients: when the backward pass ends. held: gradients that are there when activations take the most. activations,
+    layer, logits: see `Activations`. buffers: for communication in the backward pass, and gathered weights. reduction:
+    what takes their place when gradients of all weights are reduced after the backward pass. step: gradients, and what
     the optimizer's step takes beside them, when there are no activations. start: of the model, while the engine is
     made.
     """
@@ -93,9 +92,9 @@ class MemoryNeeds:
 
     @property
     def total(self) -> int:
-        """The highest of five peaks: early and late in the backward pass, behind it, in the step, and at the start."""
+        """The highest of five peaks: early and late in the backward pass, after it, in the step, and at the start."""
         early = self.held + self.activations + max(self.layer, self.logits) + self.buffers
-        late = self.gradients + self.layer + self.buffers  # of the first layer, when the others' are done
+        late = self.gradients + self.layer + self.buffers  # in the first layer, when the others are done
         return max(self.fixed + max(early, late, self.gradients + self.reduction, self.step), self.start)
 
 
@@ -112,8 +111,8 @@ def measure_size(
     """The size of a model of this transformers configuration, with adapters when `lora_rank` is given.
 
     An adapter of rank r beside a linear layer of shape [out, in] has r * (in + out) elements. Only adapters are
-    trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. Raises ValueError when no model
-    can be made of it, or no layer is a target.
+    trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. lora_targets: see
+    `target_layers`. Raises ValueError when no model can be made of the configuration, or a target is no linear layer.
     """
     model = meta_model(config, torch.bfloat16)
     head = model.get_output_embeddings()
@@ -122,14 +121,7 @@ def measure_size(
     vocab_size, hidden_size = embedding.weight.shape if head is None else head.weight.shape
     if lora_rank is None:
         return ModelSize(sum(sizes), sum(sizes), max(sizes), vocab_size, hidden_size)
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    }
-    if lora_targets != "all-linear":
-        linear = {name: module for name, module in linear.items() if name.endswith(lora_targets)}
-        if not linear:
-            raise ValueError(f"model.lora.targets {', '.join(lora_targets)}: no linear layer has such a name")
-    parts = [lora_rank * size for module in linear.values() for size in module.weight.shape]
+    parts = [lora_rank * size for layer in target_layers(model, lora_targets).values() for size in layer.weight.shape]
     tables = {id(table.weight): table.weight for table in (embedding, head) if table is not None}
     parts += [num_rows * weight.shape[1] for weight in tables.values()]
     return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), vocab_size, hidden_size, num_rows)
@@ -151,70 +143,108 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         buffers          -        -             4 B           w B          w B + 2 w g
         reduction        4 b      (4 + 2) b     -             -            -
 
-    B: reduce_bucket_size, made whole; two of them with overlap_comm. b: the least of Q and 5e8. g: gathered weights,
-    the least of P and 1e9, none in one process; two processes had 1.7 to 1.9 of them. Where gradients of all weights
-    are kept, in one micro-batch a step they come as the activations go; of several, the former ones' are there. In one
-    process stage 2 then has the micro-batch's own beside them. In bfloat16, stage 1 is DeepSpeed's BF16_Optimizer: it
-    keeps fp32 gradients of all weights for the whole run, and those in bf16 until the end of the backward pass. With
-    stage 2 bf16 gradients go through the bucket into this rank's part in fp32; with stage 3, or of fp32 weights, the
-    part is copied once in the step. An offloaded optimizer has in host memory 4 Q / n each for master, gradients and
-    both averages, and the weights that it sends back; on the GPU stay the gradients, and room for the largest weight.
-
-    The step of AdamW has one more average for a moment on a GPU, and two on a CPU; that of 8 bits works in place on a
-    GPU, and on a CPU in fp32 copies, 20 bytes a weight. While the engine is made, stages 1
-    and 2 have the weights twice; stage 3 has the whole model on each GPU.
+    B: reduce_bucket_size, allocated whole; two of them with overlap_comm. b: the smaller of Q and 5e8. g: gathered
+    weights, the smaller of P and 1e9, none in one process; two processes had 1.7 to 1.9 of them. While the engine is
+    made, stages 1 and 2 have the weights twice; stage 3 has the whole model on each GPU.
     """
     n, stage, element = setting.num_processes, setting.stage, DTYPES[setting.dtype].itemsize
     all_weights, trained = element * size.num_weights, size.num_trained
     part = -(-trained // n)
-    states = STATE_BYTES[setting.algorithm]
-    is_bf16 = setting.dtype == "bfloat16"
-    master, optimizer = (0 if stage == 0 else _FP32 * part), int(states * (trained if stage == 0 else part))
-    reduction, accumulates = 0, setting.grad_accum > 1
-    if stage == 0:
-        gradients, buffers, reduction = _FP32 * trained, 0, _FP32 * min(trained, _REDUCED_AT_ONCE)
-        held = gradients if accumulates else 0
-    elif stage == 1 and is_bf16 and not setting.offload:
-        gradients, buffers = (_FP32 + element) * trained, 0
-        reduction, held = (_FP32 + element) * min(trained, _REDUCED_AT_ONCE), _FP32 * trained
-    elif stage == 1:
-        gradients, buffers = _FP32 * (trained + part), _FP32 * setting.bucket
-        held = gradients if setting.offload else _FP32 * trained if accumulates else 0
-    else:
-        gradients = held = _FP32 * part
-        buffers = element * setting.bucket
-        if stage == 2 and n == 1 and accumulates:
-            held += element * trained
-        if stage == 3 and n > 1:
-            buffers += 2 * element * min(size.num_weights, _GATHERED)
-    # torch updates all tensors at once on a GPU, and one after the other on a CPU.
-    updated = (trained if on_gpu else size.largest) if stage == 0 else min(part, _SUB_GROUP) if stage == 3 else part
-    step = _STEP_BYTES[setting.algorithm][not on_gpu] * updated
-    step += gradients if stage == 0 or (stage == 1 and is_bf16) else _FP32 * part
-    if stage == 3 or (stage in (1, 2) and not is_bf16):
-        step += _FP32 * min(part, _SUB_GROUP if stage == 3 else part)
-    host = 0
-    if setting.offload:
-        host = master + 2 * _FP32 * part + optimizer if stage == 3 else master + (_FP32 + element) * part + optimizer
-        host += 0 if stage == 3 else element * size.largest
-        buffers += 0 if stage == 3 else element * size.largest
-        master = optimizer = 0
-        gradients, held = (0, 0) if stage == 3 else (gradients, held)
-        step = gradients
-    return MemoryNeeds(
+    gradients = _gradient_needs(size, setting, part)
+    needs = MemoryNeeds(
         weights=-(-all_weights // n) if stage == 3 else all_weights,
-        gradients=gradients,
-        held=held,
-        master=master,
-        optimizer=optimizer,
+        gradients=gradients.total,
+        held=gradients.held,
+        master=0 if stage == 0 else _FP32 * part,
+        optimizer=int(STATE_BYTES[setting.algorithm] * (trained if stage == 0 else part)),
         activations=activations.kept,
         layer=activations.layer,
         logits=activations.logits,
-        buffers=buffers,
-        reduction=reduction,
-        step=step,
+        buffers=gradients.buffers,
+        reduction=gradients.reduction,
+        step=_step_needs(size, setting, part, gradients.total, on_gpu=on_gpu),
         start=all_weights * (2 if stage in (1, 2) else 1),
-        host=host,
+        host=0,
+    )
+    return _offload(needs, size, setting, part) if setting.offload else needs
+
+
+class _GradientNeeds(NamedTuple):
+    """Bytes for gradients and their reduction; the names are those of MemoryNeeds."""
+
+    total: int
+    held: int
+    buffers: int
+    reduction: int
+
+
+def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _GradientNeeds:
+    """part: trained weights of a process.
+
+    Where gradients of all weights are kept, they grow as the activations shrink if a step has one micro-batch; if it
+    has several, those of the earlier ones are there. In one process stage 2 then also has the micro-batch's own. In
+    bfloat16, stage 1 is DeepSpeed's BF16_Optimizer: it keeps fp32 gradients of all weights for the whole run, and
+    those in bf16 until the end of the backward pass. In stage 2 bf16 gradients go through the bucket into this rank's
+    part in fp32.
+    """
+    stage, trained, element = setting.stage, size.num_trained, DTYPES[setting.dtype].itemsize
+    at_once, accumulates = min(trained, _REDUCED_AT_ONCE), setting.grad_accum > 1
+    if stage == 0:
+        total = _FP32 * trained
+        return _GradientNeeds(total, held=total if accumulates else 0, buffers=0, reduction=_FP32 * at_once)
+    if stage == 1 and setting.dtype == "bfloat16" and not setting.offload:
+        both = _FP32 + element
+        return _GradientNeeds(both * trained, held=_FP32 * trained, buffers=0, reduction=both * at_once)
+    if stage == 1:
+        total = _FP32 * (trained + part)
+        held = total if setting.offload else _FP32 * trained if accumulates else 0
+        return _GradientNeeds(total, held, buffers=_FP32 * setting.bucket, reduction=0)
+    total = held = _FP32 * part
+    buffers = element * setting.bucket
+    if stage == 2 and setting.num_processes == 1 and accumulates:
+        held += element * trained
+    if stage == 3 and setting.num_processes > 1:
+        buffers += 2 * element * min(size.num_weights, _GATHERED)
+    return _GradientNeeds(total, held, buffers, reduction=0)
+
+
+def _step_needs(size: ModelSize, setting: ZeroSetting, part: int, gradients: int, *, on_gpu: bool) -> int:
+    """Bytes in the optimizer's step beside what is there all the time. part: as in `_gradient_needs`.
+
+    The step of AdamW has one more average for a moment on a GPU, and two on a CPU; that of 8 bits works in place on a
+    GPU, and on a CPU in fp32 copies, 20 bytes a weight. In stage 3, or with fp32 weights, the part of the gradients is
+    copied once.
+    """
+    stage, is_bf16 = setting.stage, setting.dtype == "bfloat16"
+    group = min(part, _SUB_GROUP) if stage == 3 else part
+    # torch updates all tensors at once on a GPU, and one after the other on a CPU.
+    updated = group if stage else size.num_trained if on_gpu else size.largest
+    step = _STEP_BYTES[setting.algorithm][not on_gpu] * updated
+    step += gradients if stage == 0 or (stage == 1 and is_bf16) else _FP32 * part
+    if stage == 3 or (stage in (1, 2) and not is_bf16):
+        step += _FP32 * group
+    return step
+
+
+def _offload(needs: MemoryNeeds, size: ModelSize, setting: ZeroSetting, part: int) -> MemoryNeeds:
+    """The needs with the optimizer in host memory. part: as in `_gradient_needs`.
+
+    The host has 4 Q / n bytes each for the master, the gradients and both averages, and the weights that it sends
+    back. The gradients stay on the GPU, with room for the largest weight; in stage 3 they do not.
+    """
+    moved = needs.master + needs.optimizer
+    if setting.stage == 3:
+        host = moved + 2 * _FP32 * part
+        return replace(needs, master=0, optimizer=0, gradients=0, held=0, step=0, host=host)
+    element = DTYPES[setting.dtype].itemsize
+    largest = element * size.largest
+    return replace(
+        needs,
+        master=0,
+        optimizer=0,
+        buffers=needs.buffers + largest,
+        step=needs.gradients,
+        host=moved + (_FP32 + element) * part + largest,
     )
 
 
@@ -224,10 +254,10 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
 def checkpoint_bytes(
     num_trained: int, *, stage: int, dtype: Literal["bfloat16", "float32"], algorithm: str = "adamw"
 ) -> int:
-    """What one resumable checkpoint takes on disk, all processes together, whatever their number.
+    """Bytes on disk of one resumable checkpoint, of all processes together, whatever their number.
 
-    Q trained weights of w bytes; frozen ones are not in it. Stage 0: (w + 8) Q; stages 1 and 2: (w + 4 + 8) Q, the fp32
-    master and Adam's averages; stage 3 the latter alone. With 8 bits the averages are 2.03 Q, without Adam nothing.
+    For Q trained weights of w bytes; frozen ones are not in it. Stage 0: (w + 8) Q; stages 1 and 2: (w + 4 + 8) Q, with
+    the fp32 master and Adam's averages; stage 3: only these two. With 8 bits the averages are 2.03 Q, with SGD none.
     """
     weights = 0 if stage == 3 else DTYPES[dtype].itemsize
     master = 0 if stage == 0 else _FP32
@@ -235,8 +265,8 @@ def checkpoint_bytes(
 
 
 def run_bytes(checkpoint: int, model: int, light_model: int, *, keep: int, num_light: int) -> int:
-    """What the folder of a run takes at most: bytes of checkpoints, of the exported model, and of light ones.
+    """Bytes that the folder of a run takes at most, from those of a checkpoint, the exported model, and a light one.
 
-    A new checkpoint is complete before an old one goes, so there are keep + 1 of them; an export replaces one likewise.
+    A new checkpoint is complete before an old one is removed, so there are keep + 1 of them, and two exported models.
     """
     return (keep + 1) * checkpoint + 2 * model + num_light * light_model

@@ -21,8 +21,8 @@ class PackedCausalLM(nn.Module):
     device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Raises ValueError
     for models whose logits we would compute wrongly, or in which sequences of a batch would see each other.
 
-    The state of the module leaves frozen parameters out: they are the base's. Loading a state of other names, or beside
-    another base, raises.
+    The state of the module leaves frozen parameters out: they are the base's. Loading raises for a state with other
+    names, and beside another base.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PackedCausalLM(nn.Module):
         _refuse_leaking_layers(lm, config)
         _refuse_unknown_logits(config)
         self.lm = lm
-        self.attention: BackendChoice = choose_backend(attention, _attention_needs(config, lm.dtype, device_type))
+        self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
         lm.set_attn_implementation(register(self.attention.backend))
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
@@ -49,7 +49,7 @@ class PackedCausalLM(nn.Module):
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]  # of torch
 
     def compile_parts(self) -> None:
-        """Compile the layers, and what the head does beside its products; see `compile_layers` and `compile_chunk`."""
+        """Compile the layers, and the head without its products; see `compile_layers` and `compile_chunk`."""
         compile_layers(self.lm)
         self.loss_head.compile_chunk()
 
@@ -80,7 +80,7 @@ class PackedCausalLM(nn.Module):
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
-    """Every name of every frozen parameter; the head's has two."""
+    """All names of all frozen parameters; the head's has two."""
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
@@ -90,7 +90,7 @@ def _leave_frozen_out(module: nn.Module, state: dict[str, Any], prefix: str, _: 
 
 
 def _expect_no_frozen(module: nn.Module, keys: Any) -> None:
-    """keys: the missing and the unexpected; what is left of them, load_state_dict refuses."""
+    """keys: the missing and the unexpected; load_state_dict refuses those that stay in them."""
     frozen = _frozen_names(module)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
@@ -102,8 +102,9 @@ def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, 
         raise ValueError("the checkpoint's adapters were trained beside other weights than those of model.base now")
 
 
-def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:
+    """What a model of this text configuration needs of its attention; models without heads are refused elsewhere."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     return AttentionNeeds(
         capability=torch.cuda.get_device_capability() if device_type == "cuda" else None,
         dtype=dtype,
@@ -113,7 +114,7 @@ def _attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> Atten
 
 
 def _refuse_leaking_layers(lm: PreTrainedModel, config: Any) -> None:
-    """Attention that is not ours, recurrences and convolutions run on over the borders of packed sequences."""
+    """Refuse attention that is not ours, recurrences and convolutions: they cross the borders of packed sequences."""
     if not lm.is_backend_compatible():
         raise ValueError(f"{type(lm).__name__} does not take its attention from us, so packed sequences would mix")
     # Older configurations call it layers_block_type, and their attention just attention.
@@ -127,14 +128,14 @@ def _refuse_leaking_layers(lm: PreTrainedModel, config: Any) -> None:
 
 
 def _refuse_layers_before_head(lm: PreTrainedModel, head: nn.Module) -> None:
-    """BERT and its kin transform the hidden states once more in front of the head; we would leave that out."""
+    """Refuse models like BERT, which transform hidden states again before the head; the loss head would not."""
     known = {id(parameter) for module in (lm.base_model, head) for parameter in module.parameters()}
     if between := [name for name, parameter in lm.named_parameters() if id(parameter) not in known]:
         raise ValueError(f"{type(lm).__name__} has layers between its model and its head ({between[0]}): not supported")
 
 
 def _refuse_unknown_logits(config: Any) -> None:
-    """Some models scale their logits behind the head; the loss head would leave that out."""
+    """Refuse models that scale their logits after the head; the loss head would leave that out."""
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"models with {name} ({config.model_type}) are not supported yet")

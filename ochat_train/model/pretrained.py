@@ -1,5 +1,6 @@
 """The model that training starts from: pretrained or from a config, with the template's special tokens in it."""
 
+import copy
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,9 +16,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -> Any:
-    """The transformers configuration of the recipe's model as it is trained, with `num_ids` ids or more.
+    """The transformers configuration of the recipe's model as it is trained, with at least `num_ids` ids.
 
-    A config from the recipe gets `num_ids` as vocabulary, and so does a base that has fewer, see `add_token_rows`.
+    A config from the recipe gets `num_ids` as vocabulary, and so does a base that has fewer; see `add_token_rows`.
     Raises ValueError when the base cannot be loaded, or when the recipe's config has fewer than `num_ids` ids.
     """
     if base is not None:
@@ -42,20 +43,53 @@ def _base_config(base: str) -> Any:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
 
 
-def matrix_weights_of(config: Any) -> int:
-    """Entries of all matrices that a token passes, over all layers and the head, in a model of this configuration.
+def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a transformers configuration on the meta device, where tensors have sizes and take no memory.
 
-    config: of transformers. The model is made without memory, so that its matrices can be counted whatever its
-    architecture. All experts of a mixture count as if each token passed them.
+    Raises ValueError when no model can be made of it.
     """
     config = config.get_text_config()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # of many kinds: whatever a model's code says about values that it does not expect
         raise ValueError(f"no {config.model_type} can be made of this model's configuration: {error!r}") from error
+    return model
+
+
+def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int | None = None) -> Any:
+    """A copy of the configuration with at most two layers, of the same kinds.
+
+    num_heads: if given, the copy is narrower in proportion, with heads of the same size. vocab_size: the largest
+    vocabulary.
+    """
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(2, config.num_hidden_layers)
+    if getattr(config, "layer_types", None) is not None:
+        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None  # they may be above a small vocabulary
+    if vocab_size is not None:
+        small.vocab_size = min(vocab_size, config.vocab_size)
+    if num_heads is not None:
+        old = config.num_attention_heads
+        most_of_keys = max(1, (getattr(config, "num_key_value_heads", None) or old) * num_heads // old)
+        small.num_attention_heads = num_heads
+        small.num_key_value_heads = next(number for number in range(most_of_keys, 0, -1) if num_heads % number == 0)
+        small.hidden_size = config.hidden_size * num_heads // old
+        if (width := getattr(config, "intermediate_size", None)) is not None:  # GPT-2's follows from hidden_size
+            small.intermediate_size = width * num_heads // old
+    return small
+
+
+def matrix_weights_of(config: Any) -> int:
+    """Entries of all matrices that a token passes, over all layers and the head, in a model of this configuration.
+
+    config: of transformers. All experts of a mixture count as if each token passed them.
+    """
+    model = meta_model(config, torch.bfloat16)
     num_weights: int = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:  # else it is passed as the head
         num_weights -= embedding.weight.numel()
     return num_weights
@@ -72,12 +106,12 @@ def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
 
 
 def max_positions_of(config: Any) -> int:
-    """How many positions a model of this configuration has; sys.maxsize where it does not say."""
+    """How many positions a model of this configuration has; sys.maxsize if the configuration does not say."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def _attention_windows(config: Any) -> list[int | None]:
-    """How many tokens the attention of each layer sees; None: all before it."""
+    """How many tokens the attention of each layer sees; None: all earlier ones."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
@@ -88,28 +122,27 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in `dtype` on the CPU, with an embedding for each of `num_ids` token ids.
 
-    base: see `locate_base`; or config: a model with random weights made from `seed`. The rows of `added_ids`, input and
-    output, are the mean of all rows that were there before. Raises ValueError when the base cannot be loaded.
+    base: see `locate_base`; or config: a model with random weights from `seed`. The rows of `added_ids` in embedding
+    and head are the mean of all known rows. Raises ValueError when the base cannot be loaded.
     """
     if base is None:
         torch.manual_seed(seed)
-        scratch: PreTrainedModel = AutoModelForCausalLM.from_config(
-            load_config(None, config, num_ids), dtype=DTYPES[dtype]
-        )
-        forget_padding(scratch)
-        return scratch
+        made = load_config(None, config, num_ids)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
+        _forget_padding(model)
+        return model
     files = locate_base(base)
     options: dict[str, Any] = dict(files.options)
     if files.gguf_file is not None:
-        # With the package kernels installed transformers would keep the weights packed, and those cannot be trained.
+        # With the package kernels installed transformers would keep the weights quantized, which cannot be trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
+        model = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
     except OSError as error:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"model.base {base} has quantized weights, which cannot be trained; take its unquantized base")
-    forget_padding(model)
+    _forget_padding(model)
     add_token_rows(model, num_ids, sorted(added_ids))
     return model
 
@@ -119,7 +152,8 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
 
     Works for tied and untied embeddings, and for a base whose vocabulary is padded beyond its tokenizer.
     """
-    old = _embedding(model).num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    old = len(embedding.weight)
     if num_ids > old:
         model.resize_token_embeddings(num_ids, mean_resizing=False)
     new = new_rows(old, num_ids, added_ids)
@@ -133,15 +167,15 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
 
 
 def new_rows(num_rows: int, num_ids: int, added_ids: Iterable[int]) -> list[int]:
-    """The rows of which a base with `num_rows` embeddings knows nothing, in order."""
+    """The rows that a base with `num_rows` embeddings has not learned, in order."""
     return sorted({*added_ids, *range(num_rows, num_ids)})
 
 
 def rows_to_train(base: str, tokenizer: ChatTokenizer, *, with_template: bool) -> list[int]:
     """The rows of embedding and head that are trained beside adapters of the base, in order.
 
-    Those of which the base knows nothing, and with_template those of `template_ids`, which it may have without ever
-    having been trained on them.
+    These are `new_rows` and, with_template, those of `template_ids`, which the base may have without having been
+    trained on them.
     """
     num_rows = _base_config(base).get_text_config().vocab_size
     rows = new_rows(num_rows, tokenizer.num_ids, tokenizer.added.values())
@@ -149,10 +183,10 @@ def rows_to_train(base: str, tokenizer: ChatTokenizer, *, with_template: bool) -
 
 
 def template_ids(tokenizer: ChatTokenizer) -> dict[str, int]:
-    """The ids of the tokens that the template itself brings: its end token and those of its headers.
+    """The ids of the special tokens that a template's turns are made of: its end token and those of its headers.
 
-    Its beginning is none of them: every base was trained on that, in front of each document, and what all sequences
-    begin with is not for a few adapters' data to move.
+    The template's beginning is none of them: every base was trained on it, before each document, and a few adapters'
+    data should not move what all sequences begin with.
     """
     template = tokenizer.template
     pieces = (*template.header, *template.system_header, *template.after_end)
@@ -160,12 +194,8 @@ def template_ids(tokenizer: ChatTokenizer) -> dict[str, int]:
     return {token: tokenizer.special_ids[token] for token in tokens}
 
 
-def forget_padding(model: PreTrainedModel) -> None:
+def _forget_padding(model: PreTrainedModel) -> None:
     """Let the embedding of the padding token learn: packed batches have no padding, and pad may be the end token."""
-    _embedding(model).padding_idx = None
-
-
-def _embedding(model: PreTrainedModel) -> nn.Embedding:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    return embedding
+    embedding.padding_idx = None

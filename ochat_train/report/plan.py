@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.report.run import read_events
 from ochat_train.tokens.packing import cost_of
 from ochat_train.tokens.plan import RunPlan, StepPlan
 from ochat_train.tokens.plan_ahead import PlanTable, make_table
@@ -25,7 +24,17 @@ from ochat_train.training.flops import find_utilisation
 from ochat_train.training.memory_plan import Machine as Memory
 from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory, size_of
 from ochat_train.training.planning import check_store, make_run_plan, trained_rows
-from ochat_train.training.speed import H100, MACHINES, Machine, Prediction, Speed, Work, predict
+from ochat_train.training.speed import (
+    H100,
+    MACHINES,
+    Machine,
+    Prediction,
+    Rate,
+    Work,
+    measured_rate,
+    predict,
+    speed_sections,
+)
 
 _MOST_GPUS = 65_536
 _CPU_PROCESSES = 2  # that launch.sh starts on a machine without GPUs
@@ -105,19 +114,6 @@ class SourceTotals(NamedTuple):
     num_examples: int
     num_tokens: int
     weight_sum: float
-
-
-class Rate(NamedTuple):
-    """Tokens a second of one GPU, and where the number is from: for a measured one, from how many steps and where.
-
-    basis: on what a modelled one is modelled; None if it follows from the first plan's.
-    """
-
-    tokens_per_s: float
-    origin: Literal["given", "measured", "modelled"]
-    num_steps: int = 0
-    num_processes: tuple[int, ...] = ()
-    basis: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,34 +411,8 @@ def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
     is_own = first is None or first.metrics != report.metrics
     if is_own and (rate := measured_rate(report.request.recipe, report.recipe)) is not None:
         return rate
-    if first is None or first.seconds is None or _speed_sections(first.recipe) != _speed_sections(report.recipe):
+    if first is None or first.seconds is None or speed_sections(first.recipe) != speed_sections(report.recipe):
         here = (prediction for prediction in report.predictions if prediction.machine.name.startswith(THIS_MACHINE))
         return next((Rate(found.tokens_per_s, "modelled", basis=found.basis) for found in here), None)
     seconds = first.seconds * report.cost / first.cost
     return Rate(report.table.num_tokens / (seconds * report.request.num_gpus), "modelled")
-
-
-def measured_rate(path: str, recipe: Recipe) -> Rate | None:
-    """The rate that was measured in the run folder of the recipe, which was read from `path`; None without steps.
-
-    It is not taken if an override changes what it depends on, since it is that of the recipe as it is.
-    """
-    is_as_measured = _speed_sections(load_recipe(path)) == _speed_sections(recipe)
-    return _measured(Path(recipe.checkpoint.dir) / "metrics.jsonl") if is_as_measured else None
-
-
-def _speed_sections(recipe: Recipe) -> tuple[object, ...]:
-    """What must be equal for two plans to take equally long for the same sequences."""
-    return recipe.model, recipe.zero, recipe.deepspeed
-
-
-def _measured(metrics: Path) -> Rate | None:
-    """The median rate of a run's steps, without the first tenth of them, in which it warms up; None without steps."""
-    # Older versions did not write num_processes.
-    steps = [event for event in read_events(metrics) if event["event"] == "step" and "num_processes" in event]
-    if not steps:
-        return None
-    steps = steps[len(steps) // 10 :]
-    rates = [step["tokens_per_s"] / step["num_processes"] for step in steps]
-    num_processes = tuple(sorted({step["num_processes"] for step in steps}))
-    return Rate(float(np.median(rates)), "measured", len(steps), num_processes)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ochat_train.report.plan import MicroBatch, PlanReport, Rate, SourceTotals, StepPicture
+from ochat_train.report.plan import MicroBatch, PlanReport, SourceTotals, StepPicture
 from ochat_train.report.tables import (
     Table,
     align,
@@ -21,7 +21,7 @@ from ochat_train.report.tables import (
     table_lines,
     tick_distance,
 )
-from ochat_train.training.speed import Speed
+from ochat_train.training.speed import Rate, Speed
 
 _ORDINALS = ("first", "second")
 _NOTHING = SourceTotals(0, 0, 0, 0)  # of a source that only the other plan has

@@ -194,7 +194,7 @@ def train_step(
                 engine.zero_grad()
                 engine.micro_steps += 1
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
         totals.append(sums.by_condition)
@@ -209,8 +209,9 @@ def _total_norm(module: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of torch failed, on an accelerator or on the CPU, or Python's own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _explain_memory(batch: PackedBatch, number: int, num_batches: int, error: RuntimeError) -> str:

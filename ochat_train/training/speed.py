@@ -7,9 +7,13 @@ activation checkpointing repeats included. The model gives another run on such a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
+from ochat_train.files import read_json_lines
 from ochat_train.model.checkpointing import share_of
+from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.training.flops import Utilisation, peak_flops
 
 
@@ -199,3 +203,39 @@ def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Predict
         share=of_step(work.num_tokens, work.cost, seconds=seconds, num_devices=machine.num_devices),
         communication_s=communication,
     )
+
+
+class Rate(NamedTuple):
+    """Tokens a second of one GPU, and where the number is from: for a measured one, from how many steps and where.
+
+    basis: on what a modelled one is modelled; None if it follows from the first plan's.
+    """
+
+    tokens_per_s: float
+    origin: Literal["given", "measured", "modelled"]
+    num_steps: int = 0
+    num_processes: tuple[int, ...] = ()
+    basis: Speed | None = None
+
+
+def measured_rate(path: str, recipe: Recipe) -> Rate | None:
+    """The rate that was measured in the run folder of the recipe, which was read from `path`; None without steps.
+
+    The median of the steps, without the first tenth of them, in which a run warms up. An override that changes what
+    the rate depends on leaves none, since it was measured for the recipe as it is.
+    """
+    if speed_sections(load_recipe(path)) != speed_sections(recipe):
+        return None
+    events = read_json_lines(Path(recipe.checkpoint.dir) / "metrics.jsonl")
+    # Older versions did not write num_processes.
+    steps = [event for event in events if event.get("event") == "step" and "num_processes" in event]
+    if not steps:
+        return None
+    steps = steps[len(steps) // 10 :]
+    tokens_per_s = median(step["tokens_per_s"] / step["num_processes"] for step in steps)
+    return Rate(tokens_per_s, "measured", len(steps), tuple(sorted({step["num_processes"] for step in steps})))
+
+
+def speed_sections(recipe: Recipe) -> tuple[object, ...]:
+    """What must be equal for two plans to take equally long for the same sequences."""
+    return recipe.model, recipe.zero, recipe.deepspeed

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ochat_train.model.lora import HeadWithRows
 from ochat_train.model.loss import CHUNK_TOKENS, LossHead
-from ochat_train.model.rows import HeadWithRows
 
 pytestmark = [
     pytest.mark.gpu,
