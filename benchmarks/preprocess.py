@@ -43,11 +43,11 @@ from tokenizers import Tokenizer
 
 from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.dedupe import find_duplicates
-from ochat_train.conversations.filters import judge
+from ochat_train.conversations.filters import filter_conversations
 from ochat_train.conversations.records import read_chunks
-from ochat_train.conversations.schema import Message
-from ochat_train.conversations.sharegpt import Turns
-from ochat_train.conversations.sources import assign_source
+from ochat_train.conversations.schema import Message, ParsedRecord
+from ochat_train.conversations.sharegpt import parse_record
+from ochat_train.conversations.sources import assign_source, match_source
 from ochat_train.conversations.text_keys import text_keys
 from ochat_train.files import flush_tree
 from ochat_train.preprocess.assemble import assemble

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
-from ochat_train.conversations.filters import FilterRules, judge
+from ochat_train.conversations.fields import Reading, own_id
+from ochat_train.conversations.filters import Filtered, FilterRules, filter_conversations
 from ochat_train.conversations.records import Chunk, Record
 from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
 from ochat_train.conversations.sharegpt import parse_record
@@ -23,8 +24,8 @@ from ochat_train.conversations.sources import Source, assign_source, match_sourc
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.conversations.text_keys import TextKeys, text_keys
-from ochat_train.preprocess.ledger import Entry, ledger_table
-from ochat_train.tokens.encode import Example, encode
+from ochat_train.preprocess.ledger import LedgerRow, ledger_table
+from ochat_train.tokens.encode import Encoded, encode
 from ochat_train.tokens.overlong import Fitted, Overlong, fit
 from ochat_train.tokens.tokenizer import TextEncoder
 

@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 
 from ochat_train.conversations.text_keys import TextKeys
-from ochat_train.files import flush_tree
+from ochat_train.files import publish_folder, try_lock
 from ochat_train.preprocess.shard import Shard
 
 
