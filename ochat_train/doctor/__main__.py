@@ -77,7 +77,7 @@ def examine(recipe: Recipe, options: argparse.Namespace) -> Iterator["Finding"]:
     from ochat_train.model.pretrained import load_config
     from ochat_train.report.plan import measured_rate, read_requests
     from ochat_train.tokens.batch import collate
-    from ochat_train.tokens.plan_ahead import PlanTable, make_table
+    from ochat_train.tokens.plan import PlanTable, make_table
     from ochat_train.tokens.store import TokenStore
     from ochat_train.tokens.tokenizer import load_tokenizer, require_model
     from ochat_train.training.memory_plan import plan_memory, size_of

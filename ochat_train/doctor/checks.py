@@ -36,8 +36,7 @@ from ochat_train.report.tables import show_duration
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
-from ochat_train.tokens.plan import RunPlan
-from ochat_train.tokens.plan_ahead import PlanTable
+from ochat_train.tokens.plan import PlanTable, RunPlan
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.disk import existing_parent, plan_disk, show_bytes
