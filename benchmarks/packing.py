@@ -382,7 +382,7 @@ class Comparison:
 def compare(data: Input, repeats: int) -> Comparison:
     """All plans of one input, each made once more than is counted."""
     shape, num_examples = data.shape, len(data.lengths)
-    examples = DataOrder(num_examples, SEED).examples(0, 0, num_examples)
+    examples = DataOrder(num_examples, SEED).examples(0)
     in_order = data.lengths[examples].astype(np.int64)
     rows = []
     for name, pack in PACKERS.items():
@@ -492,9 +492,9 @@ def limit_balance(lengths: Numbers, slots: Slots, shape: PlanShape) -> float:
     """The largest cost balance of any other placement within the same steps: an example cannot be divided."""
     steps, costs = slots // shape.num_bins, cost_of(lengths)
     means = np.bincount(steps, costs) / shape.world_size
-    dearest = np.zeros_like(means)
-    np.maximum.at(dearest, steps, costs)
-    return float((means / np.maximum(means, dearest))[: max(1, len(means) - 1)].mean())
+    heaviest = np.zeros_like(means)
+    np.maximum.at(heaviest, steps, costs)
+    return float((means / np.maximum(means, heaviest))[: max(1, len(means) - 1)].mean())
 
 
 def _repeat(function: Callable[[], Any], repeats: int) -> tuple[Any, list[float], list[float]]:
@@ -677,19 +677,16 @@ def time_packing(world_size: int, capacity: int, num_steps: int) -> dict[str, An
     """The packing of the first steps of ShareGPT-like examples; a call that does not count comes before."""
     shape = shape_of(world_size, capacity)
     lengths = sharegpt_like(np.random.default_rng(SEED), NUM_EXAMPLES).astype(np.int64)
-    pack_step(lengths[:1].copy(), np.zeros(1, np.int64), shape.capacity, shape.num_bins, shape.quadratic_length)
+    pack_step(lengths[:1], shape.capacity, shape.num_bins, shape.quadratic_length)
     start, seconds, checksum = 0, [], 0
     for _ in range(num_steps):
         within = np.cumsum(lengths[start:]) <= shape.room
         upcoming = lengths[start : start + int(within.sum())]
-        arrivals = np.argsort(-upcoming, kind="stable")
         started = time.perf_counter()
-        members, ends, _ = pack_step(
-            upcoming[arrivals], arrivals, shape.capacity, shape.num_bins, shape.quadratic_length
-        )
+        bin_of, _ = pack_step(upcoming, shape.capacity, shape.num_bins, shape.quadratic_length)
         seconds.append(time.perf_counter() - started)
-        start += len(members)
-        checksum = crc32(ends.data, crc32(members.data, checksum))
+        start += len(bin_of)
+        checksum = crc32(bin_of.data, checksum)
     return {"num_examples": start, "seconds": seconds, "checksum": checksum}
 
 

@@ -27,8 +27,7 @@ from ochat_train.model.lora import merge_adapters
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch
-from ochat_train.tokens.plan import StepPlan
-from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
+from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import Examples, StoreChanged
 from ochat_train.training.batches import make_batches
@@ -126,12 +125,7 @@ def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Las
     recipe, store, state = run.recipe, run.store, run.start
     if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
         say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
-    ahead = PlanAhead(
-        run.plan,
-        state.examples_consumed,
-        folder=run.dir / "plan" / f"rank-{world.rank - world.local_rank:05d}",  # of a node's first, so the node's own
-        is_planner=world.local_rank == 0,
-    )
+    ahead = start_table(run.plan, state.examples_consumed)
     engine = ready_engine(run, folder, world)
     attention = engine.module.attention
     say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")

@@ -23,7 +23,7 @@ from ochat_train.files import free_port
 from ochat_train.model.attention import AttentionOptions
 from ochat_train.model.memory import measure_size
 from ochat_train.recipe import LoraSection, Recipe, load_recipe
-from ochat_train.tokens.plan_ahead import make_table
+from ochat_train.tokens.plan import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.engine import World

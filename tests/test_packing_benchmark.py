@@ -217,7 +217,7 @@ def test_our_plan_is_within_its_limits(lengths: list[int], num_bins: int) -> Non
     slots = benchmark.slots_of(benchmark.plan_all(data), len(lengths))
     ours = benchmark.measure("ours", arrays(lengths), slots, data, [], [])
     assert ours.num_dropped == 0
-    examples = benchmark.DataOrder(len(lengths), benchmark.SEED).examples(0, 0, len(lengths))
+    examples = benchmark.DataOrder(len(lengths), benchmark.SEED).examples(0)
     prefix_limit, _ = benchmark.fill_prefixes(arrays(lengths)[examples], data.shape.room)
     assert data.bound <= prefix_limit <= ours.num_steps
     balance_limit = benchmark.limit_balance(arrays(lengths), slots, data.shape)

@@ -193,14 +193,6 @@ def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
     assert first == contents(tmp_path / "b")
 
 
-def test_positions_are_sorted_by_source_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.tokens.store, "_SORTED_AT_ONCE", 7)
-    rows = random_rows(100)
-    write(tmp_path / "store", rows, rows[:3])
-    check_split(tmp_path / "store", "train", rows)
-    check_split(tmp_path / "store", "eval", rows[:3])
-
-
 # ---- All or nothing ----
 
 

@@ -28,7 +28,7 @@ from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, meta_model
-from ochat_train.tokens.plan_ahead import PlanTable, make_table
+from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.disk import existing_parent, plan_disk, show_bytes

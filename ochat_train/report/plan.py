@@ -16,8 +16,7 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.packing import cost_of
-from ochat_train.tokens.plan import RunPlan, StepPlan
-from ochat_train.tokens.plan_ahead import PlanTable, make_table
+from ochat_train.tokens.plan import PlanTable, RunPlan, StepPlan, make_table
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.flops import find_utilisation
@@ -286,9 +285,10 @@ def _count_sources(recipe: Recipe, store: TokenStore, plan: RunPlan, num_example
     examples, tokens, weights = (np.zeros(len(names)) for _ in range(3))  # whole numbers are exact up to 2^53
     with tqdm(total=num_examples, unit=" examples", desc="sources", delay=5) as bar:
         for epoch in range(plan.num_epochs):
+            order = plan.order.examples(epoch)
             num_here = min(plan.order.num_examples(epoch), num_examples - plan.order.total(epoch))
             for start in range(0, num_here, _WINDOW):
-                positions = plan.order.examples(epoch, start, min(start + _WINDOW, num_here))
+                positions = order[start : min(start + _WINDOW, num_here)]
                 source_ids = store.source_ids[positions]
                 examples += np.bincount(source_ids, minlength=len(names))
                 tokens += np.bincount(source_ids, store.lengths[positions], len(names))

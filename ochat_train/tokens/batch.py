@@ -14,7 +14,7 @@ from ochat_train.tokens.encode import Example
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Sequences laid end to end, T tokens in B sequences, without padding between them.
+    """T tokens in B sequences, one after the other, without padding between them.
 
     input_ids i64[T], position_ids i64[T] (from 0 in each sequence), labels i64[T] (the next token of the same
     sequence; 0 with weight 0 at its end), loss_weights f32[T] (of predicting the label), loss_positions i64[S] (where
@@ -36,7 +36,7 @@ class PackedBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self, device: torch.device) -> Self:
-        """The batch in page-locked memory, from which a GPU copies by itself; itself for another device."""
+        """The batch in page-locked memory, from which a GPU copies by itself. For other devices, the batch itself."""
         if device.type != "cuda":
             return self
         with torch.cuda.device(device):  # a new thread is on device 0, and would take some of its memory
@@ -49,9 +49,9 @@ class PackedBatch:
         return replace(self, **changed)
 
 
-# Tokens to whose multiple a batch is filled up on a GPU. Its matrix kernels compute tiles of up to 128 rows, so a part
-# of a tile takes as long as a whole one, and compiled kernels like sizes that 16 divides. The 64 tokens more in the
-# mean are 0.2 % of 32,768. Not measured on a GPU.
+# On a GPU a batch is padded to a multiple of this number of tokens. Matrix kernels compute tiles of up to 128 rows, so
+# a part of a tile takes as long as a whole one, and compiled kernels are faster for multiples of 16. On average this
+# adds 64 tokens, 0.2 % of 32,768. Not measured on a GPU.
 CUDA_MULTIPLE = 128
 
 # A rank without examples still takes part in every collective of the step: one token that counts for nothing.
@@ -61,8 +61,8 @@ _NOTHING = Example(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32))
 def collate(examples: Sequence[Example], condition_ids: npt.ArrayLike, *, multiple: int = 1) -> PackedBatch:
     """One batch of the examples, in order; `condition_ids` has one id an example.
 
-    T is filled up to a multiple of `multiple` by a last sequence of tokens 0: no token of an example attends to it, and
-    nothing of it has a loss, so it changes no sum and no gradient.
+    T is padded to a multiple of `multiple` by one more sequence of tokens 0. No token of an example attends to it, and
+    it has no loss, so it changes no sum and no gradient.
 
     >>> a = Example(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.float32))
     >>> batch = collate([a], [0])

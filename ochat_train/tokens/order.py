@@ -1,27 +1,20 @@
-"""The order of the data: which examples an epoch has, and which of them stands where.
-
-An epoch is a pseudo-random permutation that can be read from any place: example k is computed from k, nothing is
-stored. So a position is one number, seeking costs nothing, and the memory is that of what is read at once.
-"""
+"""The order of the data: which examples an epoch has, and which of them stands where."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ochat_train.tokens.compiled import compiled
-
 Indices = npt.NDArray[np.int64]
-_Keys = npt.NDArray[np.uint64]
+EpochOrder = npt.NDArray[np.signedinteger[Any]]
 
-_NUM_ROUNDS = 16  # fewer leave orders of a handful of examples unevenly likely
-_VERSION = 1  # count up when the same arguments give another order than before
-_OF_EPOCH, _OF_SOURCE = 0, 1  # what a key is of: no two permutations of a run share one
+_VERSION = 2  # count up when the same arguments give another order than before
+_OF_EPOCH, _OF_SOURCE = 0, 1  # what a shuffle is of: no two of a run share their random numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ class DataOrder:
         return sum(share.num_drawn(num_epochs) for share in self._shares)
 
     def seek(self, consumed: int) -> tuple[int, int]:
-        """The epoch that holds the example behind the first `consumed` of the run, and its place there."""
+        """The epoch that holds the next example after the first `consumed` of the run, and its place there."""
         if not self.total(1) and not self.total(10**9):
             return 0, 0
         epoch = 1
@@ -78,24 +71,32 @@ class DataOrder:
         epoch = bisect_right(range(epoch), consumed, key=self.total) - 1
         return epoch, consumed - self.total(epoch)
 
-    def examples(self, epoch: int, start: int, stop: int) -> Indices:
-        """i64[stop - start]: the positions in the store of the epoch's examples from `start` to `stop`."""
-        draws = np.arange(start, stop, dtype=np.int64)
-        if self._seed is not None:
-            draws = _permute(draws, self.num_examples(epoch), _keys(self._seed, _OF_EPOCH, epoch))
+    def examples(self, epoch: int) -> EpochOrder:
+        """i32[num_examples(epoch)]: the positions in the store of the epoch's examples; i64 for a store above 2^31.
+
+        Takes 4 bytes and about 0.05 us an example, and as much again with shares.
+        """
+        dtype = np.int32 if self._num_stored < 2**31 else np.int64
         if not self._shares:
-            return draws
-        found = np.empty_like(draws)
-        first = 0  # the sources' draws lie one behind the other
+            return self._shuffled(np.arange(self._num_stored, dtype=dtype), _OF_EPOCH, epoch)
+        passes = [np.empty(0, dtype)]
         for number, share in enumerate(self._shares):
-            before = share.num_drawn(epoch)
-            is_here = (draws >= first) & (draws < first + share.num_drawn(epoch + 1) - before)
-            places = (draws[is_here] - first + before) % max(len(share.members), 1)
-            if self._seed is not None:
-                places = _permute(places, len(share.members), _keys(self._seed, _OF_SOURCE, number))
-            found[is_here] = share.members[places]
-            first += share.num_drawn(epoch + 1) - before
-        return found
+            members = self._shuffled(np.array(share.members, dtype), _OF_SOURCE, number)
+            start, stop, size = share.num_drawn(epoch), share.num_drawn(epoch + 1), max(len(members), 1)
+            for begin in range(start - start % size, stop, size):
+                passes.append(members[max(start - begin, 0) : stop - begin])
+        return self._shuffled(np.concatenate(passes), _OF_EPOCH, epoch)
+
+    def _shuffled(self, values: EpochOrder, kind: int, number: int) -> EpochOrder:
+        """The values, shuffled in place.
+
+        numpy promises the same numbers in every version for its bit generators, SeedSequence and RandomState, but not
+        for the methods of Generator.
+        """
+        if self._seed is not None:
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, kind, number]))
+            np.random.RandomState(bits).shuffle(values)
+        return values
 
     @property
     def digest(self) -> str:
@@ -105,49 +106,3 @@ class DataOrder:
             digest.update(repr((share.epochs, len(share.members))).encode())
             digest.update(np.ascontiguousarray(share.members, dtype="<i8").data)
         return digest.hexdigest()
-
-
-@cache
-def _keys(seed: int, kind: int, number: int) -> _Keys:
-    """The round keys of one permutation. numpy promises that a SeedSequence gives the same state in every version."""
-    return np.random.SeedSequence([seed, kind, number]).generate_state(_NUM_ROUNDS, np.uint64).astype(np.uint64)
-
-
-@compiled
-def _permute(places: Indices, size: int, keys: _Keys) -> Indices:
-    """Where a pseudo-random permutation of range(size) takes each of the places.
-
-    A Feistel network over pairs (left, right) of about sqrt(size) values each: a round adds to one half a hash of the
-    other. A result that is no place of range(size), which is rare, goes through the network again. For some sizes all
-    such permutations are even; so half of the keys let the places 0 and 1 change places before.
-
-    Source: J. Black and P. Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (generalised Feistel, cycle walking).
-    The hash is the finaliser of SplitMix64 (G. Steele, D. Lea and C. Flood, 2014).
-    """
-    num_left = np.uint64(max(1, np.ceil(np.sqrt(size))))
-    num_right = (np.uint64(size) + num_left - np.uint64(1)) // num_left
-    half_word = np.uint64(32)
-    permuted = np.empty_like(places)
-    for index in range(len(places)):
-        value = np.uint64(places[index])
-        if value < np.uint64(2) and size > 1:
-            value ^= keys[0] & np.uint64(1)
-        while True:
-            left, right = value % num_left, value // num_left
-            for number in range(len(keys)):
-                is_left = number % 2 == 0
-                mixed = (right if is_left else left) ^ keys[number]
-                mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                mixed ^= mixed >> np.uint64(31)
-                if is_left:
-                    left += ((mixed >> half_word) * num_left) >> half_word
-                    left -= num_left if left >= num_left else np.uint64(0)
-                else:
-                    right += ((mixed >> half_word) * num_right) >> half_word
-                    right -= num_right if right >= num_right else np.uint64(0)
-            value = right * num_left + left
-            if value < np.uint64(size):
-                break
-        permuted[index] = np.int64(value)
-    return permuted

@@ -1,16 +1,15 @@
-"""Work done ahead by background threads, so that the training loop finds its batches ready."""
+"""Work done ahead by a background thread, so that the training loop finds its batches ready."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import Full, Queue
-from threading import Event, Thread
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-_LOOK_S = 0.1  # how often a feeder that is ahead looks whether it is still wanted
+_NUM_AHEAD = 4  # items made before they are asked for
 
 
 class Ready(NamedTuple, Generic[T, R]):
@@ -22,54 +21,27 @@ class Ready(NamedTuple, Generic[T, R]):
 
 
 @contextmanager
-def prefetch(
-    items: Iterable[T], make: Callable[[T], R], *, num_ahead: int = 4, num_workers: int = 2
-) -> Iterator[Iterator[Ready[T, R]]]:
+def prefetch(items: Iterable[T], make: Callable[[T], R]) -> Iterator[Iterator[Ready[T, R]]]:
     """Every item with `make(item)`, in order, made ahead of whoever iterates.
 
-    One thread draws the items, `num_workers` threads make, and about `num_ahead` are made or in the making. What
-    `items` or `make` raises is raised at its place in the order. At the end of the with-block nothing is drawn any
-    more. Threads suffice where the work is numpy, copying and reading of mapped files, which let other threads run.
+    One thread draws the items and makes, and at most four are made before they are asked for. What `items` or
+    `make` raises is raised at its place in the order. At the end of the with-block nothing is drawn any more. A thread
+    suffices where the work is numpy, copying and reading of mapped files, which let other threads run.
     """
-    queue: Queue[tuple[T, Future[R]] | BaseException | None] = Queue(num_ahead)
-    is_over = Event()
-
-    def put(entry: tuple[T, Future[R]] | BaseException | None) -> bool:
-        while not is_over.is_set():
-            try:
-                queue.put(entry, timeout=_LOOK_S)
-                return True
-            except Full:
-                continue
-        return False
-
-    def feed() -> None:
-        try:
-            for item in items:
-                if is_over.is_set() or not put((item, pool.submit(make, item))):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
+    pairs = ((item, make(item)) for item in items)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ahead = deque(pool.submit(next, pairs, None) for _ in range(_NUM_AHEAD))
 
     def drain() -> Iterator[Ready[T, R]]:
         while True:
             started = time.perf_counter()
-            entry = queue.get()
-            if entry is None:
+            pair = ahead.popleft().result()
+            if pair is None:
                 return
-            if isinstance(entry, BaseException):
-                raise entry
-            item, future = entry
-            made = future.result()
-            yield Ready(item, made, time.perf_counter() - started)
+            ahead.append(pool.submit(next, pairs, None))
+            yield Ready(*pair, time.perf_counter() - started)
 
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="prefetch")
-    feeder = Thread(target=feed, name="prefetch-feed", daemon=True)
-    feeder.start()
     try:
         yield drain()
     finally:
-        is_over.set()
-        feeder.join()
         pool.shutdown(cancel_futures=True)

@@ -37,9 +37,9 @@ _SCHEMA = pa.schema(
         "loss_weights": pa.list_(pa.float32()),
     }
 )
-_SORTED_AT_ONCE = 2**20  # examples
+_INDEX = {"lengths": np.int32, "weight_sums": np.float64, "condition_ids": np.int32, "source_ids": np.int32}
 _ARROW_FILE = "data-00000-of-00001.arrow"
-# What `Dataset.save_to_disk` writes. We write it ourselves, because that function would copy all the rows once more.
+# What `Dataset.save_to_disk` writes. It is written here, because that function would copy all rows once more.
 _DATASET_STATE: dict[str, Any] = {
     "_data_files": [{"filename": _ARROW_FILE}],
     "_fingerprint": "ochat_train",
@@ -76,13 +76,13 @@ class Manifest:
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
-    """The manifest of the store at `path`; None when there is no complete store of this version."""
+    """The manifest of the store at `path`; None when there is no complete store of this format version."""
     fields = _read_manifest_fields(Path(path))
     return Manifest(**fields) if fields is not None and fields["format_version"] == FORMAT_VERSION else None
 
 
 def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
-    """What manifest.json holds, of whatever version; None if it is not there, or not the manifest of a token store."""
+    """The content of manifest.json, of any version; None when it is missing or not the manifest of a token store."""
     try:
         fields = orjson.loads((path / "manifest.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
@@ -96,7 +96,7 @@ class StoreChanged(Exception):
 
 
 class Examples(Protocol):
-    """What is planned and batched: the examples of a split, or a part of them. The fields are TokenStore's."""
+    """What is planned and batched: the examples of a split, or some of them. The fields are those of TokenStore."""
 
     lengths: npt.NDArray[np.int32]
     weight_sums: npt.NDArray[np.float64]
@@ -112,7 +112,7 @@ class TokenStore:
 
     lengths: i32[N], tokens of each example. weight_sums: f64[N], sum of its loss weights. condition_ids: i32[N],
     positions in `manifest.conditions`. source_ids: i32[N], positions in `manifest.sources`. `store[i]` is the i-th
-    Example. All of it is read from memory-mapped files. Raises ValueError when `path` holds no complete store.
+    Example. Everything is read from memory-mapped files. Raises ValueError when `path` holds no complete store.
     """
 
     def __init__(self, path: str | Path, split: Split = "train") -> None:
@@ -168,12 +168,12 @@ class TokenStore:
         return self._by_source[begin:end]
 
     def name(self, position: int) -> str:
-        """The id of the conversation that the example was made from."""
+        """The id of the conversation from which the example was made."""
         return str(self._names[position].as_py())
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
-    """By what a file on disk is known to be the same, with the same content; None when it is not there."""
+    """What changes when a file is written to or replaced: (inode, size, time of change); None when it is not there."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -189,7 +189,7 @@ def _read_index(folder: Path, name: str) -> npt.NDArray[Any]:
 
 
 def check_store_path(path: Path) -> None:
-    """Raises ValueError when `path` holds something that is not a store, so that nothing of anybody's is lost."""
+    """Raise ValueError when `path` holds something that is not a store, so that nobody loses a file."""
     if path.resolve().is_mount():  # it could not be moved to its place
         raise ValueError(f"data.store {path} is where a disk is mounted; name a folder below it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_manifest_fields(path) is None:
@@ -197,7 +197,7 @@ def check_store_path(path: Path) -> None:
 
 
 class StoreWriter:
-    """Writes a store into `staging`, an empty folder on the disk of its later place; `finish` moves it there.
+    """Writes a store into `staging`, an empty folder on the same disk as its final path; `finish` moves it there.
 
     sources: the names of all sources; a source's position is its id.
     """
@@ -211,7 +211,7 @@ class StoreWriter:
 
     @property
     def conditions(self) -> list[str]:
-        """The conditions met so far; a condition's position is its id."""
+        """The conditions of all examples added so far; a condition's position is its id."""
         return list(self._condition_ids)
 
     def add(self, split: Split, rows: pa.Table) -> None:
@@ -242,8 +242,8 @@ class StoreWriter:
         return {split: dict(writer.totals) for split, writer in self._splits.items()}
 
     def finish(self, manifest: Manifest, path: Path) -> None:
-        """Move the store to `path`, an older one out of it. The manifest is written last."""
-        # datasets cannot read an empty split back, so of that only the index is written.
+        """Move the store to `path`, and an older store from there to `staging`/../old. The manifest is written last."""
+        # datasets cannot read an empty split back, so only its index is written.
         splits = [split for split, writer in self._splits.items() if writer.totals["num_examples"]]
         (self.staging / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
@@ -256,17 +256,14 @@ class StoreWriter:
 
 
 class _SplitWriter:
-    """One split on its way to disk; nothing of it stays in memory."""
+    """One split on its way to disk. Until it is finished, nothing of it stays in memory."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.totals = {"num_examples": 0, "num_tokens": 0, "num_supervised_tokens": 0, "weight_sum": 0.0}
         self._arrow = pa.ipc.new_stream(str(folder / _ARROW_FILE), _SCHEMA)
-        self._lengths = _Column(folder / "lengths.npy", np.dtype(np.int32))
-        self._weight_sums = _Column(folder / "weight_sums.npy", np.dtype(np.float64))
-        self._condition_ids = _Column(folder / "condition_ids.npy", np.dtype(np.int32))
-        self._source_ids = _Column(folder / "source_ids.npy", np.dtype(np.int32))
+        self._columns = [_Column(folder / f"{name}.npy", np.dtype(dtype)) for name, dtype in _INDEX.items()]
 
     def add(
         self, rows: pa.Table, condition_ids: npt.NDArray[np.int32], source_ids: npt.NDArray[np.int32]
@@ -279,10 +276,8 @@ class _SplitWriter:
         starts = ends - lengths  # no example is empty, which reduceat could not tell from one token
         weight_sums = np.add.reduceat(weights, starts, dtype=np.float64)
         num_supervised = np.add.reduceat(weights != 0, starts, dtype=np.int64)
-        self._lengths.append(lengths)
-        self._weight_sums.append(weight_sums)
-        self._condition_ids.append(condition_ids)
-        self._source_ids.append(source_ids)
+        for column, values in zip(self._columns, (lengths, weight_sums, condition_ids, source_ids), strict=True):
+            column.append(values)
         self.totals["num_examples"] += len(lengths)
         self.totals["num_tokens"] += int(ends[-1])
         self.totals["num_supervised_tokens"] += int(num_supervised.sum())
@@ -290,11 +285,13 @@ class _SplitWriter:
         return np.stack([weight_sums, num_supervised.astype(np.float64)], axis=1)
 
     def finish(self, num_sources: int) -> None:
-        """Close the files and write what `datasets.load_from_disk` and TokenStore want to see beside them."""
+        """Close the files, and write the others that `datasets.load_from_disk` and TokenStore read."""
         self._arrow.close()
-        for column in (self._lengths, self._weight_sums, self._condition_ids, self._source_ids):
+        for column in self._columns:
             column.close()
-        _write_by_source(self.folder, num_sources)
+        source_ids = _read_index(self.folder, "source_ids")
+        np.save(self.folder / "source_ends.npy", np.cumsum(np.bincount(source_ids, minlength=num_sources)))
+        np.save(self.folder / "by_source.npy", np.argsort(source_ids, kind="stable"))  # 12 bytes of memory an example
         if not self.totals["num_examples"]:
             (self.folder / _ARROW_FILE).unlink()
             return
@@ -304,31 +301,8 @@ class _SplitWriter:
         (self.folder / "state.json").write_bytes(orjson.dumps(_DATASET_STATE))
 
 
-def _write_by_source(folder: Path, num_sources: int) -> None:
-    """Sort the positions by source, a part of them in memory at a time."""
-    source_ids = _read_index(folder, "source_ids")
-    parts = range(0, len(source_ids), _SORTED_AT_ONCE)
-    counts = np.zeros(num_sources, np.int64)
-    for part in parts:
-        counts += np.bincount(source_ids[part : part + _SORTED_AT_ONCE], minlength=num_sources)
-    ends = np.cumsum(counts)
-    np.save(folder / "source_ends.npy", ends)
-    if not len(source_ids):
-        np.save(folder / "by_source.npy", np.empty(0, np.int64))
-        return
-    places = (ends - counts).tolist()
-    by_source = np.lib.format.open_memmap(folder / "by_source.npy", "w+", np.dtype(np.int64), source_ids.shape)
-    for part in parts:
-        ids = source_ids[part : part + _SORTED_AT_ONCE]
-        for source in np.unique(ids).tolist():
-            positions = np.flatnonzero(ids == source) + part
-            by_source[places[source] : places[source] + len(positions)] = positions
-            places[source] += len(positions)
-    by_source.flush()
-
-
 class _Column:
-    """A one-dimensional .npy file that grows; its header is written again when its length is known."""
+    """A one-dimensional .npy file that grows. Its header is written again when its length is known."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._file = path.open("wb")

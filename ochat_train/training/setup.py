@@ -1,5 +1,6 @@
 """All that comes before the first step: what is cheap is checked, the ranks agree, the model stands ready."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,7 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
-from ochat_train.tokens.plan import RunPlan, digest_index
-from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable
+from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.adam8bit import check_adam8bit
@@ -360,13 +360,12 @@ def check_agreement(run: Run) -> None:
         )
 
 
-def agree_on_steps(ahead: PlanAhead) -> PlanTable:
+def agree_on_steps(ahead: Future[PlanTable]) -> PlanTable:
     """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
-    made = together(ahead.make)
-    table = together(lambda: made if made is not None else ahead.read())
+    table = together(ahead.result)
     if len(set(gather_objects(table.digest))) > 1:
         raise Refused(
             "the processes planned different steps from the same store: give every node the same version of "
-            "ochat_train, and remove the folder plan of checkpoint.dir"
+            "ochat_train and of its packages"
         )
     return table

@@ -62,35 +62,3 @@ def test_hosts_whose_stores_differ_in_one_example_are_refused_before_the_first_s
     assert "error: the processes disagree on the plan" in ended[0][1]
     assert not (hosts[0] / "run/metrics.jsonl").exists()
     assert os.listdir(hosts[0]) == ["store"]
-
-
-LARGE = "import ochat_train.tokens.plan_ahead as plan_ahead; plan_ahead.SHARED_ABOVE = -1"
-# A process that would plan fails.
-READ_ONLY = LARGE + "; plan_ahead.make_table = None"
-
-
-def test_a_large_plan_is_made_by_one_process_and_read_by_the_other_and_by_a_resume(
-    recipe_path: Path, hosts: list[Path]
-) -> None:
-    small, large = hosts
-    ended = run_two(recipe_path, [small, small])
-    assert [code for code, _ in ended] == [0, 0], ended
-    ended = run_two(recipe_path, [large, large], "train.max_steps=2", code=LARGE)
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert "stopped by train.max_steps at step 2" in ended[0][1]
-    (file,) = (large / "run/plan").glob("*/*")
-    ended = run_two(recipe_path, [large, large], code=READ_ONLY)
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert list((large / "run/plan").glob("*/*")) == [file]
-    assert not (small / "run/plan").exists()
-    losses = [[event["loss"] for event in events(folder / "run", "step")] for folder in hosts]
-    assert losses[0] == losses[1]
-
-
-def test_a_large_plan_that_cannot_be_written_stops_both_processes(recipe_path: Path, hosts: list[Path]) -> None:
-    (hosts[0] / "run").mkdir()
-    (hosts[0] / "run/plan").touch()
-    ended = run_two(recipe_path, [hosts[0], hosts[0]], code=LARGE)
-    assert all(code not in (0, None) for code, _ in ended)
-    assert "error: the plan cannot be written to run/plan/" in ended[0][1]
-    assert "Traceback" not in ended[0][1] + ended[1][1]

@@ -1,4 +1,4 @@
-"""The table of all steps: exact totals, a hash of the whole plan, one planner for a node."""
+"""The table of all steps: exact totals, a hash of the whole plan, made in the background."""
 
 import math
 import os
@@ -15,16 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ochat_train.tokens.plan
-import ochat_train.tokens.plan_ahead
 from ochat_train.tokens.order import DataOrder, SourceShare
-from ochat_train.tokens.plan import PlanShape, RunPlan
-from ochat_train.tokens.plan_ahead import PlanAhead, PlanTable, make_table
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every plan is large."""
-    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "SHARED_ABOVE", -1)
+from ochat_train.tokens.plan import PlanShape, PlanTable, RunPlan, make_table, start_table
 
 
 def plan_of(lengths: npt.NDArray[np.int32], shape: PlanShape, *, num_epochs: int = 2, seed: int = 0) -> RunPlan:
@@ -166,150 +158,41 @@ def test_a_table_is_made_in_the_memory_of_its_rows() -> None:
     assert peak < 2.5 * table.rows.nbytes + 4e6 < 200 * table.num_steps + 4e6
 
 
-# ------------------------------------------------------------------------------------- one planner a node
+# -------------------------------------------------------------------------------------- in the background
 
 
-def ahead(folder: Path, plan: RunPlan, consumed: int = 0, *, is_planner: bool = True) -> PlanAhead:
-    return PlanAhead(plan, consumed, folder=folder, is_planner=is_planner)
-
-
-def made(folder: Path, plan: RunPlan, consumed: int = 0) -> PlanTable:
-    """What the planner has."""
-    table = ahead(folder, plan, consumed).make()
-    assert table is not None
-    return table
-
-
-def test_a_small_plan_is_made_by_every_process_and_leaves_no_file(tmp_path: Path) -> None:
-    for is_planner in (True, False):
-        table = ahead(tmp_path, some_plan(), is_planner=is_planner).make()
-        assert table is not None and table.digest == make_table(some_plan()).digest
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_plan_of_many_steps_is_large_whatever_they_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    few = plan_of(np.full(1000, 8, np.int32), PlanShape(8000, 1, 1, 100), num_epochs=1)
-    many = plan_of(np.full(1000, 8, np.int32), PlanShape(8, 1, 1, 100), num_epochs=1)
-    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "SHARED_ABOVE", 2000)
-    assert ahead(tmp_path, few, is_planner=False).make() is not None
-    assert ahead(tmp_path, many, is_planner=False).make() is None
-
-
-PROCESS = """
-import sys
-from pathlib import Path
-from tests.test_plan_ahead import ahead, some_plan
-import ochat_train.tokens.plan_ahead as module
-module.SHARED_ABOVE = -1
-is_planner = sys.argv[2] == "planner"
-if not is_planner:
-    module.make_table = None
-planned = ahead(Path(sys.argv[1]), some_plan(), is_planner=is_planner)
-table = planned.make() if is_planner else planned.read()
-print(table.digest)
-"""
-
-
-def test_of_a_large_plan_one_process_of_a_node_plans_and_the_others_read(tmp_path: Path) -> None:
-    folder = tmp_path / "plan" / "node"
-    for number, kind in enumerate(("planner", "reader", "reader")):
+def test_the_table_made_in_the_background_is_the_same_in_every_process() -> None:
+    for hash_seed in ("0", "12345"):  # salts of hash(), as every process draws one
         printed = subprocess.run(
-            [sys.executable, "-c", PROCESS, str(folder), kind],
+            [sys.executable, "-c", PROCESS],
             cwd=Path(__file__).parents[1],
-            env=os.environ | {"PYTHONHASHSEED": str(number)},
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        assert printed.strip() == make_table(some_plan()).digest
-    assert [file.suffix for file in folder.iterdir()] == [".npy"]
+        assert printed.strip() == make_table(some_plan(), 10).digest
 
 
-@pytest.mark.usefixtures("shared")
-def test_a_reader_has_nothing_until_the_planner_is_done(tmp_path: Path) -> None:
-    reader = ahead(tmp_path, some_plan(), is_planner=False)
-    assert reader.make() is None
-    with pytest.raises(ValueError, match=r"no plan in .*: checkpoint\.dir must be the same folder for all processes"):
-        reader.read()
-    table = made(tmp_path, some_plan())
-    assert reader.read().digest == table.digest
+PROCESS = """
+from ochat_train.tokens.plan import start_table
+from tests.test_plan_table import some_plan
+print(start_table(some_plan(), 10).result().digest)
+"""
 
 
-@pytest.mark.usefixtures("shared")
-def test_a_file_that_is_there_is_taken_and_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = made(tmp_path, some_plan())
-    monkeypatch.setattr(ochat_train.tokens.plan_ahead, "make_table", None)
-    assert made(tmp_path, some_plan()).digest == first.digest
-    # And so does a run that continues behind one of its steps.
-    for number in (1, 5, first.num_steps - 1, first.num_steps):
-        consumed = int(first.rows["num_examples"][:number].sum())
-        assert np.array_equal(made(tmp_path, some_plan(), consumed).rows, first.rows[number:])
-        assert np.array_equal(ahead(tmp_path, some_plan(), consumed, is_planner=False).read().rows, first.rows[number:])
-
-
-@pytest.mark.usefixtures("shared")
-def test_a_position_inside_a_step_which_another_shape_left_is_planned_from_there(tmp_path: Path) -> None:
-    first = made(tmp_path, some_plan())
-    consumed = int(first.rows["num_examples"][0]) + 1
-    expected = make_table(some_plan(), consumed)
-    assert made(tmp_path, some_plan(), consumed).digest == expected.digest
-    assert ahead(tmp_path, some_plan(), consumed, is_planner=False).read().digest == expected.digest
-    # A resume behind one of these steps.
-    later = consumed + int(expected.rows["num_examples"][0])
-    assert np.array_equal(made(tmp_path, some_plan(), later).rows, expected.rows[1:])
-
-
-@pytest.mark.usefixtures("shared")
-@pytest.mark.parametrize("damage", ["empty", "cut", "not numpy", "another array", "fewer steps", "another checksum"])
-def test_a_file_that_does_not_hold_what_its_name_tells_is_made_anew(tmp_path: Path, damage: str) -> None:
-    expected = made(tmp_path, some_plan())
-    (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    if damage == "another array":
-        np.save(file, np.arange(10))
-    elif damage == "fewer steps":
-        np.save(file, expected.rows[:-1])
-    elif damage == "another checksum":
-        rows = expected.rows.copy()
-        rows["checksum"][3] += 1
-        np.save(file, rows)
-    else:
-        file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "not numpy": b"plan"}[damage])
-    assert made(tmp_path, some_plan()).digest == expected.digest
-    assert file.read_bytes() == content
-
-
-@pytest.mark.usefixtures("shared")
-def test_another_plan_has_another_file_and_the_old_one_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "plan-0-0.1.partial").touch()  # left by a crash
-    names = set()
-    for plan in (some_plan(), some_plan(seed=1), some_plan(num_epochs=3)):
-        assert made(tmp_path, plan).digest == make_table(plan).digest
-        (file,) = tmp_path.iterdir()
-        names.add(file.name)
-    assert len(names) == 3
-
-
-@pytest.mark.usefixtures("shared")
-def test_a_plan_that_cannot_be_written_is_a_mistake_with_its_remedy(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"the plan cannot be written to .*file/plan: .*; make room, or name another"):
-        made(tmp_path / "file" / "plan", some_plan())
-
-
-def test_what_goes_wrong_in_planning_reaches_whoever_asks_for_the_table(tmp_path: Path) -> None:
+def test_what_goes_wrong_in_planning_reaches_whoever_asks_for_the_table() -> None:
     plan = plan_of(np.array([5, 9], np.int32), PlanShape(8, 1, 1, 10))
     with pytest.raises(ValueError, match=r"9 tokens, above packing\.tokens_per_gpu 8"):
-        made(tmp_path, plan)
+        start_table(plan).result()
 
 
 FAILS = """
 import threading
-from pathlib import Path
-import ochat_train.tokens.plan_ahead as module
-from tests.test_plan_ahead import ahead, some_plan
+import ochat_train.tokens.plan as module
+from tests.test_plan_table import some_plan
 module.make_table = lambda *_: threading.Event().wait()  # for ever
-ahead(Path("nowhere"), some_plan())
+module.start_table(some_plan())
 raise SystemExit(7)
 """
 
