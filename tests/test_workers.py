@@ -138,9 +138,10 @@ def test_the_measure_has_something_of_everything(alone: Path) -> None:
 def test_any_number_of_processes_makes_the_same_bytes(
     num_workers: int, varied: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        ochat_train.preprocess.workers, "make_shard", None
-    )  # of this process, which leaves it to the others
+    # Of this process, which leaves making and saving to the others: a shard that came through a pipe would stop the
+    # run for ever if its worker ended in the middle of it.
+    monkeypatch.setattr(ochat_train.preprocess.workers, "make_shard", None)
+    monkeypatch.setattr(WorkFolder, "save", None)
     store = make(varied, f"data.store={tmp_path / 'store'}", num_workers=num_workers)
     assert contents(store) == contents(alone)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -215,7 +216,7 @@ def test_ray_makes_the_same_bytes(varied: Path, alone: Path, tmp_path: Path, ray
     assert contents(store) == contents(alone)
 
 
-def test_mistakes_in_the_input_are_told_by_ray_as_by_one_process(tmp_path: Path, ray: None) -> None:
+def test_mistakes_in_the_input_are_reported_by_ray_as_by_one_process(tmp_path: Path, ray: None) -> None:
     for write in (of_no_source, broken_array):
         recipe = write_recipe(tmp_path, [source("strong", write(tmp_path), where={"model": "strong"})])
         assert failure(recipe, "--engine", "ray") == failure(recipe, "--workers", "1")
@@ -291,28 +292,29 @@ def test_only_a_few_chunks_are_read_ahead_of_the_workers(varied: Path, tmp_path:
             num_read += 1
             yield number, Task(chunk, (everything,))
 
-    done: dict[int, Shard] = {}
-    for number, shard in make_shards(tasks(), settings, executor="local", num_workers=2):
-        assert num_read - len(done) <= 2 * 2
-        done[number] = shard
-    assert len(done) == num_read > 20
-    ids = [id for number in sorted(done) for id in done[number].records["id"].to_pylist()]
+    done: set[int] = set()
+    with WorkFolder(tmp_path / "work") as work:
+        for number in make_shards(tasks(), settings, work, executor="local", num_workers=2):
+            assert num_read - len(done) <= 2 * 2
+            done.add(number)
+        assert done == set(range(num_read)) and num_read > 20
+        ids = [id for number in sorted(done) for id in work.load(number).records["id"].to_pylist()]
     assert ids == [str(number) for number in range(60)]
 
 
 # ---- Runs that end in the middle ----
 
-# Saves slowly while a file says so, so that whatever happens to it happens in the middle.
+# Pauses after the first shards while a file is there, so that whatever happens to it happens in the middle.
 SCRIPT = f"""
 import os, sys, time
 import ochat_train.preprocess.__main__ as command
 import ochat_train.preprocess.job as job
 from ochat_train.preprocess.shard_files import WorkFolder
 
-def save(self, number, shard, fast=WorkFolder.save):
-    fast(self, number, shard)
-    if os.path.exists("slowly"):
-        time.sleep(0.2)
+def save(self, number, shard, at_once=WorkFolder.save):
+    at_once(self, number, shard)
+    while number > 3 and os.path.exists("pause"):
+        time.sleep(0.02)
 
 WorkFolder.save = save
 job.CHUNK_BYTES = {CHUNK_BYTES}
@@ -327,7 +329,7 @@ class Running:
 
     process: "subprocess.Popen[str]"
     work: Path
-    slowly: Path
+    pause: Path
 
     def done(self) -> dict[str, int]:
         """The time of each shard that is complete."""
@@ -347,10 +349,10 @@ class Running:
 
 @contextmanager
 def running(recipe: Path) -> Iterator[Running]:
-    """The command with two workers, once it has made a few shards; it goes on slowly until the block ends."""
-    script, slowly = recipe.with_name("script.py"), recipe.with_name("slowly")
+    """The command with two workers, once it has made a few shards; it pauses until its file `pause` is removed."""
+    script, pause = recipe.with_name("script.py"), recipe.with_name("pause")
     script.write_text(SCRIPT)
-    slowly.touch()
+    pause.touch()
     process = subprocess.Popen(
         [sys.executable, script.name, str(recipe), "--workers", "2"],
         cwd=recipe.parent,
@@ -368,10 +370,10 @@ def running(recipe: Path) -> Iterator[Running]:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        yield Running(process, found[0].parents[1], slowly)
+        yield Running(process, found[0].parents[1], pause)
     finally:
         script.unlink()
-        slowly.unlink(missing_ok=True)
+        pause.unlink(missing_ok=True)
         left = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for each in (process, *left):
             each.kill()
@@ -409,7 +411,7 @@ def check_the_next_run_goes_on(
     times: dict[str, int] = {}
     save, remove = WorkFolder.save, WorkFolder.remove
 
-    def save_and_tell(self: WorkFolder, number: int, shard: Shard) -> None:
+    def save_and_record(self: WorkFolder, number: int, shard: Shard) -> None:
         made.append(f"{number:06}")
         save(self, number, shard)
 
@@ -417,7 +419,7 @@ def check_the_next_run_goes_on(
         times.update({path.name: path.stat().st_mtime_ns for path in (self.path / "shards").iterdir()})
         remove(self)
 
-    monkeypatch.setattr(WorkFolder, "save", save_and_tell)
+    monkeypatch.setattr(WorkFolder, "save", save_and_record)
     monkeypatch.setattr(WorkFolder, "remove", look_and_remove)
     capsys.readouterr()
     store = make(recipe, num_workers=1)
@@ -513,7 +515,7 @@ def test_a_second_process_for_one_store_is_refused_and_disturbs_nothing(
         assert message.startswith(f"error: another process is making this store, in {run.work}; ")
         make(in_folder, "data.max_tokens=128", num_workers=1)  # another recipe: the last one to end stays
         assert run.work.is_dir()
-        run.slowly.unlink()
+        run.pause.unlink()
         status, err = run.end()
         assert status == 0, err
     assert contents(in_folder.parent / "store") == contents(alone)

@@ -7,8 +7,8 @@
 
 Files are cut into chunks of whole records. Workers make a shard of each: records are read, cleaned, given to a source,
 filtered, templated and tokenized. Then duplicates and the held-out split are decided over all shards, and the store is
-put together in the order of the input. An interrupted run goes on from the shards that are done. A store that is
-already made from the same things is left as it is.
+assembled in the order of the input. An interrupted run goes on from the shards that are done. A store that was already
+made from the same things is not made again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from ochat_train.recipe import check_encoding, load_recipe, parse_arguments, rec
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the recipe's token store, or say that it is up to date."""
+    """Make the recipe's token store unless it is up to date, or print what the other options ask for."""
     parser = argparse.ArgumentParser(prog="python -m ochat_train.preprocess", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe_arguments(parser)
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fields", action="store_true", help="the arguments are files, folders or globs: show what their records hold"
     )
-    parser.add_argument("--encoding", metavar="NAME", help="with --fields: of the files, where it is not UTF-8")
+    parser.add_argument("--encoding", metavar="NAME", help="with --fields: the files' encoding, if not UTF-8")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or a Ray cluster")
     parser.add_argument("--workers", type=int, metavar="N", help="number of worker processes; default: one a core")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1")
     signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdout, sys.stderr):  # an id may hold signs that a terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # an id may hold characters that a terminal cannot show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

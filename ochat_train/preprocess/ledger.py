@@ -183,8 +183,8 @@ class Ledger:
     def table(self) -> str:
         """The counts as aligned text: a row a source and one of totals, below each its reasons and actions.
 
-        Share supervised is supervised tokens / tokens, mean weight is weight sum / supervised tokens; "-"
-        stands for a division by 0.
+        Share supervised is supervised tokens / tokens, mean weight is weight sum / supervised tokens; a division by 0
+        is shown as "-".
         """
         total = _cells("total", self.total())
         rows = [tuple(total), *(tuple(_cells(*item).values()) for item in self.counts.items()), tuple(total.values())]
@@ -231,7 +231,7 @@ def read_rows(path: str, id: str) -> list[dict[str, Any]]:
 
 
 def read_unread(path: str) -> dict[str, dict[str, dict[str, int]]]:
-    """{file: {kind: {name: how often}}} of what was met and not read, from a ledger file; "" stands for saved pages."""
+    """{file: {kind: {name: how often}}} of what was met and not read, from a ledger file; "" is for saved pages."""
     by_file: dict[str, dict[str, dict[str, int]]] = orjson.loads(pq.read_metadata(path).metadata[b"unread"])
     return by_file
 

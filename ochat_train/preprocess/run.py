@@ -125,8 +125,7 @@ def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_wor
 
     total = sum(os.stat(file).st_size for file in job.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar:
-        for number, shard in make_shards(missing(), job.settings, executor=executor, num_workers=num_workers):
-            work.save(number, shard)
+        for number in make_shards(missing(), job.settings, work, executor=executor, num_workers=num_workers):
             bar.update(sizes[number])
     if num_done:
         print(f"{num_done:,} of {len(sizes):,} shards were done before")

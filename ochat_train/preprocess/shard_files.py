@@ -21,7 +21,10 @@ from ochat_train.preprocess.shard import Shard
 
 
 class WorkFolder:
-    """Shards by number. As a context manager it holds a lock; leaving it keeps the shards, `remove` deletes them."""
+    """Shards by number. As a context manager it holds a lock; leaving it keeps the shards, `remove` deletes them.
+
+    A driver holds the lock while its workers write shards without it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

