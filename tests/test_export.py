@@ -1,4 +1,4 @@
-"""What stands beside the weights of an exported model: padding, and the tokens that it names."""
+"""What an exported model has beside its weights: padding, and the tokens that it names."""
 
 import json
 from functools import partial

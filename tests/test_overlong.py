@@ -20,7 +20,7 @@ Turns = list[tuple[Role, int, float]]  # role, tokens of the text, weight
 
 
 def laid_out(turns: Turns, *, prefix: int = 10, header: int = 2, after_end: int = 0) -> Encoded:
-    """A conversation whose token ids are their own positions. System turns behind a prefix have no header."""
+    """A conversation whose token ids are their own positions. System turns after a prefix have no header."""
     edges, weights = [prefix], [0.0] * prefix
     for role, text, weight in turns:
         pieces = (0 if role == "system" and prefix else header, text, 1, after_end)
@@ -37,7 +37,7 @@ def split(encoded: Encoded, max_tokens: int, context_tokens: int = 0) -> Fitted:
 
 
 def runs(fitted: Fitted) -> list[str]:
-    """The unbroken runs of positions of each part, START-END with END behind the last; trained ones in brackets."""
+    """The unbroken runs of positions of each part, START-END with END after the last; trained ones in brackets."""
     found = []
     for part in fitted.examples:
         rows = list(zip(part.input_ids.tolist(), (part.loss_weights > 0).tolist(), strict=True))
@@ -61,7 +61,7 @@ def test_a_conversation_of_exactly_the_limit_is_left_as_it_is(overlong: Overlong
     assert lower.actions or lower.reason
 
 
-# Three exchanges of 40 tokens behind a prefix of 10; answers begin at 30, 70 and 110, their texts 2 tokens later.
+# Three exchanges of 40 tokens after a prefix of 10; answers begin at 30, 70 and 110, their texts 2 tokens later.
 THREE: Turns = [("user", 17, 0.0), ("assistant", 17, 1.0)] * 3
 
 
@@ -73,7 +73,7 @@ def test_dropped_it_says_how_long_it_was() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "length"), [(129, 90), (90, 90), (89, 50), (50, 50)])
-def test_truncated_it_ends_behind_the_last_answer_that_fits(max_tokens: int, length: int) -> None:
+def test_truncated_it_ends_after_the_last_answer_that_fits(max_tokens: int, length: int) -> None:
     encoded = laid_out(THREE)
     fitted = fit(encoded, max_tokens=max_tokens, overlong="truncate", context_tokens=0)
     assert (fitted.actions, fitted.reason) == (("overlong_truncated",), None)
@@ -142,7 +142,7 @@ def test_masked_exchanges_are_context_or_left_out_and_never_parts() -> None:
     assert runs(split(laid_out([*too_long, *THREE[:2]]), 99)) == ["0-10 533-555 [555-573]"]
 
 
-def test_a_weighted_user_turn_and_turns_behind_the_last_answer_are_trained_too() -> None:
+def test_a_weighted_user_turn_and_turns_after_the_last_answer_are_trained_too() -> None:
     turns: Turns = [("user", 17, 0.5), ("assistant", 17, 1.0), ("user", 17, 0.5), ("user", 17, 0.0)]
     fitted = split(laid_out(turns), 69)
     assert runs(fitted) == ["0-12 [12-30] 30-32 [32-50]", "0-10 50-52 [52-70]"]
@@ -274,7 +274,7 @@ def test_every_weighted_token_is_trained_once_and_every_answer_ends(
                 trained.setdefault(position, []).append(weight)
     assert trained == {int(position): [float(weights[position])] for position in np.flatnonzero(weights)}
 
-    for before, turn in pairwise(encoded.turns):  # every answer begins behind the end of its question
+    for before, turn in pairwise(encoded.turns):  # every answer begins after the end of its question
         if before.role != "assistant" and weights[turn.text_start : turn.end].any():
             holders = [p for p in fitted.examples if p.loss_weights[p.input_ids == turn.text_start].any()]
             (ids,) = (set(part.input_ids.tolist()) for part in holders)
@@ -370,7 +370,7 @@ def test_an_answer_that_leaves_64_tokens_to_its_question_stays_whole() -> None:
 
 @pytest.mark.parametrize("text", range(430, 440))
 def test_the_end_token_stays_with_the_last_token_of_the_text(text: int) -> None:
-    encoded = laid_out([("assistant", text, 1.0)], after_end=2)  # 290 of room: 288, then 144 behind as many
+    encoded = laid_out([("assistant", text, 1.0)], after_end=2)  # 290 of room: 288, then 144 after as many
     last = split(encoded, 300, context_tokens=144).examples[-1]
     assert last.loss_weights[-2:].tolist() == [1.0, 1.0]
     assert last.input_ids[-2:].tolist() == [12 + text - 1, 12 + text]
@@ -415,7 +415,7 @@ def test_a_system_message_that_fills_the_context_is_a_reason_to_drop() -> None:
     )
 
 
-def test_exchanges_that_fit_are_kept_behind_any_system_message() -> None:
+def test_exchanges_that_fit_are_kept_after_any_system_message() -> None:
     fitted = split(laid_out(THREE, prefix=300), 340, context_tokens=100)
     assert runs(fitted) == ["0-322 [322-340]", "0-300 340-362 [362-380]", "0-300 380-402 [402-420]"]
 
@@ -464,7 +464,7 @@ def tokenizer_for(template: str, shared: Path) -> ChatTokenizer:
     return ChatTokenizer(pretrained, TEMPLATES[template])
 
 
-def tell(messages: Sequence[Message], tokenizer: ChatTokenizer) -> Encoded:
+def encode_messages(messages: Sequence[Message], tokenizer: ChatTokenizer) -> Encoded:
     conversation = Conversation("id", "source", "GPT4", "You see.", tuple(messages))
     return encode([conversation], tokenizer.template, tokenizer)[0]
 
@@ -480,15 +480,15 @@ def shown(tokenizer: ChatTokenizer, part: Example) -> str:
 @pytest.mark.parametrize("template", READS)
 def test_a_split_conversation_reads_like_this(template: str, shared: Path) -> None:
     tokenizer = tokenizer_for(template, shared)
-    fitted = split(tell(STORY, tokenizer), 74, context_tokens=45)
+    fitted = split(encode_messages(STORY, tokenizer), 74, context_tokens=45)
     assert [shown(tokenizer, part) for part in fitted.examples] == READS[template]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_each_part_has_the_ids_of_its_turns_alone(template: str, shared: Path) -> None:
     tokenizer = tokenizer_for(template, shared)
-    encoded = tell(STORY, tokenizer)
-    turns = [tell(STORY[start:stop], tokenizer) for start, stop in combinations(range(len(STORY) + 1), 2)]
+    encoded = encode_messages(STORY, tokenizer)
+    turns = [encode_messages(STORY[start:stop], tokenizer) for start, stop in combinations(range(len(STORY) + 1), 2)]
     alone = [turn.example.input_ids[: turn.turns[-1].weighted_end].tolist() for turn in turns]
     longest = max(encoded.turns[last].end - encoded.turns[last - 2].start for last in (2, 5, 8))
     for max_tokens in range(encoded.prefix_length + longest, encoded.turns[-1].weighted_end):

@@ -426,7 +426,7 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run_and_nothing_of_it_is
     assert text.endswith(f"Assistant:{'Hello' if then == 'as before' else 'Changed'}<|end_of_turn|>")
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     recipe = write_recipe(tmp_path, [source("s", dump)])
 
@@ -574,8 +574,9 @@ def test_openchats_own_lines_bring_weight_condition_and_system_of_their_own(
     for position, (condition, user, answer) in enumerate((("GPT4", 0.0, 0.05), ("GPT3", 0.1, 0.1), ("", 0.2, 0.0))):
         text = quickstart.pretrained.decode(store[position].input_ids)
         lead = f"{condition} " if condition else ""
-        behind = f"{lead}Assistant:Hello<|end_of_turn|>" if answer else ""  # nothing without a loss stays at the end
-        assert text == f"<s>You are kind.<|end_of_turn|>{lead}User:Hi<|end_of_turn|>{behind}"
+        # Nothing without a loss stays at the end.
+        answer_text = f"{lead}Assistant:Hello<|end_of_turn|>" if answer else ""
+        assert text == f"<s>You are kind.<|end_of_turn|>{lead}User:Hi<|end_of_turn|>{answer_text}"
         expected: list[float] = []
         for words, weight in (
             ("You are kind.", 0.0),
@@ -722,7 +723,7 @@ def long_dump(folder: Path) -> Path:
     )
 
 
-def test_over_long_conversations_are_cut_behind_the_last_answer_that_fits(
+def test_over_long_conversations_are_cut_after_the_last_answer_that_fits(
     tmp_path: Path, quickstart: ChatTokenizer
 ) -> None:
     recipe = write_recipe(tmp_path, [source("s", long_dump(tmp_path))], max_tokens=128, overlong="truncate")

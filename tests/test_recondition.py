@@ -39,7 +39,7 @@ ROLES: list[Role] = ["user", "assistant", "tool", "system"]
 @st.composite
 def messages(draw: st.DrawFn) -> Message:
     role = draw(st.sampled_from(ROLES))
-    # Where system messages have no header, theirs must not begin like one: that is the one thing that cannot be told.
+    # Where system messages have no header, theirs must not begin like one: that is the one thing that is ambiguous.
     return Message(role, ("Note: " if role == "system" else "") + draw(TEXTS), draw(st.sampled_from([0.0, 0.3, 1.0])))
 
 
@@ -100,11 +100,14 @@ def test_a_part_of_a_split_conversation_has_its_texts_under_the_other_headers(
 ) -> None:
     tokenizer = tokenizer_for(folder, template)
     # A part may begin anywhere in a system message; where those have no header, it must not begin like one there.
-    told = [conversation.system, *(message.text for message in conversation.messages if message.role == "system")]
-    assume(tokenizer.template.system_header or not any("User:" in text for text in told))
+    system_texts = [
+        conversation.system,
+        *(message.text for message in conversation.messages if message.role == "system"),
+    ]
+    assume(tokenizer.template.system_header or not any("User:" in text for text in system_texts))
     encoded = encode_one(tokenizer, conversation)
     anew = encode_one(tokenizer, replace(conversation, condition=condition))
-    # The same parts in place of whose ids stand their positions in the whole.
+    # The same parts, with the tokens' positions in the whole in place of their ids.
     numbered = replace(
         encoded, example=replace(encoded.example, input_ids=np.arange(encoded.edges[-1], dtype=np.int32))
     )

@@ -18,8 +18,8 @@ TokenIds = npt.NDArray[np.int32]
 class Example:
     """One training sequence.
 
-    input_ids: i32[L]. loss_weights: f32[L], where loss_weights[t] is the weight of predicting input_ids[t] from what
-    stands before it. It is NOT shifted, and loss_weights[0] is 0, because nothing stands before the first token.
+    input_ids: i32[L]. loss_weights: f32[L], where loss_weights[t] is the weight of predicting input_ids[t] from the
+    tokens before it. It is NOT shifted, and loss_weights[0] is 0, because no token comes before the first one.
     """
 
     input_ids: TokenIds

@@ -53,14 +53,14 @@ class BaseFiles:
 
     def why_not(self, error: Exception) -> str:
         """Why transformers could not load the files, in one line."""
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if self.gguf_file is not None or self.is_folder:
-            return said
-        return f"there is no folder of this name in {Path.cwd()}, and none came from the Hugging Face hub: {said}"
+            return message
+        return f"there is no folder of this name in {Path.cwd()}, and none came from the Hugging Face hub: {message}"
 
 
 def locate_base(base: str) -> BaseFiles:
-    """The files behind a recipe's `base`: a Hugging Face id, a folder, a `.gguf` file, or `package:NAME/FILE`.
+    """The files that a recipe's `base` means: a Hugging Face id, a folder, a `.gguf` file, or `package:NAME/FILE`.
 
     Raises ValueError when a file, or the package that should hold it, is not there.
     """
@@ -140,7 +140,7 @@ class TextEncoder:
         self._tokenizer = _load_for_text(tokenizer_json)
         parts = json.loads(tokenizer_json)
         # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold
-        # an added token, the normalizer sees what stands between such tokens, and is left as it is.
+        # an added token, the normalizer sees the text between such tokens, and is left as it is.
         are_special = all(token["special"] for token in parts["added_tokens"])
         self._marks_spaces = parts["normalizer"] == _MARK_SPACES and are_special
         if self._marks_spaces:
