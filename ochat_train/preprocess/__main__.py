@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from types import FrameType
 
-from ochat_train.preprocess.explain import explain
+from ochat_train.preprocess.explain import explain_record
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.survey import survey
 from ochat_train.preprocess.workers import WorkerDied
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         recipe = load_recipe(options.recipe, options.overrides)
         if options.explain is not None:
-            explain(recipe, options.explain)
+            explain_record(recipe, options.explain)
         else:
             preprocess(recipe, dry_run=options.dry_run, executor=options.engine, num_workers=options.workers)
     except (ValueError, WorkerDied) as error:

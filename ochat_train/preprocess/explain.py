@@ -24,8 +24,8 @@ _MAX_TEXT = 2000  # characters shown of one text
 _MAX_DEPTH = 32
 
 
-def explain(recipe: Recipe, id: str) -> None:
-    """Print what happens to every record of this id. Raises ValueError when there is none."""
+def explain_record(recipe: Recipe, id: str) -> None:
+    """Print what happens to every record of this id, stage by stage. Raises ValueError when there is none."""
     job = make_job(recipe)
     rows = _ledger_rows(job, id)
     if rows is None:
@@ -45,7 +45,7 @@ def explain(recipe: Recipe, id: str) -> None:
                 print(f"== not in the store: {row['reason']}: {row['detail']}")
     if not found:
         if part := re.fullmatch(r"(.*)#\d+", id, re.DOTALL):  # an example's name in the store
-            return explain(recipe, part[1])
+            return explain_record(recipe, part[1])
         where = "the store's ledger" if rows is not None else "the input files"
         raise ValueError(f"no record has the id {id!r} in {where}; a record without one has FILE:OFFSET for it")
 
