@@ -102,8 +102,7 @@ def command_of(served: Any, *flags: str) -> tuple[list[str], dict[str, str]]:
     options = argparse.Namespace(
         host="0.0.0.0", port=8000, tensor_parallel_size=2, log_file=None, disable_log_requests=False
     )
-    command = make_command(served, options, flags, [KEY])
-    return command.words, command.environment
+    return make_command(served, options, flags, [KEY])
 
 
 def test_vllm_is_started_behind_the_gate_and_sees_no_key_in_its_command(model: Path) -> None:

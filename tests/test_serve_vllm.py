@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run = tmp_path_factory.mktemp("run")
     write_chat_model(run / "model", tokenizer)
     flags = ("--engine", "vllm", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8")
-    with serving(run, *flags, timeout_s=300, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1") as made:
+    with serving(run, *flags, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1") as made:
         yield made
 
 

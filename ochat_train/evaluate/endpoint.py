@@ -20,6 +20,7 @@ from ochat_train.serve.keys import KEYS_VARIABLE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHOWN = 2000  # characters of the output of a server that does not start
+START_TIMEOUT_S = 1800.0  # for a server to load its model
 _END_S = 30.0  # for a server to end by itself
 
 
@@ -79,9 +80,7 @@ class OwnServer:
 
 
 @contextmanager
-def started(
-    arguments: Sequence[str], *, output: Path, variables: dict[str, str], timeout_s: float = 1800
-) -> Iterator[OwnServer]:
+def started(arguments: Sequence[str], *, output: Path, variables: dict[str, str]) -> Iterator[OwnServer]:
     """Run `ochat_train.serve` with the arguments on a free port until the block ends; it answers when the block begins.
 
     output: the file for what it prints. variables: added to its environment. A terminal's Ctrl-C does not reach it.
@@ -94,7 +93,7 @@ def started(
             command, env=os.environ | variables, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_ready(process, port, output, time.monotonic() + timeout_s)
+        _wait_until_ready(process, port, output)
         yield OwnServer(port, process)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -105,7 +104,8 @@ def started(
             process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, output: Path, deadline: float) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, output: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         if process.poll() is not None or time.monotonic() > deadline:
             said = output.read_text(errors="replace")[-_SHOWN:].strip()

@@ -129,7 +129,7 @@ def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
 def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
     from ochat_train.serve.vllm_engine import make_command
 
-    command = make_command(served, options, flags, keys)
+    words, environment = make_command(served, options, flags, keys)
     if options.log_file is not None:
         open_log(options.log_file)
     sockets = bind(options.host, options.port)
@@ -138,7 +138,7 @@ def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[st
     for one in sockets:
         one.close()
     print(_describe(served, options), flush=True)
-    os.execve(command.words[0], command.words, {**os.environ, **command.environment})
+    os.execve(words[0], words, os.environ | environment)
 
 
 def _serve_with_transformers(

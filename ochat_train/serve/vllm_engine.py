@@ -5,7 +5,6 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -38,17 +37,12 @@ _REFUSED_FLAGS = {
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What to run, and the environment variables that it needs besides."""
+def make_command(
+    served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the model with vLLM and the gate in front, and the environment variables that it needs.
 
-    words: list[str]
-    environment: dict[str, str]
-
-
-def make_command(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> Command:
-    """The command that serves the model with vLLM and the gate in front. The keys are in the environment alone.
-
+    The keys are in the environment alone.
     options: those of `ochat_train.serve`. flags: vLLM's own. Raises ValueError for flags that would go around the gate,
     and for adapters that vLLM cannot load.
     """
@@ -77,7 +71,7 @@ def make_command(served: Served, options: argparse.Namespace, flags: Sequence[st
     }
     environment = {GATE_VARIABLE: orjson.dumps(settings).decode(), KEYS_VARIABLE: " ".join(keys)}
     environment["VLLM_USE_RUST_FRONTEND"] = "0"  # which has no middleware
-    return Command([*words, *flags], environment)
+    return [*words, *flags], environment
 
 
 def _find_base(served: Served) -> str:
