@@ -171,7 +171,7 @@ def test_the_size_is_that_of_the_model_and_shared_weights_count_once() -> None:
     assert size.num_weights == size.num_trained == LAYERS * layer + WIDTH + 2 * 512 * WIDTH
     tied = measure_size(llama(tie_word_embeddings=True), lora_rank=None, lora_targets="all-linear")
     assert tied.num_weights == size.num_weights - 512 * WIDTH
-    assert (size.largest, size.vocab_size, size.hidden_size) == (512 * WIDTH, 512, WIDTH)
+    assert size.largest == 512 * WIDTH
 
 
 def test_only_adapters_are_trained_with_lora() -> None:
@@ -219,9 +219,9 @@ def check_engine(found: dict[str, int], stage: int, dtype: Dtype, num_processes:
     assert found["weights"] == pytest.approx(needs.weights, rel=0.05)
     assert found["master"] == pytest.approx(needs.master, rel=0.05)
     assert found["optimizer"] == pytest.approx(needs.optimizer, rel=0.05)
-    states = needs.states
+    states = needs.fixed + needs.gradients
     if (stage, dtype) == (1, "float32"):  # all gradients are there only until they are reduced
-        states = needs.states - 4 * small_size()
+        states -= 4 * small_size()
     if stage == 3:
         assert found["behind_backward"] >= 0.95 * states  # and what it keeps gathered
     else:
@@ -331,7 +331,7 @@ def test_llama_2_13b_with_zero_2_on_eight_gpus_is_what_a_hand_computes() -> None
     assert needs.gradients == needs.master == 6_507_932_160
     assert needs.optimizer == 13_015_864_320
     assert needs.buffers == 1_000_000_000
-    assert needs.total == needs.states + activations.peak + 1_000_000_000
+    assert needs.total == needs.fixed + needs.gradients + activations.peak + 1_000_000_000
     # The published run had 80 GB each.
     assert 70e9 < needs.total < 80e9
     assert memory_needs(size, activations, ZeroSetting(2, False, 1, "bfloat16"), on_gpu=True).total > 200e9

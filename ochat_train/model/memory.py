@@ -30,15 +30,13 @@ _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and 
 class ModelSize:
     """Elements of a model's parameters; a shared one counts once.
 
-    num_trained: of those that get a gradient, adapters included. largest: of the largest of them. vocab_size and
-    hidden_size are those of the head. num_rows: tokens whose rows are trained beside adapters.
+    num_trained: of those that get a gradient, adapters included. largest: of the largest of them. num_rows: tokens
+    whose rows are trained beside adapters.
     """
 
     num_weights: int
     num_trained: int
     largest: int
-    vocab_size: int
-    hidden_size: int
     num_rows: int = 0
 
 
@@ -86,11 +84,6 @@ class MemoryNeeds:
         return self.weights + self.master + self.optimizer
 
     @property
-    def states(self) -> int:
-        """What is there when the backward pass ends."""
-        return self.fixed + self.gradients
-
-    @property
     def total(self) -> int:
         """The highest of five peaks: early and late in the backward pass, after it, in the step, and at the start."""
         early = self.held + self.activations + max(self.layer, self.logits) + self.buffers
@@ -115,16 +108,14 @@ def measure_size(
     `target_layers`. Raises ValueError when no model can be made of the configuration, or a target is no linear layer.
     """
     model = meta_model(config, torch.bfloat16)
-    head = model.get_output_embeddings()
     sizes = [parameter.numel() for parameter in model.parameters()]
-    embedding: Any = model.get_input_embeddings()
-    vocab_size, hidden_size = embedding.weight.shape if head is None else head.weight.shape
     if lora_rank is None:
-        return ModelSize(sum(sizes), sum(sizes), max(sizes), vocab_size, hidden_size)
+        return ModelSize(sum(sizes), sum(sizes), max(sizes))
     parts = [lora_rank * size for layer in target_layers(model, lora_targets).values() for size in layer.weight.shape]
-    tables = {id(table.weight): table.weight for table in (embedding, head) if table is not None}
-    parts += [num_rows * weight.shape[1] for weight in tables.values()]
-    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), vocab_size, hidden_size, num_rows)
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(table.weight): table.weight for table in tables if table is not None}
+    parts += [num_rows * weight.shape[1] for weight in weights.values()]
+    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), num_rows)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed
