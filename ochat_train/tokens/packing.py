@@ -6,32 +6,18 @@ every machine comes to the same placement.
 """
 
 import heapq
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-F = TypeVar("F", bound=Callable[..., Any])
+from ochat_train.tokens.compiled import compiled
+
 Numbers = npt.NDArray[np.int64]
 
 _NONE = -1
 _ENOUGH = 2048  # costs that differ by this part of the whole are equal
 _NUM_LIGHT = 8  # the lightest bins that are tried as partners of the heaviest
 _MAX_EXCHANGES = 16  # for each bin; 3 were enough for all steps that were tried
-
-
-def compiled(function: F) -> F:
-    """The function, compiled at its first call, and then run without holding up other threads.
-
-    The result is kept beside the module or in the user's cache folder for later processes; where neither can be
-    written, each process compiles for itself.
-    """
-    try:
-        return cast(F, njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # no place for a cache
-        return cast(F, njit(nogil=True)(function))
 
 
 @compiled
