@@ -549,6 +549,6 @@ NOISE_BOMBS = {
 
 @pytest.mark.parametrize("text", NOISE_BOMBS.values(), ids=NOISE_BOMBS)
 def test_a_megabyte_of_noise_takes_no_longer_than_linear_time(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     remove_page_noise((Message("user", text), Message("assistant", text)), is_page=True)
-    assert time.perf_counter() - started < 8
+    assert time.process_time() - started < 8

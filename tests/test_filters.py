@@ -602,9 +602,9 @@ def test_any_text_is_judged_and_nothing_but_weights_of_answers_changes(
 )
 def test_a_megabyte_of_anything_takes_no_longer_than_text(unit: str) -> None:
     huge = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     filter_conversations([conversation(huge, huge, huge, huge + "x")], rules(("en",), "mask", "mask", 1))
-    assert time.perf_counter() - start < 2, "a megabyte of text takes 0.03 s"
+    assert time.process_time() - start < 2, "a megabyte of text takes 0.03 s of a CPU"
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def test_no_input_crashes_the_process_or_takes_more_than_linear_time() -> None:
         "from ochat_train.conversations.schema import RecordError\n"
         "import sys, time\n"
         "for bomb in sys.argv[1:]:\n"
-        "    started = time.perf_counter()\n"
+        "    started = time.process_time()\n"
         "    for value in (text := eval(bomb), f'<div class=\"markdown\">{text}</div>'):\n"
         "        is_rendered(value)\n"
         "        for typed in (True, False):\n"
@@ -402,7 +402,7 @@ def test_no_input_crashes_the_process_or_takes_more_than_linear_time() -> None:
         "                convert_text(value, typed=typed, sure=True)\n"
         "            except RecordError:\n"
         "                pass\n"
-        "    print(time.perf_counter() - started)\n"
+        "    print(time.process_time() - started)\n"
     )
     result = subprocess.run([sys.executable, "-c", script, *BOMBS.values()], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
