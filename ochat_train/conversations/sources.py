@@ -51,7 +51,12 @@ def match_source(
     """
     if not isinstance(fields, Mapping):
         return candidates[0] if len(candidates) == 1 else None
-    matches = [source for source in candidates if _matches(fields, source)]
+    matches = [
+        source
+        for source in candidates
+        if all(_field_equals(fields, name, wanted) for name, wanted in source.where.items())
+        and not any(_field_equals(fields, name, unwanted) for name, unwanted in source.where_not.items())
+    ]
     if len(matches) == 1:
         return matches[0]
 
@@ -67,12 +72,6 @@ def match_source(
     raise ValueError(
         f"{file}, byte {offset}: record {id!r} {found}; its fields: {values or '(no filter names any)'}; "
         f"the sources: {filters or '(none)'}; {remedy}"
-    )
-
-
-def _matches(fields: Mapping[str, object], source: Source) -> bool:
-    return all(_field_equals(fields, name, wanted) for name, wanted in source.where.items()) and not any(
-        _field_equals(fields, name, unwanted) for name, unwanted in source.where_not.items()
     )
 
 
