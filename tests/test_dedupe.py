@@ -449,7 +449,7 @@ def one_run(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("max_leaders", "expected"), [(3, [-1, -1, -1, 2]), (2, [-1, -1, -1, -1])])
-def test_behind_the_last_leader_of_a_run_near_duplicates_stay(
+def test_after_the_last_leader_of_a_run_near_duplicates_stay(
     max_leaders: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dedupe, "MAX_LEADERS", max_leaders)
@@ -459,7 +459,7 @@ def test_behind_the_last_leader_of_a_run_near_duplicates_stay(
 
 
 @pytest.mark.parametrize(("max_leaders", "together"), [(3, (2, 3)), (1, (0, 1, 2, 3)), (2, (1, 2, 3))])
-def test_behind_the_last_leader_of_a_run_all_are_one_group(
+def test_after_the_last_leader_of_a_run_all_are_one_group(
     max_leaders: int, together: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dedupe, "MAX_LEADERS", max_leaders)

@@ -332,7 +332,7 @@ def test_array_and_lines_of_the_same_records_give_the_same_records(write: Write)
     assert len(from_lines) == 3
 
 
-def test_offsets_point_at_records_behind_multibyte_and_invalid_bytes(write: Write) -> None:
+def test_offsets_point_at_records_after_multibyte_and_invalid_bytes(write: Write) -> None:
     first = '{"a": "日本 🙂 '.encode() + b'\xff\xfe"}'
     raw = b"\xef\xbb\xbf \n[" + first + b' ,\r\n\t{"b": 2}\n]\n'
     one, two = read(write(raw), chunk_bytes=3)
@@ -468,7 +468,7 @@ def test_whole_surrogate_pairs_and_escaped_backslashes_are_no_repair(write: Writ
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 10, MIB])
-def test_a_bad_line_is_damage_and_the_lines_behind_it_are_read(write: Write, chunk_bytes: int) -> None:
+def test_a_bad_line_is_damage_and_the_lines_after_it_are_read(write: Write, chunk_bytes: int) -> None:
     raw = b'{"a": 1}\n{"a": \n\n{"a": nan}\n{"a": 2} x\n{"a": 3}\n{"a": "cu'
     got = read(write(raw), chunk_bytes=chunk_bytes)
     assert [record.fields for record in got] == [{"a": 1}, None, None, None, {"a": 3}, None]
@@ -634,7 +634,7 @@ def test_a_row_above_the_limit_is_damage(write: Write, monkeypatch: pytest.Monke
 # ---- Archives ----
 
 
-def test_members_are_named_behind_the_archive_and_only_known_ones_are_read(tmp_path: Path) -> None:
+def test_members_are_named_after_their_archive_and_only_known_ones_are_read(tmp_path: Path) -> None:
     members = {
         "README.md": b"no",
         "./pages/a.html": page_of("a"),
@@ -1089,13 +1089,14 @@ BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 # The peak of the child's own memory: ru_maxrss would begin with the parent's.
 MEASURE = """
-import sys
+import sys, time
 from ochat_train.conversations.records import read_chunks
 try:
     print([record.damage for chunk in read_chunks([sys.argv[1]]) for record in chunk.records()])
 except ValueError as error:
     print(error)
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(time.process_time())
 """
 
 
@@ -1104,14 +1105,12 @@ def test_a_bomb_is_refused_in_bounded_memory_and_time(tmp_path: Path, name: str)
     make, found = BOMBS[name]
     path = tmp_path / "bomb"
     make(path)
-    start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=60)
-    duration_s = time.perf_counter() - start
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120)
     path.unlink()
-    message, peak_kib = result.stdout.splitlines()
+    message, peak_kib, cpu_s = result.stdout.splitlines()
     assert found in message
     assert int(peak_kib) < 320 * 1024
-    assert duration_s < 10
+    assert float(cpu_s) < 10
 
 
 def test_what_compresses_well_is_no_bomb(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

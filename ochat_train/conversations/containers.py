@@ -1,7 +1,7 @@
 """Files on disk as streams of bytes: gzip and zstd are decompressed, zip and tar give their members one by one.
 
-Nothing is written to disk, so the names inside an archive cannot point anywhere, and no more of a file is held than
-the reader asks for.
+Nothing is written to disk, so the names inside an archive cannot point anywhere, and no more of a file is held in
+memory than the reader requests.
 """
 
 import io
@@ -32,17 +32,17 @@ class Unreadable(ValueError):
 
 
 def unreadable(name: str, offset: int, found: str, remedy: str, *, unit: str = "byte") -> Unreadable:
-    """The error that says so in the one form of all readers: `NAME, byte OFFSET: FOUND; REMEDY`."""
+    """The error `NAME, byte OFFSET: FOUND; REMEDY`, the form that all readers share."""
     return Unreadable(f"{name}, {unit} {offset}: {found}; {remedy}")
 
 
 def explain(error: Exception) -> str:
-    """What a library's exception says, on one line; some say nothing but their name."""
+    """The type and message of a library's exception, on one line; some have no message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def escape_name(name: str) -> str:
-    """The name as text that can be written anywhere: each byte of it that is not UTF-8 becomes its escape.
+    """The name as text that can be written anywhere: each byte that is not UTF-8 becomes its escape.
 
     Worked example: `"d\\udce9"`, Python's name for the file b"d\\xe9", gives `r"d\\xe9"`. A name that is UTF-8 is given
     as it is.
@@ -51,7 +51,7 @@ def escape_name(name: str) -> str:
 
 
 def has_known_suffix(name: str) -> bool:
-    """Whether a file of a folder or an archive is meant to be read: of a known suffix, and not hidden.
+    """Whether a file of a folder or an archive is to be read: it has a known suffix and is not hidden.
 
     Saved pages come with folders of scripts and pictures, archives with READMEs, and a Mac adds `.DS_Store` and `._x`.
     """
@@ -144,10 +144,10 @@ class ByteStream:
 
 
 def open_streams(path: str) -> Iterator[ByteStream]:
-    """The file at `path`, decompressed, or each member of the archive that it is, decompressed too.
+    """The file at `path`, decompressed, or each member of an archive, decompressed too.
 
-    What a file is, its first bytes tell, not its name. Of an archive the members of a known suffix are given, in the
-    archive's order; each is to be read before the next is requested. An archive in an archive is given as it is.
+    A file's first bytes decide what it is, not its name. Members of a known suffix are given in the archive's order;
+    each must be read before the next is requested. An archive in an archive is given as it is.
 
     Raises ValueError while iterating: for a file that cannot be opened, an archive that is broken or holds no member to
     read, a zip inside gzip or zstd, and a member that is encrypted or packed by another method than deflate.

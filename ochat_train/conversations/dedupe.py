@@ -224,32 +224,33 @@ def _rows_per_band(threshold: float) -> int:
 def _drop_near(keys: TextKeys, decisions: Decisions, threshold: float) -> None:
     # Each band has only what the bands before it left, so their order counts.
     for band_keys, positions in _bands(keys, decisions, threshold):
-        pairs = _sort_shared(mix(band_keys ^ keys.condition[positions]), positions, keys.priority)
-        for leaders, copies in _similar_pairs(*pairs, keys.signatures, threshold, drop=True):
+        band_keys = mix(band_keys ^ keys.condition[positions])
+        for leaders, copies in _similar_pairs(keys, band_keys, positions, threshold, drop=True):
             decisions.status[copies] = NEAR
             decisions.of[copies] = leaders
 
 
 def _similar_pairs(
-    keys: U64, positions: Indices, signatures: Signatures, threshold: float, *, drop: bool
+    keys: TextKeys, band_keys: U64, positions: Indices, threshold: float, *, drop: bool
 ) -> Iterator[tuple[Indices, Indices]]:
-    """(leaders, others), aligned: the first of each run of equal keys, and those of its run that are similar to it.
+    """(leaders, others), aligned: the best of each run of equal band keys, and those of the run that are similar to it.
 
     Then the same without the leaders, MAX_LEADERS times in all. With `drop` a conversation that was similar to a
-    leader is out. Without it the last to come are what has not been compared, as if it were similar to its leader.
+    leader is out. Without it the last pairs are those that were not compared, as if they were similar.
     """
+    band_keys, positions = _sort_shared(band_keys, positions, keys.priority)
     for _ in range(MAX_LEADERS):
-        if not len(keys):
+        if not len(band_keys):
             return
-        follows = ~_is_first(keys)
-        leaders = _leaders(keys, positions)[follows]
-        keys, positions = keys[follows], positions[follows]
-        similar = _are_similar(signatures, leaders, positions, threshold)
+        follows = ~_is_first(band_keys)
+        leaders = _leaders(band_keys, positions)[follows]
+        band_keys, positions = band_keys[follows], positions[follows]
+        similar = _are_similar(keys.signatures, leaders, positions, threshold)
         yield leaders[similar], positions[similar]
         if drop:
-            keys, positions, leaders = keys[~similar], positions[~similar], leaders[~similar]
-        shared = _is_shared(keys)
-        keys, positions, leaders = keys[shared], positions[shared], leaders[shared]
+            band_keys, positions, leaders = band_keys[~similar], positions[~similar], leaders[~similar]
+        shared = _is_shared(band_keys)
+        band_keys, positions, leaders = band_keys[shared], positions[shared], leaders[shared]
     if not drop:
         yield leaders, positions
 
@@ -269,8 +270,7 @@ def _hold_out(keys: TextKeys, decisions: Decisions, threshold: float, eval_fract
     questions, positions = _sort_shared(keys.question[kept], kept, keys.priority)
     _unite(parents, _leaders(questions, positions), positions)
     for band_keys, positions in _bands(keys, decisions, threshold):
-        pairs = _sort_shared(band_keys, positions, keys.priority)
-        for leaders, others in _similar_pairs(*pairs, keys.signatures, threshold, drop=False):
+        for leaders, others in _similar_pairs(keys, band_keys, positions, threshold, drop=False):
             _unite(parents, leaders, others)
 
     roots = _find_roots(parents, kept)

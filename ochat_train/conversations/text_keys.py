@@ -41,7 +41,7 @@ class TextKeys:
     question: u64[N], a hash of the first user message's text, so normalised, and nothing else; where it has fewer than
     5 words, or there is none, of that text and the first answer after it, so that not all that begin with "Hi" are
     one group.
-    signatures: u16[N, 128], MinHash of the words; u16[N, 0] if it was not asked for.
+    signatures: u16[N, 128], MinHash of the words; u16[N, 0] if it was not requested.
     """
 
     own: U64
