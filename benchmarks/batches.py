@@ -18,7 +18,7 @@ import pyarrow as pa
 from machine import describe_machine, write_results
 
 from ochat_train.tokens.store import Manifest, StoreWriter, TokenStore
-from ochat_train.training.batches import make_batch
+from ochat_train.training.data import make_batch
 
 NUM_EXAMPLES, NUM_BATCHES, WARM_UP, EXAMPLES_A_BATCH = 20_000, 200, 20, 27
 WRITTEN_AT_ONCE = 1000  # examples, as many as a shard has

@@ -33,10 +33,11 @@ from machine import ROOT, describe_machine, write_results
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import ochat_train.train
 from ochat_train.preprocess.__main__ import main as preprocess
 from ochat_train.recipe import load_recipe
 from ochat_train.tokens.store import TokenStore
+from ochat_train.train import Trainer
+from ochat_train.train import main as main_of_training
 from ochat_train.training.checkpoint import find_checkpoints
 
 WORLD_SIZE = 2
@@ -133,20 +134,20 @@ def train(rank: int, port: int, arguments: list[str], run: Path) -> int:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_SIZE": WORLD_SIZE}
     os.environ |= {name: str(value) for name, value in world.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    original = ochat_train.train._one_step
+    original = Trainer.train_one_step
 
-    def one_step(*others: Any) -> Any:
-        done = original(*others)
+    def train_one_step(trainer: Trainer, ready: Any, *others: Any, **options: Any) -> Any:
+        done = original(trainer, ready, *others, **options)
         if rank == 0:
-            positions = np.concatenate(others[4].item.bins).tolist()
+            positions = np.concatenate(ready.item.bins).tolist()
             with open(run / "trained", "ab") as file:
-                file.write(orjson.dumps({"step": done.state.step, "positions": positions}) + b"\n")
+                file.write(orjson.dumps({"step": trainer.state.step, "positions": positions}) + b"\n")
         return done
 
-    ochat_train.train._one_step = one_step
+    Trainer.train_one_step = train_one_step  # type: ignore[method-assign]
     code: Any = 1
     try:
-        ochat_train.train.main([*arguments, f"checkpoint.dir={run}"])
+        main_of_training([*arguments, f"checkpoint.dir={run}"])
         code = 0
     except SystemExit as error:
         code = error.code

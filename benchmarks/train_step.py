@@ -65,8 +65,7 @@ from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import DataOrder
 from ochat_train.tokens.plan import PlanShape, plan_epoch
-from ochat_train.training.flops import peak_flops
-from ochat_train.training.speed import A100, BANDWIDTHS, Speed, communication_seconds
+from ochat_train.training.speed import A100, BANDWIDTHS, Speed, communication_seconds, peak_flops
 
 SEED = 0
 NUM_EXAMPLES = 20_000

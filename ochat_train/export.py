@@ -28,7 +28,7 @@ from ochat_train.tokens.parity import PromptParity, check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
-from ochat_train.training.disk import room_for
+from ochat_train.training.resources import room_for
 
 _NUM_COMPARED = 20  # conversations of the store at each export
 

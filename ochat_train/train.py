@@ -2,61 +2,58 @@
 
     deepspeed [launcher options] --module ochat_train.train RECIPE [key=value ...]
 
-Without a launcher it runs as one process. Rerun after an interruption, it continues from the newest checkpoint. On
-SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves and exits with code 75.
+Without a launcher it runs as one process. Run again after an interruption, it continues from the newest checkpoint. On
+SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves it and exits with code 75.
 """
 
 import argparse
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
+from ochat_train.files import step_name
 from ochat_train.model.lora import merge_adapters
+from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
-from ochat_train.tokens.store import Examples, StoreChanged
-from ochat_train.training.batches import make_batches
-from ochat_train.training.checkpoint import Checkpoint, TrainState
+from ochat_train.tokens.store import StoreChanged
+from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.data import make_batches, source_weights
 from ochat_train.training.engine import (
     Failed,
     OutOfMemory,
+    RankReport,
     Refused,
     World,
     gather_objects,
     join_process_group,
     read_world,
+    reduce_over_ranks,
     say,
-    sum_and_gather,
     together,
     train_step,
 )
-from ochat_train.training.flops import find_utilisation
-from ochat_train.training.held_out import evaluate, probe_conditions
-from ochat_train.training.metrics import Metrics, StepReport, describe_run, device_name, peak_memory_bytes
-from ochat_train.training.planning import source_weights
+from ochat_train.training.held_out import HeldOut
+from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
-from ochat_train.training.run_folder import RunFolder, open_run_folder
-from ochat_train.training.saving import Saved, Saver, remove_leftovers
+from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
+from ochat_train.training.saving import Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
-from ochat_train.training.setup import Run, agree_on_steps, check_agreement, prepare, ready_engine, settle_resume
-from ochat_train.training.signals import STOPPED, StopRequest
-from ochat_train.training.skipped import SkippedSteps
-from ochat_train.training.watchdog import Watchdog
+from ochat_train.training.setup import Run, agree, agree_on_resume, agree_on_steps, prepare, ready_engine
+from ochat_train.training.speed import find_utilisation
+from ochat_train.training.stopping import STOPPED, StopRequest, Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,228 +69,327 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with Watchdog(world) as watchdog:
             run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
-            last = train(run, world, watchdog)
-    except (Refused, Failed) as error:  # the same on every rank: one of them tells
+            end = train(run, world, watchdog)
+    except (Refused, Failed) as error:  # the same on every rank: one of them prints it
         sys.exit(f"error: {error}" if world.is_main else 1)
-    except (OutOfMemory, StoreChanged) as error:  # each rank that has met it
+    except (OutOfMemory, StoreChanged) as error:  # on each rank that has met it
         sys.exit(f"error: {error}")
-    # Only here: a rank that fails must die at once, so that the launcher ends the others, and not wait for them.
+    # Only here: a rank that fails must exit at once, so that the launcher ends the others, and not wait for them.
     dist.destroy_process_group()
-    if not last.is_end:
+    if not end.is_finished:
         sys.exit(STOPPED)
     if world.is_main:  # the others need not wait for the export
         try:
-            export_model(run, last.checkpoint)
+            export_model(run, end.checkpoint)
         except (ValueError, OSError) as error:
             sys.exit(f"error: training has ended, but {run.dir / 'model'} was not written: {error}")
 
 
 @dataclass(frozen=True, slots=True)
-class Last:
-    """How training ended: the newest checkpoint, and whether it is the run's end or a signal stopped it before."""
+class RunEnd:
+    """The newest checkpoint, and whether the run is finished or a signal stopped it before."""
 
     checkpoint: Path
-    is_end: bool
+    is_finished: bool
 
 
-def train(run: Run, world: World, watchdog: Watchdog) -> Last:
+def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     """Train to the end of the run, to train.max_steps, or until a signal asks to stop.
 
     All ranks call it together, in one process group, with the watchdog entered. Raises Refused when they disagree, the
-    folder is another run's, or the model cannot be used; Failed when the run cannot go on, or its end cannot be saved;
-    OutOfMemory, StoreChanged.
+    folder is another run's, or the model cannot be used; Failed when the run cannot continue, or its end cannot be
+    saved; OutOfMemory, StoreChanged.
     """
-    check_agreement(run)
+    run = agree(run)
     with open_run_folder(run.dir, world) as folder:
-        run = settle_resume(run, folder, world)
+        run = agree_on_resume(run, folder, world)
         if run.resumed is not None and run.is_finished(run.resumed.state):
             say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
-            return Last(run.resumed.path, is_end=True)
-        return _train(run, folder, world, watchdog)
+            return RunEnd(run.resumed.path, is_finished=True)
+        trainer = Trainer(run, folder, world, watchdog)
+        trainer.train()
+        return RunEnd(trainer.newest, is_finished=run.is_finished(trainer.state))
 
 
 def export_model(run: Run, checkpoint: Path) -> None:
-    """Export the checkpoint to checkpoint.dir/model, unless that is what is there."""
+    """Export the checkpoint to checkpoint.dir/model, unless it is there already."""
     out = run.dir / "model"
     if not is_export_of(out, checkpoint):
         export(checkpoint, out)
         print(f"exported {checkpoint} to {out}", flush=True)
 
 
-def _train(run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> Last:
-    """The loop."""
-    recipe, store, state = run.recipe, run.store, run.start
-    if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
-        say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
-    ahead = start_table(run.plan, state.examples_consumed)
-    engine = ready_engine(run, folder, world)
-    attention = engine.module.attention
-    say(world, f"attention backend {attention.backend} ({attention.reason}); peak learning rate {run.peak_lr:.3g}")
-    about = describe_run(recipe, world.size, attention.backend, engine.module.checkpointing)
-    if run.resumed is not None:
-        say(world, f"continuing {run.resumed.path} at step {state.step}, {state.examples_consumed:,} examples consumed")
-    table = agree_on_steps(ahead)
-    num_steps = min(state.step + table.num_steps, recipe.train.max_steps or sys.maxsize)
-    say(world, describe_plan(table, state.step, num_steps))
-    watchdog.limit_stalls(recipe.train.stall_timeout_s)
-    saver = Saver(engine, folder, world, watchdog.move)
-    skipped = SkippedSteps(recipe.train.max_skipped, run.dir, store, world)
-    last = run.dir if run.resumed is None else run.resumed.path
-    is_stopping = False
-    with (
-        StopRequest() as stop,
-        Metrics(
+class Trainer:
+    """A run in training, on every rank: its engine and position, and what reports, saves and evaluates them.
+
+    state: the position after the last step. newest: the newest checkpoint; the run's folder before there is one.
+    is_stopping, is_writing: whether any rank was asked to stop, or was still writing a save, at the last step.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> None:
+        recipe, state = run.recipe, run.start
+        self.run, self.world, self.watchdog, self.state = run, world, watchdog, state
+        self.newest = run.dir if run.resumed is None else run.resumed.path
+        self.is_stopping = self.is_writing = False
+        if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
+            say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
+        table = start_table(run.plan, state.examples_consumed)
+        say(world, run.resolved.describe())
+        self.engine = ready_engine(run, folder, world)
+        if run.resumed is not None:
+            consumed = f"{state.examples_consumed:,} examples consumed"
+            say(world, f"continuing {run.resumed.path} at step {state.step}, {consumed}")
+        self.table = agree_on_steps(table)
+        self.num_steps = min(state.step + self.table.num_steps, recipe.train.max_steps or sys.maxsize)
+        say(world, describe_plan(self.table, state.step, self.num_steps))
+        self.about = describe_run(
             recipe,
-            run.dir,
-            store.manifest.conditions,
-            store.manifest.sources,
-            start=state.step,
-            num_steps=num_steps,
-            num_tokens=int(table.rows["num_tokens"][: num_steps - state.step].sum()),
-            total_examples=run.plan.num_examples,
+            world.size,
+            attention=run.resolved.attention.backend,
+            checkpointing=run.resolved.checkpointing.policy,
+        )
+        self.metrics = Metrics(self.outline(), is_main=world.is_main)
+        self.skipped = SkippedSteps(recipe.train.max_skipped, run.dir, run.store, world)
+        self.saver = Saver(self.engine, folder, world, watchdog.progress)
+        self.held_out = HeldOut(run.held_out, self.engine, run.plan.shape, world, watchdog.progress)
+        watchdog.limit_stalls(recipe.train.stall_timeout_s)
+
+    def train(self) -> None:
+        """The loop."""
+        run, world = self.run, self.world
+        with (
+            StopRequest() as stop,
+            self.metrics,
+            prefetch(self.planned_steps(), self.make_batches) as steps,
+            profile_steps(
+                run.dir / "profile", world, step=self.state.step, is_on=run.recipe.log.profile
+            ) as end_profiled,
+        ):
+            resumed = None if run.resumed is None else run.resumed.path.name
+            self.metrics.start(self.state.step, self.state.epoch, resumed=resumed, about=self.about)
+            if (self.state.step == 0 or run.is_epoch_end(self.state)) and not self.is_evaluated():
+                self.evaluate()
+            started = self.begin_step()
+            for ready in steps:
+                report, parts = self.train_one_step(ready, started, is_asked_to_stop=stop.is_made)
+                self.metrics.step(report)
+                self.check_skipped(report, ready.item, parts)
+                self.save()
+                if self.is_evaluation_due():
+                    self.watchdog.mark(self.state.step, "evaluating")
+                    self.evaluate()
+                end_profiled()
+                if self.is_last_step():
+                    break
+                started = self.begin_step()
+            self.metrics.end(self.state.step, self.state.epoch, self.end_reason())
+        if self.newest.name != step_name(self.state.step):
+            raise Failed(
+                f"step {self.state.step} is done, but could not be saved (see above). Make room in {run.dir}, or "
+                "repair it, and run the same command again: it continues from "
+                f"{self.newest.name if self.newest != run.dir else 'the start'}."
+            )
+        if not run.is_finished(self.state):
+            where = f"at step {self.state.step}, saved as {self.newest}"
+            say(world, f"stopped on request {where}; run the same command again to continue")
+
+    # ------------------------------------------------------------------------------------------------------ a step
+
+    def planned_steps(self) -> Iterator[StepPlan]:
+        """The steps that are left, each compared with the table that all ranks agreed on."""
+        for number, step in enumerate(self.run.plan.steps(self.run.start.examples_consumed)):
+            self.table.check(number, step)
+            yield step
+
+    def make_batches(self, step: StepPlan) -> list[PackedBatch]:
+        """This rank's micro-batches of a step."""
+        return make_batches(self.run.store, step, self.world)
+
+    def begin_step(self) -> float:
+        """The time at which the next step begins, by waiting for its batches."""
+        self.watchdog.mark(self.state.step + 1, "waiting for its batches")
+        return time.perf_counter()
+
+    def train_one_step(
+        self, ready: Ready[StepPlan, list[PackedBatch]], started: float, *, is_asked_to_stop: bool
+    ) -> tuple[StepReport, list[ConditionSums]]:
+        """Train one step of the plan; returns its report, and the loss sums of each of this rank's micro-batches."""
+        run, plan, world = self.run, ready.item, self.world
+        run.store.check_unchanged()
+        consumed = self.state.examples_consumed + plan.num_examples
+        progress = consumed / run.plan.num_examples
+        optim = run.recipe.optim
+        lr = learning_rate(progress, peak=run.resolved.peak_lr, warmup=optim.warmup, min_ratio=optim.min_lr)
+        mark = partial(self.watchdog.mark, self.state.step + 1)
+        parts, grad_norm = train_step(
+            self.engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
+        )
+        mine = zero_sums(len(run.store.manifest.conditions), world.device)
+        for part in parts:
+            mine.add(part)
+        memory = peak_memory_bytes(world.device)
+        of_rank = RankReport(grad_norm, ready.waited_s, memory, is_asked_to_stop, self.saver.is_writing)
+        sums, of_ranks = reduce_over_ranks(mine, of_rank, world)
+        self.is_stopping, self.is_writing = of_ranks.is_asked_to_stop, of_ranks.is_writing
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            epoch=run.plan.order.seek(consumed - 1)[0],
+            examples_consumed=consumed,
+            tokens_seen=self.state.tokens_seen + plan.num_tokens,
+        )
+        report = StepReport(
+            step=self.state.step,
+            epoch=self.state.epoch,
+            examples_consumed=consumed,
+            progress=progress,
+            sums=sums,
+            source_weights=source_weights(run.store, plan),
+            lr=lr,
+            grad_norm=float(of_ranks.grad_norm),
+            num_tokens=plan.num_tokens,
+            cost=int(plan.costs.sum()),
+            fill=plan.num_tokens / run.plan.shape.room,
+            num_processes=world.size,
+            seconds=time.perf_counter() - started,
+            data_wait_s=of_ranks.data_wait_s,
+            peak_memory_bytes=int(of_ranks.peak_memory_bytes),
+        )
+        return report, parts
+
+    def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[ConditionSums]) -> None:
+        """End the run when too many steps in a row were skipped."""
+        try:
+            self.skipped.add(report.step, plan, parts, is_skipped=report.is_skipped)
+        except Failed:
+            self.metrics.end(report.step, report.epoch, "skipped")
+            raise
+
+    def is_last_step(self) -> bool:
+        """Whether the loop ends here: the run is finished, or some rank was asked to stop."""
+        return self.run.is_finished(self.state) or self.is_stopping
+
+    def end_reason(self) -> Reason:
+        """Why the loop ends, for the metrics."""
+        if self.state.examples_consumed >= self.run.plan.num_examples:
+            return "finished"
+        return "max_steps" if self.run.is_finished(self.state) else "stopped"
+
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self) -> None:
+        """Begin the saves that are due, and report those that have ended; after the last step wait for all of them."""
+        policy, checkpoint, results = self.run.recipe.checkpoint, self.checkpoint(), []
+        if self.is_save_due(policy) or self.is_last_step():
+            self.watchdog.mark(self.state.step, "saving")
+            results += self.saver.save_checkpoint(checkpoint, self.run.tokenizer, keep=policy.keep)
+        elif not self.is_writing:
+            results += self.saver.finish()
+        if self.is_save_due(policy.models):
+            folder = self.run.dir / "models" / checkpoint.path.name
+            write = partial(self.write_model, checkpoint)
+            results += self.saver.save_model(folder, write, keep=policy.models.keep)
+        if self.is_last_step():
+            results += self.saver.finish()
+        for result in results:
+            if result.error is not None:
+                say(
+                    self.world,
+                    f"WARNING: {result.path.name} was not saved: {result.error}. Training continues, older checkpoints "
+                    "stay; the next save is tried when it is due.",
+                )
+                continue
+            self.metrics.saved(result)
+            if result.kind == "checkpoint":
+                self.newest = result.path
+
+    def is_save_due(self, policy: CheckpointSection | ModelsSection) -> bool:
+        """Whether a kind of save is due after this step."""
+        state, every_steps, every_epochs = self.state, policy.every_steps, policy.every_epochs
+        by_step = every_steps is not None and state.step % every_steps == 0
+        by_epoch = every_epochs is not None and (state.epoch + 1) % every_epochs == 0
+        return by_step or (by_epoch and self.run.is_epoch_end(state))
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of the present position, not yet saved."""
+        manifest = self.run.store.manifest
+        return Checkpoint(
+            path=self.run.dir / step_name(self.state.step),
+            state=self.state,
+            world_size=self.world.size,
+            template=self.run.recipe.template,
+            inference_condition=manifest.inference_condition,
+            conditions=manifest.conditions,
+            run=self.about,
+            files={},
+        )
+
+    def write_model(self, checkpoint: Checkpoint, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the weights of the checkpoint's step as a model in bfloat16, adapters merged."""
+        lm, lora = self.engine.module.lm, self.run.recipe.model.lora
+        write_model(
+            folder,
+            weights if lora is None else merge_adapters(weights, scaling=lora.alpha / lora.rank),
+            config=lm.config,
+            generation_config=lm.generation_config,
+            tokenizer=self.run.tokenizer,
+            dtype=torch.bfloat16,
+            metadata=metadata_of(checkpoint),
+        )
+
+    # --------------------------------------------------------------------------------------------------- evaluating
+
+    def is_evaluation_due(self) -> bool:
+        """Whether the held-out split is evaluated after this step."""
+        every_steps = self.run.recipe.eval.every_steps
+        by_step = every_steps is not None and self.state.step % every_steps == 0
+        return by_step or self.run.is_epoch_end(self.state) or self.run.is_finished(self.state)
+
+    def is_evaluated(self) -> bool:
+        """Whether the present position was evaluated before a resume; not if a stop came first."""
+        return gather_objects(self.metrics.has_evaluation(self.state.step))[0]
+
+    def evaluate(self) -> None:
+        """Evaluate the held-out split, and at the end of an epoch or the run what conditions change."""
+        run, state = self.run, self.state
+        if not len(run.held_out):
+            return
+        is_epoch_end, is_finished = run.is_epoch_end(state), run.is_finished(state)
+        try:
+            sums, probe = self.held_out.loss_sums(), None
+            if is_epoch_end or is_finished:
+                most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
+                probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
+            self.metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+        except Exception as error:
+            if not is_finished:  # other ranks may wait for this one
+                raise
+            print(f"WARNING: the held-out split could not be evaluated after the last step: {error!r}", flush=True)
+
+    def outline(self) -> RunOutline:
+        """What the reports refer to."""
+        run, start = self.run, self.state.step
+        return RunOutline(
+            recipe=run.recipe,
+            dir=run.dir,
+            conditions=run.store.manifest.conditions,
+            sources=run.store.manifest.sources,
+            start=start,
+            num_steps=self.num_steps,
+            num_tokens=int(self.table.rows["num_tokens"][: self.num_steps - start].sum()),
+            num_examples=run.plan.num_examples,
             utilisation=find_utilisation(
-                engine.module.lm.config,
+                self.engine.module.lm.config,
                 quadratic_length=run.plan.shape.quadratic_length,
-                is_frozen=recipe.model.lora is not None,
-                dtype=recipe.model.dtype,
+                is_frozen=run.recipe.model.lora is not None,
+                dtype=run.recipe.model.dtype,
                 device_name=device_name(),
             ),
-            is_main=world.is_main,
-        ) as metrics,
-        prefetch(_checked_steps(run, table), lambda step: make_batches(store, step, world)) as steps,
-        profile_steps(run.dir / "profile", world, step=state.step, is_on=recipe.log.profile) as end_profiled_step,
-    ):
-        resumed = None if run.resumed is None else run.resumed.path.name
-        metrics.start(state.step, state.epoch, resumed=resumed, about=about)
-        is_epoch_end = state.step > 0 and _is_epoch_end(run, state)
-        is_evaluated = gather_objects(metrics.has_evaluation(state.step))[0]
-        if (state.step == 0 or is_epoch_end) and not is_evaluated:  # else a stop came before it
-            _evaluate(run, engine, world, metrics, state, is_epoch_end, watchdog.move)
-        watchdog.mark(state.step + 1, "waiting for its batches")
-        started = time.perf_counter()
-        for ready in steps:
-            store.check_unchanged()
-            mark = partial(watchdog.mark, state.step + 1)
-            done = _one_step(run, engine, world, state, ready, started, mark, (stop.is_made, saver.is_writing))
-            state, is_stopping = done.state, done.is_stopping
-            metrics.step(done.report)
-            try:
-                skipped.note(state.step, ready.item, done.nll, is_skipped=done.report.is_skipped)
-            except Failed:
-                metrics.end(state.step, state.epoch, "skipped")
-                raise
-            is_epoch_end, is_end = _is_epoch_end(run, state), run.is_finished(state)
-            results = []
-            if _is_due(recipe.checkpoint, state, is_epoch_end) or is_end or is_stopping:
-                mark("saving")
-                results += saver.save_checkpoint(
-                    _checkpoint(run, state, world, about), run.tokenizer, keep=recipe.checkpoint.keep
-                )
-            elif not done.is_writing:
-                results += saver.finish()
-            if _is_due(recipe.checkpoint.models, state, is_epoch_end):
-                results += saver.save_model(
-                    run.dir / "models" / _name(state),
-                    partial(_write_model, run, engine.module.lm, state, about, world),
-                    keep=recipe.checkpoint.models.keep,
-                )
-            if is_end or is_stopping:
-                results += saver.finish()
-            last = _tell_saves(results, last, world, metrics)
-            if _is_evaluation_due(run, state, is_epoch_end):
-                mark("evaluating")
-                _evaluate(run, engine, world, metrics, state, is_epoch_end, watchdog.move)
-            end_profiled_step()
-            if is_end or is_stopping:
-                is_complete = state.examples_consumed >= run.plan.num_examples
-                metrics.end(
-                    state.step, state.epoch, "finished" if is_complete else "max_steps" if is_end else "stopped"
-                )
-                break
-            watchdog.mark(state.step + 1, "waiting for its batches")
-            started = time.perf_counter()
-    if last.name != _name(state):
-        raise Failed(
-            f"step {state.step} is done, but could not be saved (see above). Make room in {run.dir}, or repair it, and "
-            f"run the same command again: it goes on from {last.name if last != run.dir else 'the start'}."
         )
-    if not run.is_finished(state):
-        say(world, f"stopped on request at step {state.step}, saved as {last}; run the same command again to go on")
-    return Last(last, is_end=run.is_finished(state))
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What came of a step: where the run is, what to report, this rank's loss sums f32[M], what any rank said."""
-
-    state: TrainState
-    report: StepReport
-    nll: Tensor
-    is_stopping: bool
-    is_writing: bool
-
-
-def _name(state: TrainState) -> str:
-    """Of its checkpoint."""
-    return f"step-{state.step:08d}"
-
-
-def _checkpoint(run: Run, state: TrainState, world: World, about: dict[str, Any]) -> Checkpoint:
-    manifest = run.store.manifest
-    return Checkpoint(
-        path=run.dir / _name(state),
-        state=state,
-        world_size=world.size,
-        template=run.recipe.template,
-        inference_condition=manifest.inference_condition,
-        conditions=manifest.conditions,
-        run=about,
-        files={},
-    )
-
-
-def _write_model(
-    run: Run,
-    lm: Any,
-    state: TrainState,
-    about: dict[str, Any],
-    world: World,
-    folder: Path,
-    weights: dict[str, Tensor],
-) -> None:
-    """Write a light checkpoint, in bfloat16. lm: for its configurations."""
-    lora = run.recipe.model.lora
-    write_model(
-        folder,
-        weights if lora is None else merge_adapters(weights, scaling=lora.alpha / lora.rank),
-        config=lm.config,
-        generation_config=lm.generation_config,
-        tokenizer=run.tokenizer,
-        dtype=torch.bfloat16,
-        metadata=metadata_of(_checkpoint(run, state, world, about)),
-    )
-
-
-def _tell_saves(results: list[Saved], last: Path, world: World, metrics: Metrics) -> Path:
-    """Report saves that ended; returns the newest checkpoint that is there, `last` until then."""
-    for saved in results:
-        if saved.error is not None:
-            say(
-                world,
-                f"WARNING: {saved.path.name} was not saved: {saved.error}. Training goes on, older checkpoints stay; "
-                "the next save is tried when it is due.",
-            )
-            continue
-        metrics.saved(
-            int(saved.path.name[5:]), saved.kind, saved.path, seconds=saved.seconds, num_bytes=saved.num_bytes
-        )
-        if saved.kind == "checkpoint":
-            last = saved.path
-    return last
 
 
 def describe_plan(table: PlanTable, step: int, num_steps: int) -> str:
-    """One line about the steps that are left behind `step`, of which the run ends with step `num_steps`."""
+    """One line about the steps that are left after `step`; the run ends with step `num_steps`."""
     left = f" left of {step + table.num_steps:,}" if step else ""
     stop = f", stopped by train.max_steps at step {num_steps:,}" if num_steps < step + table.num_steps else ""
     return (
@@ -302,108 +398,8 @@ def describe_plan(table: PlanTable, step: int, num_steps: int) -> str:
     )
 
 
-def _checked_steps(run: Run, table: PlanTable) -> Iterator[StepPlan]:
-    """The steps that are left, each compared with the table that all ranks agreed on."""
-    for number, step in enumerate(run.plan.steps(run.start.examples_consumed)):
-        table.check(number, step)
-        yield step
-
-
-def _one_step(
-    run: Run,
-    engine: DeepSpeedEngine,
-    world: World,
-    state: TrainState,
-    ready: Ready[StepPlan, list[PackedBatch]],
-    started: float,
-    mark: Callable[[str], None],
-    says: tuple[bool, bool],
-) -> _Step:
-    """Train one step of the plan. says: whether this rank was asked to stop, and whether it still writes a save."""
-    recipe, plan, consumed = run.recipe, ready.item, state.examples_consumed + ready.item.num_examples
-    progress = consumed / run.plan.num_examples
-    lr = learning_rate(progress, peak=run.peak_lr, warmup=recipe.optim.warmup, min_ratio=recipe.optim.min_lr)
-    parts, norm = train_step(engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark)
-    sums, told = sum_and_gather(
-        parts.sum(dim=0).double(), (ready.waited_s, peak_memory_bytes(world.device), norm, *says), world
-    )
-    wait, memory, grad_norm, is_stopping, is_writing = told.amax(dim=0).tolist()
-    state = replace(
-        state,
-        step=state.step + 1,
-        epoch=run.plan.order.seek(consumed - 1)[0],
-        examples_consumed=consumed,
-        tokens_seen=state.tokens_seen + plan.num_tokens,
-    )
-    report = StepReport(
-        step=state.step,
-        epoch=state.epoch,
-        examples_consumed=consumed,
-        progress=progress,
-        sums=sums,
-        source_weights=source_weights(run.store, plan),
-        lr=lr,
-        grad_norm=grad_norm if math.isfinite(grad_norm) else math.inf,
-        num_tokens=plan.num_tokens,
-        cost=int(plan.costs.sum()),
-        fill=plan.num_tokens / run.plan.shape.room,
-        num_processes=world.size,
-        seconds=time.perf_counter() - started,
-        data_wait_s=wait,
-        peak_memory_bytes=int(memory),
-    )
-    return _Step(state, report, parts[:, 0, 0].sum(dim=1), bool(is_stopping), bool(is_writing))
-
-
-def _evaluate(
-    run: Run,
-    engine: DeepSpeedEngine,
-    world: World,
-    metrics: Metrics,
-    state: TrainState,
-    is_epoch_end: bool,
-    move: Callable[[], None],
-) -> None:
-    """Evaluate the held-out split, and at the end of an epoch or the run what conditions change. move: it goes on."""
-    if not len(run.held_out):
-        return
-    shape, conditions = run.plan.shape, run.held_out.manifest.conditions
-
-    def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
-        move()
-        return make_batches(examples, step, world)
-
-    try:
-        sums, probe = evaluate(engine, run.held_out, shape, batches, len(conditions)), None
-        if is_epoch_end or run.is_finished(state):
-            most = min(shape.capacity, max_positions_of(engine.module.lm.config))
-            probe = probe_conditions(engine, run.held_out, run.tokenizer, shape, batches, sums, max_tokens=most)
-        metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
-    except Exception as error:
-        if not run.is_finished(state):  # other ranks may wait for this one
-            raise
-        print(f"WARNING: the held-out split could not be evaluated after the last step: {error!r}", flush=True)
-
-
-def _is_evaluation_due(run: Run, state: TrainState, is_epoch_end: bool) -> bool:
-    every_steps = run.recipe.eval.every_steps
-    by_step = every_steps is not None and state.step % every_steps == 0
-    return by_step or is_epoch_end or run.is_finished(state)
-
-
-def _is_epoch_end(run: Run, state: TrainState) -> bool:
-    return run.plan.order.seek(state.examples_consumed)[1] == 0
-
-
-def _is_due(policy: CheckpointSection | ModelsSection, state: TrainState, is_epoch_end: bool) -> bool:
-    """Whether its kind of save is."""
-    by_step = policy.every_steps is not None and state.step % policy.every_steps == 0
-    by_epoch = is_epoch_end and policy.every_epochs is not None and (state.epoch + 1) % policy.every_epochs == 0
-    return by_step or by_epoch
-
-
 def _use_own_share_of_cores(world: World) -> None:
-    """Processes of one machine share its cores, for training on CPU and for an offloaded optimizer."""
+    """Share the cores of a machine among its processes, for training on CPU and for an offloaded optimizer."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ochat_train.model.memory import ModelSize
-from ochat_train.training.adam8bit import check_adam8bit
-from ochat_train.training.engine import make_optimizer
+from ochat_train.training.engine import check_adam8bit, make_optimizer
 
 LR, NUM_STEPS = 1e-3, 50
 

@@ -18,11 +18,13 @@ from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
 from ochat_train.conversations.roles import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, TemplatePart
+from ochat_train.model.loss import ConditionSums
 from ochat_train.recipe import known_keys, load_recipe, to_json
 from ochat_train.tokens.store import Manifest
 from ochat_train.training.checkpoint import FREE_AT_RESUME, Checkpoint, TrainState
-from ochat_train.training.flops import PEAKS
-from ochat_train.training.metrics import Metrics, StepReport
+from ochat_train.training.metrics import Metrics, RunOutline, StepReport
+from ochat_train.training.saving import SaveResult
+from ochat_train.training.speed import PEAKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
@@ -222,13 +224,13 @@ def test_recipes_lists_what_a_resume_may_change() -> None:
 
 def test_recipes_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
     about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa", "checkpointing": "full"}
-    sums = torch.ones(2, 3, 1, dtype=torch.float64)
-    told = {"num_steps": 1, "num_tokens": 10, "total_examples": 1, "utilisation": None}
-    with Metrics(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], start=0, is_main=True, **told) as metrics:
+    sums = ConditionSums(torch.ones(2, 3, 1, dtype=torch.float64))
+    outline = RunOutline(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], 0, 1, 10, 1, None)
+    with Metrics(outline, is_main=True) as metrics:
         metrics.start(0, 0, resumed=None, about=about)
         metrics.step(StepReport(1, 0, 1, 0.5, sums, np.ones(1), 1e-3, 1.0, 10, 10, 0.5, 2, 1.0, 0.0, 1))
         metrics.evaluation(1, 0, sums, is_epoch_end=True)
-        metrics.saved(1, "model", tmp_path / "model", seconds=1.0, num_bytes=1)
+        metrics.saved(SaveResult("model", tmp_path / "models/step-00000001", 1.0, 1, None))
         metrics.end(1, 0, "finished")
     lines = [orjson.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
     common = first_names(table(RECIPES, "field", "meaning"))

@@ -27,14 +27,14 @@ from ochat_train.tokens.plan import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.engine import World
-from ochat_train.training.memory_plan import Machine, size_of
+from ochat_train.training.resources import AvailableMemory, size_of
 from ochat_train.training.setup import build_model, prepare
 from ochat_train.training.speed import Rate
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-HERE = Machine(None, 8 * GIB, is_here=True)
-RENTED = Machine(80 * GIB, 8 * GIB, is_here=False)
+HERE = AvailableMemory(None, 8 * GIB, is_here=True)
+RENTED = AvailableMemory(80 * GIB, 8 * GIB, is_here=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path)
 
 
-def case_of(recipe: Recipe, *, machine: Machine = HERE, num_gpus: int = 2, is_quick: bool = False) -> Case:
+def case_of(recipe: Recipe, *, machine: AvailableMemory = HERE, num_gpus: int = 2, is_quick: bool = False) -> Case:
     """The case with what the quick checks find, on a machine like this."""
     case = Case(recipe, "", is_quick=is_quick, num_gpus=num_gpus)
     case.machine, case.num_processes = machine, num_gpus
@@ -382,7 +382,7 @@ def test_processes_on_a_cpu_share_the_memory_of_the_host(recipe: Recipe) -> None
     assert checks.check_memory(case).state == "ok"
     total = case.memory.total(case.memory.own)
     for host, state in ((2 * total, "ok"), (2 * total - 1, "problem")):
-        assert checks.check_memory(case_of(recipe, machine=Machine(None, host, is_here=True))).state == state
+        assert checks.check_memory(case_of(recipe, machine=AvailableMemory(None, host, is_here=True))).state == state
 
 
 def test_auto_is_planned_as_what_training_would_choose(recipe_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_the_fullest_micro_batch_is_the_one_of_most_tokens(recipe: Recipe) -> No
     assert int(case.store.lengths[positions].sum()) == most
 
 
-def fullest(recipe: Recipe, machine: Machine = HERE) -> Finding:
+def fullest(recipe: Recipe, machine: AvailableMemory = HERE) -> Finding:
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
     case = case_of(plain, machine=machine, num_gpus=1)
     case.recipe = recipe
@@ -599,7 +599,7 @@ def test_a_check_that_raises_is_a_problem_and_the_others_go_on(
 def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = fullest(recipe, Machine(None, 2**20, is_here=True))
+    small = fullest(recipe, AvailableMemory(None, 2**20, is_here=True))
     assert small.state == "warning" and "above a quarter of the 1.0 MiB free" in small.detail
     monkeypatch.setattr(trials, "_CPU_FLOP", 1.0)
     assert "FLOP are above 1e+00" in fullest(recipe).detail

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from ochat_train.model.pretrained import quadratic_length_of
 from ochat_train.tokens.packing import cost_of
-from ochat_train.training.flops import Utilisation, find_utilisation, peak_flops
+from ochat_train.training.speed import Utilisation, find_utilisation, peak_flops
 
 CONFIG = LlamaConfig(
     vocab_size=97,

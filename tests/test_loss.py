@@ -116,17 +116,18 @@ def test_conditions_add_up_and_equal_each_condition_alone(softcap: float | None)
     correct = head(hidden).argmax(dim=1) == labels  # a softcap changes no order
     for condition in range(CONDITIONS):
         mine = (conditions == condition) & (weights != 0)
-        weighted, unweighted = sums.by_condition[:, :, condition]
-        assert relative_error(weighted[0], (nll * weights)[mine].sum()) < TOLERANCE
-        assert relative_error(weighted[1], weights[mine].sum()) < TOLERANCE
-        assert relative_error(weighted[2], weights[mine & correct].sum()) < TOLERANCE
-        assert relative_error(unweighted[0], nll[mine].sum()) < TOLERANCE
-        assert unweighted[1:].tolist() == [int(mine.sum()), int((mine & correct).sum())]
-        assert 0 < unweighted[2] < unweighted[1]
-    totals = sums.by_condition.sum(dim=2)
-    assert relative_error(totals[0, 0], sums.nll) < TOLERANCE
-    assert relative_error(totals[0, 1], weights.sum()) < TOLERANCE
-    assert totals[1, 1] == 35
+        weighted, unweighted = sums.by_condition.weighted, sums.by_condition.unweighted
+        assert relative_error(weighted.nll[condition], (nll * weights)[mine].sum()) < TOLERANCE
+        assert relative_error(weighted.weight[condition], weights[mine].sum()) < TOLERANCE
+        assert relative_error(weighted.correct[condition], weights[mine & correct].sum()) < TOLERANCE
+        assert relative_error(unweighted.nll[condition], nll[mine].sum()) < TOLERANCE
+        assert unweighted.weight[condition] == mine.sum()
+        assert 0 < unweighted.correct[condition] == (mine & correct).sum() < mine.sum()
+    totals = sums.by_condition.weighted.with_total()
+    assert relative_error(totals.nll[0], sums.nll) < TOLERANCE
+    assert relative_error(totals.weight[0], weights.sum()) < TOLERANCE
+    assert relative_error(totals.loss[0], sums.nll / weights.sum()) < TOLERANCE
+    assert sums.by_condition.unweighted.with_total().weight[0] == 35
 
 
 def test_in_training_nobody_asks_for_the_likeliest_token() -> None:
@@ -134,8 +135,9 @@ def test_in_training_nobody_asks_for_the_likeliest_token() -> None:
     head = make_head()
     inputs = half_right(head, make_inputs(60, 35))
     training, evaluation = (loss_sums(head, inputs, training=mode).by_condition for mode in (True, False))
-    assert torch.count_nonzero(training[:, 2]) == 0 < torch.count_nonzero(evaluation[:, 2])
-    assert torch.equal(training[:, :2], evaluation[:, :2])
+    assert torch.count_nonzero(training.weighted.correct) == 0 < torch.count_nonzero(evaluation.weighted.correct)
+    for ours, others in ((training.weighted, evaluation.weighted), (training.unweighted, evaluation.unweighted)):
+        assert torch.equal(ours.nll, others.nll) and torch.equal(ours.weight, others.weight)
 
 
 def test_of_equal_logits_the_first_is_the_likeliest() -> None:
@@ -145,19 +147,19 @@ def test_of_equal_logits_the_first_is_the_likeliest() -> None:
     with torch.no_grad():
         head.weight.copy_(head.weight[:1].expand_as(head.weight))
     sums = loss_sums(head, [hidden, torch.tensor([0, 1]), weights, conditions], training=False)
-    assert sums.by_condition[1, 2].sum() == 1
+    assert sums.by_condition.unweighted.correct.sum() == 1
 
 
 def test_sums_by_condition_are_f32_without_gradient() -> None:
     sums = loss_sums(make_head(), make_inputs(20, 10))
     assert sums.nll.requires_grad and sums.nll.shape == ()
-    values = sums.by_condition
+    values = sums.by_condition.table
     assert values.dtype == torch.float32 and values.shape == (2, 3, CONDITIONS) and not values.requires_grad
 
 
 def test_a_condition_that_is_absent_has_sums_of_zero() -> None:
     hidden, labels, weights, _ = make_inputs(20, 10)
-    values = loss_sums(make_head(), [hidden, labels, weights, torch.ones(20, dtype=torch.int32)]).by_condition
+    values = loss_sums(make_head(), [hidden, labels, weights, torch.ones(20, dtype=torch.int32)]).by_condition.table
     assert torch.count_nonzero(values[:, :, [0, 2]]) == 0 and bool((values[:, :2, 1] > 0).all())
 
 
@@ -172,8 +174,8 @@ def test_positions_of_weight_zero_never_influence() -> None:
     other.requires_grad_()
     changed = [other, labels.masked_fill(silent, 5), weights, conditions.masked_fill(silent, 2)]
     sums_changed = loss_sums(head, changed)
-    for value, reference in zip(sums_changed, sums, strict=True):
-        assert torch.equal(value, reference)
+    assert torch.equal(sums_changed.nll, sums.nll)
+    assert torch.equal(sums_changed.by_condition.table, sums.by_condition.table)
     for value, reference in zip(
         gradients(sums_changed.nll, head, other), gradients(sums.nll, head, hidden), strict=True
     ):
@@ -185,7 +187,7 @@ def test_positions_of_weight_zero_never_influence() -> None:
 def test_without_a_weighted_token_the_sum_is_zero_and_gradients_are_zeros(num_tokens: int) -> None:
     head, inputs = make_head(bias=True), make_inputs(num_tokens, 0)
     sums = loss_sums(head, inputs)
-    assert sums.nll == 0 and torch.count_nonzero(sums.by_condition) == 0
+    assert sums.nll == 0 and torch.count_nonzero(sums.by_condition.table) == 0
     sums.nll.backward()
     # Gradients that are None would leave this rank out of a reduction that the others wait in.
     for gradient in (inputs[0].grad, head.weight.grad, head.bias.grad):
@@ -199,12 +201,12 @@ def test_weights_of_a_tenth_stay_f32_under_a_bf16_head() -> None:
     weights, conditions = torch.full((64,), 0.1), torch.zeros(64, dtype=torch.int32)
     sums = loss_sums(head, [hidden, labels, weights, conditions])
     # The f64 sum of 64 f32 tenths is exact (a power of two of them). In bf16, 0.1 is 0.10009765625: 1e-3 too much.
-    assert float(sums.by_condition[0, 1, 0]) == 64 * float(torch.tensor(0.1))
-    assert sums.nll.dtype == sums.by_condition.dtype == torch.float32
+    assert float(sums.by_condition.weighted.weight[0]) == 64 * float(torch.tensor(0.1))
+    assert sums.nll.dtype == sums.by_condition.table.dtype == torch.float32
     # The same bf16 logits on both sides; f32 from there on.
     expected = (naive_nll(head, hidden, labels, None) * weights).sum()
     assert relative_error(sums.nll, expected) < TOLERANCE
-    assert relative_error(sums.by_condition[0, 0, 0], expected) < TOLERANCE
+    assert relative_error(sums.by_condition.weighted.nll[0], expected) < TOLERANCE
 
 
 def test_sums_of_a_full_micro_batch_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +219,10 @@ def test_sums_of_a_full_micro_batch_do_not_drift(monkeypatch: pytest.MonkeyPatch
         sums = loss_sums(make_head(), [hidden, labels, weights, conditions])
     exact = weights.double().sum()
     # One rounding to f32. Adding one by one in f32 is off by 2.6e-4, and every reported loss with it.
-    assert relative_error(sums.by_condition[0, 1, 0], exact) < 1e-7
+    assert relative_error(sums.by_condition.weighted.weight[0], exact) < 1e-7
     # Every token's nll is log V; one more rounding for it, one for its product.
     log_v = torch.tensor(float(VOCABULARY)).double().log()
-    assert relative_error(sums.by_condition[0, 0, 0], exact * log_v) < 3e-7
+    assert relative_error(sums.by_condition.weighted.nll[0], exact * log_v) < 3e-7
     assert relative_error(sums.nll, exact * log_v) < 1e-6  # torch's f32 sum, pairwise
 
 
@@ -352,7 +354,7 @@ def test_without_gradients_the_sums_are_the_same() -> None:
     with torch.no_grad():
         alone = loss_sums(head, inputs)
     assert not alone.nll.requires_grad and sums.nll.requires_grad
-    assert all(torch.equal(one, other) for one, other in zip(sums, alone, strict=True))
+    assert torch.equal(sums.nll, alone.nll) and torch.equal(sums.by_condition.table, alone.by_condition.table)
 
 
 def test_a_weight_shared_with_the_embedding_gets_both_gradients() -> None:
@@ -503,8 +505,8 @@ def test_a_compiled_chunk_gives_the_same_and_is_compiled_once(softcap: float | N
             inputs = make_inputs(60, num_weighted, dtype)
             values, references = (sums_of(loss_head, inputs) for loss_head in (compiled, plain))
             # fp32 sums of 131 exponentials in another order.
-            for value, reference in zip(values, references, strict=True):
-                assert relative_error(value, reference) < TOLERANCE
+            assert relative_error(values.nll, references.nll) < TOLERANCE
+            assert relative_error(values.by_condition.table, references.by_condition.table) < TOLERANCE
             pairs = zip(*(gradients(sums.nll, head, inputs[0]) for sums in (values, references)), strict=True)
             for value, reference in pairs:
                 # In bf16 a last bit of fp32 now and then decides how an element is rounded.

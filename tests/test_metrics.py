@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,14 +16,17 @@ import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ochat_train import files
+from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.training import metrics as metrics_module
 from ochat_train.training import sinks
 from ochat_train.training.best_epoch import BestEpoch, best_epoch
-from ochat_train.training.flops import Utilisation
-from ochat_train.training.held_out import Probe
-from ochat_train.training.metrics import Metrics, StepReport, evaluation_to_json, peak_memory_bytes
+from ochat_train.training.held_out import ConditionProbe
+from ochat_train.training.metrics import Metrics, RunOutline, StepReport, evaluation_to_json, peak_memory_bytes
+from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import check_sinks, flat_numbers
+from ochat_train.training.speed import Utilisation
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS, SOURCES = ["GPT4", "GPT3"], ["gpt4", "gpt3", "empty"]
@@ -40,10 +44,9 @@ def recipe_for(run: Path, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes/quickstart.yaml", [f"checkpoint.dir={run}", *overrides])
 
 
-def metrics_for(run: Path, *overrides: str, **changes: Any) -> Metrics:
-    options = {"start": 0, "num_steps": 10, "num_tokens": 1000, "total_examples": 50, "utilisation": None}
-    options |= {"is_main": True} | changes
-    return Metrics(recipe_for(run, *overrides), run, CONDITIONS, SOURCES, **options)
+def metrics_for(run: Path, *overrides: str, is_main: bool = True, **changes: Any) -> Metrics:
+    outline = RunOutline(recipe_for(run, *overrides), run, CONDITIONS, SOURCES, 0, 10, 1000, 50, None)
+    return Metrics(replace(outline, **changes), is_main=is_main)
 
 
 def report_for(step: int, **changes: Any) -> StepReport:
@@ -67,10 +70,10 @@ def report_for(step: int, **changes: Any) -> StepReport:
     return StepReport(**fields | changes)
 
 
-def sums_for(loss: float) -> torch.Tensor:
-    """f64[2, 3, 2]: of the first condition ten tokens of weight 1, half of them right; nothing of the second."""
+def sums_for(loss: float) -> ConditionSums:
+    """Of the first condition ten tokens of weight 1, half of them right; nothing of the second."""
     part = torch.tensor([[10.0 * loss, 0.0], [10.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
-    return torch.stack([part, part])
+    return ConditionSums(torch.stack([part, part]))
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -85,7 +88,8 @@ def test_an_evaluation_divides_sums_by_their_weights() -> None:
     # By hand: GPT4 weighs 1 and GPT3 0.1 a token.
     weighted = torch.tensor([[8.0, 0.9], [4.0, 0.3], [1.0, 0.2]], dtype=torch.float64)
     unweighted = torch.tensor([[8.0, 9.0], [4.0, 3.0], [1.0, 2.0]], dtype=torch.float64)
-    line = evaluation_to_json(7, 1, torch.stack([weighted, unweighted]), None, CONDITIONS, is_epoch_end=True)
+    sums = ConditionSums(torch.stack([weighted, unweighted]))
+    line = evaluation_to_json(7, 1, sums, None, CONDITIONS, is_epoch_end=True)
     e = 2.718281828459045
     assert line == {
         "event": "eval",
@@ -114,12 +118,13 @@ def test_what_has_no_weight_or_is_not_finite_is_null() -> None:
     huge = evaluation_to_json(1, 0, sums_for(1e4), None, CONDITIONS, is_epoch_end=False)
     assert huge["loss_by_condition"] == {"GPT4": 1e4, "GPT3": None}
     assert huge["perplexity_by_condition"] == {"GPT4": None, "GPT3": None}  # e^10000
-    nothing = evaluation_to_json(1, 0, torch.zeros(2, 3, 2, dtype=torch.float64), None, CONDITIONS, is_epoch_end=False)
+    none = zero_sums(2, torch.device("cpu"))
+    nothing = evaluation_to_json(1, 0, none, None, CONDITIONS, is_epoch_end=False)
     assert nothing["loss"] is nothing["accuracy"] is nothing["unweighted_perplexity"] is None
 
 
 def test_a_probe_is_shown_by_the_conditions_that_the_answers_have() -> None:
-    probe = Probe(own=sums_for(1.0), other=sums_for(3.0), none=sums_for(2.0), num_left_out=4)
+    probe = ConditionProbe(own=sums_for(1.0), other=sums_for(3.0), none=sums_for(2.0), num_left_out=4)
     line = evaluation_to_json(1, 0, sums_for(1.0), probe, CONDITIONS, is_epoch_end=True)
     assert line["probe"] == {"own": 1.0, "other": 3.0, "none": 2.0}
     assert line["probe_by_condition"] == {
@@ -127,7 +132,7 @@ def test_a_probe_is_shown_by_the_conditions_that_the_answers_have() -> None:
         "GPT3": {"own": None, "other": None, "none": None},
     }
     assert line["probe_left_out"] == 4
-    alone = Probe(own=sums_for(1.0), other=None, none=sums_for(2.0), num_left_out=0)
+    alone = ConditionProbe(own=sums_for(1.0), other=None, none=sums_for(2.0), num_left_out=0)
     line = evaluation_to_json(1, 0, sums_for(1.0), alone, CONDITIONS, is_epoch_end=True)
     assert line["probe"] == {"own": 1.0, "other": None, "none": 2.0}
 
@@ -194,7 +199,7 @@ def test_starts_saves_and_the_end_are_told_by_the_main_process_alone(
             metrics.start(0, 0, resumed=None, about=ABOUT)
             metrics.step(report_for(1))
             metrics.evaluation(1, 0, sums_for(2.5), is_epoch_end=True)
-            metrics.saved(1, "checkpoint", run / "step-00000001", seconds=1.5, num_bytes=10)
+            metrics.saved(SaveResult("checkpoint", run / "step-00000001", 1.5, 10, None))
             metrics.end(1, 0, "finished")
         assert run.exists() == is_main
     assert lines(run, "start") == [
@@ -370,7 +375,7 @@ def test_without_the_package_tensorboard_is_refused_before_training(
 ) -> None:
     asked = recipe_for(tmp_path, "log.tensorboard=true")
     check_sinks(asked)
-    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     check_sinks(recipe_for(tmp_path))
     with pytest.raises(ValueError, match=r"log\.tensorboard true needs the package tensorboard: pip install"):
         check_sinks(asked)

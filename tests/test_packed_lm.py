@@ -199,9 +199,11 @@ def test_the_loss_by_condition_is_that_of_its_sequences_alone() -> None:
         for condition in (0, 1):
             mine = examples[condition::2]
             alone = packed(collate(mine, [condition] * len(mine)))
-            assert relative_error(sums.by_condition[0, 0, condition], alone.nll) < LOGITS_TOLERANCE
+            assert relative_error(sums.by_condition.weighted.nll[condition], alone.nll) < LOGITS_TOLERANCE
             weight = sum(example.weight_sum for example in mine)
-            assert float(sums.by_condition[0, 1, condition]) == pytest.approx(weight, rel=1e-7)  # one f32 rounding
+            assert float(sums.by_condition.weighted.weight[condition]) == pytest.approx(
+                weight, rel=1e-7
+            )  # one f32 rounding
 
 
 def test_the_choice_of_attention_is_reported_and_an_impossible_one_refused() -> None:

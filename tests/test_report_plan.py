@@ -24,7 +24,7 @@ from ochat_train.report.plan import MicroBatch, PlanReport, StepPicture, _predic
 from ochat_train.report.plan_view import _bar, _paths, as_html, as_text
 from ochat_train.report.tables import show_duration
 from ochat_train.tokens.store import TokenStore
-from ochat_train.training.planning import make_run_plan
+from ochat_train.training.data import make_run_plan
 from ochat_train.training.speed import A100, H100, MACHINES, Rate
 from tests.e2e.harness import tiny_recipe, write_dump
 from tests.test_report_store import Page

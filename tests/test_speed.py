@@ -7,7 +7,6 @@ from transformers import LlamaConfig
 
 from ochat_train.model.checkpointing import share_of
 from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
-from ochat_train.training.flops import Utilisation, peak_flops
 from ochat_train.training.speed import (
     A100,
     H100,
@@ -15,8 +14,10 @@ from ochat_train.training.speed import (
     SPEEDS,
     Machine,
     Speed,
+    Utilisation,
     Work,
     communication_seconds,
+    peak_flops,
     predict,
 )
 

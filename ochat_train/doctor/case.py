@@ -12,7 +12,7 @@ from ochat_train.recipe import Recipe
 from ochat_train.tokens.plan import RunPlan
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.training.memory_plan import Machine, MemoryPlan
+from ochat_train.training.resources import AvailableMemory, MemoryPlan
 
 GIB = 2**30
 
@@ -43,7 +43,7 @@ class Case:
     gpu_gib: float | None = None
     num_steps: int = 0
     tokens_per_s: float | None = None
-    machine: Machine = field(init=False)
+    machine: AvailableMemory = field(init=False)
     num_processes: int = field(init=False)
     tokenizer: ChatTokenizer = field(init=False)
     config: Any = field(init=False)

@@ -31,17 +31,19 @@ from ochat_train.model.pretrained import DTYPES, load_config, meta_model
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
-from ochat_train.training.disk import existing_parent, plan_disk, show_bytes
-from ochat_train.training.memory_plan import (
+from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.resources import (
     RESERVED,
-    Machine,
+    AvailableMemory,
     MemoryPlan,
-    find_machine,
+    existing_parent,
+    find_memory,
     nearest_that_fits,
+    plan_disk,
     plan_memory,
+    show_bytes,
     size_of,
 )
-from ochat_train.training.planning import check_store, make_run_plan, trained_rows
 from ochat_train.training.setup import check_options, deepspeed_configuration, peak_learning_rate
 from ochat_train.training.sinks import check_sinks
 from ochat_train.training.speed import measured_rate
@@ -85,9 +87,9 @@ def check_versions(_: Case) -> Finding:
 
 def check_accelerators(case: Case) -> Finding:
     """Which accelerators are here, and whether the recipe's dtype suits them."""
-    machine = find_machine()
+    machine = find_memory()
     if case.gpu_gib is not None:
-        machine = Machine(int(case.gpu_gib * GIB), machine.host_bytes, is_here=False)
+        machine = AvailableMemory(int(case.gpu_gib * GIB), machine.host_bytes, is_here=False)
     case.machine = machine
     here = f"{len(os.sched_getaffinity(0))} CPU cores, {show_bytes(machine.host_bytes)} of host memory free"
     if torch.cuda.is_available():

@@ -22,8 +22,8 @@ from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import RunPlan
-from ochat_train.training.disk import show_bytes
 from ochat_train.training.engine import is_out_of_memory
+from ochat_train.training.resources import show_bytes
 
 _CPU_FLOP = 1e13  # minutes on a few cores
 _LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
@@ -58,7 +58,7 @@ def check_isolation(case: Case) -> Finding:
     packed = _pack_as_in_a_run(case, lm, checkpointing=policy, num_conditions=len(examples))
     sums = packed(_batch(examples).to(case.device))
     sums.nll.backward()
-    loss_error = _relative_error(sums.by_condition[0, 0], alone.losses)
+    loss_error = _relative_error(sums.by_condition.weighted.nll, alone.losses)
     gradient_error = max(
         _relative_error(parameter.grad, alone.gradients[name])
         for name, parameter in packed.lm.named_parameters()

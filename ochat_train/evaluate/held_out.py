@@ -3,38 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from ochat_train.model.exported import read_export
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_model, max_positions_of
 from ochat_train.serve.served import find_served
-from ochat_train.tokens.batch import PackedBatch
-from ochat_train.tokens.plan import PlanShape, StepPlan
-from ochat_train.tokens.store import Examples, Split, TokenStore
+from ochat_train.tokens.plan import PlanShape
+from ochat_train.tokens.store import Split, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.training.batches import make_batches
+from ochat_train.training.data import check_lengths
 from ochat_train.training.engine import join_process_group, read_world
-from ochat_train.training.held_out import evaluate, probe_conditions
+from ochat_train.training.held_out import HeldOut
 from ochat_train.training.metrics import evaluation_to_json
-from ochat_train.training.planning import check_lengths
-
-
-class _ModelAlone:
-    """A model with the methods that `evaluate` calls of DeepSpeed's engine."""
-
-    def __init__(self, model: PackedCausalLM, device: torch.device) -> None:
-        self._model, self.device = model.to(device), device
-
-    def __call__(self, batch: PackedBatch) -> Any:
-        return self._model(batch)
-
-    def eval(self) -> None:
-        self._model.eval()
-
-    def train(self) -> None:
-        self._model.train()
 
 
 def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
@@ -70,16 +51,11 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
         checkpointing="none",
         num_conditions=len(conditions),
     )
-    engine: Any = _ModelAlone(packed, world.device)
     # How batches are balanced changes no sum, so the cost of length need not be the run's.
     shape = PlanShape(capacity=capacity, world_size=1, grad_accum=1, quadratic_length=capacity)
-
-    def batches(examples: Examples, step: StepPlan) -> list[PackedBatch]:
-        return make_batches(examples, step, world)
-
-    sums = evaluate(engine, examples, shape, batches, len(conditions))
-    most = min(capacity, max_positions_of(lm.config))
-    probe = probe_conditions(engine, examples, tokenizer, shape, batches, sums, max_tokens=most)
+    held_out = HeldOut(examples, packed.to(world.device), shape, world)
+    sums = held_out.loss_sums()
+    probe = held_out.probe_conditions(tokenizer, sums, max_tokens=min(capacity, max_positions_of(lm.config)))
     line = evaluation_to_json(metadata["step"], 0, sums, probe, conditions, is_epoch_end=False)
     for place in ("event", "epoch", "epoch_end"):
         del line[place]

@@ -16,19 +16,68 @@ from ochat_train.model.lora import HeadWithRows
 CHUNK_TOKENS = 2048
 
 
-class LossSums(NamedTuple):
-    """Sums over one micro-batch, never means: ranks and micro-batches add up.
+class TokenSums(NamedTuple):
+    """Sums over the tokens with a loss, each [..., K] for K conditions.
 
-    A named tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples, not in dataclasses.
-
-    nll: scalar f32 with gradient, sum of weight * nll. by_condition: f32[2, 3, K] without gradient, for K conditions.
-    by_condition[0] has the sums of weight * x, by_condition[1] those of x alone, each over the positions with
-    weight != 0, where x is in turn nll; 1, so that these rows are the sum of weights and the number of tokens; and
-    whether the label is the likeliest token, which is known in eval mode alone and 0 in training.
+    nll: of the negative log-likelihood. weight: of 1. correct: of whether the label is the likeliest token, which is
+    known in eval mode only and 0 in training. In weighted sums each is multiplied by the token's loss weight; in
+    unweighted sums `weight` is the number of tokens.
     """
 
     nll: Tensor
-    by_condition: Tensor
+    weight: Tensor
+    correct: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """nll / weight."""
+        return self.nll / self.weight
+
+    @property
+    def accuracy(self) -> Tensor:
+        """correct / weight."""
+        return self.correct / self.weight
+
+    def with_total(self) -> "TokenSums":
+        """[..., 1 + K]: the sums over all conditions, then those of each."""
+        return TokenSums(*(torch.cat([part.sum(-1, keepdim=True), part], dim=-1) for part in self))
+
+
+class ConditionSums(NamedTuple):
+    """Weighted and unweighted TokenSums in one tensor [2, 3, K], which micro-batches and ranks add up."""
+
+    table: Tensor
+
+    @property
+    def weighted(self) -> TokenSums:
+        """The sums of weight * x."""
+        return TokenSums(*self.table[0])
+
+    @property
+    def unweighted(self) -> TokenSums:
+        """The sums of x over the tokens with weight != 0."""
+        return TokenSums(*self.table[1])
+
+    def add(self, other: "ConditionSums") -> None:
+        """Add other's sums to these, in their dtype."""
+        self.table.add_(other.table)
+
+
+def zero_sums(num_conditions: int, device: torch.device) -> ConditionSums:
+    """Sums of nothing in f64, to add to."""
+    return ConditionSums(torch.zeros(2, 3, num_conditions, dtype=torch.float64, device=device))
+
+
+class LossSums(NamedTuple):
+    """Sums over one micro-batch, never means: ranks and micro-batches add up.
+
+    Named tuples, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples, not in dataclasses.
+
+    nll: scalar f32 with gradient, sum of weight * nll. by_condition: f32[2, 3, K] without gradient.
+    """
+
+    nll: Tensor
+    by_condition: ConditionSums
 
 
 class Scores(NamedTuple):
@@ -87,8 +136,9 @@ class LossHead(nn.Module):
         values = torch.stack([nll, torch.ones_like(nll), is_correct])  # [3, S]
         values = torch.stack([values * loss_weights, values]).double()
         # index_add adds one by one: in f32, 32,768 weights of 0.1 would come out 2.6e-4 too large.
-        zeros = torch.zeros(2, 3, self.num_conditions, dtype=torch.float64, device=hidden.device)
-        return LossSums(nll_sum, zeros.index_add(2, condition_ids[loss_positions].long(), values).float())
+        zeros = zero_sums(self.num_conditions, hidden.device).table
+        sums = zeros.index_add(2, condition_ids[loss_positions].long(), values).float()
+        return LossSums(nll_sum, ConditionSums(sums))
 
 
 def score(

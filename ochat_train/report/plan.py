@@ -19,10 +19,8 @@ from ochat_train.tokens.packing import cost_of
 from ochat_train.tokens.plan import PlanTable, RunPlan, StepPlan, make_table
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
-from ochat_train.training.flops import find_utilisation
-from ochat_train.training.memory_plan import Machine as Memory
-from ochat_train.training.memory_plan import find_machine, free_host_bytes, plan_memory, size_of
-from ochat_train.training.planning import check_store, make_run_plan, trained_rows
+from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.resources import AvailableMemory, find_memory, plan_memory, size_of
 from ochat_train.training.speed import (
     H100,
     MACHINES,
@@ -30,6 +28,7 @@ from ochat_train.training.speed import (
     Prediction,
     Rate,
     Work,
+    find_utilisation,
     measured_rate,
     predict,
     speed_sections,
@@ -392,7 +391,9 @@ def _policy_on(machine: Machine, recipe: Recipe, config: Any, num_rows: int) -> 
     """The recipe's checkpointing; for auto what it chooses on such a machine: those of MACHINES have GPUs of 80 GB."""
     if recipe.model.checkpointing != "auto":
         return recipe.model.checkpointing
-    memory = Memory(_GPU_BYTES, free_host_bytes(), is_here=False) if machine in MACHINES else find_machine()
+    memory = find_memory()
+    if machine in MACHINES:
+        memory = AvailableMemory(_GPU_BYTES, memory.host_bytes, is_here=False)
     with suppress(ValueError):  # of a model whose activations cannot be counted; training takes full then
         return plan_memory(recipe, memory, config, size_of(recipe, config, num_rows), machine.num_devices).policy
     return "full"

@@ -1,4 +1,4 @@
-"""Which epoch's model is the best on what was held out."""
+"""Which epoch's model is the best on held-out data. Apart from metrics.py, so that reports need not load torch."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

@@ -1,11 +1,11 @@
-"""Checkpoints from which a run goes on: what is in one, whether it is whole, and which one to take.
+"""Checkpoints from which a run continues: what one holds, whether it is whole, and which one to resume from.
 
 RUN/step-00000100/checkpoint.json     TrainState, what export needs, size and SHA-256 of all files; written last
 RUN/step-00000100/deepspeed/          DeepSpeed's weights and optimizer states, one file or more a rank
 RUN/step-00000100/random-00000.pt     random states of rank 0, ...
 RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
 RUN/step-00000120.partial             a save that was cut off; the next run removes it
-RUN/step-00000120.damaged             one that was found damaged; nothing removes it
+RUN/step-00000120.damaged             a checkpoint that was found damaged; nothing removes it
 """
 
 import hashlib
@@ -20,12 +20,13 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.recipe import differences
 from ochat_train.training.engine import World
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
-# Keys that a resumed run may change: they decide neither what an example counts nor which are left in what order.
+# Keys that a resumed run may change: they decide neither the weight of an example nor the order of those left.
 FREE_AT_RESUME = (
     "name",
     "data.store",
@@ -47,9 +48,9 @@ FREE_AT_RESUME = (
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run is. Counts are over all epochs; recipe is its JSON form.
+    """The position of a run. Counts are over all epochs; recipe is in its JSON form.
 
-    order: the digest of the order in which examples are consumed; plan: that of the steps that they make here.
+    order: digest of the order in which examples are consumed. plan: digest of the steps that they make in this run.
     """
 
     step: int
@@ -64,7 +65,7 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class FileMark:
-    """By what a file is known again."""
+    """The size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -72,7 +73,10 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint. files: those in this folder, which on a node's own file system are that node's."""
+    """A complete checkpoint. files: all in its folder; on a node's own file system those of that node only.
+
+    run: see `describe_run`.
+    """
 
     path: Path
     state: TrainState
@@ -85,18 +89,18 @@ class Checkpoint:
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that differs from what was written."""
 
 
 def mark_file(file: Path) -> FileMark:
-    """Size and SHA-256 of a file."""
+    """The FileMark of a file, all of which is read."""
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return FileMark(file.stat().st_size, digest)
 
 
 def manifest_of(checkpoint: Checkpoint) -> bytes:
-    """What its checkpoint.json holds. A digest of the fields is one of them: the file itself may be damaged, too."""
+    """The content of checkpoint.json. It includes a digest of its fields, because this file may be damaged, too."""
     fields = asdict(checkpoint) | {"format_version": FORMAT_VERSION}
     del fields["path"]
     return orjson.dumps(fields | {"digest": _digest(fields)}, option=orjson.OPT_INDENT_2)
@@ -107,9 +111,9 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in the folder `path`, of which only checkpoint.json is read.
+    """The checkpoint in the folder `path`; only its checkpoint.json is read.
 
-    Raises Damaged when that file is not as it was written, ValueError for a folder without it or of another format.
+    Raises Damaged when that file differs from what was written, ValueError when it is missing or of another format.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
@@ -124,14 +128,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if digest != _digest(fields | {"format_version": version}):
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} does not agree with its own digest")
     state = TrainState(**fields.pop("state"))
-    if lora := state.recipe["model"].get("lora"):  # before there was this key, the rows of added tokens alone
+    if lora := state.recipe["model"].get("lora"):  # before this key existed: rows of added tokens only
         lora.setdefault("train_template_tokens", False)
     files = {name: FileMark(**mark) for name, mark in fields.pop("files").items()}
     return Checkpoint(path=Path(path), state=state, files=files, **fields)
 
 
 def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> None:
-    """Read the `part`-th of `parts` shares of a checkpoint's files. Raises Damaged, by name, for one that differs."""
+    """Read the `part`-th of `parts` shares of a checkpoint's files. Raises Damaged, naming a file that differs."""
     by_size = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].size, name))
     for name in by_size[part::parts]:
         file, expected = checkpoint.path / name, checkpoint.files[name]
@@ -147,19 +151,19 @@ def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> Non
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in run.glob("step-" + "[0-9]" * 8) if (path / MANIFEST).is_file())
+    return sorted(path for path in run.glob(STEP_FOLDERS) if (path / MANIFEST).is_file())
 
 
 def find_resume(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to continue from: `resume` is auto (the newest that can be read, if any), never, or a path.
+    """The checkpoint to continue from. resume: auto (the newest that can be read, if any), never, or a path.
 
-    Raises ValueError for never in a folder that already holds checkpoints, and for a path when the folder holds newer
-    ones, so that two runs never mix and none prunes the other's.
+    Raises ValueError for never when the folder already holds checkpoints, and for a path when the folder holds newer
+    ones, so that two runs never mix and neither removes the other's.
     """
     found = find_checkpoints(run)
     if resume not in ("auto", "never"):
         chosen = read_checkpoint(resume)
-        if found and found[-1].name > f"step-{chosen.state.step:08d}":
+        if found and found[-1].name > step_name(chosen.state.step):
             raise ValueError(
                 f"checkpoint.resume {resume}, but checkpoint.dir {run} holds the newer {found[-1].name}; continue in "
                 "another folder, or from the newest with checkpoint.resume=auto"
@@ -173,13 +177,13 @@ def find_resume(run: Path, resume: str) -> Checkpoint | None:
     for path in reversed(found):
         try:
             return read_checkpoint(path)
-        except Damaged:  # told when all files have been looked at
+        except Damaged:  # reported once all files have been read
             continue
     return None
 
 
 def set_aside(path: Path) -> None:
-    """Let a damaged checkpoint no longer look like one, and keep it."""
+    """Rename a damaged checkpoint to NAME.damaged, so that it is kept and no longer taken for a checkpoint."""
     names = (f"{path.name}.damaged{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
@@ -187,7 +191,7 @@ def set_aside(path: Path) -> None:
 def check_resume(
     checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, order: str, world_size: int
 ) -> None:
-    """Raise ValueError, with every difference, when continuing would not be the same run."""
+    """Raise ValueError with every difference when continuing would not be the same run."""
     state, wrong = checkpoint.state, []
     for line in differences(state.recipe, recipe):
         key = line.partition(":")[0]
@@ -195,7 +199,7 @@ def check_resume(
             wrong.append(line)
     if state.store_fingerprint != store_fingerprint:
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
-    elif state.order != order:  # it follows from store and recipe, so the code must be another
+    elif state.order != order:  # it follows from store and recipe, so the code differs
         wrong.append("order of the examples: another version of ochat_train began this run")
     was, stage = state.recipe["zero"]["stage"], recipe["zero"]["stage"]
     if (was == 0) != (stage == 0):
@@ -216,7 +220,7 @@ def check_resume(
 
 
 def needs_conversion(checkpoint: Checkpoint, recipe: dict[str, Any], world_size: int) -> bool:
-    """Whether the states are split otherwise in this run. Plain replicas, zero.stage 0, fit any number of ranks."""
+    """Whether this run splits the states differently. Plain replicas, zero.stage 0, fit any number of ranks."""
     was, stage = checkpoint.state.recipe["zero"]["stage"], recipe["zero"]["stage"]
     return bool(stage and was and (was, checkpoint.world_size) != (stage, world_size))
 
@@ -224,9 +228,9 @@ def needs_conversion(checkpoint: Checkpoint, recipe: dict[str, Any], world_size:
 def load_checkpoint(
     engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World, *, states: Path | None = None
 ) -> None:
-    """Put weights, optimizer and random states of `checkpoint` into the engine and this process.
+    """Load weights and optimizer states of `checkpoint` into the engine, and random states into this process.
 
-    states: the folder of DeepSpeed's states, when it is not the checkpoint's own, because they were converted.
+    states: the folder of converted DeepSpeed states; None takes the checkpoint's own.
     """
     folder = checkpoint.path / "deepspeed" if states is None else states
     groups = [
@@ -235,8 +239,8 @@ def load_checkpoint(
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not find its files in {folder}")
-    # From converted states stage 3 gives every group the first one's weight decay, and all states one step count, which
-    # each of them then counts on.
+    # From converted states, stage 3 gives every group the weight decay of the first, and all states one shared step
+    # count, which each of them would then increment.
     for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(values)
     for state in engine.basic_optimizer.state.values():
@@ -254,7 +258,7 @@ def load_checkpoint(
 
 
 def random_states() -> dict[str, Any]:
-    """What this process's generators of random numbers go on from."""
+    """The states of this process's random number generators."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -1,7 +1,7 @@
 """Optimizer states for another number of ranks or another ZeRO stage, through DeepSpeed's universal checkpoint.
 
-DeepSpeed's converter writes one file a parameter and state, and each rank then loads its share of them. Stages 1 and 2
-write and read these files in another form than stage 3; `_fit` turns the one into the other, which DeepSpeed does not.
+DeepSpeed's converter writes one file for each parameter and state, and each rank then loads its share of them. Stages 1
+and 2 use another form of these files than stage 3; `_change_form` turns one into the other, which DeepSpeed does not.
 """
 
 import os
@@ -17,20 +17,20 @@ import deepspeed
 import torch
 
 from ochat_train.training.checkpoint import Checkpoint
-from ochat_train.training.disk import free_bytes, show_bytes
 from ochat_train.training.engine import Refused, World, gather_objects
+from ochat_train.training.resources import free_bytes, show_bytes
 from ochat_train.training.run_folder import RunFolder
 
-# While it runs, the converter holds the states in pieces and in whole, both in fp32, beside copies of the weights.
+# While it runs, the converter stores the states both in pieces and whole, in fp32, beside copies of the weights.
 _TIMES_THE_CHECKPOINT = 2.5
 
 
 @contextmanager
 def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, world: World) -> Iterator[Path]:
-    """The folder of DeepSpeed's states that fit this world and ZeRO stage; it is gone when the context is left.
+    """Give the folder of DeepSpeed states that fit this world and ZeRO stage; it is removed after the block.
 
-    All ranks enter it together. Raises Refused when the states of all ranks are not in one folder, there is no room, or
-    DeepSpeed cannot convert them.
+    All ranks enter it together. Raises Refused when the states of all ranks are not in one folder, when there is no
+    room, or when DeepSpeed cannot convert them.
     """
     if not folder.is_shared:
         raise Refused(
@@ -46,15 +46,15 @@ def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, worl
             problem = f"converting takes {show_bytes(needed)}, and {show_bytes(free)} are free at {folder.path}"
         else:
             out.mkdir(parents=True)
-            converter = _start(checkpoint.path / "deepspeed", out)
-    # In small waits: a collective would lose patience before the states of a large model are converted.
+            converter = _start_converter(checkpoint.path / "deepspeed", out)
+    # In short waits: one long collective would time out before the states of a large model are converted.
     while any(gather_objects(converter is not None and converter.poll() is None)):
         time.sleep(0.2)
     if converter is not None and converter.returncode != 0:
         problem = (out / "log").read_text()[-2000:]
     elif converter is not None:
         try:
-            _fit(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
+            _change_form(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
         except (OSError, RuntimeError) as error:  # a full disk; the other ranks wait for this one
             problem = str(error)
     try:
@@ -67,8 +67,8 @@ def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, worl
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _start(states: Path, out: Path) -> subprocess.Popen[bytes]:
-    """DeepSpeed's converter as a process of its own: it starts more of them, which a process with threads must not."""
+def _start_converter(states: Path, out: Path) -> subprocess.Popen[bytes]:
+    """Start DeepSpeed's converter as its own process: it forks, which a process with threads must not."""
     options = ["--input_folder", str(states), "--output_folder", str(out / "states"), "--inject_missing_state"]
     workers = str(min(4, os.cpu_count() or 1))
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers]
@@ -77,8 +77,8 @@ def _start(states: Path, out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _fit(states: Path, was: int, stage: int) -> None:
-    """Bring the files of stage `was` into the form that `stage` reads."""
+def _change_form(states: Path, was: int, stage: int) -> None:
+    """Rewrite the files of stage `was` in the form that `stage` reads."""
     if (was == 3) == (stage == 3):
         return
     replicas, split = states / "mp_rank_00_model_states.pt", states / "zero_pp_rank_0_mp_rank_00_model_states.pt"

@@ -1,10 +1,10 @@
-"""The process group and the DeepSpeed engine, from plain arguments."""
+"""The process group, the optimizer and the DeepSpeed engine, from plain arguments; one training step."""
 
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import deepspeed
 import torch
@@ -13,18 +13,19 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ochat_train.files import free_port
+from ochat_train.files import free_port, require_packages
+from ochat_train.model.loss import ConditionSums
+from ochat_train.model.memory import ModelSize
 from ochat_train.tokens.batch import PackedBatch
-from ochat_train.training.adam8bit import make_adam8bit
 
 T = TypeVar("T")
-# What a launcher tells each process, and what holds without a launcher.
+# The variables that a launcher sets for each process, and their values without a launcher.
 _WORLD_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all processes of the run, and among the local ones of its node."""
+    """The place of this process among all processes of the run, and among those of its node."""
 
     rank: int
     size: int
@@ -34,12 +35,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
 
 def read_world() -> World:
-    """The world as the launcher's environment describes it; one process when there was no launcher."""
+    """The world that the launcher's environment variables describe; one process without a launcher."""
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _WORLD_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
     accelerator = get_accelerator()
@@ -48,12 +49,12 @@ def read_world() -> World:
 
 
 def join_process_group(world: World) -> None:
-    """Connect to the other ranks: gloo on CPU, the accelerator's own library else."""
+    """Connect to the other ranks, by gloo on CPU and by the accelerator's own library elsewhere."""
     if "MASTER_ADDR" not in os.environ:  # started without a launcher: a group of one
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ |= {name: os.environ.get(name, default) for name, default in _WORLD_VARIABLES}
     if world.device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce at this point; plain gloo needs no compiler on the machine.
+        # DeepSpeed would compile a shared-memory all-reduce here; plain gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False)
     else:
@@ -61,7 +62,7 @@ def join_process_group(world: World) -> None:
         deepspeed.init_distributed(verbose=False)
 
 
-# Keys of DeepSpeed that would put another precision, optimizer, schedule or scale in place of the recipe's.
+# Keys of DeepSpeed that would replace the recipe's precision, optimizer, schedule or scale.
 _DECIDED_ELSEWHERE = {
     "amp",
     "fp16",
@@ -81,12 +82,8 @@ def deepspeed_config(
     grad_accum: int,
     grad_clip: float | None,
     extra: dict[str, Any],
-    is_shared: bool = True,
-    loads_universal: bool = False,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration as a dict; `extra` keys are merged in.
-
-    is_shared: checkpoints lie where all nodes see them. loads_universal: the run begins with converted states.
+    """DeepSpeed's configuration as a dict, with the keys of `extra` merged in.
 
     Raises ValueError when an extra key would change one that the recipe's other sections decide.
     """
@@ -101,10 +98,10 @@ def deepspeed_config(
         "gradient_clipping": grad_clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler on the machine
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam needs a compiler
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
-        "checkpoint": {"use_node_local_storage": not is_shared, "load_universal": loads_universal},
+        "checkpoint": {"use_node_local_storage": False, "load_universal": False},
     }
     if dtype == "bfloat16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -128,7 +125,10 @@ def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
 def make_optimizer(
     model: nn.Module, *, algorithm: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW, also with states of 8 bits, or SGD over the parameters; matrices decay, vectors (norms, biases) do not."""
+    """AdamW, AdamW with 8-bit states, or SGD; matrices get weight decay, vectors (norms, biases) do not.
+
+    algorithm: adamw, adamw_8bit or sgd. Of adamw_8bit, tensors below 4,096 elements keep fp32 states.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -137,18 +137,43 @@ def make_optimizer(
     if algorithm == "sgd":
         return torch.optim.SGD(groups, lr=lr)
     if algorithm == "adamw_8bit":
-        return make_adam8bit(groups, lr=lr, betas=betas, eps=eps)
+        from bitsandbytes.optim import AdamW8bit  # an extra: present once `check_adam8bit` has passed
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
+        return optimizer
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
+# bitsandbytes' kernels count elements in 32 bits: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1785
+_MOST_ELEMENTS = 2**31 - 1
+
+
+def check_adam8bit(size: ModelSize, *, stage: int, num_processes: int) -> None:
+    """Raise ValueError with the remedy when bitsandbytes is not installed or cannot update a model of this size.
+
+    It keeps 2 bytes of states for each weight, where AdamW keeps 8. Each block of 256 weights shares two fp32 scales.
+    Blocks are those of DeepSpeed's flat partition: they do not end where parameters do, so that another number of
+    processes rounds differently.
+    """
+    require_packages("optim.algorithm adamw_8bit", "bitsandbytes", extra="adam8bit")
+    if stage == 3:  # in sub-groups of 1e9 elements
+        return
+    num_elements = size.largest if stage == 0 else -(-size.num_trained // num_processes)
+    if num_elements > _MOST_ELEMENTS:
+        raise ValueError(
+            f"optim.algorithm adamw_8bit updates at most {_MOST_ELEMENTS:,} weights at once, and zero.stage {stage} "
+            f"gives each of {num_processes} processes {num_elements:,}; set zero.stage: 3, or train on more processes"
+        )
+
+
 def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
-    """The DeepSpeed engine around the model."""
+    """The DeepSpeed engine around the model, in training mode."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by positions at long contexts.
+    # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by whole positions.
     for name, buffer in engine.module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
-    engine.train()  # transformers hands out pretrained models in eval mode, where they skip checkpointing
+    engine.train()  # transformers loads pretrained models in eval mode, where they skip checkpointing
     return engine
 
 
@@ -164,20 +189,19 @@ def train_step(
     world_size: int,
     lr: float,
     mark: Callable[[str], None],
-) -> tuple[Tensor, Tensor | float]:
-    """One optimizer step over this rank's micro-batches; returns their sums f32[M, 2, 3, K] and the gradient's norm.
+) -> tuple[list[ConditionSums], Tensor | float]:
+    """One optimizer step over this rank's micro-batches; returns the sums of each and the gradient's norm.
 
-    weight_sum is the whole step's, over all ranks and micro-batches. DeepSpeed averages gradients over ranks, so each
-    micro-batch contributes nll_sum * world_size / weight_sum, and the update is that of
-    sum(w * nll) / sum(w) over the step. The sums are those of LossSums.by_condition, of each of M micro-batches of this
-    rank. Where the norm is not finite, nothing was updated. Neither is read from the device here, so that the host does
-    not wait for it; DeepSpeed's step does, where it looks at the norm. mark is called with what begins. Raises
-    OutOfMemory.
+    weight_sum is the sum of loss weights of the whole step, over all ranks and micro-batches. DeepSpeed averages
+    gradients over ranks, so that each micro-batch contributes nll_sum * world_size / weight_sum, and the update is that
+    of sum(w * nll) / sum(w) over the step. Where the norm is not finite, nothing was updated. Sums and norm stay on the
+    device, so that the host does not wait for it here; DeepSpeed's step does, where it looks at the norm. mark: called
+    with what begins. Raises OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     scale = world_size / weight_sum if weight_sum else 0.0
-    totals: list[Tensor] = []
+    parts: list[ConditionSums] = []
     is_plain = engine.optimizer is engine.basic_optimizer  # fp32 replicas: DeepSpeed clips, but keeps no norm
     norm = None
     for number, batch in enumerate(batches, start=1):
@@ -197,11 +221,11 @@ def train_step(
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
-        totals.append(sums.by_condition)
+        parts.append(sums.by_condition)
     if norm is not None:
-        return torch.stack(totals), norm
+        return parts, norm
     # Stage 3 keeps the norm of the step before when it skips one.
-    return torch.stack(totals), math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
+    return parts, math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
 
 
 def _total_norm(module: nn.Module) -> Tensor:
@@ -220,30 +244,48 @@ def _explain_memory(batch: PackedBatch, number: int, num_batches: int, error: Ru
         f"rank {os.environ.get('RANK', '0')} ran out of memory in micro-batch {number} of {num_batches}: "
         f"{num_tokens:,} tokens, {num_supervised:,} with a loss, the longest sequence {batch.max_seqlen:,}. Lower "
         "packing.tokens_per_gpu (and raise packing.grad_accum), set model.checkpointing=full, a higher zero.stage or "
-        "zero.offload=optimizer, or train on more processes. All of these may be changed when the run goes on from its "
-        f"newest checkpoint. ({str(error).splitlines()[0]})"
+        "zero.offload=optimizer, or train on more processes. All of these may be changed when the run continues from "
+        f"its newest checkpoint. ({str(error).splitlines()[0]})"
     )
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum over all ranks, on every rank."""
-    dist.all_reduce(values)
-    return values
+def sum_over_ranks(sums: ConditionSums) -> ConditionSums:
+    """The sums over all ranks, on the CPU of every rank."""
+    dist.all_reduce(sums.table)
+    return ConditionSums(sums.table.cpu())
 
 
-def sum_and_gather(values: Tensor, mine: Sequence[Tensor | float], world: World) -> tuple[Tensor, Tensor]:
-    """On the CPU of every rank: the elementwise sum of the f64[...] values over all ranks, and each one's n `mine`.
+class RankReport(NamedTuple):
+    """What a rank reports after a step: its times and memory, and whether it was asked to stop or still writes a save.
 
-    The second is f64[world size, n]. One collective for both, since at each of them all ranks wait, and the one place
-    of a step where the host waits for the device.
+    grad_norm: of the whole step, the same on every rank.
     """
-    both = torch.zeros(values.numel() + world.size * len(mine), dtype=torch.float64, device=values.device)
-    both[: values.numel()] = values.flatten()
-    for number, value in enumerate(mine, start=values.numel() + world.rank * len(mine)):
-        both[number] = value  # a number is filled in; a tensor of them would be copied from memory that is not pinned
+
+    grad_norm: Tensor | float
+    data_wait_s: float
+    peak_memory_bytes: float
+    is_asked_to_stop: bool
+    is_writing: bool
+
+
+def reduce_over_ranks(sums: ConditionSums, report: RankReport, world: World) -> tuple[ConditionSums, RankReport]:
+    """On the CPU of every rank: the f64 sums over all ranks, and the largest of each value that any rank reports.
+
+    One collective for both, because all ranks wait at each, and the only place of a step where the host waits for the
+    device.
+    """
+    num_sums, num_values = sums.table.numel(), len(report)
+    both = torch.zeros(num_sums + world.size * num_values, dtype=torch.float64, device=sums.table.device)
+    both[:num_sums] = sums.table.flatten()
+    for place, value in enumerate(report, start=num_sums + world.rank * num_values):
+        both[place] = value  # a number is filled in; a tensor of them would be copied from memory that is not pinned
     dist.all_reduce(both)
     both = both.cpu()
-    return both[: values.numel()].view_as(values), both[values.numel() :].view(world.size, len(mine))
+    grad_norm, data_wait_s, memory, *answers = both[num_sums:].view(world.size, num_values).amax(dim=0).tolist()
+    return (
+        ConditionSums(both[:num_sums].view_as(sums.table)),
+        RankReport(grad_norm, data_wait_s, memory, *map(bool, answers)),
+    )
 
 
 def gather_objects(value: T) -> list[T]:
@@ -254,23 +296,23 @@ def gather_objects(value: T) -> list[T]:
 
 
 def say(world: World, text: str) -> None:
-    """Print a line, by the main rank alone."""
+    """Print a line on the main rank only."""
     if world.is_main:
         print(text, flush=True)
 
 
 class Refused(ValueError):
-    """A mistake of the user's that was found before training; every rank raises the same."""
+    """A mistake of the user that was found before training; every rank raises the same."""
 
 
 class Failed(Exception):
-    """What ends a run that has begun; every rank raises the same."""
+    """An error that ends a run after it has begun; every rank raises the same."""
 
 
 def together(action: Callable[[], T]) -> T:
-    """This rank's result of `action`, when every rank has one. The action itself must not talk to other ranks.
+    """This rank's result of `action`, once every rank has one. The action itself must not communicate.
 
-    Raises Refused on all ranks, with the texts, when it raised ValueError on any: so no rank waits for one that left.
+    Raises Refused with all texts on every rank when it raised ValueError on any, so that no rank waits for another.
     """
     results: list[T] = []
     mistake = None

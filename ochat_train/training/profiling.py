@@ -1,4 +1,4 @@
-"""A profiler's trace of a few steps, for whoever asks where the time goes."""
+"""A profiler's trace of a few steps, which shows where the time goes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,17 +9,17 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from ochat_train.training.engine import World, say
 
-# The first steps are slow: memory is allocated, kernels are compiled and chosen. Behind them the profiler warms up too.
+# The first steps are slow: memory is allocated, kernels are compiled and chosen. Then the profiler warms up too.
 SKIPPED_STEPS, WARM_UP_STEPS, TRACED_STEPS = 2, 1, 3
-# What CUDA's runtime calls the host's waits. A copy to pageable memory waits too, in cudaStreamSynchronize.
+# CUDA's names of the host's waits. A copy to pageable memory waits too, in cudaStreamSynchronize.
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @contextmanager
 def profile_steps(folder: Path, world: World, *, step: int, is_on: bool) -> Iterator[Callable[[], None]]:
-    """Trace the main rank's first steady steps, as folder/steps-A-B.json.gz; the result is called after each step.
+    """Trace the main rank's first steady steps into folder/steps-A-B.json.gz; call the result after each step.
 
-    step: the last that is done. A run that ends early leaves a trace of the steps it had.
+    step: the last step that is done. A run that ends early leaves a trace of the steps that it had.
     """
     if not (is_on and world.is_main):
         yield lambda: None
@@ -39,7 +39,7 @@ def _write(folder: Path, world: World, step: int, profiler: profile) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
-    except Exception as error:  # of many kinds, on a full disk for one; training goes on
+    except Exception as error:  # of many kinds, such as on a full disk; training goes on
         say(world, f"WARNING: the profile {file} was not written: {error}")
         return
     say(world, f"profile written to {file}: open it at https://ui.perfetto.dev or in chrome://tracing")

@@ -1,8 +1,9 @@
-"""Saves that training does not wait for, and that are there whole or not at all.
+"""Saves that training does not wait for, and that exist whole or not at all.
 
-A save first copies what is to be written into host memory; a thread of each rank then writes its files beside their
-place, puts them onto the disk and takes their checksums. When all ranks are done, the folder gets its manifest and its
-name, and older ones go. Whatever fails on the way costs that save, and neither the run nor an older one.
+A save first copies into host memory what is to be written. A thread of each rank then writes its files into a folder
+beside the final one, flushes them to the disk and takes their checksums. When all ranks are done, the folder gets its
+manifest and its final name, and older saves are removed. A failure on the way costs this save, but neither the run nor
+an older save.
 """
 
 import copy
@@ -23,7 +24,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from ochat_train.files import flush, flush_tree
+from ochat_train.files import STEP_FOLDERS, flush, flush_tree, move_folder
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.checkpoint import (
     MANIFEST,
@@ -34,18 +35,18 @@ from ochat_train.training.checkpoint import (
     mark_file,
     random_states,
 )
-from ochat_train.training.disk import free_bytes, show_bytes
 from ochat_train.training.engine import World, gather_objects
+from ochat_train.training.resources import free_bytes, show_bytes
 from ochat_train.training.run_folder import RunFolder
 
 Kind = Literal["checkpoint", "model"]
-# Beside a snapshot, the share of the host's free memory that stays free.
+# The share of the host's free memory that copies leave free.
 _SPARE_MEMORY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What writes one file or folder of a save, at the path that it is given; num_bytes: about how much."""
+    """One file or folder of a save. write: called with its path. num_bytes: about how much it writes."""
 
     name: str
     write: Callable[[Path], Any]
@@ -54,11 +55,11 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _Save:
-    """A folder that is being written. put: gives it its manifest and its place, from the marks of its files."""
+    """A folder that is being written. publish: gives it its manifest, from the marks of its files, and its name."""
 
     kind: Kind
     final: Path
-    put: Callable[[Path, dict[str, FileMark]], None]
+    publish: Callable[[Path, dict[str, FileMark]], None]
     started: float = field(default_factory=time.perf_counter)
     jobs: list[_Job] = field(default_factory=list)
     marks: dict[str, FileMark] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class _Save:
         return self.final.with_name(f"{self.final.name}.partial")
 
     def write(self, job: _Job) -> None:
-        """Write one job's files to the disk. An error is kept: other ranks wait for this one."""
+        """Write one job's files to the disk. An error is recorded, not raised: other ranks wait for this one."""
         path = self.partial / job.name  # "" is the folder itself
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,17 +80,17 @@ class _Save:
                 if file.is_file():
                     flush(file)
                     self.marks[str(file.relative_to(self.partial))] = mark_file(file)
-        except Exception as error:  # of whatever kind: a save with a file missing must not pass for one
+        except Exception as error:  # of any kind: a save that lacks a file must not be published
             self.error = self.error or f"{job.name}: {error if isinstance(error, OSError) else repr(error)}"
 
     def write_all(self) -> None:
         while self.jobs:
-            self.write(self.jobs.pop(0))  # popped, so that its memory is free when it is written
+            self.write(self.jobs.pop(0))  # popped, so that its memory is freed once it is written
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What became of a save. error: None when it is there."""
+class SaveResult:
+    """The result of a save. error: None when it succeeded. seconds: until it had its name. path: where it is."""
 
     kind: Kind
     path: Path
@@ -97,16 +98,21 @@ class Saved:
     num_bytes: int
     error: str | None
 
+    @property
+    def step(self) -> int:
+        """The step after which it was saved."""
+        return int(self.path.name.removeprefix("step-"))
+
 
 class Saver:
-    """The saves of a run. All ranks call its methods together, but for `is_writing`."""
+    """Makes the saves of a run. All ranks call its methods together; `is_writing` is this rank's own."""
 
-    def __init__(self, engine: DeepSpeedEngine, folder: RunFolder, world: World, move: Callable[[], None]) -> None:
-        """move: called now and then while a save is waited for, if it goes on."""
-        self._engine, self._folder, self._world, self._move = engine, folder, world, move
+    def __init__(self, engine: DeepSpeedEngine, folder: RunFolder, world: World, progress: Callable[[], None]) -> None:
+        """progress: called while a save is waited for and has written more."""
+        self._engine, self._folder, self._world, self._progress = engine, folder, world, progress
         self._copies = _HostCopies(world)
         engine.checkpoint_engine = self._copies
-        engine._copy_recovery_script = lambda path: None  # its converters are not needed, and a full disk would stop it
+        engine._copy_recovery_script = lambda path: None  # not needed, and it would fail on a full disk
         self._saves: list[_Save] = []
 
     @property
@@ -114,15 +120,15 @@ class Saver:
         """Whether files of this rank are still being written."""
         return any(save.thread is not None and save.thread.is_alive() for save in self._saves)
 
-    def save_checkpoint(self, checkpoint: Checkpoint, tokenizer: ChatTokenizer, *, keep: int) -> list[Saved]:
-        """Begin to save `checkpoint`, whose `files` are not known yet; all but the newest `keep` of the run go then.
+    def save_checkpoint(self, checkpoint: Checkpoint, tokenizer: ChatTokenizer, *, keep: int) -> list[SaveResult]:
+        """Begin to save `checkpoint`, whose `files` are not known yet; once saved, only the newest `keep` stay.
 
-        Returns what became of the save before, and of this one if it could not be begun.
+        Returns the result of the save before, and of this one if it could not begin.
         """
 
-        def put(partial: Path, marks: dict[str, FileMark]) -> None:
+        def publish(partial: Path, marks: dict[str, FileMark]) -> None:
             (partial / MANIFEST).write_bytes(manifest_of(replace(checkpoint, files=marks)))
-            _put_in_place(partial, checkpoint.path)
+            _publish(partial, checkpoint.path)
             _prune(find_checkpoints(checkpoint.path.parent)[:-keep])
 
         def take(save: _Save) -> None:
@@ -138,34 +144,34 @@ class Saver:
                 save.jobs.append(_Job("model", lm.generation_config.save_pretrained))
                 save.jobs.append(_Job("tokenizer", tokenizer.save))
 
-        return self._begin(_Save("checkpoint", checkpoint.path, put), take)
+        return self._begin(_Save("checkpoint", checkpoint.path, publish), take)
 
     def save_model(
         self, path: Path, write: Callable[[Path, dict[str, Tensor]], None], *, keep: int | None
-    ) -> list[Saved]:
-        """Begin to save the model at `path`, for use; all but the newest `keep` beside it go then, None keeps all.
+    ) -> list[SaveResult]:
+        """Begin to save the model at `path`; once saved, only the newest `keep` beside it stay, all for None.
 
-        write is given the folder and the weights of `copy_weights`. Returns as `save_checkpoint` does.
+        write: called with the folder and the weights of `copy_weights`. Returns what `save_checkpoint` does.
         """
 
-        def put(partial: Path, marks: dict[str, FileMark]) -> None:
-            if not marks:  # the main rank wrote it on a file system of its own
+        def publish(partial: Path, marks: dict[str, FileMark]) -> None:
+            if not marks:  # the main rank wrote it on another file system
                 shutil.rmtree(partial)
                 return
-            told = {name: asdict(mark) for name, mark in marks.items()}
-            (partial / "checksums.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
-            _put_in_place(partial, path)
+            checksums = {name: asdict(mark) for name, mark in marks.items()}
+            (partial / "checksums.json").write_bytes(orjson.dumps(checksums, option=orjson.OPT_INDENT_2))
+            _publish(partial, path)
             if keep is not None:
-                _prune(sorted(path.parent.glob("step-" + "[0-9]" * 8))[:-keep])
+                _prune(sorted(path.parent.glob(STEP_FOLDERS))[:-keep])
 
         def take(save: _Save) -> None:
             weights = copy_weights(self._engine, self._world)
             if self._world.is_main:
                 save.jobs.append(_Job("", lambda folder: write(folder, weights), _num_bytes(weights)))
 
-        return self._begin(_Save("model", path, put), take)
+        return self._begin(_Save("model", path, publish), take)
 
-    def _begin(self, save: _Save, take: Callable[[_Save], None]) -> list[Saved]:
+    def _begin(self, save: _Save, take: Callable[[_Save], None]) -> list[SaveResult]:
         results = self.finish(save.kind)
         if not (error := self._agree(self._error_of(lambda: _make_empty(save.partial)))):
             take(save)
@@ -177,45 +183,45 @@ class Saver:
             error = self._agree(room if self._folder.is_writer else None)
         if error:
             self._error_of(lambda: shutil.rmtree(save.partial, ignore_errors=True))
-            return [*results, Saved(save.kind, save.final, 0.0, 0, error)]
+            return [*results, SaveResult(save.kind, save.final, 0.0, 0, error)]
         save.thread = threading.Thread(target=save.write_all, name=f"save {save.final.name}")
         save.thread.start()
         self._saves.append(save)
         return results
 
-    def finish(self, kind: Kind | None = None) -> list[Saved]:
-        """Wait for the saves that were begun, of one kind or all, and put them in place; returns what came of them."""
+    def finish(self, kind: Kind | None = None) -> list[SaveResult]:
+        """Wait for the saves that have begun, of one kind or all, and publish them; returns their results."""
         ended = [save for save in self._saves if kind in (None, save.kind)]
         self._saves = [save for save in self._saves if save not in ended]
         return [self._finish(save) for save in ended]
 
-    def _finish(self, save: _Save) -> Saved:
+    def _finish(self, save: _Save) -> SaveResult:
         self._await(save)
         node = self._world.rank - self._world.local_rank
-        # On file systems of their own two nodes may have files of one name: this node's come last, and count.
+        # Two nodes with their own file systems may have files of the same name: this node's come last, and count.
         parts = sorted(gather_objects((node, save.marks)), key=lambda part: part[0] == node)
         marks = {name: mark for _, part in parts for name, mark in part.items()}
         if not (error := self._agree(save.error)):
             here = {name: mark for name, mark in marks.items() if (save.partial / name).is_file()}
-            error = self._agree(self._error_of(lambda: save.put(save.partial, here)))
+            error = self._agree(self._error_of(lambda: save.publish(save.partial, here)))
         if error:
             self._error_of(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         num_bytes = sum(mark.size for mark in marks.values())
-        return Saved(save.kind, save.final, time.perf_counter() - save.started, num_bytes, error)
+        return SaveResult(save.kind, save.final, time.perf_counter() - save.started, num_bytes, error)
 
     def _await(self, save: _Save) -> None:
         assert save.thread is not None
         before = 0
         while save.thread.is_alive():
             save.thread.join(timeout=1.0)
-            with suppress(FileNotFoundError):  # some are written under another name first
+            with suppress(FileNotFoundError):  # some files are written under another name first
                 written = sum(file.stat().st_size for file in save.partial.rglob("*"))
                 if written != before:
-                    self._move()
+                    self._progress()
                 before = written
 
     def _error_of(self, action: Callable[[], Any]) -> str | None:
-        """What goes wrong when a folder's writer does this."""
+        """The error that the folder's writer meets in this action; None on other ranks."""
         try:
             if self._folder.is_writer:
                 action()
@@ -226,14 +232,14 @@ class Saver:
     @staticmethod
     def _agree(error: str | None) -> str | None:
         """The first error of any rank, on every rank."""
-        return next((told for told in gather_objects(error) if told is not None), None)
+        return next((one for one in gather_objects(error) if one is not None), None)
 
 
 @torch.no_grad()
 def copy_weights(engine: DeepSpeedEngine, world: World) -> dict[str, Tensor]:
-    """The language model's weights and buffers by their names in training, in host memory, on the main rank alone.
+    """The language model's weights and buffers by their names in training, in host memory of the main rank only.
 
-    All ranks call it together: under ZeRO-3 each weight is put together from all of them, one at a time.
+    All ranks call it together: under ZeRO-3 each weight is gathered from all of them, one at a time.
     """
     lm, copies = engine.module.lm, {}
     for name, parameter in lm.named_parameters():
@@ -247,21 +253,21 @@ def copy_weights(engine: DeepSpeedEngine, world: World) -> dict[str, Tensor]:
 
 
 class _HostCopies(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
-    """Takes DeepSpeed's states as copies in host memory; writes at once what there is no memory for."""
+    """Keeps DeepSpeed's states as copies in host memory; writes at once what does not fit into it."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self._ranks_per_host = world.local_size
 
     def take_for(self, save: _Save) -> None:
-        """The states that come now belong to this save."""
+        """From now on, states belong to this save."""
         self._save = save
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: jobs make their folders, and keep their errors."""
+        """Do nothing: jobs make their folders, and record their errors."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take the states of one file."""
+        """Copy the states of one file, for a job to write."""
         name, num_bytes = str(Path(path).relative_to(self._save.partial)), _num_bytes(state_dict)
         if num_bytes > (1 - _SPARE_MEMORY) * psutil.virtual_memory().available / self._ranks_per_host:
             self._save.write(_Job(name, lambda file: torch.save(state_dict, file)))
@@ -271,7 +277,7 @@ class _HostCopies(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has
 
 
 def _copied(value: Any, known: dict[Any, Tensor]) -> Any:
-    """The value with its tensors copied to the host; tensors that are the same one stay that."""
+    """The value with its tensors copied to the host; a tensor that occurs twice is copied once."""
     if isinstance(value, Tensor):
         key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
         if key not in known:
@@ -291,25 +297,18 @@ def _num_bytes(value: Any) -> int:
     return sum(map(_num_bytes, inner))
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    """All of it is on the disk before it gets its name."""
+def _publish(partial: Path, final: Path) -> None:
+    """Flush all of it to the disk before it gets its name."""
     flush_tree(partial)
-    _remove(final)
-    partial.rename(final)
-    flush(final.parent)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; cut off by a crash, what is left of it does not look complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    move_folder(partial, final)
 
 
 def _prune(saves: list[Path]) -> None:
-    """Remove older saves. One that stays takes room, and the newer one is there all the same."""
+    """Remove older saves. One that cannot be removed takes room, but does not undo the newer one."""
     for old in saves:
         try:
-            _remove(old)
+            (old / MANIFEST).unlink(missing_ok=True)  # first: what a crash leaves does not look complete
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             print(f"WARNING: the older {old} was not removed: {error}", flush=True)
 
@@ -320,10 +319,9 @@ def _make_empty(folder: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> list[str]:
-    """Remove saves and conversions that a crash cut off; returns their names."""
-    leftovers = sorted(
-        path for kind in ("step-*.partial", "step-*.universal", "models/step-*.partial") for path in run_dir.glob(kind)
-    )
+    """Remove what a crash left of saves and conversions; returns the names."""
+    kinds = ("step-*.partial", "step-*.replaced", "step-*.universal", "models/step-*.partial", "models/step-*.replaced")
+    leftovers = sorted(path for kind in kinds for path in run_dir.glob(kind))
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]

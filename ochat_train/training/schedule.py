@@ -1,4 +1,4 @@
-"""The learning rate: its peak, and its course over the share of the run's examples that is consumed."""
+"""The learning rate: its peak, and its value at each share of the run's examples that is consumed."""
 
 import math
 from typing import Any
@@ -10,8 +10,8 @@ _PUBLISHED_TOKENS = 4e6
 def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> float:
     """OpenChat's published peak: 3e-4 * sqrt(supervised tokens a step / 4e6), divided by a factor of the base model.
 
-    config: the model's transformers configuration. Llama 1 and 2: 1; Mistral: 6; Llama 3: 5.3. Raises ValueError for a
-    model without a published factor. Source: the imoneoi/openchat repository, 2024-05.
+    config: the model's transformers configuration. The factor is 1 for Llama 1 and 2, 6 for Mistral, 5.3 for Llama 3.
+    Raises ValueError for a model without a published factor. Source: the imoneoi/openchat repository, 2024-05.
     """
     if config.model_type == "mistral":
         divisor = 6.0
@@ -26,7 +26,7 @@ def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> float:
 
 
 def learning_rate(progress: float, *, peak: float, warmup: float, min_ratio: float) -> float:
-    """The rate of the step that ends at `progress`, the share of all epochs' examples consumed, in (0, 1].
+    """The learning rate of the step that ends at `progress`, the share of all epochs' examples consumed, in (0, 1].
 
     Rises linearly to `peak` at `warmup`, then falls by half a cosine to `peak * min_ratio` at 1, and stays there.
     """

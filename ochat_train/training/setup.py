@@ -1,4 +1,4 @@
-"""All that comes before the first step: what is cheap is checked, the ranks agree, the model stands ready."""
+"""Everything before the first step: cheap checks, agreement among the ranks, the engine with its states."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.model.checkpointing import check_policy
-from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
+from ochat_train.model.attention import BackendChoice, choose_backend
+from ochat_train.model.checkpointing import check_policy, share_of
+from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
-from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
-from ochat_train.training.adam8bit import check_adam8bit
 from ochat_train.training.checkpoint import (
     Checkpoint,
     Damaged,
@@ -35,10 +35,11 @@ from ochat_train.training.checkpoint import (
     set_aside,
 )
 from ochat_train.training.convert import converted_states
-from ochat_train.training.disk import plan_disk
+from ochat_train.training.data import check_lengths, check_store, make_run_plan, trained_rows
 from ochat_train.training.engine import (
     Refused,
     World,
+    check_adam8bit,
     deepspeed_config,
     gather_objects,
     make_engine,
@@ -46,11 +47,40 @@ from ochat_train.training.engine import (
     say,
     together,
 )
-from ochat_train.training.memory_plan import find_machine, nearest_that_fits, plan_memory, size_of, smallest
-from ochat_train.training.planning import check_lengths, check_store, make_run_plan, trained_rows
+from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import auto_learning_rate
 from ochat_train.training.sinks import check_sinks
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointingChoice:
+    """The activation checkpointing, and the reason and a warning for the log."""
+
+    policy: str
+    reason: str
+    warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The settings that a recipe may leave to auto, as they are in this run."""
+
+    peak_lr: float
+    attention: BackendChoice
+    kernels: KernelChoice
+    checkpointing: CheckpointingChoice
+
+    def describe(self) -> str:
+        """The choices with their reasons, a line each."""
+        lines = [
+            f"activation checkpointing {self.checkpointing.policy} ({self.checkpointing.reason})",
+            *([f"WARNING: {self.checkpointing.warning}"] if self.checkpointing.warning else []),
+            f"kernels {self.kernels.kernels} ({self.kernels.reason})",
+            f"attention backend {self.attention.backend} ({self.attention.reason})",
+            f"peak learning rate {self.peak_lr:.3g}",
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +92,7 @@ class Run:
     held_out: TokenStore
     tokenizer: ChatTokenizer
     plan: RunPlan
-    peak_lr: float
+    resolved: Resolved
     resumed: Checkpoint | None
 
     @property
@@ -72,8 +102,8 @@ class Run:
 
     @property
     def start(self) -> TrainState:
-        """Where the run begins, or goes on."""
-        if self.resumed is not None:  # under the recipe of now
+        """The position where the run starts or continues."""
+        if self.resumed is not None:  # under the present recipe
             return replace(self.resumed.state, recipe=to_json(self.recipe), plan=self.plan.digest)
         return TrainState(
             step=0,
@@ -92,6 +122,10 @@ class Run:
         is_stopped = max_steps is not None and state.step >= max_steps
         return is_stopped or state.examples_consumed >= self.plan.num_examples
 
+    def is_epoch_end(self, state: TrainState) -> bool:
+        """Whether an epoch ends at this position."""
+        return state.step > 0 and self.plan.order.seek(state.examples_consumed)[1] == 0
+
 
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
@@ -100,16 +134,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_store(recipe, store.manifest, tokenizer)
     if recipe.model.base is not None:
         require_model(recipe.model.base)
-    config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids).get_text_config()
-    run = Run(
-        recipe=recipe,
-        store=store,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        plan=make_run_plan(recipe, store, config, world.size),
-        peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
-        resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
-    )
+    config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
+    text_config = config.get_text_config()
+    plan = make_run_plan(recipe, store, text_config, world.size)
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
@@ -117,15 +144,37 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_peft()
     if recipe.model.compile:
         require_compiler(world.device.type)
-    size = size_of(recipe, config, len(trained_rows(recipe, tokenizer)))
-    check_options(recipe, config, size, world.size)
-    check_disk(recipe, size, run.plan)
+    size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
+    check_options(recipe, text_config, size, world.size)
+    check_disk(recipe, size, plan)
+    run = Run(
+        recipe=recipe,
+        store=store,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        plan=plan,
+        resolved=Resolved(
+            peak_lr=peak_learning_rate(recipe, text_config, store.manifest, world.size),
+            attention=choose_backend(
+                recipe.model.attention, attention_needs(text_config, DTYPES[recipe.model.dtype], world.device.type)
+            ),
+            kernels=choose_kernels(
+                recipe.model.kernels,
+                config,
+                device=world.device,
+                dtype=DTYPES[recipe.model.dtype],
+                is_compiled=recipe.model.compile,
+            ),
+            checkpointing=_choose_checkpointing(recipe, text_config, size, world),
+        ),
+        resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
+    )
     check_continues(run, world)
     return run
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
-    """Raise ValueError when the recipe's checkpointing or optimizer is none for a model of this size."""
+    """Raise ValueError when a model of this size cannot have the recipe's checkpointing or optimizer."""
     if recipe.model.checkpointing != "auto":
         check_policy(recipe.model.checkpointing, getattr(config, "num_hidden_layers", 1))
     if recipe.optim.algorithm == "adamw_8bit":
@@ -133,14 +182,14 @@ def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: i
 
 
 def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan) -> None:
-    """Raise ValueError, with what is needed and what is there, when the run's folder will not fit its disk."""
+    """Raise ValueError, with the bytes needed and free, when the run's folder will not fit its disk."""
     num_steps = int(plan.lengths.sum(dtype=int)) * recipe.train.epochs // plan.shape.room
     if (disk := plan_disk(recipe, size, num_steps)).missing:
         raise ValueError(f"checkpoint.dir lacks room: {disk.describe()}; {disk.remedy}")
 
 
 def check_continues(run: Run, world: World) -> None:
-    """Raise ValueError unless the run may go on from its checkpoint, if it has one."""
+    """Raise ValueError unless the run may continue from its checkpoint, if it has one."""
     if run.resumed is None:
         return
     check_resume(
@@ -159,7 +208,7 @@ def check_continues(run: Run, world: World) -> None:
 
 
 def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
-    """The recipe's learning rate, or the published rule's for `auto`."""
+    """The recipe's learning rate; for `auto` that of the published rule."""
     if recipe.optim.lr != "auto":
         return recipe.optim.lr
     train = manifest.splits["train"]
@@ -167,10 +216,25 @@ def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world
     return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
 
 
-def deepspeed_configuration(
-    recipe: Recipe, *, is_shared: bool = True, loads_universal: bool = False
-) -> dict[str, object]:
-    """The DeepSpeed configuration that the recipe means; see `deepspeed_config` for what it does not say."""
+def _choose_checkpointing(recipe: Recipe, config: Any, size: ModelSize, world: World) -> CheckpointingChoice:
+    """The recipe's checkpointing; for auto the policy that recomputes least among those that fit this rank."""
+    if recipe.model.checkpointing != "auto":
+        return CheckpointingChoice(recipe.model.checkpointing, "asked for by the recipe")
+    available = find_memory()
+    if world.device.type == "cpu":
+        available = replace(available, gpu_bytes=None)
+    try:
+        plan = plan_memory(recipe, available, config, size, world.size, num_local=world.local_size)
+    except ValueError as error:
+        return CheckpointingChoice("full", str(error))
+    warning = None
+    if not plan.fits_device(plan.own):
+        warning = f"this is too much even with full checkpointing; {nearest_that_fits(plan)}"
+    return CheckpointingChoice(plan.policy, plan.describe(), warning)
+
+
+def deepspeed_configuration(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration for the recipe; see `deepspeed_config` for what a recipe leaves open."""
     return deepspeed_config(
         stage=recipe.zero.stage,
         offload=recipe.zero.offload,
@@ -178,19 +242,47 @@ def deepspeed_configuration(
         grad_accum=recipe.packing.grad_accum,
         grad_clip=recipe.optim.grad_clip,
         extra=recipe.deepspeed,
-        is_shared=is_shared,
-        loads_universal=loads_universal,
     )
 
 
-def settle_resume(run: Run, folder: RunFolder, world: World) -> Run:
-    """The run with the newest checkpoint that all ranks have, and have whole. Damaged ones are told of and set aside.
+# ------------------------------------------------------------------------------------------------------ agreement
+
+
+def agree(run: Run) -> Run:
+    """The run with the checkpointing that fits every rank. All ranks call it together.
+
+    Raises Refused unless all ranks have the same plan, store and recipe.
+    """
+    held_out = digest_index(run.held_out.lengths, run.held_out.weight_sums)
+    views = gather_objects((run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe))))
+    if len(set(views)) > 1:
+        raise Refused(
+            "the processes disagree on the plan: give every node the same recipe, store and versions of all packages"
+        )
+    choices = gather_objects(run.resolved.checkpointing)
+    tightest = max(choices, key=lambda choice: share_of(choice.policy))
+    return replace(run, resolved=replace(run.resolved, checkpointing=tightest))
+
+
+def agree_on_steps(planned: Future[PlanTable]) -> PlanTable:
+    """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
+    table = together(planned.result)
+    if len(set(gather_objects(table.digest))) > 1:
+        raise Refused(
+            "the processes planned different steps from the same store: give every node the same version of "
+            "ochat_train and of its packages"
+        )
+    return table
+
+
+def agree_on_resume(run: Run, folder: RunFolder, world: World) -> Run:
+    """The run with the newest checkpoint that all ranks have, and have whole; damaged ones are reported and set aside.
 
     All ranks call it together. Raises Refused when there are checkpoints, but none that is whole.
     """
     if run.recipe.checkpoint.resume != "auto":
-        if run.resumed is not None and (told := _damage(run.resumed.path, folder, world)):
-            raise Refused(f"{told}; name an older one in checkpoint.resume")
+        if run.resumed is not None and (damage := _find_damage(run.resumed.path, folder, world)):
+            raise Refused(f"{damage}; name an older one in checkpoint.resume")
         if len({str(resumed) for resumed in gather_objects(run.resumed and run.resumed.state)}) > 1:
             raise Refused(f"checkpoint.resume {run.recipe.checkpoint.resume} is another checkpoint on another node")
         return run
@@ -200,9 +292,9 @@ def settle_resume(run: Run, folder: RunFolder, world: World) -> Run:
         say(world, f"{alone} is not on every node and is passed over")
     damaged: dict[str, str] = {}
     for name in sorted(names, reverse=True):
-        if told := _damage(run.dir / name, folder, world):
-            say(world, f"WARNING: {told}")
-            damaged[name] = told
+        if damage := _find_damage(run.dir / name, folder, world):
+            say(world, f"WARNING: {damage}")
+            damaged[name] = damage
             continue
         settled = replace(run, resumed=together(partial(read_checkpoint, run.dir / name)))
         together(partial(check_continues, settled, world))
@@ -213,17 +305,17 @@ def settle_resume(run: Run, folder: RunFolder, world: World) -> Run:
         return settled
     if damaged:
         raise Refused(
-            "no checkpoint is whole, and nothing was begun anew over them:\n  "
+            "no checkpoint is whole, and no new run was started over them:\n  "
             + "\n  ".join(damaged.values())
             + "\nRestore one, or train in another checkpoint.dir."
         )
     return replace(run, resumed=None)
 
 
-def _damage(path: Path, folder: RunFolder, world: World) -> str | None:
-    """What is wrong with the checkpoint's files, which the ranks that see them read together."""
+def _find_damage(path: Path, folder: RunFolder, world: World) -> str | None:
+    """How the checkpoint's files are damaged, None if they are whole; the ranks that see them share the reading."""
 
-    def look() -> str | None:
+    def check() -> str | None:
         part, parts = (world.rank, world.size) if folder.is_shared else (world.local_rank, world.local_size)
         try:
             check_files(read_checkpoint(path), part=part, parts=parts)
@@ -231,17 +323,19 @@ def _damage(path: Path, folder: RunFolder, world: World) -> str | None:
             return str(error)
         return None
 
-    return next((told for told in gather_objects(together(look)) if told is not None), None)
+    return next((damage for damage in gather_objects(together(check)) if damage is not None), None)
+
+
+# --------------------------------------------------------------------------------------------------------- engine
 
 
 def ready_engine(run: Run, folder: RunFolder, world: World) -> DeepSpeedEngine:
-    """The engine, with the states of the checkpoint from which the run goes on. All ranks call it together."""
+    """The engine, with the states of the checkpoint if the run continues from one. All ranks call it together."""
     resumed, recipe = run.resumed, to_json(run.recipe)
-    if resumed is None:
-        return build_engine(run, world, is_shared=folder.is_shared)
-    if not needs_conversion(resumed, recipe, world.size):
+    if resumed is None or not needs_conversion(resumed, recipe, world.size):
         engine = build_engine(run, world, is_shared=folder.is_shared)
-        _load(engine, resumed, world)
+        if resumed is not None:
+            _load(engine, resumed, world)
         return engine
     was = resumed.state.recipe["zero"]["stage"]
     say(
@@ -258,73 +352,40 @@ def ready_engine(run: Run, folder: RunFolder, world: World) -> DeepSpeedEngine:
 def _load(engine: DeepSpeedEngine, checkpoint: Checkpoint, world: World, states: Path | None = None) -> None:
     try:
         load_checkpoint(engine, checkpoint, world, states=states)
-    except ValueError as error:  # the base is not the one of the adapters, which every rank sees
+    except ValueError as error:  # the base is not that of the adapters, on every rank
         raise Refused(str(error)) from None
 
 
 def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_universal: bool = False) -> DeepSpeedEngine:
     """The recipe's model in a DeepSpeed engine, ready to train. Raises Refused when the model cannot be used.
 
-    is_shared, loads_universal: see `deepspeed_config`.
+    is_shared: whether all nodes see the checkpoints. loads_universal: whether the run begins with converted states.
     """
-    recipe, policy = run.recipe, settle_checkpointing(run, world)
-    model = together(lambda: build_model(run, world, policy))
-    torch.manual_seed(recipe.train.seed + world.rank)  # of dropout, if the model has any
+    recipe = run.recipe
+    model = together(lambda: build_model(run, world))
+    torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
     optimizer = make_optimizer(
         model,
         algorithm=recipe.optim.algorithm,
-        lr=run.peak_lr,
+        lr=run.resolved.peak_lr,
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
     )
-    configuration = deepspeed_configuration(recipe, is_shared=is_shared, loads_universal=loads_universal)
+    configuration = deepspeed_configuration(recipe)
+    configuration["checkpoint"] |= {"use_node_local_storage": not is_shared, "load_universal": loads_universal}
     return make_engine(model, optimizer, configuration)
 
 
-def settle_checkpointing(run: Run, world: World) -> str:
-    """The recipe's checkpointing policy; for auto what fits the rank with the least memory. All ranks call it together.
-
-    What auto chose, and why, is printed.
-    """
-    recipe = run.recipe
-    if recipe.model.checkpointing != "auto":
-        return recipe.model.checkpointing
-    here = find_machine()
-    machine = smallest(gather_objects(here if world.device.type != "cpu" else replace(here, gpu_bytes=None)))
-    config = load_config(recipe.model.base, recipe.model.config, run.tokenizer.num_ids).get_text_config()
-    num_local = max(gather_objects(world.local_size))
-    try:
-        size = size_of(recipe, config, len(trained_rows(recipe, run.tokenizer)))
-        plan = plan_memory(recipe, machine, config, size, world.size, num_local=num_local)
-    except ValueError as error:  # on every rank, for it follows from the recipe
-        say(world, f"model.checkpointing auto: full, since {error}")
-        return "full"
-    say(world, f"model.checkpointing auto: {plan.policy}, {plan.describe()}")
-    if not plan.fits_device(plan.own):
-        say(world, f"WARNING: this is too much for full checkpointing; {nearest_that_fits(plan)}")
-    return gather_objects(plan.policy)[0]
-
-
-def build_model(run: Run, world: World, checkpointing: str) -> PackedCausalLM:
-    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or not be used on packed batches."""
+def build_model(run: Run, world: World) -> PackedCausalLM:
+    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or cannot take packed batches."""
     recipe, lora = run.recipe, run.recipe.model.lora
-    num_ids, added_ids = run.tokenizer.num_ids, run.store.manifest.added_tokens.values()
-    config = load_config(recipe.model.base, recipe.model.config, num_ids)
-    kernels = choose_kernels(
-        recipe.model.kernels,
-        config,
-        device=world.device,
-        dtype=DTYPES[recipe.model.dtype],
-        is_compiled=recipe.model.compile,
-    )
-    say(world, f"kernels {kernels.kernels} ({kernels.reason})")
     lm = load_model(
         recipe.model.base,
         recipe.model.config,
         dtype=recipe.model.dtype,
-        num_ids=num_ids,
-        added_ids=added_ids,
+        num_ids=run.tokenizer.num_ids,
+        added_ids=run.store.manifest.added_tokens.values(),
         seed=recipe.train.seed,
     )
     if lora is not None:
@@ -336,36 +397,14 @@ def build_model(run: Run, world: World, checkpointing: str) -> PackedCausalLM:
             row_ids=trained_rows(recipe, run.tokenizer),
             seed=recipe.train.seed,
         )
-    use_kernels(lm, kernels.kernels)
+    use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
         lm,
-        attention=recipe.model.attention,
+        attention=run.resolved.attention.backend,
         device_type=world.device.type,
-        checkpointing=checkpointing,
+        checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
     )
     if recipe.model.compile:
         packed.compile_parts()
     return packed
-
-
-def check_agreement(run: Run) -> None:
-    """Raise Refused unless all ranks have the same plan, store and recipe."""
-    held_out = digest_index(run.held_out.lengths, run.held_out.weight_sums)
-    view = (run.plan.digest, held_out, run.store.fingerprint, repr(to_json(run.recipe)))
-    views = set(gather_objects(view))
-    if len(views) > 1:
-        raise Refused(
-            "the processes disagree on the plan: give every node the same recipe, store and versions of all packages"
-        )
-
-
-def agree_on_steps(ahead: Future[PlanTable]) -> PlanTable:
-    """The table of all steps that are left. Raises Refused unless it is the same, bit for bit, on all ranks."""
-    table = together(ahead.result)
-    if len(set(gather_objects(table.digest))) > 1:
-        raise Refused(
-            "the processes planned different steps from the same store: give every node the same version of "
-            "ochat_train and of its packages"
-        )
-    return table

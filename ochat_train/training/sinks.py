@@ -1,47 +1,39 @@
-"""Where the numbers of a run go besides metrics.jsonl, when the recipe asks: Weights & Biases, TensorBoard."""
+"""Where the numbers of a run go besides metrics.jsonl, when the recipe asks for it: Weights & Biases, TensorBoard."""
 
-import importlib.util
 import secrets
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ochat_train.files import require_packages
 from ochat_train.recipe import Recipe, to_json
 
-# A run waits for a wandb server for this long, and no longer: to see whether it answers, to begin and to end there.
-_ANSWER_S, _INIT_S, _FINISH_S = 4.0, 10.0, 10.0
+# The longest that a run waits for a wandb server: to begin there, and to end there.
+_INIT_S, _FINISH_S = 10.0, 10.0
 
 
 class Sink(Protocol):
-    """Takes the numbers of a run. Whatever its methods raise, the run goes on without it."""
+    """Takes the numbers of a run. Whatever its methods raise, the run continues without it."""
 
     name: str
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take named numbers of a step."""
+        """Log named numbers of a step."""
 
     def close(self, *, is_failed: bool) -> None:
-        """Take no more."""
+        """Write what is pending; nothing is logged afterwards."""
 
 
 def check_sinks(recipe: Recipe) -> None:
-    """Raise ValueError when what the recipe's log section asks for is not installed."""
-    if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "log.tensorboard true needs the package tensorboard: pip install 'ochat_train[tensorboard]', or set it to "
-            "false"
-        )
+    """Raise ValueError when the recipe's log section needs a package that is not installed."""
+    if recipe.log.tensorboard:
+        require_packages("log.tensorboard true", "tensorboard", extra="tensorboard", remedy="set it to false")
 
 
 def open_sinks(recipe: Recipe, run_dir: Path, start: int) -> list[Sink]:
-    """The sinks of a run that goes on behind step `start`; 0: that begins."""
+    """The sinks of a run that continues after step `start`; 0 for a new run."""
     sinks: list[Sink] = []
     if recipe.log.wandb is not None:
         sinks.append(_Wandb(recipe, run_dir, start))
@@ -51,7 +43,7 @@ def open_sinks(recipe: Recipe, run_dir: Path, start: int) -> list[Sink]:
 
 
 def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl, each by its path: the event in front, conditions behind a slash."""
+    """The numbers of a line of metrics.jsonl, each by its path: the event first, then keys separated by slashes."""
 
     def walk(path: str, value: Any) -> None:
         if isinstance(value, Mapping):
@@ -73,7 +65,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # the extra, and slow to import
 
-        # What an earlier part of the run wrote of steps that a crash undid is hidden; if nothing is continued, all.
+        # Hides what an earlier part of the run wrote about steps that a crash undid; for a new run, everything.
         self._writer: Any = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -85,7 +77,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run in wandb. No trouble with its server holds the training run up for long."""
+    """A run in wandb; offline when its server does not answer in time."""
 
     name = "wandb"
 
@@ -94,7 +86,7 @@ class _Wandb:
 
         section = recipe.log.wandb
         assert section is not None
-        id_file = run_dir / "wandb_id"  # a resumed run goes on in the same wandb run
+        id_file = run_dir / "wandb_id"  # a resumed run continues the same wandb run
         if start == 0 or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         options: dict[str, Any] = {
@@ -110,20 +102,15 @@ class _Wandb:
         if section.mode == "offline":
             self._run: Any = wandb.init(mode="offline", **options)
             return
-        server = wandb.setup().settings.base_url
-        trouble = _find_trouble(server)
-        if trouble is None:
-            try:
-                self._run = wandb.init(mode="online", **options)
-            except wandb.errors.CommError as error:
-                trouble = " ".join(str(error).split())
-                wandb.teardown()  # it holds on to the id of the run that it failed to begin
-        if trouble is not None:
+        try:
+            self._run = wandb.init(mode="online", **options)
+        except wandb.errors.CommError as error:
+            server, reason = wandb.setup().settings.base_url, " ".join(str(error).split())
+            wandb.teardown()  # it keeps the id of the run that it failed to begin
             self._run = wandb.init(mode="offline", **options)
-            folder = Path(self._run.dir).parent
             tqdm.write(
-                f"warning: the wandb server {server} cannot be reached ({trouble}); the run goes on without it. "
-                f"To send the numbers later: wandb sync {folder}"
+                f"warning: the wandb server {server} cannot be reached ({reason}); the run continues without it. To "
+                f"send the numbers later: wandb sync {Path(self._run.dir).parent}"
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -131,25 +118,3 @@ class _Wandb:
 
     def close(self, *, is_failed: bool) -> None:
         self._run.finish(exit_code=int(is_failed))
-
-
-def _find_trouble(server: str) -> str | None:
-    """Why an HTTP server cannot be reached; None if it answers."""
-    answer: Future[str | None] = Future()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(server, timeout=_ANSWER_S).close()
-            answer.set_result(None)
-        except urllib.error.HTTPError as error:  # an answer all the same, unless a proxy says that it finds no server
-            answer.set_result(str(error) if error.code >= 500 else None)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            # Whose certificates are good is for wandb to say.
-            answer.set_result(None if isinstance(reason, ssl.SSLError) else str(reason))
-
-    Thread(target=ask, daemon=True).start()  # a thread, because looking up a name heeds no time limit
-    try:
-        return answer.result(_ANSWER_S)
-    except TimeoutError:
-        return f"no answer in {_ANSWER_S:g} s"

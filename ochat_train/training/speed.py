@@ -1,30 +1,110 @@
-"""How long a run takes on a machine: speeds that were measured or published, and a model for what lacks one.
+"""How fast a run is: the share of its devices' peak that it reaches (MFU), and how long it takes on a machine.
 
-A speed says what share of its peak a device reached, counted with all that it computed, the forward pass that
-activation checkpointing repeats included. The model gives another run on such a device the same share.
+Durations follow from speeds that were measured or published. A speed gives the share of its peak that a device reached,
+counted with all that it computed, including the forward pass that activation checkpointing repeats. Another run on such
+a device is assumed to reach the same share.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ochat_train.files import read_json_lines
 from ochat_train.model.checkpointing import share_of
+from ochat_train.model.pretrained import matrix_weights_of
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.training.flops import Utilisation, peak_flops
+
+# ---------------------------------------------------------------------------------------------------- utilisation
+
+_TERA = 1e12
+# TFLOP/s of dense bf16 with fp32 sums, by torch's name of the device. From the makers' data sheets and architecture
+# papers; where those print only the figure with sparsity, half of it. AMD's MI250X is two devices. The V100 has no
+# bf16. Other variants of a chip (Laptop, Ti, D, Max-Q) are other devices, and a MIG instance is a part of one.
+PEAKS = {
+    r"NVIDIA A100(-SXM4-\d+GB|-PCIE-\d+GB| \d+GB PCIe)": 312.0,
+    r"NVIDIA H100 80GB HBM3": 989.5,
+    r"NVIDIA H100 PCIe": 756.5,
+    r"NVIDIA H100 NVL": 835.5,
+    r"NVIDIA H200": 989.5,
+    r"NVIDIA H200 NVL": 835.5,
+    r"NVIDIA B200": 2250.0,
+    r"NVIDIA L40S": 362.0,
+    r"NVIDIA L4": 121.0,
+    r"NVIDIA A10": 125.0,
+    r"NVIDIA RTX A6000": 154.8,
+    r"NVIDIA GeForce RTX 3090": 71.0,
+    r"NVIDIA GeForce RTX 4090": 165.2,
+    r"NVIDIA GeForce RTX 5090": 209.5,
+    r"AMD Instinct MI250X": 191.5,
+    r"AMD Instinct MI300X": 1307.4,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of dense bf16 matrix products, by torch's name of the device; None where the table has no figure."""
+    return next((peak * _TERA for name, peak in PEAKS.items() if re.fullmatch(name, device_name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """The FLOP that training a model takes, and the FLOP/s of one device, its `peak`.
+
+    num_weights: entries of all matrices that a token passes. quadratic_length: q of the plan's costs, see
+    `quadratic_length`. is_frozen: whether only adapters beside these matrices are trained.
+    """
+
+    num_weights: int
+    quadratic_length: int
+    is_frozen: bool
+    peak: float
+
+    def flops(self, num_tokens: int, cost: int) -> float:
+        """FLOP of sequences with num_tokens = sum(L) and cost = sum(L * (q + L)), L being their lengths.
+
+        With n = num_weights: 6 n * sum(L + L^2 / q), which for frozen matrices is n * sum(4 L + 6 L^2 / q).
+
+        A matrix takes 2 n FLOP a token forward, and backward 2 n for the gradient of its input and 2 n for its own,
+        which frozen ones do not need. Attention takes n / q of that for each pair of tokens, its causal half counted
+        once; its backward pass is the same whether weights are frozen or not. Not counted: adapters, about 1 % of the
+        weights, and what activation checkpointing recomputes, since it trains nothing.
+        """
+        pairs = cost - self.quadratic_length * num_tokens  # sum(L^2)
+        per_weight = 4 if self.is_frozen else 6
+        return self.num_weights * (per_weight * num_tokens + 6 * pairs / self.quadratic_length)
+
+    def of_step(self, num_tokens: int, cost: int, *, seconds: float, num_devices: int) -> float:
+        """The share of the peak of all devices that a step reached, from 0 to 1."""
+        return self.flops(num_tokens, cost) / (seconds * num_devices * self.peak)
+
+
+def find_utilisation(
+    config: Any, *, quadratic_length: int, is_frozen: bool, dtype: str, device_name: str
+) -> Utilisation | None:
+    """The utilisation of a model on a device; config: the model's transformers configuration.
+
+    None where the peak is unknown (on a CPU, for float32 weights, for a device that PEAKS lacks), and for mixtures of
+    experts, of which a token passes only some.
+    """
+    peak = peak_flops(device_name)
+    if peak is None or dtype != "bfloat16" or getattr(config.get_text_config(), "num_experts_per_tok", None):
+        return None
+    return Utilisation(matrix_weights_of(config), quadratic_length, is_frozen, peak)
+
+
+# --------------------------------------------------------------------------------------------------------- speeds
 
 
 class Speed(NamedTuple):
-    """One line of SPEEDS: tokens a second of one device, and all that is needed to tell its share of the peak.
+    """A line of SPEEDS: tokens/s of one device, and all that gives its share of the peak.
 
-    device: as torch calls it. num_weights: entries of all matrices that a token passes, head included.
-    attention_width: heads times head size, over all layers. pairs_per_token: sum(L^2) / sum(L) of the sequences, which
-    is their length where all are equally long. checkpointing: full, none or every_N. num_devices: on which it was
-    reached; of more than one, what they told each other is in its time. origin: by our benchmark, or by others. source:
-    where from, with its date or file.
+    device: torch's name. num_weights: entries of all matrices that a token passes, head included. attention_width:
+    heads times head size, over all layers. pairs_per_token: sum(L^2) / sum(L) of the sequences, which is their length
+    where all are equally long. checkpointing: full, none or every_N. num_devices: how many trained together; their
+    communication is part of the time. origin: by our benchmark, or by others. source: with its date or file.
     """
 
     device: str
@@ -40,9 +120,9 @@ class Speed(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of its peak that the device reached, with everything that it computed twice."""
+        """The share of its peak that the device reached, including what it computed twice."""
         peak = peak_flops(self.device)
-        assert peak is not None, f"{self.device} has no peak in flops.PEAKS"
+        assert peak is not None, f"{self.device} has no peak in PEAKS"
         per_token = self.num_weights + self.attention_width * self.pairs_per_token
         return (6 + 2 * share_of(self.checkpointing)) * per_token * self.tokens_per_s / peak
 
@@ -54,8 +134,8 @@ _WIDTH_13B, _WIDTH_7B = 40 * 5120, 32 * 4096
 _OPENCHAT = "OpenChat V3.2 SUPER, 15 hours for about 80k conversations, 5 epochs (ZeRO-2, packed)"
 _FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md (FSDP, sequences of equal length)"
 
-# To add what was measured, put a line that `benchmarks/train_step.py` prints, as its result file has it under "speed",
-# in front. Nobody wrote down the tokens of the published run; at 1,825 a conversation, 15 hours are 1,690 tokens/s.
+# To add a measured speed, insert at the top the line that `benchmarks/train_step.py` prints, which its result file has
+# under "speed". The tokens of the published run are unknown; at 1,825 a conversation, 15 hours are 1,690 tokens/s.
 SPEEDS = (
     Speed(A100, "Llama-2-13B", _LLAMA_13B, _WIDTH_13B, 2102, "full", 8, 1690, "published", _OPENCHAT),
     Speed(A100, "MPT-13B", _MPT_13B, _WIDTH_13B, 4096, "full", 8, 2060, "published", _FOUNDRY),
@@ -68,21 +148,21 @@ SPEEDS = (
     Speed(H100, "MPT-7B", _MPT_7B, _WIDTH_7B, 2048, "none", 8, 10643, "published", _FOUNDRY),
 )
 
-# Bytes a second that a device sends to the others of its node: NVLink's figure for one direction (half of what its data
-# sheet says for both), of which collectives of large messages are assumed to reach 0.8.
+# Bytes/s that a device sends to the others of its node: NVLink's figure for one direction (half of what its data sheet
+# gives for both), of which collectives of large messages are assumed to reach 0.8.
 _REACHED = 0.8
 BANDWIDTHS = {A100: _REACHED * 300e9, H100: _REACHED * 450e9, "NVIDIA H200": _REACHED * 450e9}
-_BYTES = 2  # of a weight and of a gradient on their way, bfloat16
+_BYTES = 2  # of a weight and of a gradient when it is sent, in bfloat16
 
 
 def communication_seconds(
     num_weights: int, *, num_devices: int, stage: int, grad_accum: int, bytes_per_s: float
 ) -> float:
-    """What ZeRO takes in one optimizer step, when nothing else is done meanwhile.
+    """Seconds that ZeRO communicates in one optimizer step, when nothing overlaps with it.
 
-    Ring collectives move num_weights * 2 bytes * (n - 1) / n out of each of n devices. Stages 0 and 1 do so with the
-    gradients once a step, stages 2 and 3 with those of each micro-batch. All gather the weights: once a step, or in
-    stage 3 in each forward and backward pass. (Stage 0 adds up and spreads gradients instead: as many bytes.)
+    Ring collectives move num_weights * 2 bytes * (n - 1) / n out of each of n devices. Stages 0 and 1 reduce gradients
+    once a step, stages 2 and 3 once a micro-batch. All stages gather the weights: once a step, stage 3 in each forward
+    and backward pass. (Stage 0 all-reduces gradients instead, which is as many bytes.)
 
     >>> round(communication_seconds(13 * 10**9, num_devices=8, stage=2, grad_accum=1, bytes_per_s=240e9), 4)
     0.1896
@@ -97,11 +177,11 @@ def communication_seconds(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run asks of its machine.
+    """The work of a run, whatever its machine.
 
-    utilisation: of the model; its peak is replaced by the machine's. num_tokens, cost: the sums of L and of L * (q + L)
-    over all sequences. efficiency: the share of the time in which ranks do not wait. num_micro_batches: over all ranks
-    and steps.
+    utilisation: of the model; its peak is replaced by the machine's. num_tokens, cost: sum(L) and sum(L * (q + L)) over
+    all sequences. efficiency: the share of the time in which ranks do not wait. num_micro_batches: over all ranks and
+    steps.
     """
 
     utilisation: Utilisation
@@ -115,13 +195,13 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """FLOP of the run, with the forward passes that are repeated: a third of all, or half of frozen matrices'."""
+        """FLOP of the run with repeated forward passes; a forward pass is a third of all, half for frozen matrices."""
         forward = replace(self.utilisation, is_frozen=False).flops(self.num_tokens, self.cost) / 3
         return self.utilisation.flops(self.num_tokens, self.cost) + share_of(self.checkpointing) * forward
 
 
 class Machine(NamedTuple):
-    """Devices of one kind in one node. device: as torch calls it. needs_adapters: too few to train all of 13B."""
+    """Devices of one kind in one node. device: torch's name. needs_adapters: too few to train all of a 13B model."""
 
     name: str
     device: str
@@ -137,10 +217,10 @@ MACHINES = (
 
 
 class Prediction(NamedTuple):
-    """How long a run takes on a machine, modelled on `basis`.
+    """The time of a run on a machine, predicted from the speed `basis`.
 
-    tokens_per_s: of one device. share: of the peak, by what trains the model, nothing that is repeated.
-    communication_s: of all steps, in `seconds`.
+    tokens_per_s: of one device. share: of the peak, counting no repeated forward pass. communication_s: over all steps;
+    part of `seconds`.
     """
 
     machine: Machine
@@ -152,16 +232,16 @@ class Prediction(NamedTuple):
 
 
 def predict(work: Work, machine: Machine, speeds: Sequence[Speed] = SPEEDS) -> tuple[Prediction, ...]:
-    """How long the work takes on the machine, once for each source of `speeds` that knows its device; nearest first.
+    """The time of the work on the machine, once for each source of `speeds` that has its device; nearest first.
 
-    Of each source, the speed counts that is nearest: of the same checkpointing if there is one, then of the size of
-    model that is the fewest times larger or smaller. A measured one comes before those published. Where no source knows
-    the device, the nearest speed of all others lends its share of the peak. Empty where the device's peak is unknown.
+    Of each source, the nearest speed counts: one with the same checkpointing if there is one, then the one whose model
+    is nearest in size. A measured speed comes before published ones. Where no source has the device, the nearest speed
+    of all lends its share of the peak. Empty where the device's peak is unknown.
 
         seconds = FLOP of the work / (share * peak * devices * efficiency) + communication
 
-    A speed of several devices has communication in it already, which then counts twice: of the published ones, whose
-    steps are large, about 1 %. Taken as done, it would be missing where steps are small.
+    A speed of several devices includes communication already, so that it counts twice: about 1 % for the published
+    ones, whose steps are large. Left out, it would be missing where steps are small.
     """
     peak = peak_flops(machine.device)
     if peak is None:
@@ -171,7 +251,7 @@ def predict(work: Work, machine: Machine, speeds: Sequence[Speed] = SPEEDS) -> t
 
     def distance(speed: Speed) -> tuple[bool, bool, float]:
         ratio = speed.num_weights / work.utilisation.num_weights
-        # Sizes count in steps of a factor of two: 13.0e9 against 12.9e9 says nothing.
+        # Sizes are compared in factors of two: 13.0e9 is not farther than 12.9e9.
         return speed.origin != "measured", speed.checkpointing != work.checkpointing, round(abs(math.log2(ratio)))
 
     of_device = sorted((speed for speed in speeds if speed.device == machine.device), key=distance)
@@ -185,7 +265,7 @@ def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Predict
     busy = work.flops / (basis.share * peak * machine.num_devices * work.efficiency)
     num_steps = work.num_micro_batches / (machine.num_devices * work.grad_accum)
     communication = 0.0
-    if machine.num_devices > 1 and not work.utilisation.is_frozen:  # adapters are few
+    if machine.num_devices > 1 and not work.utilisation.is_frozen:  # adapters are small
         communication = num_steps * communication_seconds(
             work.utilisation.num_weights,
             num_devices=machine.num_devices,

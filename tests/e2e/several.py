@@ -14,7 +14,7 @@ from ochat_train.recipe import load_recipe
 from ochat_train.train import export_model, train
 from ochat_train.training.engine import join_process_group, read_world
 from ochat_train.training.setup import prepare
-from ochat_train.training.watchdog import Watchdog
+from ochat_train.training.stopping import Watchdog
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
-from ochat_train.training.planning import make_run_plan
+from ochat_train.training.data import make_run_plan
 from ochat_train.training.schedule import learning_rate
 from tests.e2e.harness import events, preprocess, tiny_recipe, train_several, weights, write_dump
 

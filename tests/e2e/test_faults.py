@@ -83,7 +83,7 @@ def test_a_rank_that_is_killed_while_it_loads_the_model_is_named_and_the_other_s
 
 # Each rank on a host of its own, as far as it can tell.
 APART = """
-import os, ochat_train.training.watchdog as w
+import os, ochat_train.training.stopping as w
 w.LOST_AFTER_S = 2.0
 readlink = os.readlink
 os.readlink = lambda path: f"pid:[{rank}]" if path == "/proc/self/ns/pid" else readlink(path)
@@ -109,7 +109,7 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
 
 
 STALLED = """
-import time, ochat_train.training.batches as b
+import time, ochat_train.training.data as b
 original, calls = b.make_batch, []
 def make_batch(*arguments, **options):
     calls.append(1)
@@ -165,13 +165,13 @@ def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: P
 
 POISONED = """
 import ochat_train.train as t
-fast = t._one_step
-def one_step(run, engine, world, state, ready, *others):
-    if state.step + 1 in {STEPS} and rank == 1:
+fast = t.Trainer.train_one_step
+def train_one_step(trainer, ready, *others, **options):
+    if trainer.state.step + 1 in {STEPS} and rank == 1:
         weights = ready.made[0].loss_weights
         weights[weights.nonzero()[0]] = float("{VALUE}")
-    return fast(run, engine, world, state, ready, *others)
-t._one_step = one_step
+    return fast(trainer, ready, *others, **options)
+t.Trainer.train_one_step = train_one_step
 """
 
 
@@ -304,7 +304,7 @@ def test_a_run_folder_that_is_too_small_or_read_only_is_refused_before_the_model
 
 
 @pytest.mark.parametrize(
-    "code", [FILLED, f"{FILLED}\nimport ochat_train.training.disk as d; d.free_bytes = lambda f: 10**15"]
+    "code", [FILLED, f"{FILLED}\nimport ochat_train.training.resources as d; d.free_bytes = lambda f: 10**15"]
 )
 def test_a_model_that_does_not_fit_the_disk_is_written_by_the_same_command_when_there_is_room(
     recipe_path: Path, small_disk: Path, code: str

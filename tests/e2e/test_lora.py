@@ -25,13 +25,12 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.train import export_model
 from ochat_train.train import train as train_run
-from ochat_train.training.batches import make_batch, make_batches
 from ochat_train.training.checkpoint import find_checkpoints, load_checkpoint, manifest_of, read_checkpoint
+from ochat_train.training.data import make_batch, make_batches, make_run_plan
 from ochat_train.training.engine import World, join_process_group, train_step
-from ochat_train.training.planning import make_run_plan
 from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import Run, build_engine, prepare
-from ochat_train.training.watchdog import Watchdog
+from ochat_train.training.stopping import Watchdog
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, train, weights, write_dump
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -6,14 +6,13 @@ import pytest
 from transformers import AutoConfig
 
 from ochat_train.recipe import Recipe, load_recipe
-from ochat_train.training.memory_plan import (
+from ochat_train.training.resources import (
     RESERVED,
-    Machine,
+    AvailableMemory,
     MemoryPlan,
     nearest_that_fits,
     plan_memory,
     size_of,
-    smallest,
 )
 from tests.e2e.harness import ROOT
 
@@ -38,7 +37,7 @@ def llama(num_layers: int = 8) -> Any:
 
 
 def plan(recipe: Recipe, gpu_bytes: int | None, config: Any, **others: Any) -> MemoryPlan:
-    machine = Machine(gpu_bytes, others.pop("host_bytes", 1000 * GIB), is_here=False)
+    machine = AvailableMemory(gpu_bytes, others.pop("host_bytes", 1000 * GIB), is_here=False)
     return plan_memory(recipe, machine, config, size_of(recipe, config, 0), others.pop("num_processes", 8), **others)
 
 
@@ -96,12 +95,6 @@ def test_8_bits_are_planned_and_advised() -> None:
     # Without host memory for an offloaded optimizer, and already at the least of everything else.
     enough = int(other.total(other.own) / (1 - RESERVED)) + 2
     tight = published("packing.tokens_per_gpu=4096", "zero.stage=3")
-    small = plan_memory(tight, Machine(enough, 2 * GIB, is_here=True), config, size_of(tight, config, 0), 1)
+    small = plan_memory(tight, AvailableMemory(enough, 2 * GIB, is_here=True), config, size_of(tight, config, 0), 1)
     assert not small.fits(small.own)
     assert nearest_that_fits(small).startswith("set zero.stage: 2, zero.offload: none and optim.algorithm: adamw_8bit")
-
-
-def test_the_smallest_machine_of_a_run_decides() -> None:
-    machines = [Machine(80, 500, is_here=True), Machine(40, 900, is_here=True)]
-    assert smallest(machines) == Machine(40, 500, is_here=True)
-    assert smallest([Machine(None, 5, is_here=True)]).gpu_bytes is None

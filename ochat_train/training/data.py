@@ -1,4 +1,4 @@
-"""The recipe's plan: what its packing, data and train sections mean for the planner."""
+"""The recipe's plan, whether its store fits, and this rank's micro-batches of each step."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ import numpy.typing as npt
 
 from ochat_train.model.pretrained import max_positions_of, quadratic_length_of, rows_to_train
 from ochat_train.recipe import Recipe, differences
-from ochat_train.tokens.order import DataOrder, SourceShare
+from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
+from ochat_train.tokens.order import DataOrder, Indices, SourceShare
 from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan
-from ochat_train.tokens.store import Manifest, TokenStore
+from ochat_train.tokens.store import Examples, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
+from ochat_train.training.engine import World
 
 
 def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
-    """Raise ValueError, with every difference, when the store was made for another recipe."""
+    """Raise ValueError with every difference when the store was made for another recipe or tokenizer."""
     wrong = differences(
         {"template": manifest.template, "data": manifest.made_from["data"]},
         {"template": recipe.template, "data": recipe.data.of_store()},
@@ -30,7 +32,7 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
 
 
 def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:
-    """The rows of embedding and head that are trained beside the recipe's adapters, in order; none without adapters."""
+    """The ids whose rows of embedding and head are trained beside the adapters, ascending; empty without adapters."""
     model = recipe.model
     if model.lora is None:
         return []
@@ -39,10 +41,10 @@ def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:
 
 
 def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:
-    """The plan of the recipe's run on `world_size` processes, for a model of this transformers configuration.
+    """The plan of the recipe's run on `world_size` processes; config: the model's transformers configuration.
 
-    Raises ValueError for more tokens than the model has positions, and, by name, for an example that is longer than a
-    micro-batch.
+    Raises ValueError when data.max_tokens is above the model's positions, an example is longer than a micro-batch, or
+    no example has a loss weight above 0.
     """
     if recipe.data.max_tokens > (most := max_positions_of(config)):
         raise ValueError(
@@ -64,7 +66,7 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
 
 
 def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
-    """The order of the recipe's examples. Raises ValueError for a source of which nothing would be trained."""
+    """The order in which examples are trained. Raises ValueError for a source of which none would be."""
     epochs, num_epochs = {source.name: source.epochs for source in recipe.data.sources}, recipe.train.epochs
     shares = [SourceShare(name, store.members(id), epochs[name]) for id, name in enumerate(store.manifest.sources)]
     for number, share in enumerate(shares):
@@ -78,14 +80,14 @@ def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
 
 
 def source_weights(store: TokenStore, step: StepPlan) -> npt.NDArray[np.float64]:
-    """f64[S], the sum of the step's loss weights of each source."""
+    """f64[S], the sum of the loss weights of each source in a step."""
     positions = np.concatenate(step.bins)
     weights = np.bincount(store.source_ids[positions], store.weight_sums[positions], len(store.manifest.sources))
     return weights.astype(np.float64)
 
 
 def check_lengths(store: TokenStore, capacity: int) -> None:
-    """Raise ValueError, by name, when an example of the store is longer than `capacity` tokens."""
+    """Raise ValueError, with its name, when an example of the store is longer than `capacity` tokens."""
     if not len(store) or (longest := int(store.lengths.max())) <= capacity:
         return
     name = store.name(int(store.lengths.argmax()))
@@ -93,3 +95,18 @@ def check_lengths(store: TokenStore, capacity: int) -> None:
         f"conversation {name} has {longest:,} tokens, above packing.tokens_per_gpu {capacity:,}; raise it, or lower "
         "data.max_tokens and preprocess again"
     )
+
+
+def make_batches(store: Examples, step: StepPlan, world: World) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, in pinned memory where the device is an accelerator."""
+    multiple = CUDA_MULTIPLE if world.device.type == "cuda" else 1
+    return [
+        make_batch(store, positions, multiple=multiple).pin(world.device)
+        for positions in step.bins[world.rank :: world.size]
+    ]
+
+
+def make_batch(store: Examples, positions: Indices, *, multiple: int = 1) -> PackedBatch:
+    """The packed batch of the store's examples at `positions` i64[n]; multiple: see `collate`."""
+    examples = [store[position] for position in positions.tolist()]
+    return collate(examples, store.condition_ids[positions], multiple=multiple)

@@ -1,0 +1,344 @@
+"""The memory and the disk that a run takes and that there is, and the checkpointing that `auto` chooses."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ochat_train.model.activations import Activations, count_activations
+from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
+from ochat_train.model.memory import (
+    MemoryNeeds,
+    ModelSize,
+    ZeroSetting,
+    checkpoint_bytes,
+    measure_size,
+    memory_needs,
+    run_bytes,
+)
+from ochat_train.model.pretrained import DTYPES
+from ochat_train.recipe import Recipe
+
+# The share of a GPU's memory for CUDA itself, its libraries, and the gaps between allocated blocks.
+RESERVED = 0.06
+_MOST_LOCAL = 8  # GPUs of a host, where the number is not known
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableMemory:
+    """The memory for training: bytes of each GPU, None on a CPU; bytes of host memory that are free.
+
+    is_here: whether the GPUs are in this machine; False for GPUs that are only planned for.
+    """
+
+    gpu_bytes: int | None
+    host_bytes: int
+    is_here: bool
+
+
+def find_memory() -> AvailableMemory:
+    """The memory of this machine, by its smallest GPU."""
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return AvailableMemory(min(gpus, default=None), psutil.virtual_memory().available, is_here=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory that a recipe's run needs, and from which the needs of any other setting follow.
+
+    policy: the activation checkpointing, chosen if the recipe says auto; activations are counted under it. num_local:
+    processes of a host; None stands for all of them on a CPU, and for at most 8 with GPUs.
+    """
+
+    recipe: Recipe
+    available: AvailableMemory
+    config: Any
+    size: ModelSize
+    num_processes: int
+    policy: str
+    activations: Activations
+    num_local: int | None = None
+
+    def setting(self, stage: int, *, offload: bool, num_processes: int, algorithm: Any = None) -> ZeroSetting:
+        """The recipe's setting with another stage, offload, number of processes and, if given, optimizer."""
+        zero = self.recipe.deepspeed.get("zero_optimization", {})
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) * (2 if zero.get("overlap_comm") else 1)
+        if not self.is_on_gpu:  # host memory that is never written is never allocated
+            bucket = min(bucket, self.size.num_trained)
+        return ZeroSetting(
+            stage=stage,
+            offload=offload,
+            num_processes=num_processes,
+            dtype=self.recipe.model.dtype,
+            algorithm=algorithm or self.recipe.optim.algorithm,
+            bucket=bucket,
+            grad_accum=self.recipe.packing.grad_accum,
+        )
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the run is on GPUs."""
+        return self.available.gpu_bytes is not None
+
+    @property
+    def own(self) -> ZeroSetting:
+        """The setting of the recipe itself."""
+        zero = self.recipe.zero
+        return self.setting(zero.stage, offload=zero.offload == "optimizer", num_processes=self.num_processes)
+
+    def needs(self, setting: ZeroSetting, activations: Activations | None = None) -> MemoryNeeds:
+        """The needs of each process under a setting."""
+        return memory_needs(self.size, activations or self.activations, setting, on_gpu=self.is_on_gpu)
+
+    def total(self, setting: ZeroSetting, activations: Activations | None = None) -> int:
+        """Bytes of a process on its device; on a CPU including what is offloaded, which is the same memory."""
+        needs = self.needs(setting, activations)
+        return needs.total + (0 if self.is_on_gpu else needs.host)
+
+    def limit(self, setting: ZeroSetting) -> int:
+        """The bytes that each process may take: of its GPU, or its share of host memory."""
+        if self.available.gpu_bytes is not None:
+            return int((1 - RESERVED) * self.available.gpu_bytes)
+        return self.available.host_bytes // (self.num_local or setting.num_processes)
+
+    def fits_device(self, setting: ZeroSetting, activations: Activations | None = None) -> bool:
+        """Whether each process fits its device."""
+        return self.total(setting, activations) <= self.limit(setting)
+
+    def fits(self, setting: ZeroSetting, activations: Activations | None = None) -> bool:
+        """Whether each process fits its device and, where host memory beside GPUs is known, that too."""
+        is_in_host = not self.is_on_gpu or not self.available.is_here
+        is_in_host = is_in_host or self.host_needs(setting) <= self.available.host_bytes
+        return is_in_host and self.fits_device(setting, activations)
+
+    def host_needs(self, setting: ZeroSetting) -> int:
+        """Bytes of host memory beside GPUs: the whole model, which each process loads, or what is offloaded."""
+        num_local = self.num_local or min(setting.num_processes, _MOST_LOCAL)
+        loaded = DTYPES[setting.dtype].itemsize * self.size.num_weights
+        return num_local * max(loaded, self.needs(setting).host)
+
+    def count(self, policy: str, num_tokens: int | None = None) -> Activations:
+        """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""
+        return _count(self.recipe, self.config, self.size, policy, num_tokens)
+
+    def describe(self) -> str:
+        """The bytes that are planned and the limit, in a few words."""
+        own = self.own
+        return f"{show_bytes(self.total(own))} planned of {show_bytes(self.limit(own))} for each process"
+
+
+def size_of(recipe: Recipe, config: Any, num_rows: int) -> ModelSize:
+    """The size of the recipe's model; config: its transformers configuration. Raises ValueError as `measure_size` does.
+
+    num_rows: how many rows of embedding and head are trained beside adapters.
+    """
+    lora = recipe.model.lora
+    return measure_size(
+        config,
+        lora_rank=lora.rank if lora else None,
+        lora_targets=lora.targets if lora else "all-linear",
+        num_rows=num_rows,
+    )
+
+
+def plan_memory(
+    recipe: Recipe,
+    available: AvailableMemory,
+    config: Any,
+    size: ModelSize,
+    num_processes: int,
+    *,
+    num_local: int | None = None,
+) -> MemoryPlan:
+    """The memory plan of the recipe's run; config: the model's transformers configuration.
+
+    With model.checkpointing auto, its policy is the one that recomputes least among those that fit the device; full
+    when none fits. Raises ValueError when the model's activations cannot be counted.
+    """
+    wanted = recipe.model.checkpointing
+    for policy in _policies_of(config) if wanted == "auto" else (wanted,):
+        activations = _count(recipe, config, size, policy)
+        plan = MemoryPlan(recipe, available, config, size, num_processes, policy, activations, num_local)
+        if plan.fits_device(plan.own):
+            break
+    return plan
+
+
+def _count(recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None) -> Activations:
+    lora = recipe.model.lora
+    return count_activations(
+        config,
+        num_tokens=recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens,
+        dtype=recipe.model.dtype,
+        checkpointing=policy,
+        lora_rank=lora.rank if lora else None,
+        lora_targets=lora.targets if lora else "all-linear",
+        num_rows=size.num_rows,
+    )
+
+
+def _policies_of(config: Any) -> list[str]:
+    """The policies of BY_TIME that a model of this configuration can have."""
+    num_layers = getattr(config, "num_hidden_layers", 1)
+    return [policy for policy in BY_TIME if policy in ("none", "full") or (period_of(policy) or 0) <= num_layers]
+
+
+def nearest_that_fits(plan: MemoryPlan) -> str:
+    """The smallest change with which the recipe fits: first changes that cost nothing, then speed, then money."""
+    recipe, own = plan.recipe, plan.own
+    capacity, least = recipe.packing.tokens_per_gpu, recipe.data.max_tokens
+    share = share_of(plan.policy)
+    for policy in _policies_of(plan.config):
+        if share_of(policy) > share and plan.fits(own, plan.count(policy)):
+            return f"set model.checkpointing: {policy}"
+    for stage in (2, 3):
+        if stage > own.stage and plan.fits(
+            setting := plan.setting(stage, offload=own.offload, num_processes=own.num_processes)
+        ):
+            return f"set zero.stage: {setting.stage}"
+    if plan.fits(own, plan.count(plan.policy, least)):
+        low, high = least, capacity  # low fits, high does not
+        while high - low > max(256, capacity // 16):
+            middle = (low + high) // 2
+            low, high = (middle, high) if plan.fits(own, plan.count(plan.policy, middle)) else (low, middle)
+        return f"set packing.tokens_per_gpu: {low} (was {capacity}), and packing.grad_accum higher for as large a step"
+    for stage in (2, 3):
+        setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
+        if own.algorithm != "adamw_8bit" and plan.fits(setting):
+            host = show_bytes(plan.host_needs(setting))
+            return f"set zero.stage: {stage} and zero.offload: optimizer, with {host} of host memory"
+    for stage in (2, 3):
+        setting = plan.setting(stage, offload=False, num_processes=own.num_processes, algorithm="adamw_8bit")
+        if own.algorithm == "adamw" and plan.fits(setting):
+            return f"set zero.stage: {stage}, zero.offload: none and optim.algorithm: adamw_8bit, which rounds averages"
+    for number in (own.num_processes * 2**power for power in range(1, 8)):
+        for stage in (2, 3):
+            if plan.is_on_gpu and plan.fits(plan.setting(stage, offload=False, num_processes=number)):
+                return f"take {number} GPUs with zero.stage: {stage}"
+    return "train adapters with model.lora, take GPUs with more memory, or a smaller model"
+
+
+# ---------------------------------------------------------------------------------------------------------- disk
+
+
+def show_bytes(num_bytes: float) -> str:
+    """The number in GiB, below a tenth of a GiB in MiB."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def existing_parent(path: Path) -> Path:
+    """`path` itself or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """The bytes that may still be written below `path`, which need not exist."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+# A full disk, a full quota, a limit on the size of a file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room_for(num_bytes: int, folder: Path) -> Iterator[None]:
+    """Wraps code that writes about `num_bytes` into `folder`: raises ValueError with the remedy when it lacks room."""
+    free = free_bytes(folder)
+    try:
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except Exception as error:
+        # Libraries in Rust raise exceptions of their own, with the number in the text.
+        number = error.errno if isinstance(error, OSError) else None
+        number = number or next((code for code in _NO_ROOM if f"(os error {code})" in str(error)), None)
+        if number not in _NO_ROOM:
+            raise
+        raise ValueError(
+            f"{os.strerror(number)}: {folder} takes {show_bytes(num_bytes)}, and {show_bytes(free)} are free at "
+            f"{existing_parent(folder)}; make room there, or raise the limit, and run the same command again"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """The disk that a run takes, in bytes.
+
+    checkpoint, model, light: one checkpoint, the exported model, one light checkpoint. num_kept, num_light: how many
+    checkpoints and light ones stay. taken: what the folder holds already. free: what is free beside it.
+    """
+
+    folder: Path
+    checkpoint: int
+    model: int
+    light: int
+    num_kept: int
+    num_light: int
+    taken: int
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """The most that the folder takes."""
+        return run_bytes(self.checkpoint, self.model, self.light, keep=self.num_kept, num_light=self.num_light)
+
+    @property
+    def missing(self) -> int:
+        """The bytes that are missing; 0 when the run fits."""
+        return max(0, self.needed - self.taken - self.free)
+
+    def describe(self) -> str:
+        """One line with all of these figures."""
+        return (
+            f"{show_bytes(self.needed)} for {self.folder}: {self.num_kept + 1} checkpoints of "
+            f"{show_bytes(self.checkpoint)}, the model of {show_bytes(self.model)} twice while it is replaced"
+            + (f", {self.num_light} light ones of {show_bytes(self.light)}" if self.num_light else "")
+            + (f"; {show_bytes(self.taken)} of it exist already" if self.taken else "")
+            + f"; {show_bytes(self.free)} are free at {existing_parent(self.folder)}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What to do when bytes are missing."""
+        return f"free {show_bytes(self.missing)}, lower checkpoint.keep, or name another disk in checkpoint.dir"
+
+
+def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int) -> DiskPlan:
+    """The disk of checkpoint.dir that the recipe's run of about `num_steps` steps takes."""
+    folder = Path(recipe.checkpoint.dir)
+    return DiskPlan(
+        folder=folder,
+        checkpoint=checkpoint_bytes(
+            size.num_trained,
+            stage=recipe.zero.stage,
+            dtype=recipe.model.dtype,
+            algorithm=recipe.optim.algorithm,
+        ),
+        model=DTYPES[recipe.model.dtype].itemsize * size.num_weights,
+        light=DTYPES["bfloat16"].itemsize * size.num_weights,
+        num_kept=recipe.checkpoint.keep,
+        num_light=_num_light(recipe, num_steps),
+        taken=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        free=free_bytes(folder),
+    )
+
+
+def _num_light(recipe: Recipe, num_steps: int) -> int:
+    """The most light checkpoints that exist at once."""
+    policy = recipe.checkpoint.models
+    if policy.every_epochs is None and policy.every_steps is None:
+        return 0
+    if policy.keep is not None:
+        return policy.keep + 1
+    of_epochs = recipe.train.epochs // policy.every_epochs if policy.every_epochs else 0
+    return of_epochs + (num_steps // policy.every_steps if policy.every_steps else 0)
