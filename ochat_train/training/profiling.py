@@ -39,7 +39,7 @@ def _write(folder: Path, world: World, step: int, profiler: profile) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
-    except Exception as error:  # of many kinds, such as on a full disk; training goes on
+    except Exception as error:  # of many kinds, such as on a full disk; training continues
         say(world, f"WARNING: the profile {file} was not written: {error}")
         return
     say(world, f"profile written to {file}: open it at https://ui.perfetto.dev or in chrome://tracing")

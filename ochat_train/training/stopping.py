@@ -160,7 +160,7 @@ class Watchdog:
         self._beat = replace(beat, mark=beat.mark + 1, progress=beat.progress + 1, step=step, doing=doing)
 
     def progress(self) -> None:
-        """Record that what was begun takes long and goes on."""
+        """Record progress within something that takes long."""
         self._beat = replace(self._beat, progress=self._beat.progress + 1)
 
     def _watch(self) -> None:

@@ -84,7 +84,7 @@ def test_a_rank_that_is_killed_while_it_loads_the_model_is_named_and_the_other_s
 # Each rank on a host of its own, as far as it can tell.
 APART = """
 import os, ochat_train.training.stopping as w
-w.LOST_AFTER_S = 2.0
+w.LOST_AFTER_S = 8.0  # above any pause of a rank on a busy machine
 readlink = os.readlink
 os.readlink = lambda path: f"pid:[{rank}]" if path == "/proc/self/ns/pid" else readlink(path)
 """
@@ -100,7 +100,7 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
     ranks.signal(frozen, signal.SIGSTOP)
     began = time.monotonic()
     while ranks.codes()[other] is None:
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
         time.sleep(0.05)
     ranks.signal(frozen, signal.SIGKILL)
     code, output = ranks.end()[other]
