@@ -18,22 +18,23 @@ import pytest
 from tokenizers import Tokenizer
 
 import ochat_train.report.__main__ as report
+import ochat_train.report.page as page_module
 import ochat_train.report.store as report_store
-import ochat_train.report.store_view as report_store_view
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.ledger import Ledger, LedgerRow, ledger_table
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.shard import OVERLONG_COLUMNS
 from ochat_train.recipe import load_recipe
-from ochat_train.report.store import Packing, Piece, Sample, StoreReport, quantile, read_report
-from ochat_train.report.store_view import as_html, as_text
-from ochat_train.report.tables import align
+from ochat_train.report.page import Token, align, visible
+from ochat_train.report.store import PackingTrial, Sample, StoreReport, quantile, read_store
+from ochat_train.report.store_sections import store_document
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
 
+BAR = re.compile(" *[█▐▕▏▎▍▌▋▊▉]+ *")
 SCRIPT = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
 
 
@@ -157,11 +158,11 @@ class Page(HTMLParser):
 
 
 def text_tables(text: str) -> list[list[list[str]]]:
-    """The tables of the terminal's report as rows of cells, empty cells left out."""
+    """The tables of the terminal's report as rows of cells, empty cells and bars left out."""
     tables: list[list[list[str]]] = [[]]
     for line in text[: text.index("\nSAMPLES")].splitlines():
         if line.startswith("  "):
-            tables[-1].append(re.split(r" {2,}", line.strip()))
+            tables[-1].append(re.split(r" {2,}", re.sub(BAR, "  ", line).strip()))
         elif tables[-1]:
             tables.append([])
     return [table for table in tables if table]
@@ -174,8 +175,16 @@ def row_of(tables: Iterable[list[list[str]]], *first: str) -> list[str]:
     return row
 
 
+def as_text(report: StoreReport) -> str:
+    return page_module.as_text(store_document(report))
+
+
+def as_html(report: StoreReport) -> str:
+    return page_module.as_html(store_document(report))
+
+
 def show(path: Path) -> tuple[StoreReport, list[list[list[str]]]]:
-    facts = read_report(path)
+    facts = read_store(path)
     return facts, text_tables(as_text(facts))
 
 
@@ -242,7 +251,7 @@ def test_the_totals_are_those_of_a_naive_recount(quickstart: ChatTokenizer, tmp_
 def test_a_store_made_by_preprocess_agrees_with_its_own_table(tmp_path: Path) -> None:
     overrides = [f"data.store={tmp_path / 'store'}", "data.max_tokens=64", "data.overlong_context=8"]
     preprocess(load_recipe(ROOT / "recipes/quickstart.yaml", overrides), num_workers=1)
-    facts = read_report(tmp_path / "store")
+    facts = read_store(tmp_path / "store")
     counts = facts.manifest.counts
     assert sum(source["examples"] for source in counts.values()) > sum(source["kept"] for source in counts.values())
     for source, expected in counts.items():
@@ -293,17 +302,17 @@ def test_each_length_is_in_the_bin_that_names_it(quickstart: ChatTokenizer, tmp_
         binned.update(inside)
     assert binned == Counter(lengths)
     assert table[-1][0] == "55 to 64"
-    assert "median 17, 90 % 63, longest 64, data.max_tokens 64." in as_text(read_report(path))
+    assert "median 17, 90 % 63, longest 64, data.max_tokens 64." in as_text(read_store(path))
 
 
 # Two of 33 tokens never fit into 64, so each of the 8 micro-batches of 64 holds one, those of 128 hold three.
 def test_the_fill_is_what_the_plan_reaches_without_the_last_step(quickstart: ChatTokenizer, tmp_path: Path) -> None:
     facts, tables = show(write(tmp_path / "store", quickstart, [plain(33)] * 50))
     assert facts.packing == (
-        Packing(64, 33 / 64, 7, 50),
-        Packing(128, 3 * 33 / 128, 3, 50),
-        Packing(256, None, 1, 50),
-        Packing(512, None, 1, 50),
+        PackingTrial(64, 33 / 64, 7, 50),
+        PackingTrial(128, 3 * 33 / 128, 3, 50),
+        PackingTrial(256, None, 1, 50),
+        PackingTrial(512, None, 1, 50),
     )
     assert row_of(tables, "packing.tokens_per_gpu", "128")[1:] == ["77.3 %", "3", "17"]
     assert row_of(tables, "packing.tokens_per_gpu", "512")[1:] == ["-", "1", "50"]
@@ -313,10 +322,10 @@ def test_packing_of_many_examples_is_tried_on_a_sample_and_says_so(
     quickstart: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "store", quickstart, [plain(33)] * 500, batch=100)
-    assert "drawn at random" not in as_text(read_report(path))
+    assert "drawn at random" not in as_text(read_store(path))
     monkeypatch.setattr(report_store, "_PACKING_EXAMPLES", 100)
-    facts = read_report(path)
-    assert facts.packing[0] == Packing(64, 33 / 64, 63, 100)  # 500 / 8 steps
+    facts = read_store(path)
+    assert facts.packing[0] == PackingTrial(64, 33 / 64, 63, 100)  # 500 / 8 steps
     assert "Tried on 100 examples drawn at random." in " ".join(as_text(facts).split())
 
 
@@ -338,11 +347,9 @@ def test_the_funnel_and_the_changes_say_what_the_ledger_says(quickstart: ChatTok
         table for table in tables if table[1][0] == "refusal_masked"
     )
     assert row_of(tables, "source", "condition", "bad")[:6] == ["bad", "-", "-", "1", "0", "1"]
-    bars = [
-        attributes for tag, attributes in Page(as_html(facts)).tags if tag == "rect" and attributes.get("rx") == "2"
-    ]
-    places = [(float((bar["x"] or "")[:-1]), float((bar["width"] or "")[:-1])) for bar in bars if "x" in bar]
-    assert places == [(0.0, 100.0), (63.636, 36.364), (54.545, 9.091), (0.0, 54.545)]
+    margins = re.findall(r'<div style="margin: 0 ([\d.]+)% 0 ([\d.]+)%">', as_html(facts))
+    places = [(float(left), 100 - float(right)) for right, left in margins]
+    assert places == [pytest.approx(place) for place in ((0, 100), (63.636, 100), (54.545, 63.636), (0, 54.545))]
 
 
 def test_the_choices_for_long_conversations_stand_beside_each_other(quickstart: ChatTokenizer, tmp_path: Path) -> None:
@@ -386,18 +393,20 @@ def mixed(quickstart: ChatTokenizer, tmp_path: Path) -> Path:
 
 
 def test_the_page_and_the_terminal_show_the_same_tables(mixed: Path) -> None:
-    facts = read_report(mixed)
+    facts = read_store(mixed)
     text = as_text(facts)
     page = Page(as_html(facts))
-    assert [[[cell for cell in row if cell] for row in table] for table in page.tables] == text_tables(text)
-    assert len(page.tables) == 10
+    origin, *tables = page.tables
+    assert [[[cell for cell in row if cell] for row in table] for table in tables] == text_tables(text)
+    assert len(tables) == 10
+    assert all(re.search(rf"^{re.escape(name)} +{re.escape(value)}$", text, re.MULTILINE) for name, value in origin)
     for line in text[: text.index("\nSOURCES")].splitlines():
         for cell in re.split(r" {2,}", line):
             assert cell in page.text
 
 
 def test_text_of_the_dump_stays_text(mixed: Path) -> None:
-    page = Page(as_html(read_report(mixed)))
+    page = Page(as_html(read_store(mixed)))
     assert not {tag for tag, _ in page.tags} & {"script", "img", "b>bad"}
     assert sum(tag == "html" for tag, _ in page.tags) == 1
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
@@ -414,17 +423,17 @@ def test_a_token_is_escaped_and_what_one_cannot_see_in_it_is_marked() -> None:
         " ": " ",
         "  ": "<i>·</i><i>·</i>",
     }
-    assert {text: str(report_store_view._visible(text)) for text in shown} == shown
+    assert {text: str(visible(text)) for text in shown} == shown
 
 
 def test_the_page_shows_tokens_that_way(mixed: Path) -> None:
-    page = as_html(read_report(mixed))
+    page = as_html(read_store(mixed))
     assert ">&lt;</span>" in page and "><i>↵</i>\n" in page
     assert "<</span>" not in page and "&lt;i&gt;↵" not in page
 
 
 def test_the_page_loads_nothing(mixed: Path) -> None:
-    page = as_html(read_report(mixed))
+    page = as_html(read_store(mixed))
     parsed = Page(page)
     assert not {tag for tag, _ in parsed.tags} & {"script", "link", "img", "iframe", "object", "base", "use", "image"}
     assert not [a for _, attributes in parsed.tags for a in attributes if a in ("src", "href", "xlink:href", "srcset")]
@@ -434,7 +443,7 @@ def test_the_page_loads_nothing(mixed: Path) -> None:
 
 
 def test_a_terminal_is_not_obeyed(mixed: Path) -> None:
-    text = as_text(read_report(mixed))
+    text = as_text(read_store(mixed))
     assert "\x1b" not in text
     assert r"\x1b[31m" in text
 
@@ -456,7 +465,7 @@ def test_a_store_of_one_source_and_one_example_and_nothing_held_out(quickstart: 
 
 
 def test_the_page_says_what_the_store_is(mixed: Path, quickstart: ChatTokenizer) -> None:
-    text = Page(as_html(read_report(mixed))).text
+    text = Page(as_html(read_store(mixed))).text
     facts = (
         "0123456789ab",
         "fedcba987654",
@@ -477,8 +486,8 @@ def joined(sample: Sample) -> list[list[str]]:
 
 def test_a_sample_shows_every_token_in_its_turn_with_its_weight(quickstart: ChatTokenizer, tmp_path: Path) -> None:
     row = chat(quickstart, ["Who?\n\n  Me", "I am <s> 你好 👨‍👩‍👧 ça.", "Ok", "Bye"], weight=0.5)
-    (sample,) = read_report(write(tmp_path / "store", quickstart, [row], max_tokens=256)).samples
-    pieces: list[Piece] = [piece for turn in sample.head for piece in turn]
+    (sample,) = read_store(write(tmp_path / "store", quickstart, [row], max_tokens=256)).samples
+    pieces: list[Token] = [piece for turn in sample.head for piece in turn]
     assert [id for piece in pieces for id in piece.ids] == row.input_ids
     assert [piece.weight for piece in pieces for _ in piece.ids] == row.loss_weights
     assert ["".join(turn) for turn in joined(sample)] == [
@@ -497,14 +506,14 @@ def test_the_line_break_behind_an_end_token_belongs_to_the_turn(quickstart_chatm
     conversation = Conversation("a", "good", "GPT4", "", messages)
     example = encode([conversation], TEMPLATES["chatml"], quickstart_chatml)[0].example
     tokenizer = Tokenizer.from_str(quickstart_chatml.pretrained.backend_tokenizer.to_str())
-    pieces = report_store._pieces(example.input_ids.tolist(), example.loss_weights.tolist(), tokenizer)
+    pieces = report_store._split_tokens(example.input_ids.tolist(), example.loss_weights.tolist(), tokenizer)
     turns = ["".join(piece.text for piece in turn) for turn in report_store._turns(pieces, "<|im_end|>")]
     assert turns == ["<|im_start|>GPT4 user\nHi<|im_end|>\n", "<|im_start|>GPT4 assistant\n\nYo<|im_end|>\n"]
 
 
 def test_a_sentencepiece_tokenizer_shows_the_spaces_that_the_model_sees(llama2: ChatTokenizer, tmp_path: Path) -> None:
     row = chat(llama2, ["Give 7 😀", "\nHere  it is"])
-    (sample,) = read_report(write(tmp_path / "store", llama2, [row])).samples
+    (sample,) = read_store(write(tmp_path / "store", llama2, [row])).samples
     assert ["".join(turn) for turn in joined(sample)] == [
         "<s>GPT4 User: Give 7 😀<|end_of_turn|>",
         "GPT4 Assistant: \nHere  it is<|end_of_turn|>",
@@ -514,7 +523,7 @@ def test_a_sentencepiece_tokenizer_shows_the_spaces_that_the_model_sees(llama2: 
 def test_ids_that_spell_no_text_are_shown_nevertheless(quickstart: ChatTokenizer, tmp_path: Path) -> None:
     half = quickstart.encode_texts(["😀"])[0].tolist()[:-1]
     row = Row("a", "good", "GPT4", [*half, 5000, *half], [0.0] + [1.0] * (2 * len(half)))
-    (sample,) = read_report(write(tmp_path / "store", quickstart, [row])).samples
+    (sample,) = read_store(write(tmp_path / "store", quickstart, [row])).samples
     assert [id for turn in sample.head for piece in turn for id in piece.ids] == row.input_ids
     assert all(text for turn in joined(sample) for text in turn)
 
@@ -524,16 +533,16 @@ def test_samples_are_short_median_and_long_and_always_the_same(quickstart: ChatT
     rows = [plain(length, id=f"{position}") for position, length in enumerate(lengths)]
     rows += [plain(30, id=f"other {number}", source="other") for number in range(2)]
     path = write(tmp_path / "store", quickstart, rows, sources=["good", "other"])
-    chosen = [(sample.source, sample.id, sample.num_tokens) for sample in read_report(path).samples]
+    chosen = [(sample.source, sample.id, sample.num_tokens) for sample in read_store(path).samples]
     good = [("good", str(60 - length), length) for length in (22, 40, 58)]
     assert chosen == [*good, ("other", "other 0", 30), ("other", "other 1", 30)]
-    assert read_report(path).samples == read_report(path).samples
+    assert read_store(path).samples == read_store(path).samples
 
 
 def test_a_long_sample_is_shown_without_its_middle(quickstart: ChatTokenizer, tmp_path: Path) -> None:
     ids = [3 + number % 900 for number in range(1000)]
     row = Row("a", "good", "GPT4", ids, [0.0] * 999 + [1.0])
-    facts = read_report(write(tmp_path / "store", quickstart, [row], max_tokens=1000))
+    facts = read_store(write(tmp_path / "store", quickstart, [row], max_tokens=1000))
     (sample,) = facts.samples
     shown = [[id for turn in part for piece in turn for id in piece.ids] for part in (sample.head, sample.tail)]
     assert shown == [ids[:400], ids[-200:]]
@@ -543,7 +552,7 @@ def test_a_long_sample_is_shown_without_its_middle(quickstart: ChatTokenizer, tm
 
 
 def test_supervised_tokens_are_marked_on_the_page_by_more_than_a_colour(mixed: Path) -> None:
-    page = as_html(read_report(mixed))
+    page = as_html(read_store(mixed))
     marked = [a for tag, a in Page(page).tags if tag == "span" and "title" in a]
     assert {(a["class"] or "").strip(): (a["title"] or "").split(", ")[1] == "weight 0" for a in marked} == {
         "": True,
@@ -563,7 +572,7 @@ def test_the_command_writes_a_page_into_the_store_and_prints_its_path(
 ) -> None:
     report.main(["store", str(mixed)])
     assert capsys.readouterr().out == f"{mixed / 'report.html'}\n"
-    assert (mixed / "report.html").read_text(encoding="utf-8") == as_html(read_report(mixed))
+    assert (mixed / "report.html").read_text(encoding="utf-8") == as_html(read_store(mixed))
     report.main(["store", str(mixed), "--out", str(tmp_path / "page.html")])
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_bytes() == (mixed / "report.html").read_bytes()
@@ -571,7 +580,7 @@ def test_the_command_writes_a_page_into_the_store_and_prints_its_path(
 
 def test_the_command_prints_text_and_writes_nothing(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main(["store", str(mixed), "--text"])
-    assert capsys.readouterr().out == as_text(read_report(mixed)) + "\n"
+    assert capsys.readouterr().out == as_text(read_store(mixed)) + "\n"
     assert not (mixed / "report.html").exists()
 
 

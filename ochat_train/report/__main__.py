@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ochat_train.report import run_view
-from ochat_train.report.run import ask, read_run
-from ochat_train.report.store import read_report
-from ochat_train.report.store_view import as_html, as_text
+from ochat_train.report.page import Document, as_html, as_text, blocks_as_text
+from ochat_train.report.run import generate_replies, read_run
+from ochat_train.report.run_sections import run_document, run_summary
+from ochat_train.report.store import read_store
+from ochat_train.report.store_sections import store_document
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,37 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report_run(options: argparse.Namespace) -> str:
     """The report of a run as text: all of it, or what matters most, with the path of the page written."""
     report = read_run(options.run)
-    if report.recipe and any(saved.path == "model" for saved in report.saved):
-        report = replace(report, replies=ask(options.run / "model", report.question, report.conditions))
+    if report.recipe and any(folder.path == "model" for folder in report.saved):
+        replies = generate_replies(options.run / "model", report.question, report.conditions)
+        report = replace(report, replies=replies)
     if options.text:
-        return run_view.as_text(report)
+        return as_text(run_document(report))
     page: Path = options.out or options.run / "report.html"
-    _write_page(page, run_view.as_html(report))
-    return f"{run_view.as_summary(report)}\n\n{page}"
+    _write_page(page, run_document(report))
+    return f"{blocks_as_text(run_summary(report))}\n\n{page}"
 
 
 def report_store(options: argparse.Namespace) -> str:
     """The report of a store as text, or the path of the page written."""
-    report = read_report(options.store)
+    document = store_document(read_store(options.store))
     if options.text:
-        return as_text(report)
+        return as_text(document)
     page: Path = options.out or options.store / "report.html"
-    _write_page(page, as_html(report))
+    _write_page(page, document)
     return str(page)
 
 
 def report_plan(options: argparse.Namespace) -> str:
     """The report of a plan, or of two, as text, with the path of the page that was written, if one was."""
-    from ochat_train.report import plan_view  # they import torch, which the other reports do without
-    from ochat_train.report.plan import read_plans, read_requests
+    from ochat_train.report.plan import read_plans, read_requests  # they import torch: the other reports do without
+    from ochat_train.report.plan_sections import plan_document
 
     reports = read_plans(read_requests(options.recipe, options.words, options.vs))
-    text = plan_view.as_text(reports)
+    document = plan_document(reports)
     if options.text:
-        return text
+        return as_text(document)
     page: Path = options.out or Path(reports[0].recipe.checkpoint.dir) / "plan.html"
-    _write_page(page, plan_view.as_html(reports), makes_folder=options.out is None)
-    return f"{text}\n\n{page}"
+    _write_page(page, document, makes_folder=options.out is None)
+    return f"{as_text(document)}\n\n{page}"
 
 
 def _form_arguments(parser: argparse.ArgumentParser, page: str) -> None:
@@ -99,11 +101,11 @@ def _form_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     form.add_argument("--out", metavar="FILE", type=Path, help=f"the page's file; default {page}")
 
 
-def _write_page(page: Path, html: str, *, makes_folder: bool = False) -> None:
+def _write_page(page: Path, document: Document, *, makes_folder: bool = False) -> None:
     try:
         if makes_folder:
             page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(html, encoding="utf-8")
+        page.write_text(as_html(document), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{page} cannot be written: {error.strerror}; name another file with --out") from None
 

@@ -1,89 +1,232 @@
-"""Curves over steps, as a page draws them: points thinned to what can be seen, axes with ticks, SVG paths."""
+"""Charts of a page: drawn by matplotlib as SVG, whose colours and fonts are those of the page's style."""
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from io import StringIO
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Floats = npt.NDArray[np.float64]
 Scale = Literal["zero", "linear", "auto", "log"]
 
-_COLUMNS = 500  # a curve keeps its lowest and its highest point in each
-_WIDTH, _HEIGHT = 4 * _COLUMNS, 1000  # of a chart, in the units of its paths
-_MOST_DOTTED = 60  # points of a curve; more would touch
-_MOST_TICKS = 5  # and one at the beginning
+# What stands for a colour while matplotlib draws, and its name in the page's style, which has a dark form of each.
+COLOURS = ("#2f6fbb", "#b85a00", "#2e7d4f", "#7a4fb5", "#b3394f", "#007a87", "#7d5a3c", "#61690a")
+INK, SOFT, LINE, DROP, CARD = "#1d1f23", "#5d636e", "#dedbd4", "#c77c2a", "#fefefe"
+CSS_COLOURS = {
+    **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    LINE: "var(--line)",
+    DROP: "var(--drop)",
+    CARD: "var(--card)",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # texts stay texts, in the page's font
+    "path.simplify_threshold": 0.5,
+    "font.size": 11,
+    "axes.edgecolor": SOFT,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.xmargin": 0,
+    "grid.color": LINE,
+    "xtick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.color": SOFT,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 3,
+}
+_SUPERFLUOUS = re.compile(
+    r"""
+    <!--.*?-->                          # comments
+    | <defs>\s*<clipPath.*?</defs>      # nothing is outside of the axes
+    | \sclip-path="[^"]*"
+    | \sid="[^"]*"                      # the same in every chart
+    | \stransform="rotate\(-0\s[^"]*"
+    | font-(size|family):[^;"]*;?\s?    # the page's
+    | (?<=\d\.\d)\d+(?=\s[-\d\n]|")   # of coordinates what is less than a tenth of a pixel
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_NARROW = 480  # two such charts stand side by side
+_LABELLED_SHARE = 0.14  # smaller parts of a bar have no room for a number
 _LOG_RATIO = 20  # from here between highest and lowest, an axis that may be logarithmic is
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """y f64[n] over x f64[n], which ascends; nan where there is no value. colour: its place in the palette, None: ink.
+def colour_of(number: int) -> str:
+    """The colour of a condition, a source or another name that is one of several, by its place among them."""
+    return COLOURS[number % len(COLOURS)]
 
-    style: a line, a thin one under it, or a dashed one. has_key: whether the legend names it.
-    """
+
+class LegendEntry(NamedTuple):
+    """A name beside its colour, and a value, such as the last of a curve."""
 
     name: str
-    x: Floats
-    y: Floats
-    colour: int | None
-    style: Literal["line", "thin", "dashed"] = "line"
-    has_key: bool = True
+    colour: str
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves that share their axes. form: of a value. scale: of the y-axis; auto is log where values differ much.
+    """What the page shows as a figure; a terminal shows none.
 
-    levels: (height, colour) of lines across. marks: (step, class, name) of lines upwards. ticks: steps marked above.
+    draw: puts it onto empty axes. Texts that come from data belong into title, legend and note, which the page escapes:
+    matplotlib would read a `$` in them as a formula. width, height: in CSS pixels; charts that are not wider than the
+    default stand side by side.
     """
 
     key: str
     title: str
     unit: str
-    curves: Sequence[Curve]
-    form: Callable[[float], str]
-    scale: Scale = "zero"
+    draw: Callable[["Axes"], None]
+    legend: Sequence[LegendEntry] = ()
     note: str = ""
-    levels: Sequence[tuple[float, int | None]] = ()
-    marks: Sequence[tuple[float, str, str]] = ()
-    ticks: Sequence[float] = ()
+    width: int = _NARROW
+    height: int = 190
+    kind: ClassVar[str] = "chart"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it takes the whole width of a page."""
+        return self.width > _NARROW
+
+    @property
+    def label(self) -> str:
+        """The chart in words, for those who do not see it."""
+        legend = ", ".join(f"{entry.name} {entry.value}".strip() for entry in self.legend)
+        return f"{self.title}, {self.unit}: {legend}" if legend else f"{self.title}, {self.unit}"
+
+
+def as_svg(chart: Chart) -> str:
+    """The content of an <svg> element with the view box `0 0 width height`."""
+    from matplotlib import rc_context  # takes a second
+    from matplotlib.figure import Figure
+
+    file = StringIO()
+    with rc_context(_STYLE):
+        figure = Figure((chart.width / 72, chart.height / 72), layout="constrained")
+        axes = figure.subplots()
+        for background in (figure.patch, axes.patch):
+            background.set_visible(False)
+        chart.draw(axes)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # Without the head, whose style would be that of the whole page.
+    svg = file.getvalue().partition("</defs>")[2].rpartition("</svg>")[0]
+    svg = " ".join(_SUPERFLUOUS.sub("", svg).replace("\nL ", " ").split()).replace("> <", "><")
+    for colour, variable in CSS_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+# ------------------------------------------------------------------------------------------------------ curves
+
+
+class Curve(NamedTuple):
+    """y f64[n] over x f64[n], nan where there is no value. style: a line, a thin one under others, a dashed one.
+
+    The legend names lines alone.
+    """
+
+    name: str
+    x: Floats
+    y: Floats
+    colour: str
+    style: Literal["line", "thin", "dashed"] = "line"
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    """From `low` to `high`, which is above it; both above 0 where it is logarithmic."""
+class Curves:
+    """Curves over steps that share their axes.
 
-    low: float
-    high: float
-    is_log: bool = False
+    form: the text of a value. scale: of the y-axis; from zero, or logarithmic, or so (auto) where values differ much.
+    span: the first and the last step of the axis. restarts, best: steps with a line upwards. skipped: steps with a mark
+    at the top. levels: (height, colour) of dashed lines across.
+    """
 
-    def place(self, values: Floats) -> Floats:
-        """Where values lie: 0 at the low end, 1 at the high end."""
-        low, high = (math.log(end) if self.is_log else end for end in (self.low, self.high))
-        return ((np.log(values) if self.is_log else values) - low) / (high - low)
+    curves: Sequence[Curve]
+    form: Callable[[float], str]
+    scale: Scale = "zero"
+    span: tuple[int, int] = (0, 1)
+    restarts: Sequence[int] = ()
+    best: int | None = None
+    skipped: Sequence[int] = ()
+    levels: Sequence[tuple[float, str]] = ()
 
-    def ticks(self) -> list[float]:
-        """Round values, at most one more; of a logarithmic axis powers of ten, and some between if it has few."""
-        if not self.is_log:
-            step = _round_step((self.high - self.low) / _MOST_TICKS)
-            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-            return [number * step for number in range(first, last + 1)]
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in ((1, 2, 5), (1, 3), (1,)):
-            found = [digit * 10.0**power for power in powers for digit in digits]
-            found = [value for value in found if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
-            if len(found) <= _MOST_TICKS:
-                return found
-        return found[:: math.ceil(len(found) / _MOST_TICKS)]
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether the y-axis is."""
+        values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in self.curves])
+        low, high = values.min(), values.max()
+        return self.scale == "log" or (self.scale == "auto" and low > 0 and bool(high > _LOG_RATIO * low))
+
+    def chart(self, key: str, title: str, unit: str, note: str = "") -> list[Chart]:
+        """The chart in a list, which is empty where no curve has a value."""
+        named = {curve.name: curve for curve in self.curves if curve.style == "line" and np.isfinite(curve.y).any()}
+        if not named:
+            return []
+        legend = [
+            LegendEntry(curve.name, curve.colour, self.form(float(curve.y[np.isfinite(curve.y)][-1])))
+            for curve in named.values()
+        ]
+        unit = f"{unit}, logarithmic" if self.is_logarithmic else unit
+        return [Chart(key, title, unit, self.draw, legend, note)]
+
+    def draw(self, axes: "Axes") -> None:
+        """Draw them onto empty axes."""
+        for curve in self.curves:
+            _draw_curve(axes, curve)
+        for step in self.restarts:
+            axes.axvline(step, color=SOFT, linestyle=":", linewidth=1)
+        for height, colour in self.levels:
+            axes.axhline(height, color=colour, linestyle="--", linewidth=1)
+        above = axes.get_xaxis_transform()  # x in steps, y from 0, the bottom, to 1, the top
+        if self.best is not None:
+            axes.axvline(self.best, color=INK, linewidth=1)
+            axes.text(self.best, 1.02, "best epoch", transform=above, color=INK, ha="center")
+        axes.vlines(self.skipped, 1, 1.05, transform=above, color=DROP, clip_on=False)
+        axes.set_xlim(*self.span)
+        self._scale_axes(axes)
+
+    def _scale_axes(self, axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator
+
+        if self.is_logarithmic:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            digits = (1, 2, 5) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=digits, numticks=6))
+            axes.minorticks_off()
+        else:
+            axes.locator_params(axis="y", nbins=5)
+            if self.scale == "zero" and axes.get_ylim()[1] > 0:
+                axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, position: self.form(value))
 
 
-def _round_step(least: float) -> float:
-    """The least of 1, 2, 2.5, 5, 10 times a power of ten that is at least `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= least * (1 - 1e-9))
+def _draw_curve(axes: "Axes", curve: Curve) -> None:
+    is_thin = curve.style == "thin"
+    axes.plot(
+        curve.x,
+        curve.y,
+        color=curve.colour,
+        linestyle="--" if curve.style == "dashed" else "-",
+        linewidth=0.8 if is_thin else None,
+        alpha=0.4 if is_thin else None,
+        marker="o" if len(curve.x) == 1 else "",
+    )
 
 
 def smooth(values: Floats, reach: int) -> Floats:
@@ -94,73 +237,25 @@ def smooth(values: Floats, reach: int) -> Floats:
     return np.asarray((sums[ends] - sums[begins]) / (ends - begins))
 
 
-def thin(x: Floats, y: Floats, axis: Axis) -> npt.NDArray[np.intp]:
-    """The positions of the points that can be seen: in each column of the chart the lowest and the highest, so that no
-    spike is lost, and the first and the last of all. x ascends; y has no nan."""
-    columns = np.floor(axis.place(x) * _COLUMNS).astype(np.int64)
-    order = np.lexsort((y, columns))
-    ends = np.flatnonzero(np.diff(columns[order], append=columns[-1] + 1) > 0)
-    begins = np.concatenate(([0], ends[:-1] + 1))
-    return np.unique(np.concatenate((order[begins], order[ends], [0, len(x) - 1])))
+# ------------------------------------------------------------------------------------------------------ shares
 
 
-def y_axis(chart: Chart) -> Axis | None:
-    """The axis that holds all values of a chart; None without values."""
-    values = np.concatenate([curve.y for curve in chart.curves] or [np.empty(0)])
-    values = values[np.isfinite(values) & ((values > 0) | (chart.scale != "log"))]
-    if not len(values):
-        return None
-    low, high = float(values.min()), float(values.max())
-    if low > 0 and (chart.scale == "log" or (chart.scale == "auto" and high > _LOG_RATIO * low)):
-        return Axis(low / 1.05, high * 1.05, is_log=True)
-    low = min(low, 0.0) if chart.scale == "zero" else low
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Axis(low if low == 0 else low - margin, high + margin)
+def shares_chart(key: str, names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Chart:
+    """A bar for each measure, which the names divide among them; shares: of each name, together 1 or 0."""
 
+    def draw(axes: "Axes") -> None:
+        for row, parts in enumerate(shares.values()):
+            starts = np.cumsum([0.0, *parts])
+            for number, (start, part) in enumerate(zip(starts, parts, strict=False)):
+                axes.barh(row, part, left=start, color=colour_of(number), edgecolor=CARD)
+                if part >= _LABELLED_SHARE:
+                    axes.text(start + part / 2, row, f"{100 * part:.1f} %", color=CARD, ha="center", va="center")
+        axes.set_yticks(range(len(shares)), list(shares))
+        axes.set_xlim(0, 1)
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
 
-def draw(chart: Chart, x_axis: Axis) -> dict[str, Any] | None:
-    """What the page's macro draws; None without values. x in percent of the width, y from 0, the top, to 1."""
-    axis = y_axis(chart)
-    if axis is None:
-        return None
-    lines: list[tuple[int | None, str, str]] = []
-    keys = []
-    for curve in chart.curves:
-        is_there = np.isfinite(curve.y) & ((curve.y > 0) | (not axis.is_log))
-        x, y = curve.x[is_there], curve.y[is_there]
-        if not len(x):
-            continue
-        lines.append((curve.colour, curve.style, _path(x, y, x_axis, axis)))
-        if curve.has_key:
-            keys.append((curve.name, curve.colour, curve.style, chart.form(float(y[-1]))))
-            if len(x) <= _MOST_DOTTED:
-                lines.append((curve.colour, "dots", _path(x, y, x_axis, axis, dots=True)))
-    label = ", ".join(f"{name} {value}" for name, _, _, value in keys)
-    return {
-        "key": chart.key,
-        "title": chart.title,
-        "unit": f"{chart.unit}, logarithmic" if axis.is_log else chart.unit,
-        "note": chart.note,
-        "label": f"{chart.title} by step; at the end {label}",
-        "view": f"0 0 {_WIDTH} {_HEIGHT}",
-        "lines": lines,
-        "keys": keys,
-        "x_ticks": [(_percent(tick, x_axis), f"{tick:,.0f}") for tick in x_axis.ticks() if tick == int(tick)],
-        "y_ticks": [(1 - float(axis.place(np.array(tick))), chart.form(tick)) for tick in axis.ticks()],
-        "levels": [(1 - float(axis.place(np.array(height))), colour) for height, colour in chart.levels],
-        "marks": [(_percent(step, x_axis), name, text) for step, name, text in chart.marks],
-        "ticks": sorted({round(_percent(step, x_axis), 1) for step in chart.ticks}),
-    }
-
-
-def _percent(x: float, axis: Axis) -> float:
-    return 100 * float(axis.place(np.array(x)))
-
-
-def _path(x: Floats, y: Floats, x_axis: Axis, axis: Axis, *, dots: bool = False) -> str:
-    """A line through the points that can be seen, or a dot on each."""
-    kept = thin(x, y, x_axis)
-    left = np.rint(_WIDTH * x_axis.place(x[kept])).astype(int).tolist()
-    top = np.rint(_HEIGHT * (1 - axis.place(y[kept]))).astype(int).tolist()
-    points = [f"{a} {b}" for a, b in zip(left, top, strict=True)]
-    return "".join(f"M{point}h0" for point in points) if dots else f"M{'L'.join(points)}"
+    legend = [LegendEntry(name, colour_of(number)) for number, name in enumerate(names)]
+    return Chart(key, "Shares", f"of {', '.join(shares)}", draw, legend, height=20 + 30 * len(shares))

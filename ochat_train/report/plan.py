@@ -68,7 +68,7 @@ def read_requests(recipe: str, words: Sequence[str], versus: Sequence[str] | Non
     if versus is None:
         return [first]
     if not versus:
-        raise ValueError("--vs has no words behind it; name another recipe, or what differs, such as gpus=64")
+        raise ValueError("--vs has no words after it; name another recipe, or what differs, such as gpus=64")
     if "=" in versus[0]:
         return [first, _add_words(replace(first, tokens_per_s=None), versus)]
     return [first, _add_words(Request(versus[0], (), first.num_gpus, None), versus[1:])]
@@ -326,7 +326,7 @@ def _take_picture(
     shape = plan.shape
     costs = step.costs.reshape(shape.grad_accum, shape.world_size)
     ranks = np.arange(shape.world_size)
-    if shape.world_size > _MOST_RANKS:  # the cheapest, some between, the dearest
+    if shape.world_size > _MOST_RANKS:  # the lightest, some between, the heaviest
         places = np.linspace(0, shape.world_size - 1, _SELECTED_RANKS).round().astype(int)
         ranks = np.argsort(costs.sum(axis=0), kind="stable")[places]
     return StepPicture(
@@ -404,7 +404,7 @@ def _find_rate(report: PlanReport, first: PlanReport | None) -> Rate | None:
 
     Without any of these it is what is predicted for this machine's GPUs.
 
-    The time of a plan is that of its dearest micro-batches, in which all ranks wait, so seconds grow with `cost`.
+    The time of a plan is that of its heaviest micro-batches, in which all ranks wait, so seconds grow with `cost`.
     """
     if report.request.tokens_per_s is not None:
         return Rate(report.request.tokens_per_s, "given")

@@ -1,10 +1,10 @@
-"""What a run did so far: read_run(RUN) -> RunReport, from what it writes while it trains; what its model replies."""
+"""The facts of a run at any moment: read_run(RUN) -> RunReport, from what it writes while it trains."""
 
-import fcntl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,115 +12,38 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ochat_train.files import STEP_FOLDERS, try_lock
 from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
-Reason = Literal["finished", "max_steps", "stopped", "skipped"]
-State = Reason | Literal["running", "dead", "unknown"]
+Event = dict[str, Any]  # a line of metrics.jsonl; docs/recipes.md has its fields
+State = Literal["running", "finished", "max_steps", "stopped", "skipped", "dead", "unknown"]
 
 ALL = None  # beside the conditions: all of them together
-# The numbers of a step that are read as they are.
-COLUMNS = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "progress",
-    "tokens",
-    "supervised_tokens",
-    "tokens_per_s",
-    "supervised_tokens_per_s",
-    "seconds",
-    "data_wait_s",
-    "mfu",
-    "peak_memory_bytes",
-    "skipped_steps",
-    "time_left_s",
-)
 _MOST_REPLY_TOKENS = 96
-_STEP_FOLDER = "step-" + "[0-9]" * 8
 
 
 # ------------------------------------------------------------------------------------------------------- facts
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """The training steps as columns of n; nan where a line does not say a value, or says null.
-
-    step, epoch: i64[n], the steps ascending. skipped: bool[n]. columns: f64[n] for each of COLUMNS.
-    loss_by_condition, weight_by_source: f64[n] for each name.
-    """
-
-    step: npt.NDArray[np.int64]
-    epoch: npt.NDArray[np.int64]
-    skipped: npt.NDArray[np.bool_]
-    columns: dict[str, Floats]
-    loss_by_condition: dict[str, Floats]
-    weight_by_source: dict[str, Floats]
-
-    def total(self, column: str) -> float:
-        """The sum of a column, values that are not there left out."""
-        return float(np.nansum(self.columns[column]))
-
-    def last(self, column: str) -> float | None:
-        """The value of the last step; None where it does not say it."""
-        values = self.columns[column]
-        return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
-
-    def median(self, column: str) -> float | None:
-        """Over the steps without the first tenth, in which a run warms up; None where no step says it."""
-        values = self.columns[column][len(self.step) // 10 :]
-        values = values[np.isfinite(values)]
-        return float(np.median(values)) if len(values) else None
-
-
-class Score(NamedTuple):
-    """Of held-out answers; loss in nats a token, accuracy 0 to 1; nan where not measured."""
-
-    loss: float
-    perplexity: float
-    accuracy: float
-
-
-class Probe(NamedTuple):
+class Losses(NamedTuple):
     """The loss of the same held-out answers under their own, another and no condition. other: None of one alone."""
 
     own: float
     other: float | None
     none: float
 
+    @property
+    def gain(self) -> float:
+        """By how much their own condition is better than another; than none, where there is no other.
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The held-out split after a step, by condition, ALL for all. probes: empty when not made."""
-
-    step: int
-    epoch: int
-    is_epoch_end: bool
-    weighted: dict[str | None, Score]
-    unweighted: dict[str | None, Score]
-    probes: dict[str | None, Probe]
+        Another one is the fair comparison: an answer under no condition at all was never trained, so that its loss may
+        rise with training though no condition means anything.
+        """
+        return (self.none if self.other is None else self.other) - self.own
 
 
-class Start(NamedTuple):
-    """A start of the run behind `step` steps. resumed: the checkpoint's name; None for the first, or if not known."""
-
-    step: int
-    num_processes: int | None
-    started: str | None
-    resumed: str | None
-    device: str | None
-    attention: str | None
-
-
-class End(NamedTuple):
-    """How the last start ended."""
-
-    step: int
-    reason: Reason
-
-
-class Saved(NamedTuple):
+class SavedFolder(NamedTuple):
     """A checkpoint or a model that is there. path: below the run; step: None if its name does not say it."""
 
     kind: Literal["checkpoint", "model"]
@@ -133,23 +56,23 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """The facts about a run.
+    """The facts of a run.
 
-    updated: when it last wrote a line. best_step: the last of the best epoch. is_held: whether a process holds the
-    run's lock; None if it never had one. num_removed: checkpoints and models that were saved and are not there. about:
-    what a checkpoint or a model says of the run (recipe, commit, versions, ...), empty before the first is saved.
-    replies: by condition, of RUN/model.
+    updated: when it last wrote a line. steps, evaluations, starts: its lines of these kinds, steps ascending, without
+    those that a restart undid. end: how the last start ended. is_held: whether a process holds the run's lock; None if
+    it never had one. num_removed: checkpoints and models that were saved and are not there. about: what a checkpoint or
+    a model says of the run (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to
+    the recipe's log.question, by condition.
     """
 
     path: str
     updated: datetime
-    steps: Steps
-    evaluations: tuple[Evaluation, ...]
-    best_step: int | None
-    starts: tuple[Start, ...]
-    end: End | None
+    steps: Sequence[Event]
+    evaluations: Sequence[Event]
+    starts: Sequence[Event]
+    end: Event | None
     is_held: bool | None
-    saved: tuple[Saved, ...]
+    saved: tuple[SavedFolder, ...]
     num_removed: int
     save_seconds: float
     conditions: tuple[str, ...]
@@ -174,56 +97,87 @@ class RunReport:
     @property
     def last_step(self) -> int:
         """The steps done."""
-        steps = [*self.steps.step[-1:].tolist(), *(evaluation.step for evaluation in self.evaluations[-1:])]
-        return max(steps, default=self.starts[-1].step if self.starts else 0)
+        return max(
+            (event["step"] for event in (*self.steps[-1:], *self.evaluations[-1:], *self.starts[-1:])), default=0
+        )
+
+    @property
+    def progress(self) -> float:
+        """The share of the examples of all epochs that is done."""
+        return float(self.steps[-1].get("progress") or 0.0) if self.steps else 0.0
+
+    @property
+    def num_steps(self) -> int | None:
+        """About how many steps all epochs have, from the share of the examples done; None before the first step."""
+        return round(self.last_step / self.progress) if self.progress else None
 
     @property
     def max_steps(self) -> int | None:
         """The recipe's train.max_steps, unless the run has gone beyond it, with another recipe."""
-        max_steps = self.recipe.get("train", {}).get("max_steps")
-        return None if max_steps is None or max_steps < self.last_step else int(max_steps)
-
-    @property
-    def num_epochs(self) -> int | None:
-        """The recipe's train.epochs."""
-        epochs: int | None = self.recipe.get("train", {}).get("epochs")
-        return epochs
+        max_steps: int | None = self.recipe.get("train", {}).get("max_steps")
+        return None if max_steps is None or max_steps < self.last_step else max_steps
 
     @property
     def state(self) -> State:
         """Whether it runs, and why not."""
-        reason = None if self.end is None else self.end.reason
+        reason: State | None = None if self.end is None else self.end["reason"]
         if self.is_held and reason not in ("finished", "max_steps"):  # of those two the model may still be exported
             return "running"
         if reason is not None:
             return reason
-        if (self.steps.last("progress") or 0) >= 1:
+        if self.progress >= 1:
             return "finished"
         if self.max_steps is not None and self.max_steps == self.last_step:
             return "max_steps"
         return "unknown" if self.is_held is None else "dead"
 
     @property
-    def num_steps(self) -> int | None:
-        """About how many steps all epochs have, from the share of the examples done; None before the first step."""
-        progress = self.steps.last("progress")
-        return round(self.last_step / progress) if progress else None
-
-    @property
-    def epoch_ends(self) -> tuple[Evaluation, ...]:
+    def epoch_ends(self) -> list[Event]:
         """The evaluations at the end of an epoch."""
-        return tuple(evaluation for evaluation in self.evaluations if evaluation.is_epoch_end)
+        return [event for event in self.evaluations if event.get("epoch_end")]
 
     @property
-    def best(self) -> Evaluation | None:
+    def best(self) -> Event | None:
         """Of those the one with the lowest held-out loss."""
-        return next((end for end in self.epoch_ends if end.step == self.best_step), None)
+        best = best_epoch(self.evaluations)
+        return next((event for event in self.epoch_ends if best is not None and event["step"] == best.step), None)
+
+
+def column(events: Iterable[Event], field: str) -> Floats:
+    """f64[n], a field of each event; nan where an event does not have it, or it is null."""
+    return _floats(event.get(field) for event in events)
+
+
+def by_condition(events: Sequence[Event], field: str) -> dict[str | None, Floats]:
+    """f64[n] for all conditions together, ALL, and for each that an event names."""
+    rows = [{ALL: event.get(field), **(event.get(f"{field}_by_condition") or {})} for event in events]
+    return {name: _floats(row.get(name) for row in rows) for name in dict.fromkeys(chain.from_iterable(rows))}
+
+
+def weight_by_source(steps: Sequence[Event]) -> dict[str, Floats]:
+    """f64[n], each source's share of the loss weight. One that a step does not name has no weight in it; a step that
+    names nothing is nan."""
+    rows = [event.get("weight_by_source") for event in steps]
+    names = dict.fromkeys(name for row in rows for name in row or ())
+    return {name: _floats(row.get(name, 0.0) if row else None for row in rows) for name in names}
+
+
+def probe_of(evaluation: Event) -> dict[str | None, Losses]:
+    """The condition probe of an evaluation, of all conditions together and of each; empty when not made."""
+    if not evaluation.get("probe"):
+        return {}
+    probes = {ALL: evaluation["probe"], **(evaluation.get("probe_by_condition") or {})}
+    return {name: Losses(probe["own"], probe["other"], probe["none"]) for name, probe in probes.items() if probe}
+
+
+def _floats(values: Iterable[float | None]) -> Floats:
+    return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 # ----------------------------------------------------------------------------------------------------- reading
 
 
-def read_events(metrics: Path) -> list[dict[str, Any]]:
+def read_events(metrics: Path) -> list[Event]:
     """The lines of a metrics file, without any that a crash cut off; none when there is no such file."""
     try:
         lines = metrics.read_bytes().splitlines()
@@ -237,7 +191,7 @@ def read_events(metrics: Path) -> list[dict[str, Any]]:
 
 
 def read_run(run: Path) -> RunReport:
-    """The facts about a run at any moment. Raises ValueError when it has not measured anything yet."""
+    """The facts of a run at any moment. Raises ValueError when it has not measured anything yet."""
     metrics = run / "metrics.jsonl"
     events = _without_undone(read_events(metrics))
     if not events:
@@ -245,33 +199,33 @@ def read_run(run: Path) -> RunReport:
             f"{run} has no metrics yet: {metrics.name} {'is empty' if metrics.is_file() else 'is not there'}; name a "
             "run's folder, checkpoint.dir of its recipe, once its first step is done"
         )
-    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "eval": [], "start": [], "save": [], "end": []}
-    for event in events:
-        kinds.setdefault(event["event"], []).append(event)
-    saved = _find_saved(run, kinds["save"])
+    steps, evaluations, starts, saves = (
+        [event for event in events if event["event"] == kind] for kind in ("step", "eval", "start", "save")
+    )
+    saved = _find_saved(run, saves)
     about = _read_about(run, saved)
-    found = [name for event in (*kinds["eval"], *kinds["step"]) for name in event.get("loss_by_condition") or ()]
+    found = chain.from_iterable(event.get("loss_by_condition") or () for event in (*evaluations, *steps))
+    ended = next((event for event in reversed(events) if event["event"] in ("start", "step", "end")), None)
     return RunReport(
         path=str(run),
         updated=_modified(metrics),
-        steps=_read_steps(kinds["step"]),
-        evaluations=tuple(_read_evaluation(event) for event in kinds["eval"]),
-        best_step=best.step if (best := best_epoch(kinds["eval"])) else None,
-        starts=tuple(Start(event["step"], *map(event.get, Start._fields[1:])) for event in kinds["start"]),
-        end=_read_end(events),
+        steps=steps,
+        evaluations=evaluations,
+        starts=starts,
+        end=ended if ended is not None and ended["event"] == "end" else None,
         is_held=_is_held(run / "lock"),
         saved=saved,
-        num_removed=len({event["path"] for event in kinds["save"]} - {one.path for one in saved}),
-        save_seconds=sum(event.get("seconds") or 0.0 for event in kinds["save"]),
+        num_removed=len({event["path"] for event in saves} - {folder.path for folder in saved}),
+        save_seconds=sum(event.get("seconds") or 0.0 for event in saves),
         conditions=tuple(dict.fromkeys([*about.pop("conditions", ()), *found])),
         about=about,
         replies={},
     )
 
 
-def _without_undone(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_undone(events: Iterable[Event]) -> list[Event]:
     """The events without those of steps that a later start undid: it went on from an earlier step."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Event] = []
     for event in events:
         if event["event"] == "start":
             kept = [other for other in kept if other["step"] <= event["step"]]
@@ -279,97 +233,33 @@ def _without_undone(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _read_steps(events: Sequence[dict[str, Any]]) -> Steps:
-    conditions, sources = (
-        list(dict.fromkeys(name for event in events for name in event.get(field) or ()))
-        for field in ("loss_by_condition", "weight_by_source")
-    )
-    return Steps(
-        step=np.array([event["step"] for event in events], np.int64),
-        epoch=np.array([event["epoch"] for event in events], np.int64),
-        skipped=np.array([event.get("skipped", False) for event in events], np.bool_),
-        columns={name: _floats(event.get(name) for event in events) for name in COLUMNS},
-        loss_by_condition={
-            name: _floats((event.get("loss_by_condition") or {}).get(name) for event in events) for name in conditions
-        },
-        weight_by_source={
-            # What a step does not name has no weight in it; a step that names nothing does not say.
-            name: _floats(
-                shares.get(name, 0.0) if (shares := event.get("weight_by_source")) else None for event in events
-            )
-            for name in sources
-        },
-    )
-
-
-def _floats(values: Iterable[float | None]) -> Floats:
-    return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def _read_evaluation(event: Mapping[str, Any]) -> Evaluation:
-    probes: dict[str | None, Any] = {}
-    if event.get("probe"):
-        probes = {ALL: event["probe"], **(event.get("probe_by_condition") or {})}
-    return Evaluation(
-        step=event["step"],
-        epoch=event["epoch"],
-        is_epoch_end=bool(event.get("epoch_end")),
-        weighted=_read_scores(event, ""),
-        unweighted=_read_scores(event, "unweighted_"),
-        probes={name: Probe(probe["own"], probe["other"], probe["none"]) for name, probe in probes.items() if probe},
-    )
-
-
-def _read_scores(event: Mapping[str, Any], prefix: str) -> dict[str | None, Score]:
-    """By condition; the fields of an evaluation whose names begin with the prefix."""
-
-    def score(name: str | None) -> Score:
-        fields = (f"{prefix}{field}" for field in Score._fields)
-        found = (
-            event.get(field) if name is ALL else (event.get(f"{field}_by_condition") or {}).get(name)
-            for field in fields
-        )
-        return Score(*(np.nan if value is None else value for value in found))
-
-    return {name: score(name) for name in (ALL, *(event.get("loss_by_condition") or ()))}
-
-
-def _read_end(events: Sequence[Mapping[str, Any]]) -> End | None:
-    """The end of the last start, if it has ended; a save may stand behind it."""
-    last = next((event for event in reversed(events) if event["event"] in ("start", "step", "end")), None)
-    if last is None or last["event"] != "end":
-        return None
-    return End(last["step"], last["reason"])
-
-
 def _is_held(lock: Path) -> bool | None:
     """Whether a process holds the run's lock. Asking takes a shared lock for a moment."""
     try:
         with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not try_lock(file, shared=True)
     except OSError:
         return None
-    return False
 
 
-def _find_saved(run: Path, events: Iterable[Mapping[str, Any]]) -> tuple[Saved, ...]:
+def _find_saved(run: Path, saves: Iterable[Event]) -> tuple[SavedFolder, ...]:
     """The checkpoints and models of a run, in the order of their steps, the exported model last."""
-    seconds = {event["path"]: event.get("seconds") for event in events}
+    seconds = {event["path"]: event.get("seconds") for event in saves}
     found = []
-    places: tuple[tuple[Literal["checkpoint", "model"], str], ...] = (
-        ("checkpoint", _STEP_FOLDER),
-        ("model", f"models/{_STEP_FOLDER}"),
-        ("model", "model"),
-    )
-    for kind, pattern in places:
+    for pattern in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", "model"):
         for folder in sorted(filter(Path.is_dir, run.glob(pattern))):
             path = str(folder.relative_to(run))
-            step = int(folder.name.removeprefix("step-")) if folder.name != "model" else None
             with suppress(FileNotFoundError):  # the run is removing it
-                num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                found.append(Saved(kind, path, step, num_bytes, _modified(folder), seconds.get(path)))
+                found.append(
+                    SavedFolder(
+                        kind="checkpoint" if pattern == STEP_FOLDERS else "model",
+                        path=path,
+                        step=None if pattern == "model" else int(folder.name.removeprefix("step-")),
+                        num_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                        made=_modified(folder),
+                        seconds=seconds.get(path),
+                    )
+                )
     return tuple(found)
 
 
@@ -377,10 +267,10 @@ def _modified(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
-def _read_about(run: Path, saved: Sequence[Saved]) -> dict[str, Any]:
+def _read_about(run: Path, saved: Sequence[SavedFolder]) -> dict[str, Any]:
     """What the newest checkpoint or model says of its run, and the conditions in their order; empty without one."""
-    for one in sorted(saved, key=lambda one: one.made, reverse=True):
-        for file in (run / one.path / "checkpoint.json", run / one.path / "ochat_train.json"):
+    for folder in sorted(saved, key=lambda folder: folder.made, reverse=True):
+        for file in (run / folder.path / "checkpoint.json", run / folder.path / "ochat_train.json"):
             with suppress(OSError, orjson.JSONDecodeError, KeyError):  # being removed, or damaged: take an older one
                 fields = orjson.loads(file.read_bytes())
                 return {**fields["run"], "conditions": fields["conditions"]}
@@ -390,7 +280,7 @@ def _read_about(run: Path, saved: Sequence[Saved]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- replies
 
 
-def ask(model_dir: Path, question: str, conditions: Sequence[str]) -> dict[str, str]:
+def generate_replies(model_dir: Path, question: str, conditions: Sequence[str]) -> dict[str, str]:
     """The model's greedy reply to one question under each condition."""
     import torch  # the facts of a run do without
     from transformers import AutoModelForCausalLM, AutoTokenizer

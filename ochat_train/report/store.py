@@ -1,4 +1,4 @@
-"""What is in a token store: read_report(STORE) -> StoreReport, the numbers and the samples."""
+"""What is in a token store: read_store(STORE) -> StoreReport, the numbers and the samples."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.ledger import LEDGER_SCHEMA, Ledger, SourceCounts
+from ochat_train.report.page import Token
 from ochat_train.tokens.order import DataOrder
 from ochat_train.tokens.plan import PlanShape, plan_epoch
 from ochat_train.tokens.store import Manifest, Split, read_manifest
@@ -38,7 +39,7 @@ _LEDGER_COLUMNS = [name for name in LEDGER_SCHEMA.names if name not in ("file", 
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class GroupSums:
     """Of some examples. A conversation that was split into several counts once."""
 
     conversations: int = 0
@@ -51,7 +52,7 @@ class Totals:
         return type(self)(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
 
-class Packing(NamedTuple):
+class PackingTrial(NamedTuple):
     """How packing at this capacity goes, tried on `num_tried` examples.
 
     fill: tokens / room, over the steps of an epoch without the last one; None if there is only that.
@@ -63,16 +64,7 @@ class Packing(NamedTuple):
     num_tried: int
 
 
-class Piece(NamedTuple):
-    """A token, or the few that only together spell a character."""
-
-    ids: tuple[int, ...]
-    text: str
-    weight: float
-    is_special: bool
-
-
-Turn = tuple[Piece, ...]
+Turn = tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +93,10 @@ class StoreReport:
     manifest: Manifest
     vocabulary_size: int
     records: dict[str, SourceCounts]
-    train: dict[tuple[str, str], Totals]
-    held_out: dict[tuple[str, str], Totals]
+    train: dict[tuple[str, str], GroupSums]
+    held_out: dict[tuple[str, str], GroupSums]
     lengths: dict[str, Counts]
-    packing: tuple[Packing, ...]
+    packing: tuple[PackingTrial, ...]
     samples: tuple[Sample, ...]
 
     @property
@@ -119,19 +111,19 @@ class StoreReport:
         return total
 
     @property
-    def by_source(self) -> dict[str, Totals]:
+    def by_source(self) -> dict[str, GroupSums]:
         """The train split's totals of each source."""
         return sum_by(self.train, 0, self.records)
 
     @property
-    def by_condition(self) -> dict[str, Totals]:
+    def by_condition(self) -> dict[str, GroupSums]:
         """The train split's totals of each condition, in the order of the sources."""
         order = list(self.records)
         groups = sorted(self.train, key=lambda group: order.index(group[0]))
         return sum_by(self.train, 1, (condition for _, condition in groups))
 
 
-def read_report(store: Path) -> StoreReport:
+def read_store(store: Path) -> StoreReport:
     """The facts about the store.
 
     Reads every weight once, memory-mapped. In memory are a count for each length and source, and the ids of the
@@ -160,9 +152,9 @@ def read_report(store: Path) -> StoreReport:
     )
 
 
-def sum_by(groups: Mapping[tuple[str, str], Totals], part: int, names: Iterable[str]) -> dict[str, Totals]:
+def sum_by(groups: Mapping[tuple[str, str], GroupSums], part: int, names: Iterable[str]) -> dict[str, GroupSums]:
     """The totals of each of the sources (part 0 of a group) or conditions (part 1)."""
-    sums = dict.fromkeys(names, Totals())
+    sums = dict.fromkeys(names, GroupSums())
     for group, totals in groups.items():
         sums[group[part]] += totals
     return sums
@@ -192,8 +184,8 @@ def _batches(store: Path, split: Split) -> Iterator[pa.RecordBatch]:
             yield from pa.ipc.open_stream(rows)
 
 
-def _sum_split(store: Path, split: Split, split_ids: set[str]) -> dict[tuple[str, str], Totals]:
-    groups: dict[tuple[str, str], Totals] = {}
+def _sum_split(store: Path, split: Split, split_ids: set[str]) -> dict[tuple[str, str], GroupSums]:
+    groups: dict[tuple[str, str], GroupSums] = {}
     for batch in _batches(store, split):
         lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
         weights = batch["loss_weights"].flatten().to_numpy()
@@ -209,7 +201,7 @@ def _sum_split(store: Path, split: Split, split_ids: set[str]) -> dict[tuple[str
         sums = table.group_by(["source", "condition"]).aggregate([(name, "sum") for name in columns])
         for row in sums.to_pylist():
             group = row["source"], row["condition"]
-            groups[group] = groups.get(group, Totals()) + Totals(*(row[f"{name}_sum"] for name in columns))
+            groups[group] = groups.get(group, GroupSums()) + GroupSums(*(row[f"{name}_sum"] for name in columns))
     return groups
 
 
@@ -229,7 +221,7 @@ def _add_lengths(lengths: dict[str, Counts], batch: pa.RecordBatch) -> None:
         lengths[source] += np.bincount(of_source, minlength=len(lengths[source]))
 
 
-def _try_packing(lengths: Mapping[str, Counts], max_tokens: int) -> tuple[Packing, ...]:
+def _try_packing(lengths: Mapping[str, Counts], max_tokens: int) -> tuple[PackingTrial, ...]:
     """The plan of an epoch at several capacities, over at most _PACKING_EXAMPLES examples."""
     counts: Counts = np.sum(list(lengths.values()), axis=0)
     num_examples, num_tokens = int(counts.sum()), int(counts @ np.arange(len(counts)))
@@ -244,7 +236,7 @@ def _try_packing(lengths: Mapping[str, Counts], max_tokens: int) -> tuple[Packin
         *full_steps, _ = (step.num_tokens for step in plan)
         fill = sum(full_steps) / (shape.room * len(full_steps)) if full_steps else None
         num_steps = ceil(num_tokens / (shape.room * fill)) if fill and num_tried < num_examples else len(plan)
-        found.append(Packing(capacity, fill, num_steps, num_tried))
+        found.append(PackingTrial(capacity, fill, num_steps, num_tried))
     return tuple(found)
 
 
@@ -277,21 +269,21 @@ def _sample(row: dict[str, Any], tokenizer: Tokenizer, end_token: str) -> Sample
     num_hidden = max(0, len(ids) - _SAMPLE_HEAD - _SAMPLE_TAIL)
     head_end = _SAMPLE_HEAD if num_hidden else len(ids)
     head, tail = (
-        tuple(_turns(_pieces(ids[part], weights[part], tokenizer), end_token))
+        tuple(_turns(_split_tokens(ids[part], weights[part], tokenizer), end_token))
         for part in (slice(head_end), slice(head_end + num_hidden, None))
     )
     return Sample(row["id"], row["source"], row["condition"], len(ids), head, num_hidden, tail)
 
 
-def _pieces(ids: Sequence[int], weights: Sequence[float], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The text of each token, as it is behind the tokens before it."""
+def _split_tokens(ids: Sequence[int], weights: Sequence[float], tokenizer: Tokenizer) -> Iterator[Token]:
+    """The text of each token, as it is after the tokens before it."""
     special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     before: list[int] = []
     here: list[int] = []
     for position, (id, weight) in enumerate(zip(ids, weights, strict=True)):
         if id in special:
             before = []
-            yield Piece((id,), tokenizer.id_to_token(id) or "", weight, True)
+            yield Token((id,), tokenizer.id_to_token(id) or "", weight, True)
             continue
         here.append(id)
         text = tokenizer.decode(before + here)[len(tokenizer.decode(before)) :]
@@ -299,19 +291,19 @@ def _pieces(ids: Sequence[int], weights: Sequence[float], tokenizer: Tokenizer) 
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(here) < _CHARACTER_TOKENS and not is_last:
             continue  # the first bytes of a character
         # Some tokenizers leave out a first space when they decode; then it is shown as the vocabulary spells it.
-        yield Piece(tuple(here), text or tokenizer.id_to_token(id) or f"<{id}>", weight, False)
+        yield Token(tuple(here), text or tokenizer.id_to_token(id) or f"<{id}>", weight, False)
         before, here = here, []
 
 
-def _turns(pieces: Iterator[Piece], end_token: str) -> Iterator[Turn]:
-    """The pieces up to each end token and the line break that some templates put behind it."""
-    turn: list[Piece] = []
+def _turns(tokens: Iterator[Token], end_token: str) -> Iterator[Turn]:
+    """The tokens up to each end token and the line break that some templates put after it."""
+    turn: list[Token] = []
     has_ended = False
-    for piece in pieces:
-        if has_ended and piece.text.strip():
+    for token in tokens:
+        if has_ended and token.text.strip():
             yield tuple(turn)
             turn, has_ended = [], False
-        turn.append(piece)
-        has_ended = has_ended or (piece.is_special and piece.text == end_token)
+        turn.append(token)
+        has_ended = has_ended or (token.is_special and token.text == end_token)
     if turn:
         yield tuple(turn)

@@ -1,0 +1,403 @@
+"""The report of a plan, or of two side by side: figures, times, sources, pictures of steps, as sections."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ochat_train.report.charts import INK, LINE, Chart, LegendEntry, colour_of, shares_chart
+from ochat_train.report.page import (
+    Block,
+    Document,
+    Figures,
+    Section,
+    Table,
+    Text,
+    percent,
+    ratio,
+    show_duration,
+    show_number,
+)
+from ochat_train.report.plan import PlanReport, Rate, SourceTotals, StepPicture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ORDINALS = ("first", "second")
+_NOTHING = SourceTotals(0, 0, 0, 0)  # of a source that only the other plan has
+_NARROWEST = 0.002  # of a picture's width; narrower sequences of a source are drawn as one
+_GAP = 0.002  # between two sequences
+_ROW_HEIGHTS = ((4, 24), (8, 18), (math.inf, 14))  # up to so many rows, one is so many pixels high
+
+
+def plan_document(reports: Sequence[PlanReport]) -> Document:
+    """The whole report of one plan or of two."""
+    names = dict.fromkeys(report.recipe.name for report in reports)
+    title = f"{'Plan' if len(reports) == 1 else 'Two plans'} of {' and '.join(names)}"
+    head: list[Block] = [Table((), _origin(reports), left=(0, 1))]
+    sections = []
+    if len(reports) == 1:
+        head.append(Figures([(figure.name, figure.value, figure.remark) for figure in _figures(reports[0])]))
+    else:
+        sections.append(Section("figures", "Side by side", [_compare(reports)]))
+    head += [Text(_note(words, report)) for words, report in _of_each_plan(reports)]
+    sections += _predictions(reports)
+    sections.append(Section("sources", "Sources", _sources(reports)))
+    for words, report in _of_each_plan(reports):
+        name = f"Steps of the {words[0]} plan" if words else "Steps"
+        sections.append(Section("-".join((*words, "steps")), name, _steps(report, _source_names(reports))))
+    return Document(title, head, sections)
+
+
+class Figure(NamedTuple):
+    """A number of a plan: its name, text and a remark; number: to compare two plans by, if it can be."""
+
+    name: str
+    value: str
+    remark: str = ""
+    number: float | None = None
+    is_share: bool = False
+
+
+# -------------------------------------------------------------------------------------------------------- head
+
+
+def _origin(reports: Sequence[PlanReport]) -> list[tuple[str, str]]:
+    if len(reports) > 1:
+        pairs = []
+        for name, report in zip(_ORDINALS, reports, strict=True):
+            pairs.append((name, f"{_recipe_of(report)} on {report.request.num_gpus:,} GPUs"))
+            pairs.append(("its store", _store_of(report)))
+        return pairs
+    (report,) = reports
+    shape = report.table.shape
+    micro_batches = f"{shape.grad_accum:,} micro-batch{'es' * (shape.grad_accum > 1)}"
+    return [
+        ("recipe", _recipe_of(report)),
+        ("store", _store_of(report)),
+        ("a step", f"{shape.world_size:,} GPUs, {micro_batches} of {shape.capacity:,} tokens on each"),
+        ("attention", f"costs as much as all else in a sequence of {shape.quadratic_length:,} tokens"),
+    ]
+
+
+def _recipe_of(report: PlanReport) -> str:
+    return " ".join((report.request.recipe, *report.request.overrides))
+
+
+def _store_of(report: PlanReport) -> str:
+    return f"{report.recipe.data.store}, {report.fingerprint[:12]}"
+
+
+def _shape_figures(report: PlanReport) -> list[Figure]:
+    shape = report.table.shape
+    return [
+        Figure("GPUs", f"{shape.world_size:,}", number=shape.world_size),
+        Figure("packing.grad_accum", f"{shape.grad_accum:,}", number=shape.grad_accum),
+        Figure("packing.tokens_per_gpu", f"{shape.capacity:,}", number=shape.capacity),
+        Figure("attention = all else at", f"{shape.quadratic_length:,}"),
+    ]
+
+
+def _figures(report: PlanReport) -> list[Figure]:
+    """The figures that a person asks for first."""
+    table, seconds, worst = report.table, report.seconds, report.worst_step
+    mean_tokens = table.num_tokens / table.num_steps
+    of_full = "" if report.is_epoch_end.all() else ", of the full ones"
+    gpu_hours = None if seconds is None else seconds * report.request.num_gpus / 3600
+    return [
+        Figure(
+            "wall time",
+            "-" if seconds is None else show_duration(seconds),
+            "not known, see below" if report.rate is None else f"{report.rate.origin}: {_pace(report.rate)}",
+            seconds,
+        ),
+        Figure("GPU hours", "-" if gpu_hours is None else show_number(gpu_hours), "", gpu_hours),
+        Figure(
+            "steps",
+            f"{table.num_steps:,}",
+            "" if seconds is None else f"{show_duration(seconds / table.num_steps)} each",
+            table.num_steps,
+        ),
+        Figure("epochs", *_epochs(report)),
+        Figure(
+            "examples",
+            f"{report.num_examples:,}",
+            f"{show_number(report.num_examples / table.num_steps)} a step",
+            report.num_examples,
+        ),
+        Figure(
+            "tokens",
+            f"{table.num_tokens:,}",
+            f"{ratio(table.num_tokens, report.num_examples, ',.0f')} an example",
+            table.num_tokens,
+        ),
+        Figure("tokens a step", f"{mean_tokens:,.0f}", f"of room for {table.shape.room:,}", mean_tokens),
+        Figure(
+            "weight sum",
+            show_number(table.weight_sum),
+            f"{ratio(table.weight_sum, table.num_tokens, '.3g')} a token",
+            table.weight_sum,
+        ),
+        _share("fill", table.fill, "of the micro-batches"),
+        _share("ranks busy", table.efficiency, "of the time; else they wait", 2),
+        _share("balance of a step", float(report.balances.mean()), "mean share of time busy", 2),
+        _share("worst balance", float(report.balances[worst]), f"step {worst + 1:,}{of_full}", 2),
+    ]
+
+
+def _share(name: str, share: float, remark: str, digits: int = 1) -> Figure:
+    return Figure(name, percent(share, 1, digits), remark, share, is_share=True)
+
+
+def _pace(rate: Rate) -> str:
+    return f"{rate.tokens_per_s:,.0f} tokens/s a GPU"
+
+
+def _epochs(report: PlanReport) -> tuple[str, str]:
+    """How many the run trains, and of how many if it stops before."""
+    num_epochs, num_planned = report.recipe.train.epochs, int(report.whole.rows["num_examples"].sum())
+    if report.num_examples == num_planned:
+        return f"{num_epochs:,}", f"{show_number(report.table.num_steps / num_epochs)} steps each"
+    return f"{num_epochs * report.num_examples / num_planned:.3g}", f"of {num_epochs:,}"
+
+
+def _notes(report: PlanReport) -> Iterator[str]:
+    """What has to be said about the figures, in sentences."""
+    rate = report.rate
+    if rate is None:
+        yield (
+            "The wall time is not known: give tokens_per_s=X, the tokens a second of one GPU, or train some steps with "
+            f"train.max_steps=20, whose rate is then found in {report.metrics}."
+        )
+    elif rate.basis is not None:
+        yield f"The wall time is modelled, {_pace(rate)}, as in the line of this machine below; no run measured it."
+    elif rate.origin == "modelled":
+        yield (
+            "The wall time is modelled: as many seconds as in the first plan for the same cost, which makes "
+            f"{_pace(rate)}."
+        )
+    elif rate.origin == "given":
+        yield f"The wall time is that of {_pace(rate)}, as given."
+    else:
+        yield (
+            f"The wall time is that of {_pace(rate)}, measured: the median of {rate.num_steps:,} steps on "
+            f"{' or '.join(map(str, rate.num_processes))} processes in {report.metrics}."
+        )
+    if rate is not None and rate.origin != "modelled":
+        yield "Start, held-out losses and saving take time of their own."
+    if report.table.num_steps < report.whole.num_steps:
+        yield f"train.max_steps stops the run; all its epochs have {report.whole.num_steps:,} steps."
+    for name, (old, new) in report.scaled.items():
+        yield (
+            f"Source {name} has weight {old:g} in the store, scaled here to {new:g}; preprocess might "
+            "choose others among duplicates."
+        )
+
+
+def _note(words: Sequence[str], report: PlanReport) -> str:
+    return " ".join([*(f"{word.capitalize()} plan:" for word in words), *_notes(report)])
+
+
+def _of_each_plan(reports: Sequence[PlanReport]) -> list[tuple[tuple[str, ...], PlanReport]]:
+    """Each plan with the word that tells it from the other: none if it is alone."""
+    return [((name,) * (len(reports) > 1), report) for name, report in zip(_ORDINALS, reports, strict=False)]
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+
+def _compare(reports: Sequence[PlanReport]) -> Table:
+    rows = [
+        (first.name, first.value, second.value, _change(first, second))
+        for first, second in zip(*([*_figures(report), *_shape_figures(report)] for report in reports), strict=True)
+    ]
+    return Table(("", *_ORDINALS, "change"), rows)
+
+
+def _change(first: Figure, second: Figure) -> str:
+    """From the first to the second, where they differ and a difference means something."""
+    old, new = first.number, second.number
+    if old is None or new is None or first.value == second.value:
+        return ""
+    if first.is_share:
+        return f"{100 * (new - old):+.2f} points"
+    if not 0.5 < new / old < 2:
+        return f"\N{MULTIPLICATION SIGN} {new / old:.3g}"
+    change = round(100 * (new / old - 1), 1)
+    return f"{change:+.1f} %" if change else ""
+
+
+def _predictions(reports: Sequence[PlanReport]) -> list[Section]:
+    """How long the runs take on machines, and on what that is modelled; nothing where nothing can be predicted."""
+    bases = list(dict.fromkeys(found.basis for report in reports for found in report.predictions))
+    if not bases:
+        return []
+    rows = [
+        (
+            found.machine.name,
+            *words,
+            show_duration(found.seconds),
+            f"{found.tokens_per_s:,.0f}",
+            percent(found.share, 1),
+            percent(found.communication_s, found.seconds) if found.communication_s else "-",
+            f"modelled on {1 + bases.index(found.basis)}",
+        )
+        for words, report in _of_each_plan(reports)
+        for found in report.predictions
+    ]
+    note = (
+        "As if the GPUs reached the share of their peak that they reached at the speed named, all that is computed "
+        "again included. Share: of the peak, by what trains the model. Communication: of ZeRO, by its bytes over "
+        "NVLink, as part of the time. Start, held-out losses and saving are left out, and whether the model fits."
+    )
+    words = ("plan",) * (len(reports) > 1)
+    header = ("machine", *words, "wall time", "tokens/s a GPU", "share", "communication", "how")
+    predictions = Table(header, rows, left=(*range(1 + len(words)), len(header) - 1))
+    speeds = Table(
+        ("", "GPUs", "model", "checkpointing", "tokens/s a GPU", "of the peak", "where from"),
+        [
+            (
+                f"{number}",
+                f"{basis.num_devices} x {basis.device}",
+                basis.model,
+                basis.checkpointing,
+                f"{basis.tokens_per_s:,.0f}",
+                percent(basis.share, 1),
+                f"{basis.origin}: {basis.source}",
+            )
+            for number, basis in enumerate(bases, start=1)
+        ],
+        left=(0, 1, 2, 3, 6),
+    )
+    about = Text("Of the peak: with all that was computed again.")
+    return [
+        Section("predictions", "How long on which machine", [Text(note), predictions]),
+        Section("speeds", "Speeds that these are modelled on", [about, speeds]),
+    ]
+
+
+def _sources(reports: Sequence[PlanReport]) -> list[Block]:
+    names = _source_names(reports)
+    rows = [
+        (name, *words, *_source_cells(report.sources[name], report))
+        for name in names
+        for words, report in _of_each_plan(reports)
+        if name in report.sources
+    ]
+    shares = {}
+    for measure, field in (("tokens", "num_tokens"), ("loss", "weight_sum")):
+        for words, report in _of_each_plan(reports):
+            found = [getattr(report.sources.get(name, _NOTHING), field) for name in names]
+            shares[", ".join((measure, *words))] = [value / (sum(found) or 1) for value in found]
+    note = (
+        "Passes over the source in an epoch, and what is drawn of it in the whole run. A source's share of the loss is "
+        "its weight sum over that of all: how much it moves the model."
+    )
+    words = ("plan",) * (len(reports) > 1)
+    header = ("source", *words, "epochs", "examples", "tokens", "of tokens", "weight sum", "of loss")
+    table = Table(header, rows, left=tuple(range(1 + len(words))))
+    return [Text(note), shares_chart("source-chart", names, shares), table]
+
+
+def _source_names(reports: Sequence[PlanReport]) -> list[str]:
+    """Of all plans; a source's place is its colour."""
+    return list(dict.fromkeys(name for report in reports for name in report.sources))
+
+
+def _source_cells(totals: SourceTotals, report: PlanReport) -> tuple[str, ...]:
+    all_tokens, all_weights = (sum(column) for column in list(zip(*report.sources.values(), strict=True))[2:])
+    return (
+        f"{totals.epochs:g}",
+        f"{totals.num_examples:,}",
+        f"{totals.num_tokens:,}",
+        percent(totals.num_tokens, all_tokens),
+        show_number(totals.weight_sum),
+        percent(totals.weight_sum, all_weights),
+    )
+
+
+def _steps(report: PlanReport, names: Sequence[str]) -> list[Block]:
+    note = (
+        "A row is a rank, time runs to the right. A rank runs its micro-batches one after the other, and starts each "
+        "when all have finished the one before. The unit of time is what a token takes without its attention."
+    )
+    colours = {number: colour_of(names.index(name)) for number, name in enumerate(report.sources)}
+    longest = max(int(picture.ends[-1]) for picture in report.pictures)
+    charts = [_step_chart(picture, report, colours, longest) for picture in report.pictures]
+    return [Text(note), *charts, *(_step_table(picture, report, longest) for picture in report.pictures)]
+
+
+def _caption(picture: StepPicture, report: PlanReport) -> tuple[str, str]:
+    """Which step it is, and its numbers."""
+    fill = percent(picture.num_tokens, report.table.shape.room)
+    num_ranks, selection = report.table.shape.world_size, ""
+    if len(picture.rows) < num_ranks:
+        selection = f"; {len(picture.rows)} of {num_ranks:,} ranks, from the lightest to the heaviest"
+    return (
+        f"Step {picture.number:,} of {report.table.num_steps:,}, {' and '.join(picture.names)}",
+        f"{picture.num_tokens:,} tokens in {picture.num_examples:,} sequences, fill {fill}, balance "
+        f"{percent(picture.balance, 1, 2)}{selection}",
+    )
+
+
+def _step_table(picture: StepPicture, report: PlanReport, longest: int) -> Table:
+    """How long each rank of a step is busy; its bar: of the longest step shown."""
+    rows, bars = [], []
+    end = int(picture.ends[-1])
+    for rank, parts in picture.rows.items():
+        busy = sum(int(part.costs.sum()) for part in parts)
+        rows.append((f"rank {rank}", f"{sum(len(part.costs) for part in parts):,}", percent(end - busy, end, 2)))
+        bars.append((0.0, busy / longest))
+    title, numbers = _caption(picture, report)
+    return Table(("", "sequences", "waits"), rows, title=f"{title}: {numbers}", bars=bars, folded=title)
+
+
+def _step_chart(picture: StepPicture, report: PlanReport, colours: Mapping[int, str], longest: int) -> Chart:
+    unit = report.table.shape.quadratic_length
+    row_height = next(height for most, height in _ROW_HEIGHTS if len(picture.rows) <= most)
+    num_rows = len(picture.rows)
+
+    def draw(axes: "Axes") -> None:
+        waiting = [(row, 0, int(picture.ends[-1])) for row in range(num_rows)]
+        busy = source_spans(picture, longest)
+        for colour, spans in [(LINE, waiting), *((colours[source], spans) for source, spans in busy.items())]:
+            rows, starts, stops = np.array(spans).T
+            gaps = np.minimum(_GAP * longest, 0.3 * (stops - starts))
+            x = np.column_stack([starts, stops - gaps, np.full(len(rows), np.nan)]) / unit
+            axes.plot(x.ravel(), rows.repeat(3), color=colour, linewidth=row_height - 3, solid_capstyle="butt")
+        axes.vlines(picture.ends / unit, -0.5, num_rows - 0.5, color=INK, linewidth=1)
+        axes.set_xlim(0, longest / unit)
+        axes.set_ylim(num_rows - 0.5, -0.5)
+        axes.set_yticks(range(num_rows), [f"{rank}" for rank in picture.rows])
+        axes.grid(False)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+
+    title, numbers = _caption(picture, report)
+    legend = [LegendEntry(name, colours[source]) for source, name in enumerate(report.sources)]
+    note = "Grey: waiting. A line: all ranks have finished a micro-batch."
+    key = f"{report.request.num_gpus}-gpus-step-{picture.number}"
+    return Chart(key, title, numbers, draw, legend, note, height=40 + row_height * num_rows)
+
+
+def source_spans(picture: StepPicture, longest: int) -> dict[int, list[tuple[int, int, int]]]:
+    """For each source, where its sequences stand in a picture: row, start and end, in the unit of costs.
+
+    In a micro-batch the sequences of a source stand together, the heaviest first; those that would be too narrow to be
+    seen in a picture as wide as `longest` are one span.
+    """
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for row, parts in enumerate(picture.rows.values()):
+        for start, part in zip([0, *picture.ends.tolist()], parts, strict=False):
+            for source in np.unique(part.source_ids).tolist():
+                costs = np.sort(part.costs[part.source_ids == source])[::-1]
+                is_wide = costs >= _NARROWEST * longest
+                widths = [*costs[is_wide].tolist(), int(costs[~is_wide].sum())]
+                ends = [start + width for width in accumulate(widths)]
+                spans.setdefault(source, []).extend(
+                    (row, end - width, end) for end, width in zip(ends, widths, strict=True) if width
+                )
+                start = ends[-1]
+    return spans

@@ -1,0 +1,542 @@
+"""The report of a run: how it stands, what it learned, how fast it is, as sections of texts, tables and charts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import yaml
+from rich.filesize import decimal
+
+from ochat_train.report.charts import (
+    INK,
+    Chart,
+    Curve,
+    Curves,
+    Floats,
+    Scale,
+    colour_of,
+    smooth,
+)
+from ochat_train.report.page import (
+    Block,
+    Document,
+    Figures,
+    Listing,
+    Section,
+    Table,
+    Text,
+    percent,
+    show_condition,
+    show_duration,
+    show_number,
+)
+from ochat_train.report.run import (
+    ALL,
+    Event,
+    Losses,
+    RunReport,
+    by_condition,
+    column,
+    probe_of,
+    weight_by_source,
+)
+
+_LEAST_LEARNED = 0.01  # nats a token by which the own condition must be better, for it to count as learned
+_SMOOTH_PARTS = 100  # a smooth curve is the mean over one part of so many, to either side
+_TRAINING_PARTS = 5  # of the run, each a column of the table of training losses
+_MOST_ROWS = 40  # of a table
+_BEST = "best epoch"
+_AS_A_TABLE = "As a table"
+
+
+def run_document(report: RunReport) -> Document:
+    """The whole report."""
+    sections = (
+        Section("training", "Training", _training(report)),
+        Section("held-out", "Held out", _held_out(report)),
+        Section("probe", "Condition probe", _probe(report)),
+        Section("replies", "Replies", _replies(report)),
+        Section("sources", "Sources", _sources(report)),
+        Section("speed", "Optimisation and speed", _speed(report)),
+        Section("starts", "Starts", _starts(report)),
+        Section("saved", "Checkpoints and models", _saved(report)),
+        Section("recipe", "Recipe and versions", _recipe(report)),
+    )
+    head: list[Block] = [*_summary(report), Table((), _origin(report), left=(0, 1))]
+    if report.steps:
+        head.append(Figures(_figures(report)))
+    return Document(f"Run {report.name}", head, [section for section in sections if section.blocks])
+
+
+def run_summary(report: RunReport) -> list[list[Block]]:
+    """What a person wants at the end of a run, in groups: how it stands, where the model is, losses, replies."""
+    has_model = any(folder.path == "model" for folder in report.saved)
+    place = f"model: {report.path}/model" if has_model else f"run: {report.path}"
+    ends = _losses_at_ends(report)
+    losses: list[Block] = [ends] if ends.rows else []
+    return list(filter(None, (_summary(report), [Text(place)], losses, _replies(report))))
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.4f}"
+
+
+def _large(value: float) -> str:
+    return f"{value / 1e9:,.2f} billion" if value >= 1e9 else f"{value:,.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %" if np.isfinite(value) else "-"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.3g} GB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _group(name: str | None) -> str:
+    """A condition, or all of them, for a reader."""
+    return "all" if name is ALL else show_condition(name)
+
+
+def _groups(report: RunReport) -> list[str | None]:
+    """All conditions together, if there are several, and each."""
+    return [*([ALL] if len(report.conditions) > 1 else []), *report.conditions]
+
+
+def _minute(report: RunReport) -> str:
+    return f"{report.updated:%Y-%m-%d %H:%M} UTC"
+
+
+# The charts of speed: key, the names and fields of their curves, the text of a value, title and unit.
+_SERIES: tuple[tuple[str, dict[str, str], Callable[[float], str], str, str], ...] = (
+    ("lr", {"learning rate": "lr"}, show_number, "Learning rate", "at the end of a step"),
+    ("grad-norm", {"gradient norm": "grad_norm"}, show_number, "Gradient norm", "before clipping"),
+    (
+        "tokens",
+        {"tokens/s": "tokens_per_s", "supervised tokens/s": "supervised_tokens_per_s"},
+        show_number,
+        "Tokens a second",
+        "of all processes",
+    ),
+    ("mfu", {"MFU": "mfu"}, _share, "MFU", "of the peak"),
+    ("data-wait", {"data wait": "data_wait_s"}, _share, "Data wait", "of a step"),
+    ("memory", {"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process"),
+)
+
+
+# -------------------------------------------------------------------------------------------------------- head
+
+
+def _summary(report: RunReport) -> list[Block]:
+    sentences = (_state(report), _best(report), _probe_sentence(report))
+    return [Text(sentence, is_lead=True) for sentence in sentences if sentence]
+
+
+def _state(report: RunReport) -> str:
+    """How the run stands, in a sentence or two."""
+    at = f"step {report.last_step:,}{_goal(report)}"
+    resumable = [folder for folder in report.saved if folder.kind == "checkpoint"]
+    again = f"goes on from {resumable[-1].path}" if resumable else "starts from the beginning: there is no checkpoint"
+    left = report.steps[-1].get("time_left_s") if report.steps else None
+    return {
+        "running": f"In progress: {at} is done{f', about {show_duration(left)} left' if left else ''}.",
+        "finished": f"Finished: all {report.last_step:,} steps are done.",
+        "max_steps": f"Ended by train.max_steps at {at}. With a higher one the same command goes on.",
+        "stopped": f"Stopped on request at {at}. The same command {again}.",
+        "skipped": (
+            f"Stopped itself at {at}: too many steps in a row had a loss or a gradient that is not finite "
+            "(train.max_skipped)."
+        ),
+        "dead": f"Not running: it crashed or was killed after {at}. The same command {again}.",
+        "unknown": f"Started, at {at}. Whether it still runs is not known; its last line is of {_minute(report)}.",
+    }[report.state]
+
+
+def _goal(report: RunReport) -> str:
+    """Of how many steps, if that is known and there are more."""
+    whole, most = report.num_steps, report.max_steps
+    if whole is None or whole == report.last_step:
+        return ""
+    if most is not None and report.last_step < most < whole:
+        return f" of {most:,} (train.max_steps)"
+    return f" of about {whole:,}"
+
+
+def _best(report: RunReport) -> str:
+    """The best epoch against the last one, and what to do where they differ."""
+    best = report.best
+    if best is None:
+        if report.evaluations:
+            return "Best epoch: none has ended yet."
+        return "Best epoch: not known, because nothing is held out (data.eval_fraction)."
+    last = report.epoch_ends[-1]
+    found = f"Best epoch: {best['epoch']}, held-out loss {_loss(best['loss'])} at step {best['step']:,}"
+    if best is last:
+        return f"{found}, the last one." if best["epoch"] else f"{found}, the only one so far."
+    how = "has none" if last["loss"] is None else f"is worse by {last['loss'] - best['loss']:.4f}"
+    return f"{found}. The last one, {last['epoch']}, {how}. {_kept(report, best['step'])}"
+
+
+def _kept(report: RunReport, step: int) -> str:
+    """What is left of the model after a step."""
+    kept = {folder.kind: folder.path for folder in report.saved if folder.step == step}
+    if "model" in kept:
+        return f"The better model is {report.path}/{kept['model']}."
+    if "checkpoint" in kept:
+        return f"Get the better model by python -m ochat_train.export {report.path}/{kept['checkpoint']} OUT."
+    return "The better model was not kept; checkpoint.models.every_epochs=1 keeps one of each epoch."
+
+
+def _origin(report: RunReport) -> list[tuple[str, str]]:
+    pairs = [("run", report.path)]
+    if report.starts and report.starts[0].get("started"):
+        pairs.append(("started", f"{_time(report.starts[0])[:16]} UTC"))
+    pairs.append(("last line", _minute(report)))
+    hardware = report.starts[-1] if report.starts else report.about
+    if hardware.get("device"):
+        pairs.append(("on", f"{hardware.get('num_processes')} x {hardware['device']}"))
+        pairs.append(("attention", str(hardware.get("attention"))))
+    return pairs
+
+
+def _time(start: Event) -> str:
+    return str(start.get("started") or "-").replace("T", " ").removesuffix("Z")
+
+
+def _figures(report: RunReport) -> list[tuple[str, str, str]]:
+    steps, best = report.steps, report.best
+    epochs = report.recipe.get("train", {}).get("epochs")
+    skipped = max(sum(bool(event.get("skipped")) for event in steps), steps[-1].get("skipped_steps") or 0)
+    others = [f"{show_duration(report.save_seconds)} of saving" if report.save_seconds else "without evaluations"]
+    others += [_count(len(report.starts), "start")] if report.starts else []
+    tokens, supervised, seconds = (
+        float(np.nansum(column(steps, name))) for name in ("tokens", "supervised_tokens", "seconds")
+    )
+    rows = [
+        ("steps", f"{report.last_step:,}", _goal(report).strip()),
+        ("progress", percent(report.progress, 1), "of the examples of all epochs"),
+        (
+            "epochs",
+            f"{report.progress * epochs:.3g}" if epochs else f"{steps[-1]['epoch'] + 1}",
+            f"of {epochs}" if epochs else "started",
+        ),
+        ("time in steps", show_duration(seconds), "; ".join(others)),
+        ("tokens", _large(tokens), f"{_large(supervised)} supervised"),
+        (
+            "tokens/s",
+            show_number(_median(report, "tokens_per_s")),
+            f"{show_number(_median(report, 'supervised_tokens_per_s'))} supervised",
+        ),
+        ("skipped steps", f"{skipped:,}", "gradient not finite" if skipped else ""),
+    ]
+    if best is not None:
+        rows.append(("best held-out loss", _loss(best["loss"]), f"epoch {best['epoch']}, step {best['step']:,}"))
+    if np.isfinite(mfu := _median(report, "mfu")):
+        rows.append(("MFU", percent(mfu, 1), "of the peak, median"))
+    if np.isfinite(peaks := column(steps, "peak_memory_bytes")).any():
+        rows.append(("peak memory", decimal(int(np.nanmax(peaks))), "of the fullest process"))
+    return rows
+
+
+def _median(report: RunReport, name: str) -> float:
+    """Over the steps without the first tenth, in which a run warms up; nan where no step says it."""
+    values = column(report.steps, name)[len(report.steps) // 10 :]
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else np.nan
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+
+def _training(report: RunReport) -> list[Block]:
+    found = by_condition(report.steps, "loss")
+    losses = {name: found[name] for name in _groups(report) if name in found and np.isfinite(found[name]).any()}
+    if not losses:
+        return []
+    parts = np.array_split(np.arange(len(report.steps)), min(_TRAINING_PARTS, len(report.steps)))
+    header = ("condition", *(f"to step {report.steps[part[-1]]['step']:,}" for part in parts))
+    rows = [(_group(name), *(_loss(_mean(values[part])) for part in parts)) for name, values in losses.items()]
+    curves = [
+        curve
+        for name, values in losses.items()
+        # Those of the conditions show where a spike is from.
+        for curve in _over_steps(report, _group(name), values, _colour(report, name), has_thin=name is not ALL)
+    ]
+    note = f"Thin: single steps. Thick: the mean of the {2 * reach + 1:,} around." if (reach := _reach(report)) else ""
+    if len(report.starts) > 1:
+        note += " Dotted, upwards: a restart."
+    return [
+        Text("Weighted, nats a token. The table has the mean over the steps up to each that it names."),
+        *_curves(report, curves, _loss_tick, "auto").chart("training-loss", "Training loss", "nats a token", note),
+        Table(header, rows),
+    ]
+
+
+def _losses_at_ends(report: RunReport) -> Table:
+    """The loss of each condition at the start and at the end: the held-out one, or that of the steps without one."""
+    events, kind = (report.evaluations, "held-out loss") if report.evaluations else (report.steps, "training loss")
+    ends = [*events[:1], *events[-1:]]
+    losses = by_condition(ends, "loss")
+    rows = [(show_condition(name), *map(_loss, losses[name])) for name in report.conditions if name in losses]
+    return Table((kind, *(f"step {event['step']}" for event in ends)), rows)
+
+
+def _held_out(report: RunReport) -> list[Block]:
+    if not report.evaluations:
+        return []
+    names = _measured(report)
+    losses = by_condition(report.evaluations, "loss")
+    other = {
+        name: column(report.evaluations, name)
+        for name in ("perplexity", "accuracy", "unweighted_loss", "unweighted_accuracy")
+    }
+    rows = []
+    for number, event in enumerate(report.evaluations):
+        perplexity, accuracy, loss, unweighted_accuracy = (float(values[number]) for values in other.values())
+        rows.append(
+            (
+                *(f"{event['step']:,}", f"{event['epoch']}"),
+                *(_loss(losses[name][number]) for name in names),
+                *(show_number(perplexity), _share(accuracy), _loss(loss), _share(unweighted_accuracy)),
+                _BEST if event is report.best else "end of the epoch" if event.get("epoch_end") else "",
+            )
+        )
+    header = (
+        *("step", "epoch"),
+        *(f"loss, {_group(name)}" if len(names) > 1 else "loss" for name in names),
+        *("perplexity", "accuracy", "loss, unweighted", "accuracy, unweighted", ""),
+    )
+    note = "Weighted as in training; at the right of the table also with every supervised token counting 1."
+    return [
+        Text(note),
+        *_held_out_chart(report, "loss", "nats a token", _loss_tick),
+        *_held_out_chart(report, "perplexity", "exp(loss)", show_number),
+        *_held_out_chart(report, "accuracy", "of supervised tokens", _share),
+        *_few_rows(Table(header, rows, left=(len(header) - 1,), folded=_AS_A_TABLE)),
+    ]
+
+
+def _measured(report: RunReport) -> list[str | None]:
+    """All conditions together, if there are several, and those that every evaluation has."""
+    return [
+        name
+        for name in _groups(report)
+        if name is ALL or all(name in (event.get("loss_by_condition") or ()) for event in report.evaluations)
+    ]
+
+
+def _held_out_chart(report: RunReport, field: str, unit: str, form: Callable[[float], str]) -> list[Chart]:
+    x = column(report.evaluations, "step")
+    weighted, unweighted = (by_condition(report.evaluations, name) for name in (field, f"unweighted_{field}"))
+    nothing = np.full(len(x), np.nan)
+    curves = []
+    for name in _measured(report):
+        values, others = (found.get(name, nothing) for found in (weighted, unweighted))
+        curves.append(Curve(_group(name), x, values, _colour(report, name)))
+        if np.isfinite(others).any() and not np.allclose(values, others, rtol=1e-3, equal_nan=True):
+            curves.append(Curve(_group(name), x, others, _colour(report, name), "dashed"))
+    has_dashes = any(curve.style == "dashed" for curve in curves)
+    note = "Dashed: every supervised token counts 1, where that differs." if has_dashes else ""
+    drawn = _curves(report, curves, form, "linear" if field == "accuracy" else "auto")
+    drawn = replace(drawn, best=None if report.best is None else report.best["step"])
+    return drawn.chart(f"held-out-{field}", f"Held-out {field}", unit, note)
+
+
+def _probed(report: RunReport) -> list[Event]:
+    return [event for event in report.evaluations if event.get("probe")]
+
+
+def _verdict(losses: Losses) -> str:
+    if losses.gain >= _LEAST_LEARNED:
+        return "learned"
+    return "misleading" if losses.gain <= -_LEAST_LEARNED else "not learned"
+
+
+def _probe_sentence(report: RunReport) -> str:
+    if not (probed := _probed(report)):
+        return ""
+    losses = probe_of(probed[-1])[ALL]
+    against, gain = "without one" if losses.other is None else "under another", losses.gain
+    meaning = {
+        "learned": f"lower by {gain:.3f} than {against}: the condition was learned",
+        "misleading": f"higher by {-gain:.3f} than {against}: the condition misleads the model",
+        "not learned": f"no different than {against} (by {abs(gain):.3f}): the condition was not learned",
+    }[_verdict(losses)]
+    return f"At step {probed[-1]['step']:,} the loss of answers under their own condition is {meaning}."
+
+
+def _probe(report: RunReport) -> list[Block]:
+    if not (probed := _probed(report)):
+        return []
+    last = probe_of(probed[-1])
+    rows = [
+        (_group(name), *map(_loss, last[name]), f"{last[name].gain:+.4f}", _verdict(last[name]))
+        for name in _groups(report)
+        if name in last
+    ]
+    x = column(probed, "step")
+    charts = []
+    for number, name in enumerate(_groups(report)):
+        found = [probe_of(event).get(name) for event in probed]
+        curves = [
+            Curve(field, x, column([losses._asdict() if losses else {} for losses in found], field), colour_of(colour))
+            for colour, field in enumerate(Losses._fields)
+        ]
+        charts += _curves(report, curves, _loss_tick, "auto").chart(
+            f"probe-{number}", f"Probe, {_group(name)}", "nats a token"
+        )
+    note = (
+        "The mean weighted loss of held-out answers under their own, another and no condition. Learned: it is lower "
+        f"by at least {_LEAST_LEARNED} under their own than under another, or than under none if there is no other."
+    )
+    return [Text(note), Table(("condition", "own", "other", "none", "gain", ""), rows, left=(0, 5)), *charts]
+
+
+def _replies(report: RunReport) -> list[Block]:
+    if not report.replies:
+        return []
+    replies = [(show_condition(name), reply) for name, reply in report.replies.items()]
+    return [Text(f"question: {report.question}"), Table((), replies, left=(0, 1))]
+
+
+def _sources(report: RunReport) -> list[Block]:
+    shares = weight_by_source(report.steps)
+    if not shares:
+        return []
+    curves = [
+        curve
+        for number, (name, values) in enumerate(shares.items())
+        for curve in _over_steps(report, name, values, colour_of(number))
+    ]
+    means = [(_mean(values), colour_of(number)) for number, values in enumerate(shares.values())]
+    drawn = replace(_curves(report, curves, _share), levels=means)
+    rows = [
+        (name, *map(_share, (_mean(values), np.nanmin(values), np.nanmax(values)))) for name, values in shares.items()
+    ]
+    return [
+        Text(
+            "A source's share of the loss weight: how much of the gradient is of it, in all steps and in single ones."
+        ),
+        *drawn.chart("source-shares", "Share of the loss weight", "of a step", "Dashed: the mean of the whole run."),
+        Table(("source", "mean of all steps", "least", "most"), rows),
+    ]
+
+
+def _speed(report: RunReport) -> list[Block]:
+    steps, skipped = report.steps, [event["step"] for event in report.steps if event.get("skipped")]
+    charts: list[Block] = []
+    rows = []
+    for key, names, form, title, unit in _SERIES:
+        curves: list[Curve] = []
+        for number, (name, field) in enumerate(names.items()):
+            values = column(steps, field) / (column(steps, "seconds") if key == "data-wait" else 1)
+            if not np.isfinite(values).any():
+                continue
+            rows.append((name, *map(form, (float(np.nanmedian(values)), np.nanmin(values), np.nanmax(values)))))
+            curves += _over_steps(report, name, values, colour_of(number), is_log=key == "grad-norm")
+        drawn = _curves(report, curves, form, "log" if key == "grad-norm" else "zero")
+        charts += replace(drawn, skipped=skipped if key == "grad-norm" else ()).chart(key, title, unit)
+    note = [Text("Marks above the gradient norm: skipped steps.")] if skipped else []
+    return [*note, *charts, Table(("", "median", "least", "most"), rows, folded=_AS_A_TABLE)] if rows else []
+
+
+def _starts(report: RunReport) -> list[Block]:
+    rows = [
+        (
+            f"{start['step']:,}",
+            _time(start),
+            start.get("resumed") or "-",
+            f"{start.get('num_processes') or '-'}",
+            start.get("device") or "-",
+        )
+        for start in report.starts
+    ]
+    header = ("after step", "UTC", "resumed", "processes", "device")
+    return _few_rows(Table(header, rows, left=(1, 2, 4))) if len(rows) > 1 else []
+
+
+def _saved(report: RunReport) -> list[Block]:
+    losses = {event["step"]: event.get("loss") for event in report.evaluations}
+    rows = [
+        (
+            folder.path,
+            folder.kind,
+            decimal(folder.num_bytes),
+            f"{folder.made:%Y-%m-%d %H:%M}",
+            "-" if folder.seconds is None else show_duration(folder.seconds),
+            _loss(losses.get(folder.step)),
+        )
+        for folder in report.saved
+    ]
+    header = ("folder", "", "size", "made, UTC", "saving took", "held-out loss")
+    removed = f"{_count(report.num_removed, 'older one')} removed, as the recipe asks."
+    notes = [Text(removed)] if report.num_removed else []
+    return [*notes, *_few_rows(Table(header, rows, left=(0, 1)))] if rows else []
+
+
+def _recipe(report: RunReport) -> list[Block]:
+    if not report.about:
+        return []
+    versions = {**report.about.get("versions", {}), "commit": report.about.get("commit") or "-"}
+    recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
+    lines = "\n".join(f"{name} {version}" for name, version in versions.items())
+    return [Listing("The resolved recipe", recipe), Listing("Versions", lines)]
+
+
+# ------------------------------------------------------------------------------------------------------ shared
+
+
+def _few_rows(table: Table) -> list[Block]:
+    """The table; if it has many rows, some of them, evenly chosen, with the first, the last and the best."""
+    count = len(table.rows)
+    if count <= _MOST_ROWS:
+        return [table]
+    places = set(np.linspace(0, count - 1, _MOST_ROWS).round().astype(int).tolist())
+    kept = [row for place, row in enumerate(table.rows) if place in places or row[-1] == _BEST]
+    return [Text(f"{len(kept)} of {count:,} rows."), replace(table, rows=kept)]
+
+
+def _mean(values: Floats) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else np.nan
+
+
+def _loss_tick(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _colour(report: RunReport, name: str | None) -> str:
+    """A condition's colour by its place; ink for all of them together."""
+    return INK if name is ALL else colour_of(report.conditions.index(name))
+
+
+def _reach(report: RunReport) -> int:
+    """The places to either side over which a smooth curve is the mean."""
+    return len(report.steps) // _SMOOTH_PARTS
+
+
+def _over_steps(
+    report: RunReport, name: str, values: Floats, colour: str, *, has_thin: bool = True, is_log: bool = False
+) -> Iterator[Curve]:
+    """A curve of the training steps: as it is, thin, and its mean over a window on top, the geometric one if is_log."""
+    is_there = np.isfinite(values) & ((values > 0) | (not is_log))
+    x, y = column(report.steps, "step")[is_there], values[is_there]
+    if has_thin:
+        yield Curve(name, x, y, colour, "thin")
+    means = np.exp(smooth(np.log(y), _reach(report))) if is_log else smooth(y, _reach(report))
+    yield Curve(name, x, means, colour)
+
+
+def _curves(report: RunReport, curves: Sequence[Curve], form: Callable[[float], str], scale: Scale = "zero") -> Curves:
+    """The curves on the axis of all charts, with its restarts."""
+    steps = [event["step"] for event in (*report.steps, *report.evaluations)]
+    first, last = min(steps, default=0), max(steps, default=0)
+    restarts = [start["step"] for start in report.starts[1:] if first <= start["step"] <= last]
+    return Curves(curves, form, scale, span=(first, max(last, first + 1)), restarts=restarts)
