@@ -28,7 +28,7 @@ from tests.test_report_store import Page
 Event = dict[str, Any]
 CONDITIONS = ("GPT4", "GPT3", "")
 SOURCES = ("careful", "hasty", "old")
-HOSTILE = "<script>alert('x')</script>&\"\x1b[1m"
+HOSTILE = "<script>alert('x')</script>&\"$\x1b[1m"
 BEGIN = datetime(2026, 3, 1, 8, 30, tzinfo=UTC)
 
 
@@ -189,6 +189,10 @@ def as_summary(report: RunReport) -> str:
     return blocks_as_text(run_summary(report))
 
 
+def titles(page: str) -> list[str]:
+    return re.findall(r"<figcaption><b>(.*?)</b>", page)
+
+
 def joined(text: str) -> str:
     return " ".join(text.split())
 
@@ -199,7 +203,7 @@ def cells_of(text: str, first: str) -> list[list[str]]:
 
 
 def events_until(step: int, **changes: Any) -> list[Event]:
-    """The lines of a run that was cut off behind a step."""
+    """The lines of a run that was cut off after a step."""
     return [event for event in run_events(**changes) if event["step"] <= step and event["event"] != "end"]
 
 
@@ -254,7 +258,7 @@ def test_a_run_whose_lock_is_held_is_in_progress_and_else_has_crashed(tmp_path: 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nor did it keep it
 
 
-def test_a_run_that_goes_on_behind_its_end_has_not_ended(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
     events = list(run_events(restarts=(100,)))
     place = next(n for n, event in enumerate(events) if event["event"] == "start" and event["step"] == 100)
     stop = {"event": "end", "step": 100, "epoch": 1, "reason": "stopped", "best_epoch": 0, "best_step": 60}
@@ -323,8 +327,9 @@ def test_old_lines_without_the_new_fields_are_shown_as_far_as_they_go(tmp_path: 
     ]
     found = read_run(write(tmp_path / "run", old))
     page, text = Page(as_html(found)), as_text(found)
-    figures = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
-    assert figures == ["training-loss", "held-out-loss", "lr", "grad-norm", "tokens", "data-wait"]
+    assert titles(page.page) == [
+        *("Training loss", "Held-out loss", "Learning rate", "Gradient norm", "Tokens a second", "Data wait")
+    ]
     assert cells_of(text, "skipped steps") == [["skipped steps", "3", "gradient not finite"]]
     assert "Best epoch: 2, held-out loss " in text
     assert not re.search(r"\bnan\b", text + page.text)
@@ -366,7 +371,7 @@ def test_the_figures_are_those_of_a_naive_recount(run: Path) -> None:
 
 
 def test_steps_that_a_restart_undid_do_not_count(tmp_path: Path) -> None:
-    """The run was killed behind step 120, and began again from the checkpoint at 100."""
+    """The run was killed after step 120, and started again from the checkpoint at 100."""
     events = list(run_events(restarts=(100,)))
     place = next(n for n, event in enumerate(events) if event["event"] == "start" and event["step"] == 100)
     undone = [event | {"loss": 99.0} for event in events[place + 1 : place + 21]]
@@ -464,8 +469,7 @@ def test_the_probe_is_put_into_words(
     shown = ["-" if loss is None else f"{loss:.4f}" for loss in probe]
     assert [row[:4] for row in table[1:]] == [["all", *shown], ["GPT4", *shown]]
     assert [row[5] for row in table[1:]] == [verdict] * 2
-    figures = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
-    assert [figure for figure in figures if figure and figure.startswith("probe")] == ["probe-0", "probe-1"]
+    assert [title for title in titles(page.page) if title.startswith("Probe")] == ["Probe, all", "Probe, GPT4"]
 
 
 # ---- Charts ----
@@ -485,15 +489,15 @@ def axes_of(chart: Chart) -> Any:
     return axes
 
 
-def chart_of(report: RunReport, key: str) -> Chart:
+def chart_of(report: RunReport, title: str) -> Chart:
     blocks = [block for section in run_document(report).sections for block in section.blocks]
-    (found,) = (block for block in blocks if isinstance(block, Chart) and block.key == key)
+    (found,) = (block for block in blocks if isinstance(block, Chart) and block.title == title)
     return found
 
 
-def lines_of(report: RunReport, key: str) -> list[tuple[str, float, str]]:
+def lines_of(report: RunReport, title: str) -> list[tuple[str, float, str]]:
     """Colour, width and style of each line of a chart."""
-    lines = axes_of(chart_of(report, key)).get_lines()
+    lines = axes_of(chart_of(report, title)).get_lines()
     return [(line.get_color(), line.get_linewidth(), line.get_linestyle()) for line in lines]
 
 
@@ -508,7 +512,7 @@ def test_values_that_differ_much_are_drawn_on_a_logarithmic_axis() -> None:
         ([0.0, 21.0], "auto", "u"),
         ([1.0, 1.0], "log", "u, logarithmic"),
     ):
-        (chart,) = curves(y, scale).chart("k", "T", "u")
+        (chart,) = curves(y, scale).chart("T", "u")
         assert chart.unit == unit
         assert axes_of(chart).get_yscale() == ("log" if "log" in unit else "linear")
 
@@ -523,25 +527,25 @@ def test_values_that_differ_much_are_drawn_on_a_logarithmic_axis() -> None:
     ],
 )
 def test_ticks_are_few_and_round(y: list[float], scale: Any, ticks: list[float]) -> None:
-    (chart,) = curves(y, scale).chart("k", "T", "u")
+    (chart,) = curves(y, scale).chart("T", "u")
     axes = axes_of(chart)
     low, high = axes.get_ylim()
     assert [tick for tick in axes.get_yticks() if low <= tick <= high] == pytest.approx(ticks)
 
 
 def test_a_curve_leaves_out_values_that_are_not_there_and_the_legend_names_the_last() -> None:
-    (chart,) = curves([0.0, 10.0, np.nan, 5.0, np.nan], span=(0, 4)).chart("k", "T", "u")
+    (chart,) = curves([0.0, 10.0, np.nan, 5.0, np.nan], span=(0, 4)).chart("T", "u")
     assert [(entry.name, entry.colour, entry.value) for entry in chart.legend] == [("a", colour_of(3), "5.0")]
     assert chart.label == "T, u: a 5.0"
     (line,) = axes_of(chart).get_lines()
     np.testing.assert_equal(line.get_ydata(), [0.0, 10.0, np.nan, 5.0, np.nan])
-    assert curves([np.nan, np.nan]).chart("k", "T", "u") == []
+    assert curves([np.nan, np.nan]).chart("T", "u") == []
 
 
 def test_a_point_lies_where_its_values_are() -> None:
     """Colours are the page's variables, coordinates are in tenths of a pixel."""
     curve = Curve("a", np.array([0.0, 50.0, 100.0]), np.array([0.0, 10.0, 5.0]), colour_of(1))
-    (chart,) = Curves([curve], str, span=(0, 100)).chart("k", "T", "u")
+    (chart,) = Curves([curve], str, span=(0, 100)).chart("T", "u")
     (path,) = re.findall(r'<path d="M([^"]*)" style="fill: none; stroke: var\(--c1\)', as_svg(chart))
     assert re.fullmatch(r"( \d+(\.\d)?){6} ?", path), path
     left, bottom, middle, top, right, half = map(float, path.split())
@@ -551,12 +555,12 @@ def test_a_point_lies_where_its_values_are() -> None:
 
 def test_restarts_skipped_steps_and_the_best_epoch_are_marked_where_they_were(run: Path) -> None:
     found = read_run(run)
-    for key in ("training-loss", "held-out-accuracy", "grad-norm", "memory"):
-        lines = axes_of(chart_of(found, key)).get_lines()
+    for title in ("Training loss", "Held-out accuracy", "Gradient norm", "Peak memory"):
+        lines = axes_of(chart_of(found, title)).get_lines()
         assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == ":"] == [100, 150]
-    (marks,) = axes_of(chart_of(found, "grad-norm")).collections
+    (marks,) = axes_of(chart_of(found, "Gradient norm")).collections
     assert [segment[0][0] for segment in marks.get_segments()] == [31, 32, 180]
-    axes = axes_of(chart_of(found, "held-out-loss"))
+    axes = axes_of(chart_of(found, "Held-out loss"))
     assert found.best is not None
     assert [(text.get_text(), text.get_position()[0]) for text in axes.texts] == [("best epoch", found.best["step"])]
     assert found.best["step"] in [line.get_xdata()[0] for line in axes.get_lines()]
@@ -564,20 +568,20 @@ def test_restarts_skipped_steps_and_the_best_epoch_are_marked_where_they_were(ru
 
 def test_every_condition_and_source_has_its_curve(run: Path) -> None:
     found = read_run(run)
-    thin, thick = 0.8, lines_of(found, "training-loss")[0][1]
+    thin, thick = 0.8, lines_of(found, "Training loss")[0][1]
     names = [(colour_of(number), width, "-") for number in range(3) for width in (thin, thick)]
-    dotted = [line for line in lines_of(found, "training-loss") if line[2] == ":"]
-    assert lines_of(found, "training-loss") == [(INK, thick, "-"), *names, *dotted]
+    dotted = [line for line in lines_of(found, "Training loss") if line[2] == ":"]
+    assert lines_of(found, "Training loss") == [(INK, thick, "-"), *names, *dotted]
     both = [(colour, thick, style) for colour in (INK, *map(colour_of, range(3))) for style in ("-", "--")]
-    assert lines_of(found, "held-out-loss")[: len(both)] == both
+    assert lines_of(found, "Held-out loss")[: len(both)] == both
     levels = [(colour_of(number), 1, "--") for number in range(3)]
-    assert lines_of(found, "source-shares") == [*names, *dotted, *levels]
+    assert lines_of(found, "Share of the loss weight") == [*names, *dotted, *levels]
 
 
 def test_the_conditions_together_have_a_curve_if_there_are_several(tmp_path: Path) -> None:
     for number, colours in ((1, [colour_of(0)]), (2, [INK, colour_of(0), colour_of(1)])):
         found = read_run(write(tmp_path / "run", run_events(conditions=CONDITIONS[:number])))
-        assert [entry.colour for entry in chart_of(found, "held-out-loss").legend] == colours
+        assert [entry.colour for entry in chart_of(found, "Held-out loss").legend] == colours
 
 
 def test_an_unweighted_curve_is_drawn_only_where_it_differs(tmp_path: Path) -> None:
@@ -588,12 +592,12 @@ def test_an_unweighted_curve_is_drawn_only_where_it_differs(tmp_path: Path) -> N
         for event in run_events()
     ]
     found = read_run(write(tmp_path / "run", events))
-    for key, has_dashes in (("held-out-loss", False), ("held-out-accuracy", True)):
-        assert ("--" in [style for _, _, style in lines_of(found, key)]) is has_dashes
+    for title, has_dashes in (("Held-out loss", False), ("Held-out accuracy", True)):
+        assert ("--" in [style for _, _, style in lines_of(found, title)]) is has_dashes
 
 
-def figure_of(page: str, key: str) -> str:
-    (found,) = re.findall(rf'<figure id="{key}">.*?</figure>', page, re.DOTALL)
+def figure_of(page: str, title: str) -> str:
+    (found,) = (figure for figure in re.findall(r"<figure.*?</figure>", page, re.DOTALL) if f"<b>{title}</b>" in figure)
     return str(found)
 
 
@@ -627,7 +631,7 @@ def test_a_long_run_gives_a_small_page_on_which_a_single_spike_is_seen(tmp_path:
     found = read_run(write(tmp_path / "run", events))
     page = as_html(found)
     assert len(page.encode()) < 1_500_000
-    paths = re.findall(r'<path d="M([^"]*)" style="fill: none; stroke: var\(--c0\)', figure_of(page, "grad-norm"))
+    paths = re.findall(r'<path d="M([^"]*)" style="fill: none; stroke: var\(--c0\)', figure_of(page, "Gradient norm"))
     single, mean = ([float(number) for number in path.split()] for path in paths)
     left, top = min(zip(single[::2], single[1::2], strict=True), key=lambda point: point[1])
     share = (left - single[0]) / (single[-2] - single[0])

@@ -86,7 +86,6 @@ class Chart:
     default stand side by side.
     """
 
-    key: str
     title: str
     unit: str
     draw: Callable[["Axes"], None]
@@ -170,7 +169,7 @@ class Curves:
         low, high = values.min(), values.max()
         return self.scale == "log" or (self.scale == "auto" and low > 0 and bool(high > _LOG_RATIO * low))
 
-    def chart(self, key: str, title: str, unit: str, note: str = "") -> list[Chart]:
+    def chart(self, title: str, unit: str, note: str = "") -> list[Chart]:
         """The chart in a list, which is empty where no curve has a value."""
         named = {curve.name: curve for curve in self.curves if curve.style == "line" and np.isfinite(curve.y).any()}
         if not named:
@@ -180,7 +179,7 @@ class Curves:
             for curve in named.values()
         ]
         unit = f"{unit}, logarithmic" if self.is_logarithmic else unit
-        return [Chart(key, title, unit, self.draw, legend, note)]
+        return [Chart(title, unit, self.draw, legend, note)]
 
     def draw(self, axes: "Axes") -> None:
         """Draw them onto empty axes."""
@@ -240,7 +239,7 @@ def smooth(values: Floats, reach: int) -> Floats:
 # ------------------------------------------------------------------------------------------------------ shares
 
 
-def shares_chart(key: str, names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Chart:
+def shares_chart(names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Chart:
     """A bar for each measure, which the names divide among them; shares: of each name, together 1 or 0."""
 
     def draw(axes: "Axes") -> None:
@@ -258,4 +257,4 @@ def shares_chart(key: str, names: Sequence[str], shares: Mapping[str, Sequence[f
         axes.spines["bottom"].set_visible(False)
 
     legend = [LegendEntry(name, colour_of(number)) for number, name in enumerate(names)]
-    return Chart(key, "Shares", f"of {', '.join(shares)}", draw, legend, height=20 + 30 * len(shares))
+    return Chart("Shares", "of all", draw, legend, height=20 + 30 * len(shares))

@@ -42,7 +42,7 @@ class Text:
 class Table:
     """Rows of cells. The columns `left` are aligned to the left, the others to the right.
 
-    header: empty for pairs of a name and a value. bars: where the bar behind the first cell of each row begins and
+    header: empty for pairs of a name and a value. bars: where the bar after the first cell of each row begins and
     ends, of 1. folded: the words to click on, on the page, to see the table.
     """
 
@@ -211,7 +211,7 @@ def _render(block: Block, indent: int = 0) -> Iterator[RenderableType]:
 
 
 def terminal_table(table: Table) -> Grid:
-    """The table for a terminal, its bars behind the first column."""
+    """The table for a terminal, its bars after the first column."""
     grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(table.header))
     for number, name in enumerate(table.header or table.rows[0]):
         grid.add_column(Words(printable(name)), justify="left" if number in table.left else "right", no_wrap=True)

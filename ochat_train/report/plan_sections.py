@@ -1,7 +1,8 @@
 """The report of a plan, or of two side by side: figures, times, sources, pictures of steps, as sections."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,35 +21,51 @@ from ochat_train.report.page import (
     show_duration,
     show_number,
 )
-from ochat_train.report.plan import PlanReport, Rate, SourceTotals, StepPicture
+from ochat_train.report.plan import PlanReport, StepPicture
+from ochat_train.training.speed import Rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ORDINALS = ("first", "second")
-_NOTHING = SourceTotals(0, 0, 0, 0)  # of a source that only the other plan has
 _NARROWEST = 0.002  # of a picture's width; narrower sequences of a source are drawn as one
 _GAP = 0.002  # between two sequences
 _ROW_HEIGHTS = ((4, 24), (8, 18), (math.inf, 14))  # up to so many rows, one is so many pixels high
 
 
 def plan_document(reports: Sequence[PlanReport]) -> Document:
-    """The whole report of one plan or of two."""
-    names = dict.fromkeys(report.recipe.name for report in reports)
-    title = f"{'Plan' if len(reports) == 1 else 'Two plans'} of {' and '.join(names)}"
-    head: list[Block] = [Table((), _origin(reports), left=(0, 1))]
-    sections = []
+    """The whole report of one plan; or of two, whose figures stand side by side and whose sections follow in turn."""
+    title = f"of {' and '.join(dict.fromkeys(report.recipe.name for report in reports))}"
     if len(reports) == 1:
-        head.append(Figures([(figure.name, figure.value, figure.remark) for figure in _figures(reports[0])]))
-    else:
-        sections.append(Section("figures", "Side by side", [_compare(reports)]))
-    head += [Text(_note(words, report)) for words, report in _of_each_plan(reports)]
-    sections += _predictions(reports)
-    sections.append(Section("sources", "Sources", _sources(reports)))
-    for words, report in _of_each_plan(reports):
-        name = f"Steps of the {words[0]} plan" if words else "Steps"
-        sections.append(Section("-".join((*words, "steps")), name, _steps(report, _source_names(reports))))
-    return Document(title, head, sections)
+        (report,) = reports
+        figures = Figures([(figure.name, figure.value, figure.remark) for figure in _figures(report)])
+        head: list[Block] = [Table((), _origin(report), left=(0, 1)), figures, Text(" ".join(_notes(report)))]
+        return Document(f"Plan {title}", head, _sections(report))
+    first, second = reports
+    pairs = []
+    for name, report in zip(_ORDINALS, reports, strict=True):
+        pairs.append((name, f"{_recipe_of(report)} on {report.request.num_gpus:,} GPUs"))
+        pairs.append(("its store", _store_of(report)))
+    head = [Table((), pairs, left=(0, 1))]
+    head += [
+        Text(f"{name.capitalize()} plan: {' '.join(_notes(report))}")
+        for name, report in zip(_ORDINALS, reports, strict=True)
+    ]
+    sections = [Section("figures", "Side by side", [_compare(first, second)])]
+    for name, report in zip(_ORDINALS, reports, strict=True):
+        sections += [
+            replace(section, key=f"{name}-{section.key}", title=f"{name.capitalize()} plan: {section.title}")
+            for section in _sections(report)
+        ]
+    return Document(f"Two plans {title}", head, sections)
+
+
+def _sections(report: PlanReport) -> list[Section]:
+    return [
+        *_predictions(report),
+        Section("sources", "Sources", _sources(report)),
+        Section("steps", "Steps", _steps(report)),
+    ]
 
 
 class Figure(NamedTuple):
@@ -64,14 +81,7 @@ class Figure(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- head
 
 
-def _origin(reports: Sequence[PlanReport]) -> list[tuple[str, str]]:
-    if len(reports) > 1:
-        pairs = []
-        for name, report in zip(_ORDINALS, reports, strict=True):
-            pairs.append((name, f"{_recipe_of(report)} on {report.request.num_gpus:,} GPUs"))
-            pairs.append(("its store", _store_of(report)))
-        return pairs
-    (report,) = reports
+def _origin(report: PlanReport) -> list[tuple[str, str]]:
     shape = report.table.shape
     micro_batches = f"{shape.grad_accum:,} micro-batch{'es' * (shape.grad_accum > 1)}"
     return [
@@ -196,23 +206,12 @@ def _notes(report: PlanReport) -> Iterator[str]:
         )
 
 
-def _note(words: Sequence[str], report: PlanReport) -> str:
-    return " ".join([*(f"{word.capitalize()} plan:" for word in words), *_notes(report)])
-
-
-def _of_each_plan(reports: Sequence[PlanReport]) -> list[tuple[tuple[str, ...], PlanReport]]:
-    """Each plan with the word that tells it from the other: none if it is alone."""
-    return [((name,) * (len(reports) > 1), report) for name, report in zip(_ORDINALS, reports, strict=False)]
-
-
 # ---------------------------------------------------------------------------------------------------- sections
 
 
-def _compare(reports: Sequence[PlanReport]) -> Table:
-    rows = [
-        (first.name, first.value, second.value, _change(first, second))
-        for first, second in zip(*([*_figures(report), *_shape_figures(report)] for report in reports), strict=True)
-    ]
+def _compare(first: PlanReport, second: PlanReport) -> Table:
+    old, new = ([*_figures(report), *_shape_figures(report)] for report in (first, second))
+    rows = [(one.name, one.value, other.value, _change(one, other)) for one, other in zip(old, new, strict=True)]
     return Table(("", *_ORDINALS, "change"), rows)
 
 
@@ -229,22 +228,20 @@ def _change(first: Figure, second: Figure) -> str:
     return f"{change:+.1f} %" if change else ""
 
 
-def _predictions(reports: Sequence[PlanReport]) -> list[Section]:
-    """How long the runs take on machines, and on what that is modelled; nothing where nothing can be predicted."""
-    bases = list(dict.fromkeys(found.basis for report in reports for found in report.predictions))
+def _predictions(report: PlanReport) -> list[Section]:
+    """How long the run takes on machines, and on what that is modelled; nothing where nothing can be predicted."""
+    bases = list(dict.fromkeys(found.basis for found in report.predictions))
     if not bases:
         return []
     rows = [
         (
             found.machine.name,
-            *words,
             show_duration(found.seconds),
             f"{found.tokens_per_s:,.0f}",
             percent(found.share, 1),
             percent(found.communication_s, found.seconds) if found.communication_s else "-",
             f"modelled on {1 + bases.index(found.basis)}",
         )
-        for words, report in _of_each_plan(reports)
         for found in report.predictions
     ]
     note = (
@@ -252,80 +249,65 @@ def _predictions(reports: Sequence[PlanReport]) -> list[Section]:
         "again included. Share: of the peak, by what trains the model. Communication: of ZeRO, by its bytes over "
         "NVLink, as part of the time. Start, held-out losses and saving are left out, and whether the model fits."
     )
-    words = ("plan",) * (len(reports) > 1)
-    header = ("machine", *words, "wall time", "tokens/s a GPU", "share", "communication", "how")
-    predictions = Table(header, rows, left=(*range(1 + len(words)), len(header) - 1))
-    speeds = Table(
-        ("", "GPUs", "model", "checkpointing", "tokens/s a GPU", "of the peak", "where from"),
-        [
-            (
-                f"{number}",
-                f"{basis.num_devices} x {basis.device}",
-                basis.model,
-                basis.checkpointing,
-                f"{basis.tokens_per_s:,.0f}",
-                percent(basis.share, 1),
-                f"{basis.origin}: {basis.source}",
-            )
-            for number, basis in enumerate(bases, start=1)
-        ],
-        left=(0, 1, 2, 3, 6),
-    )
+    header = ("machine", "wall time", "tokens/s a GPU", "share", "communication", "how")
+    speeds = [
+        (
+            f"{number}",
+            f"{basis.num_devices} x {basis.device}",
+            basis.model,
+            basis.checkpointing,
+            f"{basis.tokens_per_s:,.0f}",
+            percent(basis.share, 1),
+            f"{basis.origin}: {basis.source}",
+        )
+        for number, basis in enumerate(bases, start=1)
+    ]
     about = Text("Of the peak: with all that was computed again.")
+    speed_header = ("", "GPUs", "model", "checkpointing", "tokens/s a GPU", "of the peak", "where from")
     return [
-        Section("predictions", "How long on which machine", [Text(note), predictions]),
-        Section("speeds", "Speeds that these are modelled on", [about, speeds]),
+        Section("predictions", "How long on which machine", [Text(note), Table(header, rows, left=(0, 5))]),
+        Section("speeds", "Speeds that these are modelled on", [about, Table(speed_header, speeds, (0, 1, 2, 3, 6))]),
     ]
 
 
-def _sources(reports: Sequence[PlanReport]) -> list[Block]:
-    names = _source_names(reports)
+def _sources(report: PlanReport) -> list[Block]:
+    all_tokens = sum(totals.num_tokens for totals in report.sources.values())
+    all_weights = sum(totals.weight_sum for totals in report.sources.values())
     rows = [
-        (name, *words, *_source_cells(report.sources[name], report))
-        for name in names
-        for words, report in _of_each_plan(reports)
-        if name in report.sources
+        (
+            name,
+            f"{totals.epochs:g}",
+            f"{totals.num_examples:,}",
+            f"{totals.num_tokens:,}",
+            percent(totals.num_tokens, all_tokens),
+            show_number(totals.weight_sum),
+            percent(totals.weight_sum, all_weights),
+        )
+        for name, totals in report.sources.items()
     ]
-    shares = {}
-    for measure, field in (("tokens", "num_tokens"), ("loss", "weight_sum")):
-        for words, report in _of_each_plan(reports):
-            found = [getattr(report.sources.get(name, _NOTHING), field) for name in names]
-            shares[", ".join((measure, *words))] = [value / (sum(found) or 1) for value in found]
+    shares = {
+        "tokens": [totals.num_tokens / all_tokens for totals in report.sources.values()],
+        "loss": [totals.weight_sum / (all_weights or 1) for totals in report.sources.values()],
+    }
     note = (
         "Passes over the source in an epoch, and what is drawn of it in the whole run. A source's share of the loss is "
         "its weight sum over that of all: how much it moves the model."
     )
-    words = ("plan",) * (len(reports) > 1)
-    header = ("source", *words, "epochs", "examples", "tokens", "of tokens", "weight sum", "of loss")
-    table = Table(header, rows, left=tuple(range(1 + len(words))))
-    return [Text(note), shares_chart("source-chart", names, shares), table]
+    header = ("source", "epochs", "examples", "tokens", "of tokens", "weight sum", "of loss")
+    return [
+        Text(note),
+        shares_chart([*report.sources], shares),
+        Table(header, rows),
+    ]
 
 
-def _source_names(reports: Sequence[PlanReport]) -> list[str]:
-    """Of all plans; a source's place is its colour."""
-    return list(dict.fromkeys(name for report in reports for name in report.sources))
-
-
-def _source_cells(totals: SourceTotals, report: PlanReport) -> tuple[str, ...]:
-    all_tokens, all_weights = (sum(column) for column in list(zip(*report.sources.values(), strict=True))[2:])
-    return (
-        f"{totals.epochs:g}",
-        f"{totals.num_examples:,}",
-        f"{totals.num_tokens:,}",
-        percent(totals.num_tokens, all_tokens),
-        show_number(totals.weight_sum),
-        percent(totals.weight_sum, all_weights),
-    )
-
-
-def _steps(report: PlanReport, names: Sequence[str]) -> list[Block]:
+def _steps(report: PlanReport) -> list[Block]:
     note = (
         "A row is a rank, time runs to the right. A rank runs its micro-batches one after the other, and starts each "
         "when all have finished the one before. The unit of time is what a token takes without its attention."
     )
-    colours = {number: colour_of(names.index(name)) for number, name in enumerate(report.sources)}
     longest = max(int(picture.ends[-1]) for picture in report.pictures)
-    charts = [_step_chart(picture, report, colours, longest) for picture in report.pictures]
+    charts = [_step_chart(picture, report, longest) for picture in report.pictures]
     return [Text(note), *charts, *(_step_table(picture, report, longest) for picture in report.pictures)]
 
 
@@ -354,7 +336,7 @@ def _step_table(picture: StepPicture, report: PlanReport, longest: int) -> Table
     return Table(("", "sequences", "waits"), rows, title=f"{title}: {numbers}", bars=bars, folded=title)
 
 
-def _step_chart(picture: StepPicture, report: PlanReport, colours: Mapping[int, str], longest: int) -> Chart:
+def _step_chart(picture: StepPicture, report: PlanReport, longest: int) -> Chart:
     unit = report.table.shape.quadratic_length
     row_height = next(height for most, height in _ROW_HEIGHTS if len(picture.rows) <= most)
     num_rows = len(picture.rows)
@@ -362,7 +344,7 @@ def _step_chart(picture: StepPicture, report: PlanReport, colours: Mapping[int, 
     def draw(axes: "Axes") -> None:
         waiting = [(row, 0, int(picture.ends[-1])) for row in range(num_rows)]
         busy = source_spans(picture, longest)
-        for colour, spans in [(LINE, waiting), *((colours[source], spans) for source, spans in busy.items())]:
+        for colour, spans in [(LINE, waiting), *((colour_of(source), spans) for source, spans in busy.items())]:
             rows, starts, stops = np.array(spans).T
             gaps = np.minimum(_GAP * longest, 0.3 * (stops - starts))
             x = np.column_stack([starts, stops - gaps, np.full(len(rows), np.nan)]) / unit
@@ -376,10 +358,9 @@ def _step_chart(picture: StepPicture, report: PlanReport, colours: Mapping[int, 
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
 
     title, numbers = _caption(picture, report)
-    legend = [LegendEntry(name, colours[source]) for source, name in enumerate(report.sources)]
+    legend = [LegendEntry(name, colour_of(source)) for source, name in enumerate(report.sources)]
     note = "Grey: waiting. A line: all ranks have finished a micro-batch."
-    key = f"{report.request.num_gpus}-gpus-step-{picture.number}"
-    return Chart(key, title, numbers, draw, legend, note, height=40 + row_height * num_rows)
+    return Chart(title, numbers, draw, legend, note, height=40 + row_height * num_rows)
 
 
 def source_spans(picture: StepPicture, longest: int) -> dict[int, list[tuple[int, int, int]]]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from ochat_train.files import STEP_FOLDERS, try_lock
+from ochat_train.files import STEP_FOLDERS, read_json_lines, try_lock
 from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
@@ -177,23 +177,10 @@ def _floats(values: Iterable[float | None]) -> Floats:
 # ----------------------------------------------------------------------------------------------------- reading
 
 
-def read_events(metrics: Path) -> list[Event]:
-    """The lines of a metrics file, without any that a crash cut off; none when there is no such file."""
-    try:
-        lines = metrics.read_bytes().splitlines()
-    except OSError:
-        return []
-    events = []
-    for line in lines:
-        with suppress(orjson.JSONDecodeError):
-            events.append(orjson.loads(line))
-    return [event for event in events if isinstance(event, dict) and "event" in event]
-
-
 def read_run(run: Path) -> RunReport:
     """The facts of a run at any moment. Raises ValueError when it has not measured anything yet."""
     metrics = run / "metrics.jsonl"
-    events = _without_undone(read_events(metrics))
+    events = _without_undone([line for line in read_json_lines(metrics) if "event" in line])
     if not events:
         raise ValueError(
             f"{run} has no metrics yet: {metrics.name} {'is empty' if metrics.is_file() else 'is not there'}; name a "

@@ -7,16 +7,7 @@ import numpy as np
 import yaml
 from rich.filesize import decimal
 
-from ochat_train.report.charts import (
-    INK,
-    Chart,
-    Curve,
-    Curves,
-    Floats,
-    Scale,
-    colour_of,
-    smooth,
-)
+from ochat_train.report.charts import INK, Chart, Curve, Curves, Floats, Scale, colour_of, smooth
 from ochat_train.report.page import (
     Block,
     Document,
@@ -25,23 +16,23 @@ from ochat_train.report.page import (
     Section,
     Table,
     Text,
-    percent,
     show_condition,
     show_duration,
     show_number,
 )
-from ochat_train.report.run import (
-    ALL,
-    Event,
-    Losses,
-    RunReport,
-    by_condition,
-    column,
-    probe_of,
-    weight_by_source,
+from ochat_train.report.run import ALL, Losses, RunReport, by_condition, column, probe_of, weight_by_source
+from ochat_train.report.run_status import (
+    LEAST_LEARNED,
+    count_of,
+    key_figures,
+    origin,
+    probed_evaluations,
+    show_loss,
+    start_time,
+    status,
+    verdict,
 )
 
-_LEAST_LEARNED = 0.01  # nats a token by which the own condition must be better, for it to count as learned
 _SMOOTH_PARTS = 100  # a smooth curve is the mean over one part of so many, to either side
 _TRAINING_PARTS = 5  # of the run, each a column of the table of training losses
 _MOST_ROWS = 40  # of a table
@@ -62,9 +53,9 @@ def run_document(report: RunReport) -> Document:
         Section("saved", "Checkpoints and models", _saved(report)),
         Section("recipe", "Recipe and versions", _recipe(report)),
     )
-    head: list[Block] = [*_summary(report), Table((), _origin(report), left=(0, 1))]
+    head: list[Block] = [*_sentences(report), Table((), origin(report), left=(0, 1))]
     if report.steps:
-        head.append(Figures(_figures(report)))
+        head.append(Figures(key_figures(report)))
     return Document(f"Run {report.name}", head, [section for section in sections if section.blocks])
 
 
@@ -74,18 +65,14 @@ def run_summary(report: RunReport) -> list[list[Block]]:
     place = f"model: {report.path}/model" if has_model else f"run: {report.path}"
     ends = _losses_at_ends(report)
     losses: list[Block] = [ends] if ends.rows else []
-    return list(filter(None, (_summary(report), [Text(place)], losses, _replies(report))))
+    return list(filter(None, (_sentences(report), [Text(place)], losses, _replies(report))))
+
+
+def _sentences(report: RunReport) -> list[Block]:
+    return [Text(sentence, is_lead=True) for sentence in status(report)]
 
 
 # ------------------------------------------------------------------------------------------------------- words
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.4f}"
-
-
-def _large(value: float) -> str:
-    return f"{value / 1e9:,.2f} billion" if value >= 1e9 else f"{value:,.0f}"
 
 
 def _share(value: float) -> str:
@@ -94,10 +81,6 @@ def _share(value: float) -> str:
 
 def _gigabytes(value: float) -> str:
     return f"{value / 1e9:.3g} GB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _group(name: str | None) -> str:
@@ -110,146 +93,20 @@ def _groups(report: RunReport) -> list[str | None]:
     return [*([ALL] if len(report.conditions) > 1 else []), *report.conditions]
 
 
-def _minute(report: RunReport) -> str:
-    return f"{report.updated:%Y-%m-%d %H:%M} UTC"
-
-
-# The charts of speed: key, the names and fields of their curves, the text of a value, title and unit.
-_SERIES: tuple[tuple[str, dict[str, str], Callable[[float], str], str, str], ...] = (
-    ("lr", {"learning rate": "lr"}, show_number, "Learning rate", "at the end of a step"),
-    ("grad-norm", {"gradient norm": "grad_norm"}, show_number, "Gradient norm", "before clipping"),
+# The charts of speed: the names and fields of their curves, the text of a value, title and unit.
+_SERIES: tuple[tuple[dict[str, str], Callable[[float], str], str, str], ...] = (
+    ({"learning rate": "lr"}, show_number, "Learning rate", "at the end of a step"),
+    ({"gradient norm": "grad_norm"}, show_number, "Gradient norm", "before clipping"),
     (
-        "tokens",
         {"tokens/s": "tokens_per_s", "supervised tokens/s": "supervised_tokens_per_s"},
         show_number,
         "Tokens a second",
         "of all processes",
     ),
-    ("mfu", {"MFU": "mfu"}, _share, "MFU", "of the peak"),
-    ("data-wait", {"data wait": "data_wait_s"}, _share, "Data wait", "of a step"),
-    ("memory", {"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process"),
+    ({"MFU": "mfu"}, _share, "MFU", "of the peak"),
+    ({"data wait": "data_wait_s"}, _share, "Data wait", "of a step"),
+    ({"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process"),
 )
-
-
-# -------------------------------------------------------------------------------------------------------- head
-
-
-def _summary(report: RunReport) -> list[Block]:
-    sentences = (_state(report), _best(report), _probe_sentence(report))
-    return [Text(sentence, is_lead=True) for sentence in sentences if sentence]
-
-
-def _state(report: RunReport) -> str:
-    """How the run stands, in a sentence or two."""
-    at = f"step {report.last_step:,}{_goal(report)}"
-    resumable = [folder for folder in report.saved if folder.kind == "checkpoint"]
-    again = f"goes on from {resumable[-1].path}" if resumable else "starts from the beginning: there is no checkpoint"
-    left = report.steps[-1].get("time_left_s") if report.steps else None
-    return {
-        "running": f"In progress: {at} is done{f', about {show_duration(left)} left' if left else ''}.",
-        "finished": f"Finished: all {report.last_step:,} steps are done.",
-        "max_steps": f"Ended by train.max_steps at {at}. With a higher one the same command goes on.",
-        "stopped": f"Stopped on request at {at}. The same command {again}.",
-        "skipped": (
-            f"Stopped itself at {at}: too many steps in a row had a loss or a gradient that is not finite "
-            "(train.max_skipped)."
-        ),
-        "dead": f"Not running: it crashed or was killed after {at}. The same command {again}.",
-        "unknown": f"Started, at {at}. Whether it still runs is not known; its last line is of {_minute(report)}.",
-    }[report.state]
-
-
-def _goal(report: RunReport) -> str:
-    """Of how many steps, if that is known and there are more."""
-    whole, most = report.num_steps, report.max_steps
-    if whole is None or whole == report.last_step:
-        return ""
-    if most is not None and report.last_step < most < whole:
-        return f" of {most:,} (train.max_steps)"
-    return f" of about {whole:,}"
-
-
-def _best(report: RunReport) -> str:
-    """The best epoch against the last one, and what to do where they differ."""
-    best = report.best
-    if best is None:
-        if report.evaluations:
-            return "Best epoch: none has ended yet."
-        return "Best epoch: not known, because nothing is held out (data.eval_fraction)."
-    last = report.epoch_ends[-1]
-    found = f"Best epoch: {best['epoch']}, held-out loss {_loss(best['loss'])} at step {best['step']:,}"
-    if best is last:
-        return f"{found}, the last one." if best["epoch"] else f"{found}, the only one so far."
-    how = "has none" if last["loss"] is None else f"is worse by {last['loss'] - best['loss']:.4f}"
-    return f"{found}. The last one, {last['epoch']}, {how}. {_kept(report, best['step'])}"
-
-
-def _kept(report: RunReport, step: int) -> str:
-    """What is left of the model after a step."""
-    kept = {folder.kind: folder.path for folder in report.saved if folder.step == step}
-    if "model" in kept:
-        return f"The better model is {report.path}/{kept['model']}."
-    if "checkpoint" in kept:
-        return f"Get the better model by python -m ochat_train.export {report.path}/{kept['checkpoint']} OUT."
-    return "The better model was not kept; checkpoint.models.every_epochs=1 keeps one of each epoch."
-
-
-def _origin(report: RunReport) -> list[tuple[str, str]]:
-    pairs = [("run", report.path)]
-    if report.starts and report.starts[0].get("started"):
-        pairs.append(("started", f"{_time(report.starts[0])[:16]} UTC"))
-    pairs.append(("last line", _minute(report)))
-    hardware = report.starts[-1] if report.starts else report.about
-    if hardware.get("device"):
-        pairs.append(("on", f"{hardware.get('num_processes')} x {hardware['device']}"))
-        pairs.append(("attention", str(hardware.get("attention"))))
-    return pairs
-
-
-def _time(start: Event) -> str:
-    return str(start.get("started") or "-").replace("T", " ").removesuffix("Z")
-
-
-def _figures(report: RunReport) -> list[tuple[str, str, str]]:
-    steps, best = report.steps, report.best
-    epochs = report.recipe.get("train", {}).get("epochs")
-    skipped = max(sum(bool(event.get("skipped")) for event in steps), steps[-1].get("skipped_steps") or 0)
-    others = [f"{show_duration(report.save_seconds)} of saving" if report.save_seconds else "without evaluations"]
-    others += [_count(len(report.starts), "start")] if report.starts else []
-    tokens, supervised, seconds = (
-        float(np.nansum(column(steps, name))) for name in ("tokens", "supervised_tokens", "seconds")
-    )
-    rows = [
-        ("steps", f"{report.last_step:,}", _goal(report).strip()),
-        ("progress", percent(report.progress, 1), "of the examples of all epochs"),
-        (
-            "epochs",
-            f"{report.progress * epochs:.3g}" if epochs else f"{steps[-1]['epoch'] + 1}",
-            f"of {epochs}" if epochs else "started",
-        ),
-        ("time in steps", show_duration(seconds), "; ".join(others)),
-        ("tokens", _large(tokens), f"{_large(supervised)} supervised"),
-        (
-            "tokens/s",
-            show_number(_median(report, "tokens_per_s")),
-            f"{show_number(_median(report, 'supervised_tokens_per_s'))} supervised",
-        ),
-        ("skipped steps", f"{skipped:,}", "gradient not finite" if skipped else ""),
-    ]
-    if best is not None:
-        rows.append(("best held-out loss", _loss(best["loss"]), f"epoch {best['epoch']}, step {best['step']:,}"))
-    if np.isfinite(mfu := _median(report, "mfu")):
-        rows.append(("MFU", percent(mfu, 1), "of the peak, median"))
-    if np.isfinite(peaks := column(steps, "peak_memory_bytes")).any():
-        rows.append(("peak memory", decimal(int(np.nanmax(peaks))), "of the fullest process"))
-    return rows
-
-
-def _median(report: RunReport, name: str) -> float:
-    """Over the steps without the first tenth, in which a run warms up; nan where no step says it."""
-    values = column(report.steps, name)[len(report.steps) // 10 :]
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else np.nan
 
 
 # ---------------------------------------------------------------------------------------------------- sections
@@ -262,7 +119,7 @@ def _training(report: RunReport) -> list[Block]:
         return []
     parts = np.array_split(np.arange(len(report.steps)), min(_TRAINING_PARTS, len(report.steps)))
     header = ("condition", *(f"to step {report.steps[part[-1]]['step']:,}" for part in parts))
-    rows = [(_group(name), *(_loss(_mean(values[part])) for part in parts)) for name, values in losses.items()]
+    rows = [(_group(name), *(show_loss(_mean(values[part])) for part in parts)) for name, values in losses.items()]
     curves = [
         curve
         for name, values in losses.items()
@@ -274,7 +131,7 @@ def _training(report: RunReport) -> list[Block]:
         note += " Dotted, upwards: a restart."
     return [
         Text("Weighted, nats a token. The table has the mean over the steps up to each that it names."),
-        *_curves(report, curves, _loss_tick, "auto").chart("training-loss", "Training loss", "nats a token", note),
+        *_curves(report, curves, _loss_tick, "auto").chart("Training loss", "nats a token", note),
         Table(header, rows),
     ]
 
@@ -284,42 +141,32 @@ def _losses_at_ends(report: RunReport) -> Table:
     events, kind = (report.evaluations, "held-out loss") if report.evaluations else (report.steps, "training loss")
     ends = [*events[:1], *events[-1:]]
     losses = by_condition(ends, "loss")
-    rows = [(show_condition(name), *map(_loss, losses[name])) for name in report.conditions if name in losses]
+    rows = [(show_condition(name), *map(show_loss, losses[name])) for name in report.conditions if name in losses]
     return Table((kind, *(f"step {event['step']}" for event in ends)), rows)
 
 
 def _held_out(report: RunReport) -> list[Block]:
-    if not report.evaluations:
+    evaluations, best, names = report.evaluations, report.best, _measured(report)
+    if not evaluations:
         return []
-    names = _measured(report)
-    losses = by_condition(report.evaluations, "loss")
-    other = {
-        name: column(report.evaluations, name)
-        for name in ("perplexity", "accuracy", "unweighted_loss", "unweighted_accuracy")
-    }
-    rows = []
-    for number, event in enumerate(report.evaluations):
-        perplexity, accuracy, loss, unweighted_accuracy = (float(values[number]) for values in other.values())
-        rows.append(
-            (
-                *(f"{event['step']:,}", f"{event['epoch']}"),
-                *(_loss(losses[name][number]) for name in names),
-                *(show_number(perplexity), _share(accuracy), _loss(loss), _share(unweighted_accuracy)),
-                _BEST if event is report.best else "end of the epoch" if event.get("epoch_end") else "",
-            )
-        )
-    header = (
-        *("step", "epoch"),
-        *(f"loss, {_group(name)}" if len(names) > 1 else "loss" for name in names),
-        *("perplexity", "accuracy", "loss, unweighted", "accuracy, unweighted", ""),
-    )
-    note = "Weighted as in training; at the right of the table also with every supervised token counting 1."
+    losses = by_condition(evaluations, "loss")
+    columns = [
+        ("step", [f"{event['step']:,}" for event in evaluations]),
+        ("epoch", [f"{event['epoch']}" for event in evaluations]),
+        *((f"loss, {_group(name)}" if len(names) > 1 else "loss", map(show_loss, losses[name])) for name in names),
+        ("perplexity", map(show_number, column(evaluations, "perplexity"))),
+        ("accuracy", map(_share, column(evaluations, "accuracy"))),
+        ("loss, unweighted", map(show_loss, column(evaluations, "unweighted_loss"))),
+        ("accuracy, unweighted", map(_share, column(evaluations, "unweighted_accuracy"))),
+        ("", [_BEST if event is best else "end of the epoch" * bool(event.get("epoch_end")) for event in evaluations]),
+    ]
+    header, cells = zip(*columns, strict=True)
     return [
-        Text(note),
+        Text("Weighted as in training; at the right of the table also with every supervised token counting 1."),
         *_held_out_chart(report, "loss", "nats a token", _loss_tick),
         *_held_out_chart(report, "perplexity", "exp(loss)", show_number),
         *_held_out_chart(report, "accuracy", "of supervised tokens", _share),
-        *_few_rows(Table(header, rows, left=(len(header) - 1,), folded=_AS_A_TABLE)),
+        *_few_rows(Table(header, list(zip(*cells, strict=True)), left=(len(header) - 1,), folded=_AS_A_TABLE)),
     ]
 
 
@@ -345,56 +192,32 @@ def _held_out_chart(report: RunReport, field: str, unit: str, form: Callable[[fl
     has_dashes = any(curve.style == "dashed" for curve in curves)
     note = "Dashed: every supervised token counts 1, where that differs." if has_dashes else ""
     drawn = _curves(report, curves, form, "linear" if field == "accuracy" else "auto")
-    drawn = replace(drawn, best=None if report.best is None else report.best["step"])
-    return drawn.chart(f"held-out-{field}", f"Held-out {field}", unit, note)
-
-
-def _probed(report: RunReport) -> list[Event]:
-    return [event for event in report.evaluations if event.get("probe")]
-
-
-def _verdict(losses: Losses) -> str:
-    if losses.gain >= _LEAST_LEARNED:
-        return "learned"
-    return "misleading" if losses.gain <= -_LEAST_LEARNED else "not learned"
-
-
-def _probe_sentence(report: RunReport) -> str:
-    if not (probed := _probed(report)):
-        return ""
-    losses = probe_of(probed[-1])[ALL]
-    against, gain = "without one" if losses.other is None else "under another", losses.gain
-    meaning = {
-        "learned": f"lower by {gain:.3f} than {against}: the condition was learned",
-        "misleading": f"higher by {-gain:.3f} than {against}: the condition misleads the model",
-        "not learned": f"no different than {against} (by {abs(gain):.3f}): the condition was not learned",
-    }[_verdict(losses)]
-    return f"At step {probed[-1]['step']:,} the loss of answers under their own condition is {meaning}."
+    best = report.best
+    drawn = replace(drawn, best=None if best is None else best["step"])
+    return drawn.chart(f"Held-out {field}", unit, note)
 
 
 def _probe(report: RunReport) -> list[Block]:
-    if not (probed := _probed(report)):
+    if not (probed := probed_evaluations(report)):
         return []
     last = probe_of(probed[-1])
     rows = [
-        (_group(name), *map(_loss, last[name]), f"{last[name].gain:+.4f}", _verdict(last[name]))
+        (_group(name), *map(show_loss, last[name]), f"{last[name].gain:+.4f}", verdict(last[name]))
         for name in _groups(report)
         if name in last
     ]
     x = column(probed, "step")
     charts = []
-    for number, name in enumerate(_groups(report)):
+    for name in _groups(report):
         found = [probe_of(event).get(name) for event in probed]
         curves = [
             Curve(field, x, column([losses._asdict() if losses else {} for losses in found], field), colour_of(colour))
             for colour, field in enumerate(Losses._fields)
         ]
-        charts += _curves(report, curves, _loss_tick, "auto").chart(
-            f"probe-{number}", f"Probe, {_group(name)}", "nats a token"
-        )
+        charts += _curves(report, curves, _loss_tick, "auto").chart(f"Probe, {_group(name)}", "nats a token")
     note = (
         "The mean weighted loss of held-out answers under their own, another and no condition. Learned: it is lower "
-        f"by at least {_LEAST_LEARNED} under their own than under another, or than under none if there is no other."
+        f"by at least {LEAST_LEARNED} under their own than under another, or than under none if there is no other."
     )
     return [Text(note), Table(("condition", "own", "other", "none", "gain", ""), rows, left=(0, 5)), *charts]
 
@@ -424,7 +247,7 @@ def _sources(report: RunReport) -> list[Block]:
         Text(
             "A source's share of the loss weight: how much of the gradient is of it, in all steps and in single ones."
         ),
-        *drawn.chart("source-shares", "Share of the loss weight", "of a step", "Dashed: the mean of the whole run."),
+        *drawn.chart("Share of the loss weight", "of a step", "Dashed: the mean of the whole run."),
         Table(("source", "mean of all steps", "least", "most"), rows),
     ]
 
@@ -433,16 +256,16 @@ def _speed(report: RunReport) -> list[Block]:
     steps, skipped = report.steps, [event["step"] for event in report.steps if event.get("skipped")]
     charts: list[Block] = []
     rows = []
-    for key, names, form, title, unit in _SERIES:
+    for fields, form, title, unit in _SERIES:
+        is_norm = "gradient norm" in fields
         curves: list[Curve] = []
-        for number, (name, field) in enumerate(names.items()):
-            values = column(steps, field) / (column(steps, "seconds") if key == "data-wait" else 1)
-            if not np.isfinite(values).any():
-                continue
-            rows.append((name, *map(form, (float(np.nanmedian(values)), np.nanmin(values), np.nanmax(values)))))
-            curves += _over_steps(report, name, values, colour_of(number), is_log=key == "grad-norm")
-        drawn = _curves(report, curves, form, "log" if key == "grad-norm" else "zero")
-        charts += replace(drawn, skipped=skipped if key == "grad-norm" else ()).chart(key, title, unit)
+        for number, (name, field) in enumerate(fields.items()):
+            values = column(steps, field) / (column(steps, "seconds") if field == "data_wait_s" else 1)
+            if np.isfinite(values).any():
+                rows.append((name, *map(form, (np.nanmedian(values), np.nanmin(values), np.nanmax(values)))))
+                curves += _over_steps(report, name, values, colour_of(number), is_log=is_norm)
+        drawn = _curves(report, curves, form, "log" if is_norm else "zero")
+        charts += replace(drawn, skipped=skipped if is_norm else ()).chart(title, unit)
     note = [Text("Marks above the gradient norm: skipped steps.")] if skipped else []
     return [*note, *charts, Table(("", "median", "least", "most"), rows, folded=_AS_A_TABLE)] if rows else []
 
@@ -451,7 +274,7 @@ def _starts(report: RunReport) -> list[Block]:
     rows = [
         (
             f"{start['step']:,}",
-            _time(start),
+            start_time(start),
             start.get("resumed") or "-",
             f"{start.get('num_processes') or '-'}",
             start.get("device") or "-",
@@ -471,12 +294,12 @@ def _saved(report: RunReport) -> list[Block]:
             decimal(folder.num_bytes),
             f"{folder.made:%Y-%m-%d %H:%M}",
             "-" if folder.seconds is None else show_duration(folder.seconds),
-            _loss(losses.get(folder.step)),
+            show_loss(losses.get(folder.step)),
         )
         for folder in report.saved
     ]
     header = ("folder", "", "size", "made, UTC", "saving took", "held-out loss")
-    removed = f"{_count(report.num_removed, 'older one')} removed, as the recipe asks."
+    removed = f"{count_of(report.num_removed, 'older one')} removed, as the recipe asks."
     notes = [Text(removed)] if report.num_removed else []
     return [*notes, *_few_rows(Table(header, rows, left=(0, 1)))] if rows else []
 

@@ -115,7 +115,7 @@ def _shares(kind: str, groups: Mapping[str, GroupSums]) -> list[Block]:
     rows = [(name, *(percent(share, 1) for share in row)) for name, row in zip(names, columns, strict=True)]
     note = f"A {kind}'s share of the loss is its weight sum over the weight sum of all: how much it moves the model."
     table = Table((kind, *(f"of {measure}" for measure in shares)), rows)
-    return [Text(note), shares_chart(f"{kind}-chart", names, shares), table]
+    return [Text(note), shares_chart(names, shares), table]
 
 
 def _lengths(report: StoreReport) -> list[Block]:
@@ -150,7 +150,7 @@ def _lengths(report: StoreReport) -> list[Block]:
     note = "Dashed, from the left: the median, 90 %, the longest, data.max_tokens."
     return [
         Text("Tokens of an example: " + ", ".join(f"{name} {length:,}" for name, length in marks.items()) + "."),
-        Chart("lengths-chart", "Examples", "by their tokens", draw, legend, note, width=960, height=240),
+        Chart("Examples", "by their tokens", draw, legend, note, width=720, height=200),
         Table(("tokens", *report.lengths, "all"), rows, folded="As a table"),
     ]
 
