@@ -117,7 +117,7 @@ def packed(form: str, records: Sequence[Any]) -> bytes:
         pq.write_table(TABLE, sink)
         return sink.getvalue()
     if form == "arrow":
-        with pa.ipc.new_file(sink, TABLE.schema) as writer:
+        with pa.ipc.new_stream(sink, TABLE.schema) as writer:
             writer.write_table(TABLE)
         return sink.getvalue()
     return lines
