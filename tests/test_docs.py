@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
 README, DESIGN = ROOT / "README.md", ROOT / "docs/design.md"
 DATA, RECIPES = ROOT / "docs/data.md", ROOT / "docs/recipes.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DECISIONS = sorted((ROOT / "docs/decisions").glob("*.md"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *DECISIONS]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Every name that the ledger can hold. A new one fails `test_every_reason_and_action_of_the_code_is_listed_here`.
@@ -342,11 +343,41 @@ def test_every_room_exists_unless_it_is_marked_later() -> None:
         assert there is not meaning.startswith("later"), f"{path}: {meaning}"
 
 
+def test_the_picture_has_every_room_and_what_passes_between_them() -> None:
+    (picture,) = fences(DESIGN.read_text(), "mermaid")
+    drawn = {name for name in re.findall(r"\b[a-z]+\b(?=\[| --|$)", picture, re.MULTILINE)} - {"dumps"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert drawn == folders | {"train", "export"}  # files.py is for all of them
+    labelled = re.findall(r"(\w+)(?:\[.*?\])? -- (\w+) --> (\w+)", picture)
+    assert len(labelled) > 6
+    for giver, name, taker in labelled:
+        defined, used = source_of(giver if giver in drawn else taker), source_of(taker)
+        assert f"class {name}" in defined and re.search(rf"\b{name}\b", used), (giver, name, taker)
+
+
+def source_of(room: str) -> str:
+    """The text of all modules of a room."""
+    files = (PACKAGE / room).glob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
+    return "".join(path.read_text() for path in files)
+
+
+def test_a_decision_has_a_page_of_its_own_with_all_that_belongs_to_it() -> None:
+    numbers = [int(page.name.partition("-")[0]) for page in DECISIONS]
+    assert numbers == list(range(1, len(DECISIONS) + 1))
+    for number, page in zip(numbers, DECISIONS, strict=True):
+        text = page.read_text()
+        title, *headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert headings == ["Context", "Decision", "Evidence", "Consequences"], page.name
+        assert len(text.splitlines()) <= 40, page.name
+        assert f"[{title.removeprefix(f'{number}. ')}](decisions/{page.name})" in DESIGN.read_text(), page.name
+
+
 def test_every_module_has_its_line_in_the_rooms() -> None:
     listed = {path for path, _ in rooms()}
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert modules <= listed
-    assert {page.name for page in PAGES[1:]} == set(re.findall(r"\w+\.md", dict(rooms())["docs/"]))
+    pages = {page.name for page in PAGES[1:] if page not in DECISIONS}
+    assert pages == set(re.findall(r"\w+\.md", dict(rooms())["docs/"]))
 
 
 @pytest.mark.parametrize("kind", [TrainState, Checkpoint, Manifest], ids=lambda kind: kind.__name__)
