@@ -62,7 +62,7 @@ def is_empty_json(value: object) -> bool:
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls a value, for an error: "a number", "a list", "missing or null"."""
+    """The JSON type of a value in words, for messages: "a number", "a list", "missing or null"."""
     if value is None:
         return "missing or null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Pictures, sound and video in a record: they are no text, so a record that has them is dropped or loses them."""
+"""Pictures, sound and video in a record: such a record is dropped, or keeps only its text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from ochat_train.conversations.forms import is_plain
 
 MEDIA_HINT = "data.media: text"
 
-# Names of fields, of the record, a turn or a part, that hold media or files of these.
+# Names of fields, of the record, a turn or a part, that hold media or names of media files.
 _MEDIA_NAME = re.compile(
     r"(?:image|img|picture|photo|audio|video|media|pixel_value|inline_?data|file_?data)s?"
     r"(?:_?(?:base64|bytes|id|path|url|uri|file|name|filename))?s?",
@@ -36,7 +36,7 @@ def find_media(fields: Mapping[str, Any], turns: Sequence[Any]) -> str:
     """The name of a field, of the record or of a turn, that holds media; empty where there is none.
 
     That is a field with a name of media, or any field with the name of a media file where a text has a placeholder such
-    as <image>. A placeholder with the file's name in it is named itself. Parts of texts are not searched.
+    as <image>. A placeholder that contains a file name is returned as it is. Parts of texts are not searched.
     """
     objects = [fields, *(turn for turn in turns if isinstance(turn, dict))]
     for part in objects:
@@ -71,12 +71,12 @@ def is_media_part(part: Mapping[str, Any]) -> bool:
 
 
 def remove_placeholders(text: str) -> str:
-    """The text without placeholders for media."""
+    """The text without placeholders for media: "<image>\\nHi" becomes "Hi"."""
     return _PLACEHOLDER.sub("", text)
 
 
 def _is_media(value: Any, *, is_sure: bool) -> bool:
-    """Whether a field with a name of media holds media, and not a note about them.
+    """Whether a field with a name of media holds media, rather than text that describes them.
 
     is_sure: the name can mean nothing else, so any text is taken for a file's name.
     """

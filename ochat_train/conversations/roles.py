@@ -46,7 +46,10 @@ NO_ROLES: Mapping[str, Role] = {}
 
 
 def find_role(name: object, own_roles: Mapping[str, Role] = NO_ROLES) -> Role | Literal["call"] | None:
-    """The role of that name, "call" where the assistant only calls tools, or None. `own_roles` come before ROLES."""
+    """The role that this name stands for, "call" where the assistant only calls tools, or None.
+
+    `own_roles` come before ROLES.
+    """
     if not isinstance(name, str):
         return None
     if name in ROLES and name not in CALL_ROLES and not own_roles:  # nearly always

@@ -56,7 +56,7 @@ def spell_out(parsed: ParsedRecord, spelling: Spelling) -> ParsedRecord:
             repairs["calls_untrained"] = None
             if text:
                 messages.append(Message(message.role, _write_answer(spelling, text, reasoning, "")))
-            # Reasoning that ends in a call is context with it: trained alone it would teach the model to stop there.
+            # Reasoning before an untrained call is untrained too: alone it would teach the model to stop there.
             text, weight, reasoning = "", 0.0, "" if text else reasoning
         messages.append(Message(message.role, _write_answer(spelling, text, reasoning, calls), weight))
     system = parsed.system
@@ -128,7 +128,7 @@ def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> 
 
 
 def _render_answer(spelling: Spelling, text: str, reasoning: str, called: list[dict[str, Any]]) -> str:
-    """The answer in the form of the base's template; empty if that has none, needs control or loses something."""
+    """The answer in the form of the base's template; empty if it has none, needs control tokens or loses content."""
     prompt, bare = _frame_of_answers(spelling)
     answer: dict[str, Any] = {"role": "assistant", "content": text}
     if called:
@@ -156,7 +156,7 @@ def _render_answer(spelling: Spelling, text: str, reasoning: str, called: list[d
 
 @lru_cache(maxsize=8)
 def _frame_of_answers(spelling: Spelling) -> tuple[str | None, str | None]:
-    """The base's template up to where an answer begins, and with an answer."""
+    """The rendered prompt, and the same with a placeholder for the answer."""
     prompt = _render(spelling, [_ASKED], add_generation_prompt=True)
     return prompt, _render(spelling, [_ASKED, {"role": "assistant", "content": _ANSWER}])
 

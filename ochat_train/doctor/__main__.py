@@ -1,4 +1,4 @@
-"""Examine a recipe on this machine before a run is paid for.
+"""Examine a recipe on this machine before you spend GPU time.
 
     python -m ochat_train.doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu-gib X]
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def show(finding: "Finding") -> str:
-    """The finding for a terminal."""
+    """The finding as lines of text, with its remedy."""
     first, *rest = finding.detail.splitlines()
     lines = [f"{_MARKS[finding.state]:<8} {finding.name}: {first}", *(f"           {line}" for line in rest)]
     return "\n".join([*lines, f"           remedy: {finding.remedy}"] if finding.remedy else lines)

@@ -19,8 +19,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """The result of lm-eval's `simple_evaluate`.
 
-    A folder is run by its hf model, which can also compare given answers by their likelihood. A URL is asked for
-    answers, so tasks of likelihoods do not run. Both get chats, to which our template is applied. Raises ValueError.
+    lm-eval's hf backend loads a folder, and can also score given answers by likelihood. A URL is asked for answers, so
+    tasks of likelihoods raise ValueError. Both get chats, to which our template is applied. Raises ValueError.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("the package lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'")
@@ -39,7 +39,7 @@ def run_tasks(
             "hf",
             model_args=_folder_arguments(target, condition),
             batch_size=batch_size,
-            device="cuda" if torch.cuda.is_available() else "cpu",  # its default is cuda, also where there is none
+            device="cuda" if torch.cuda.is_available() else "cpu",  # lm-eval's default is cuda, even without a GPU
             **common,
         )
     else:

@@ -30,7 +30,7 @@ TIE is right only where you see no difference that would matter to the user."""
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A question, and the turns that two models answered."""
+    """A question, and the answers of two models, one for each turn."""
 
     question: tuple[str, ...]
     first: tuple[str, ...]
@@ -100,7 +100,7 @@ async def compare_pair(judge: CachedClient, pair: Pair, *, max_tokens: int) -> O
 
 
 def make_prompt(question: tuple[str, ...], a: tuple[str, ...], b: tuple[str, ...]) -> ChatMessages:
-    """The request to the judge. The mark around texts is a digest of them, which no text can hold."""
+    """The request to the judge. The mark around texts is a digest of them, which a text cannot foresee."""
     mark = "#" + hashlib.sha256(repr((question, a, b)).encode()).hexdigest()[:12]
     parts = [_INSTRUCTIONS.format(mark=mark)]
     for label, answers in (("A", a), ("B", b)):

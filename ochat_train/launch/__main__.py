@@ -3,7 +3,7 @@
     python -m ochat_train.launch RECIPE [key=value ...]
 
 It preprocesses, examines the recipe, trains (again after a crash, if MAX_RESTARTS says so) and reports, each as a
-command of its own. The variables of the environment that it reads stand in README.md.
+command of its own. README.md lists the environment variables that it reads.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ochat_train.recipe import load_recipe, parse_arguments, recipe_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Take all steps; exits with the code of the first one that fails, or with 75 when it was asked to stop."""
+    """Run all steps; exits with the code of the first one that fails, or with 75 when it was asked to stop."""
     parser = argparse.ArgumentParser(prog="python -m ochat_train.launch", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe_arguments(parser)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def launch(recipe: list[str]) -> None:
-    """Take all steps of a recipe, given as its path and overrides. Raises ValueError for a mistake of the user."""
+    """Run all steps of a recipe, given as its path and overrides. Raises ValueError for a mistake of the user."""
     max_restarts = os.environ.get("MAX_RESTARTS") or "0"
     if not max_restarts.isdecimal():
         raise ValueError(f"MAX_RESTARTS={max_restarts} is not a number of restarts, such as 3")

@@ -1,4 +1,4 @@
-"""Weighted negative log-likelihood over the head, a chunk at a time, as sums; gradients are made with the loss."""
+"""The head and the weighted negative log-likelihood, in chunks; the forward pass computes gradients too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,19 +9,18 @@ from torch.autograd.function import once_differentiable
 
 from ochat_train.model.lora import HeadWithRows
 
-# Tokens whose logits exist at one time, twice in fp32: 2 x 2048 x 32,000 x 4 bytes are 524 MB. Every chunk reads and
-# writes the fp32 gradient of the weight once, 8 bytes an element beside the 6 flop a token of all three products. On an
-# H100 that is at most 27 % of their time at 1024 tokens and 14 % at 2048, as far as it does not overlap; that is
-# arithmetic, not measured. On a CPU chunks of 512 to 2048 take equally long.
+# Tokens whose logits exist at one time, in two fp32 copies: 2 x 2048 x 32,000 x 4 bytes are 524 MB. Every chunk reads
+# and writes the fp32 gradient of the weight once, 8 bytes an element beside the 6 flop a token of all three products.
+# With an H100's 989 TFLOP/s and 3.35 TB/s that is 28 % of all time at 1024 tokens and 16 % at 2048 where it does not
+# overlap; this is arithmetic, not measured. On a CPU chunks of 512 to 2048 take equally long.
 CHUNK_TOKENS = 2048
 
 
 class TokenSums(NamedTuple):
     """Sums over the tokens with a loss, each [..., K] for K conditions.
 
-    nll: of the negative log-likelihood. weight: of 1. correct: of whether the label is the likeliest token, which is
-    known in eval mode only and 0 in training. In weighted sums each is multiplied by the token's loss weight; in
-    unweighted sums `weight` is the number of tokens.
+    nll: of the negative log-likelihood. weight: the number of tokens. correct: the number whose label is the likeliest
+    token, in eval mode only (0 in training). In weighted sums each token counts with its loss weight.
     """
 
     nll: Tensor
@@ -64,7 +63,7 @@ class ConditionSums(NamedTuple):
 
 
 def zero_sums(num_conditions: int, device: torch.device) -> ConditionSums:
-    """Sums of nothing in f64, to add to."""
+    """Zeros in f64, to accumulate into."""
     return ConditionSums(torch.zeros(2, 3, num_conditions, dtype=torch.float64, device=device))
 
 
@@ -81,10 +80,10 @@ class LossSums(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What the logits of t tokens say.
+    """Per-token results of the logits of t tokens.
 
-    nll: f32[t], of each label. gradient: its gradient by the logits, [t, V]. is_correct: f32[t], whether the label is
-    the likeliest token. None where it was not asked for.
+    nll: f32[t], of each label. gradient: its gradient with respect to the logits, [t, V]. is_correct: f32[t], whether
+    the label is the likeliest token. None where it was not asked for.
     """
 
     nll: Tensor
@@ -112,7 +111,7 @@ class LossHead(nn.Module):
         self._score: Callable[..., Scores] = score
 
     def compile_chunk(self) -> None:
-        """Compile `score`: few passes over the logits in place of many. Sizes of chunks do not compile it again."""
+        """Compile `score`: few passes over the logits in place of many. A new chunk size does not recompile it."""
         self._score = torch.compile(score, dynamic=True)
 
     def forward(
@@ -125,17 +124,17 @@ class LossHead(nn.Module):
 
             nll = cross_entropy(logits, labels, reduction="none");  sum(loss_weights * nll)
 
-        The products multiply what the weights' dtype holds. In bf16 their results are fp32 on CUDA, and elsewhere the
+        Matrix products take inputs in the weights' dtype. In bf16 their results are fp32 on CUDA, and elsewhere the
         logits are rounded to it. Nothing here waits for the device.
         """
         labels, loss_weights = labels[loss_positions], loss_weights[loss_positions]  # [S]
-        how = _How(self._score, self.softcap, torch.is_grad_enabled(), not self.training)
+        options = _Options(self._score, self.softcap, torch.is_grad_enabled(), not self.training)
         nll_sum, nll, is_correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # of torch
-            hidden, self.weight, self.bias, self.rows, self.row_ids, labels, loss_weights, loss_positions, how
+            hidden, self.weight, self.bias, self.rows, self.row_ids, labels, loss_weights, loss_positions, options
         )
         values = torch.stack([nll, torch.ones_like(nll), is_correct])  # [3, S]
         values = torch.stack([values * loss_weights, values]).double()
-        # index_add adds one by one: in f32, 32,768 weights of 0.1 would come out 2.6e-4 too large.
+        # index_add adds one by one: in f32 the sum of 32,768 weights of 0.1 is too large by a factor of 1 + 2.6e-4.
         zeros = zero_sums(self.num_conditions, hidden.device).table
         sums = zeros.index_add(2, condition_ids[loss_positions].long(), values).float()
         return LossSums(nll_sum, ConditionSums(sums))
@@ -146,7 +145,7 @@ def score(
 ) -> Scores:
     """The scores of logits f32[t, V] for labels i64[t]; with a gradient of the dtype if there is one, rounded once.
 
-    Who calls it keeps no name for the logits, so that their memory is free when the gradient is made.
+    The caller must keep no reference to the logits, so that their memory is free when the gradient is made.
     """
     is_correct = (logits.argmax(dim=-1) == labels).float() if is_judged else None
     slope = None
@@ -170,8 +169,8 @@ def score(
     return Scores(nll, gradient.scatter_(1, at_labels, at_label.to(gradient_dtype)), is_correct)
 
 
-class _How(NamedTuple):
-    """has_gradients: gradients are wanted. is_judged: so is whether a label is the likeliest token."""
+class _Options(NamedTuple):
+    """has_gradients: whether to compute gradients. is_judged: whether to compute Scores.is_correct."""
 
     score: Callable[..., Scores]
     softcap: float | None
@@ -189,7 +188,7 @@ class _Head(NamedTuple):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and loss. The forward pass computes the gradients too, the backward pass multiplies them by what comes.
+    """Head and loss. The forward pass computes the gradients too, the backward pass scales them.
 
     So there are three products of [S, V, C]: the logits, and the gradients of hidden states and weight. Logits that the
     backward pass computes again are a fourth. Liger's fused linear cross-entropy does it so too, and Apple's
@@ -207,21 +206,21 @@ class _HeadLoss(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         loss_positions: Tensor,
-        how: _How,
+        options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """f32 scalar, the sum of weights * nll; f32[S] nll; f32[S] whether the label is the likeliest token."""
-        head, num_losses = _Head(weight, bias, rows, row_ids), len(loss_positions)
-        needed = [how.has_gradients and is_needed for is_needed in ctx.needs_input_grad[:4]]
-        gradients = _Gradients(needed, hidden, num_losses) if any(needed) else None
-        nll = torch.zeros(num_losses, dtype=torch.float32, device=hidden.device)
+        head, num_supervised = _Head(weight, bias, rows, row_ids), len(loss_positions)
+        needed = [options.has_gradients and is_needed for is_needed in ctx.needs_input_grad[:4]]
+        gradients = _Gradients(needed, hidden, num_supervised) if any(needed) else None
+        nll = torch.zeros(num_supervised, dtype=torch.float32, device=hidden.device)
         is_correct = torch.zeros_like(nll)
         # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
         # reduction.
-        for start in range(0, max(1, num_losses), CHUNK_TOKENS):
+        for start in range(0, max(1, num_supervised), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
             states = hidden[loss_positions[chunk]]  # [t, C]
-            scores = how.score(
-                _logits(states, head), labels[chunk], how.softcap, gradients and hidden.dtype, how.is_judged
+            scores = options.score(
+                _logits(states, head), labels[chunk], options.softcap, gradients and hidden.dtype, options.is_judged
             )
             nll[chunk] = scores.nll
             if scores.is_correct is not None:
@@ -237,7 +236,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """The gradients, each rounded once here."""
+        """The saved gradients times the incoming one, each rounded once to the dtype of the hidden states."""
         loss_weights, loss_positions, of_hidden, *of_parameters = ctx.saved_tensors
         if of_hidden is not None:
             scaled = _scaled(of_hidden, (scale * loss_weights)[:, None], ctx.dtype)
@@ -247,16 +246,16 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients by hidden states, weight, bias and rows, of the chunks so far; None of what needs none.
+    """Gradients of hidden states, weight, bias and rows over the chunks so far; None where none is needed.
 
-    A token's loss weight is not in the gradient by the logits [t, V]: it multiplies the hidden states [t, C] that go
-    into the weight's gradient here, and the gradient by the hidden states [S, C] in the backward pass, together with
-    what comes from above. The sums over tokens are fp32.
+    A token's loss weight is not in the gradient of the logits [t, V]: it multiplies the hidden states [t, C] that go
+    into the weight's gradient here, and the gradient of the hidden states [S, C] in the backward pass, together with
+    the incoming gradient. The sums over tokens are fp32.
     """
 
-    def __init__(self, needed: list[bool], hidden: Tensor, num_losses: int) -> None:
+    def __init__(self, needed: list[bool], hidden: Tensor, num_supervised: int) -> None:
         self.needed = needed
-        self.hidden = hidden.new_empty(num_losses, hidden.shape[1]) if needed[0] else None
+        self.hidden = hidden.new_empty(num_supervised, hidden.shape[1]) if needed[0] else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.rows: Tensor | None = None
@@ -266,7 +265,7 @@ class _Gradients:
         return self.hidden, self.weight, self.bias, self.rows
 
     def add(self, chunk: slice, by_logits: Tensor, states: Tensor, loss_weights: Tensor, head: _Head) -> None:
-        """Add a chunk's: by_logits [t, V], which is given up, states [t, C], loss_weights f32[t]."""
+        """Add a chunk's: by_logits [t, V], which is overwritten, states [t, C], loss_weights f32[t]."""
         _, of_weight, of_bias, of_rows = self.needed
         if of_bias:
             by_bias = loss_weights @ by_logits.float()
@@ -274,7 +273,7 @@ class _Gradients:
         by_row_logits = None
         if head.row_ids is not None:
             by_row_logits = by_logits.index_select(1, head.row_ids)  # [t, n]
-            by_logits.index_fill_(1, head.row_ids, 0)  # the weight's own rows had no part
+            by_logits.index_fill_(1, head.row_ids, 0)  # `rows` replaced these, so they get no gradient
         if self.hidden is not None:
             torch.mm(by_logits, head.weight, out=self.hidden[chunk])
             if by_row_logits is not None and head.rows is not None:
@@ -304,7 +303,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """f32[m, n]: total, in its memory, + a.T @ b, for a [k, m] and b [k, n] of one dtype.
+    """f32[m, n]: total + a.T @ b, written into total, for a [k, m] and b [k, n] of one dtype.
 
     A sum in bf16 would be rounded at every chunk, and lose more the more chunks there are.
     """

@@ -1,7 +1,7 @@
 """The bytes that training a model takes: on a GPU, in host memory, and on disk.
 
-Activations are counted on the model itself (`activations.py`). What DeepSpeed keeps are formulas, each checked against
-a real engine.
+Activations are counted on the model itself (`activations.py`). DeepSpeed's own memory is computed by formulas, each
+checked against a real engine.
 """
 
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from ochat_train.model.lora import target_layers
 from ochat_train.model.pretrained import DTYPES, meta_model
 
 _FP32 = 4
-# Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of a byte, and
-# for each 256 weights two scales in fp32.
+# Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of one byte
+# each, and for each 256 weights two scales in fp32.
 STATE_BYTES: dict[str, float] = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "sgd": 0}
-_REDUCED_AT_ONCE = 500_000_000  # elements, where DeepSpeed reduces gradients outside of its ZeRO optimizers
+_REDUCED_AT_ONCE = 500_000_000  # elements, that DeepSpeed reduces at once where no ZeRO optimizer is used
 _GATHERED = 1_000_000_000  # elements, stage3_max_live_parameters
 _SUB_GROUP = 1_000_000_000  # elements, sub_group_size
 _BUCKET = 500_000_000  # elements, reduce_bucket_size
@@ -30,8 +30,8 @@ _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and 
 class ModelSize:
     """Elements of a model's parameters; a shared one counts once.
 
-    num_trained: of those that get a gradient, adapters included. largest: of the largest of them. num_rows: tokens
-    whose rows are trained beside adapters.
+    num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter.
+    num_rows: tokens whose rows are trained beside adapters.
     """
 
     num_weights: int
@@ -57,10 +57,10 @@ class ZeroSetting:
 class MemoryNeeds:
     """Bytes of one process, by part; host: of its share of host memory with an offloaded optimizer.
 
-    gradients: when the backward pass ends. held: gradients that are there when activations take the most. activations,
+    gradients: when the backward pass ends. held: gradients held at the peak of activations. activations,
     layer, logits: see `Activations`. buffers: for communication in the backward pass, and gathered weights. reduction:
-    what takes their place when gradients of all weights are reduced after the backward pass. step: gradients, and what
-    the optimizer's step takes beside them, when there are no activations. start: of the model, while the engine is
+    further bytes while gradients of all weights are reduced after the backward pass. step: gradients, and what
+    the optimizer's step takes beside them, when there are no activations. start: the peak while the engine is
     made.
     """
 
@@ -80,7 +80,7 @@ class MemoryNeeds:
 
     @property
     def fixed(self) -> int:
-        """What is there all the time."""
+        """Bytes held for the whole run: weights, master copy, optimizer states."""
         return self.weights + self.master + self.optimizer
 
     @property
@@ -103,7 +103,7 @@ def measure_size(
 ) -> ModelSize:
     """The size of a model of this transformers configuration, with adapters when `lora_rank` is given.
 
-    An adapter of rank r beside a linear layer of shape [out, in] has r * (in + out) elements. Only adapters are
+    An adapter of rank r on a linear layer of shape [out, in] has r * (in + out) elements. Only adapters are
     trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. lora_targets: see
     `target_layers`. Raises ValueError when no model can be made of the configuration, or a target is no linear layer.
     """
@@ -124,7 +124,7 @@ def measure_size(
 def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting, *, on_gpu: bool) -> MemoryNeeds:
     """The bytes of each of n processes, in DeepSpeed 0.19 with gradients added up in fp32.
 
-    With P weights, Q of them trained, w bytes each (2 or 4), and every 1/n where that part is split:
+    With P weights, Q of them trained, w bytes each (2 or 4), and 1/n where that part is split:
 
         stage            0        1, bf16       1, fp32       2            3
         weights          w P      w P           w P           w P          w P / n
@@ -135,8 +135,8 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         reduction        4 b      (4 + 2) b     -             -            -
 
     B: reduce_bucket_size, allocated whole; two of them with overlap_comm. b: the smaller of Q and 5e8. g: gathered
-    weights, the smaller of P and 1e9, none in one process; two processes had 1.7 to 1.9 of them. While the engine is
-    made, stages 1 and 2 have the weights twice; stage 3 has the whole model on each GPU.
+    weights, the smaller of P and 1e9, none in one process; two processes were measured to have 1.7 to 1.9 times w g.
+    While the engine is made, stages 1 and 2 have the weights twice; stage 3 has the whole model on each GPU.
     """
     n, stage, element = setting.num_processes, setting.stage, DTYPES[setting.dtype].itemsize
     all_weights, trained = element * size.num_weights, size.num_trained
@@ -161,7 +161,7 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
 
 
 class _GradientNeeds(NamedTuple):
-    """Bytes for gradients and their reduction; the names are those of MemoryNeeds."""
+    """Bytes for gradients and their reduction. total: MemoryNeeds.gradients; the others as in MemoryNeeds."""
 
     total: int
     held: int
@@ -170,11 +170,11 @@ class _GradientNeeds(NamedTuple):
 
 
 def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _GradientNeeds:
-    """part: trained weights of a process.
+    """The bytes of gradients in one process; part: its trained weights.
 
     Where gradients of all weights are kept, they grow as the activations shrink if a step has one micro-batch; if it
-    has several, those of the earlier ones are there. In one process stage 2 then also has the micro-batch's own. In
-    bfloat16, stage 1 is DeepSpeed's BF16_Optimizer: it keeps fp32 gradients of all weights for the whole run, and
+    has several, those of the earlier ones are already held. In one process stage 2 then also has the micro-batch's own.
+    In bfloat16, stage 1 is DeepSpeed's BF16_Optimizer: it keeps fp32 gradients of all weights for the whole run, and
     those in bf16 until the end of the backward pass. In stage 2 bf16 gradients go through the bucket into this rank's
     part in fp32.
     """

@@ -18,8 +18,8 @@ class PackedBatch:
 
     input_ids i64[T], position_ids i64[T] (from 0 in each sequence), labels i64[T] (the next token of the same
     sequence; 0 with weight 0 at its end), loss_weights f32[T] (of predicting the label), loss_positions i64[S] (where
-    the weight is not 0, ascending; known here, so that nobody asks the device), cu_seqlens i32[B+1] (borders),
-    max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T].
+    the weight is not 0, ascending; computed on the host, so that the device is not asked), cu_seqlens i32[B+1]
+    (borders), max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T].
     """
 
     input_ids: Tensor
@@ -32,14 +32,14 @@ class PackedBatch:
     condition_ids: Tensor
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on a device. From pinned memory it is copied while the host goes on."""
+        """The batch on a device. From pinned memory the copy is asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self, device: torch.device) -> Self:
-        """The batch in page-locked memory, from which a GPU copies by itself. For other devices, the batch itself."""
+        """The batch in page-locked memory, from which a GPU copies by itself; for other devices the batch itself."""
         if device.type != "cuda":
             return self
-        with torch.cuda.device(device):  # a new thread is on device 0, and would take some of its memory
+        with torch.cuda.device(device):  # a new thread defaults to device 0, and would allocate memory there
             return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -54,7 +54,7 @@ class PackedBatch:
 # adds 64 tokens, 0.2 % of 32,768. Not measured on a GPU.
 CUDA_MULTIPLE = 128
 
-# A rank without examples still takes part in every collective of the step: one token that counts for nothing.
+# A rank without examples still takes part in every collective of the step: one token of weight 0.
 _NOTHING = Example(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32))
 
 

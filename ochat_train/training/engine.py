@@ -85,10 +85,10 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict, with the keys of `extra` merged in.
 
-    Raises ValueError when an extra key would change one that the recipe's other sections decide.
+    Raises ValueError when an extra key would change one that this configuration sets.
     """
     if taken := sorted(_DECIDED_ELSEWHERE & extra.keys()):
-        raise ValueError(f"deepspeed.{taken[0]}: the recipe's model and optim sections decide this; change those")
+        raise ValueError(f"deepspeed.{taken[0]}: the recipe's other sections decide this; change those")
     zero: dict[str, Any] = {"stage": stage}
     if offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -115,8 +115,8 @@ def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
             _merge(config[key], value, f"{path}.{key}")
         elif key in config and config[key] != value:
             raise ValueError(
-                f"{path}.{key}: {value!r} contradicts {config[key]!r}, which the recipe's other sections decide; "
-                "change those"
+                f"{path}.{key}: {value!r} contradicts {config[key]!r}, which ochat_train sets; leave the key out, or "
+                "change the recipe's section that decides it"
             )
         else:
             config[key] = value
@@ -127,7 +127,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, AdamW with 8-bit states, or SGD; matrices get weight decay, vectors (norms, biases) do not.
 
-    algorithm: adamw, adamw_8bit or sgd. Of adamw_8bit, tensors below 4,096 elements keep fp32 states.
+    algorithm: adamw, adamw_8bit or sgd. With adamw_8bit, tensors below 4,096 elements keep fp32 states.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -178,7 +178,7 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
 
 
 class OutOfMemory(MemoryError):
-    """A micro-batch that did not fit, with what to change."""
+    """Raised when a micro-batch does not fit; the message says what to change."""
 
 
 def train_step(
@@ -195,14 +195,14 @@ def train_step(
     weight_sum is the sum of loss weights of the whole step, over all ranks and micro-batches. DeepSpeed averages
     gradients over ranks, so that each micro-batch contributes nll_sum * world_size / weight_sum, and the update is that
     of sum(w * nll) / sum(w) over the step. Where the norm is not finite, nothing was updated. Sums and norm stay on the
-    device, so that the host does not wait for it here; DeepSpeed's step does, where it looks at the norm. mark: called
-    with what begins. Raises OutOfMemory.
+    device, so that the host does not wait for it here; DeepSpeed's own step waits when it checks the norm. mark is
+    called with the name of each phase as it begins. Raises OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     scale = world_size / weight_sum if weight_sum else 0.0
     parts: list[ConditionSums] = []
-    is_plain = engine.optimizer is engine.basic_optimizer  # fp32 replicas: DeepSpeed clips, but keeps no norm
+    is_plain = engine.optimizer is engine.basic_optimizer  # stage 0 in fp32: DeepSpeed clips, but stores no norm
     norm = None
     for number, batch in enumerate(batches, start=1):
         try:
@@ -217,7 +217,7 @@ def train_step(
             else:  # as the other stages do by themselves
                 engine.zero_grad()
                 engine.micro_steps += 1
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
@@ -234,23 +234,23 @@ def _total_norm(module: nn.Module) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of torch failed, on an accelerator or on the CPU, or Python's own."""
+    """Whether the error is an out-of-memory error of torch, on an accelerator or the CPU, or of Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _explain_memory(batch: PackedBatch, number: int, num_batches: int, error: RuntimeError) -> str:
+def _explain_memory(batch: PackedBatch, number: int, num_batches: int, error: Exception) -> str:
     num_tokens, num_supervised = len(batch.input_ids), int((batch.loss_weights != 0).sum())
     return (
         f"rank {os.environ.get('RANK', '0')} ran out of memory in micro-batch {number} of {num_batches}: "
         f"{num_tokens:,} tokens, {num_supervised:,} with a loss, the longest sequence {batch.max_seqlen:,}. Lower "
         "packing.tokens_per_gpu (and raise packing.grad_accum), set model.checkpointing=full, a higher zero.stage or "
         "zero.offload=optimizer, or train on more processes. All of these may be changed when the run continues from "
-        f"its newest checkpoint. ({str(error).splitlines()[0]})"
+        f"its newest checkpoint. ({(str(error).splitlines() or [repr(error)])[0]})"
     )
 
 
 def sum_over_ranks(sums: ConditionSums) -> ConditionSums:
-    """The sums over all ranks, on the CPU of every rank."""
+    """The sums over all ranks, on the CPU of every rank; `sums` itself is overwritten with them."""
     dist.all_reduce(sums.table)
     return ConditionSums(sums.table.cpu())
 
@@ -271,14 +271,14 @@ class RankReport(NamedTuple):
 def reduce_over_ranks(sums: ConditionSums, report: RankReport, world: World) -> tuple[ConditionSums, RankReport]:
     """On the CPU of every rank: the f64 sums over all ranks, and the largest of each value that any rank reports.
 
-    One collective for both, because all ranks wait at each, and the only place of a step where the host waits for the
+    One collective for both, because all ranks wait at each, and the only place of a step where our code waits for the
     device.
     """
     num_sums, num_values = sums.table.numel(), len(report)
     both = torch.zeros(num_sums + world.size * num_values, dtype=torch.float64, device=sums.table.device)
     both[:num_sums] = sums.table.flatten()
     for place, value in enumerate(report, start=num_sums + world.rank * num_values):
-        both[place] = value  # a number is filled in; a tensor of them would be copied from memory that is not pinned
+        both[place] = value  # one by one: a tensor made on the host would need a blocking copy
     dist.all_reduce(both)
     both = both.cpu()
     grad_norm, data_wait_s, memory, *answers = both[num_sums:].view(world.size, num_values).amax(dim=0).tolist()
@@ -310,7 +310,7 @@ class Failed(Exception):
 
 
 def together(action: Callable[[], T]) -> T:
-    """This rank's result of `action`, once every rank has one. The action itself must not communicate.
+    """This rank's result of `action`, after every rank has finished it. The action itself must not communicate.
 
     Raises Refused with all texts on every rank when it raised ValueError on any, so that no rank waits for another.
     """

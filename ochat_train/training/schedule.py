@@ -1,4 +1,4 @@
-"""The learning rate: its peak, and its value at each share of the run's examples that is consumed."""
+"""The learning rate: its peak, and its value as a function of the fraction of examples consumed."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ _PUBLISHED_TOKENS = 4e6
 
 
 def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> float:
-    """OpenChat's published peak: 3e-4 * sqrt(supervised tokens a step / 4e6), divided by a factor of the base model.
+    """OpenChat's published peak: 3e-4 * sqrt(supervised tokens a step / 4e6) / a factor of the kind of model.
 
     config: the model's transformers configuration. The factor is 1 for Llama 1 and 2, 6 for Mistral, 5.3 for Llama 3.
     Raises ValueError for a model without a published factor. Source: the imoneoi/openchat repository, 2024-05.

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ochat_train.files import require_packages
 from ochat_train.recipe import Recipe, to_json
 
-# The longest that a run waits for a wandb server: to begin there, and to end there.
+# The longest that a run waits for a wandb server: to start, and to finish.
 _INIT_S, _FINISH_S = 10.0, 10.0
 
 
@@ -58,7 +58,7 @@ def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _TensorBoard:
-    """Event files in a folder."""
+    """Writes TensorBoard event files into a folder."""
 
     name = "tensorboard"
 
@@ -77,7 +77,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run in wandb; offline when its server does not answer in time."""
+    """A run in wandb; offline on request, or when its server does not answer in time."""
 
     name = "wandb"
 
