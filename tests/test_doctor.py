@@ -319,7 +319,7 @@ def test_settings_that_training_would_refuse_are_a_problem(
 ) -> None:
     case = case_of(load_recipe(recipe_path, [override]))
     assert case.store
-    monkeypatch.setattr("ochat_train.training.sinks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ochat_train.files.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape(told)):
         checks.check_settings(case)
 
@@ -629,7 +629,7 @@ def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_
     assert (outcome.code, outcome.text.splitlines()[-1]) == (0, "OK"), outcome.text
     assert "forward and backward in" in outcome.text and "the model in full" in outcome.text
     recipe = load_recipe(path, [f"model.lora={lora}"])
-    model = build_model(prepare(recipe, ALONE), ALONE, "none")
+    model = build_model(prepare(recipe, ALONE), ALONE)
     num_weights, num_trained = (
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or is_any)
         for is_any in (True, False)

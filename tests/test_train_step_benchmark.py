@@ -221,7 +221,8 @@ def test_micro_batches_are_full_and_those_of_longer_lengths_at_4096() -> None:
     options = train_step.parse([*TINY, "--max-tokens", "4096", "--batches", "5"])
     batches = train_step.make_batches(train_step.make_config(options), options, 32_768)
     lengths = [[len(example.input_ids) for example in examples] for examples in batches]
-    assert all(0.97 * 32_768 < sum(of_batch) <= 32_768 for of_batch in lengths)
+    num_tokens = [sum(of_batch) for of_batch in lengths]
+    assert max(num_tokens) <= 32_768 and np.mean(num_tokens) > 0.985 * 32_768  # the plan's fill is 0.9946
     assert 1000 < np.mean([length for of_batch in lengths for length in of_batch]) < 1500
     assert max(max(of_batch) for of_batch in lengths) == 4096
 

@@ -159,11 +159,11 @@ def _largest_leak(packed: PackedCausalLM, examples: Sequence[Example]) -> float:
     num_ids, device = packed.lm.config.get_text_config().vocab_size, packed.lm.device
     largest = 0.0
     with torch.no_grad():
-        before = packed(_batch(examples).to(device)).by_condition[0, 0]
+        before = packed(_batch(examples).to(device)).by_condition.weighted.nll
         for changed, example in enumerate(examples):
             others = list(examples)
             others[changed] = Example((example.input_ids + 1) % num_ids, example.loss_weights)
-            after = packed(_batch(others).to(device)).by_condition[0, 0]
+            after = packed(_batch(others).to(device)).by_condition.weighted.nll
             moved = ((after - before).abs() / before)[torch.arange(len(examples)) != changed]
             largest = max(largest, float(moved.max()))
     return largest
