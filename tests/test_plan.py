@@ -613,7 +613,7 @@ def test_extra_deepspeed_keys_are_merged() -> None:
         ("deepspeed.train_micro_batch_size_per_gpu=4", r"deepspeed\.train_micro_batch_size_per_gpu: 4 contradicts 1"),
         ("deepspeed.data_types.grad_accum_dtype=bf16", r"deepspeed\.data_types\.grad_accum_dtype"),
         # Keys that the configuration does not have, with which DeepSpeed would overrule the recipe.
-        ("deepspeed.fp16.enabled=true", r"deepspeed\.fp16: .*model and optim sections decide"),
+        ("deepspeed.fp16.enabled=true", r"deepspeed\.fp16: .*other sections decide"),
         ("deepspeed.optimizer.type=Lamb", r"deepspeed\.optimizer: .*decide"),
         ("deepspeed.scheduler.type=WarmupLR", r"deepspeed\.scheduler: .*decide"),
         ("deepspeed.train_batch_size=64", r"deepspeed\.train_batch_size: .*decide"),

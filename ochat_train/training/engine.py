@@ -115,8 +115,8 @@ def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
             _merge(config[key], value, f"{path}.{key}")
         elif key in config and config[key] != value:
             raise ValueError(
-                f"{path}.{key}: {value!r} contradicts {config[key]!r}, which ochat_train sets; leave the key out, or "
-                "change the recipe's section that decides it"
+                f"{path}.{key}: {value!r} contradicts {config[key]!r}, which ochat_train sets; leave the key out, or, "
+                "where other sections of the recipe decide it, change those"
             )
         else:
             config[key] = value
