@@ -496,6 +496,13 @@ def test_in_a_slurm_allocation_srun_starts_one_launcher_on_each_node(bench: Benc
     assert not any(Path(path).exists() for path in hostfiles)
 
 
+def test_hosts_that_slurm_does_not_name_are_refused_with_its_reason(bench: Bench) -> None:
+    bench.command("scontrol", "#!/usr/bin/env bash\necho 'no controller answers' >&2\nexit 1\n")
+    code, output = bench.launch(**SLURM)
+    assert (code, bench.num_tries()) == (1, 0)
+    assert "launch: the hosts of this Slurm job are not known: scontrol show hostnames node[07,11]: no con" in output
+
+
 def test_the_75_of_the_nodes_is_passed_on_and_a_crash_of_one_is_a_crash(bench: Bench) -> None:
     bench.command("scontrol", SCONTROL)
     bench.command("srun", SRUN)

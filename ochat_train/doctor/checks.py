@@ -359,8 +359,8 @@ def check_steps(case: Case) -> Finding:
         remedy = "train a few steps with train.max_steps=20, or python -m ochat_train.report plan RECIPE tokens_per_s=X"
         return Finding("warning", f"{steps}; hours are not known, since no speed was measured", remedy)
     seconds = table.num_tokens / (rate * num_processes)
-    hours = f"{timedelta(seconds=round(seconds))} hours ({seconds * num_processes / 3600:.3g} GPU hours)"
-    return Finding("ok", f"{steps}, {hours} at {rate:,.0f} tokens/s a process, {origin}")
+    duration = f"{timedelta(seconds=round(seconds))} ({seconds * num_processes / 3600:.3g} GPU hours)"
+    return Finding("ok", f"{steps} in {duration} at {rate:,.0f} tokens/s a process, {origin}")
 
 
 def check_disk(case: Case) -> Finding:

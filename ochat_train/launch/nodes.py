@@ -73,8 +73,13 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
         return Nodes("here")
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise ValueError("call launch.sh without srun: it calls srun itself, once for all nodes")
-    listed = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
-    return Nodes("slurm", tuple(subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()))
+    listing = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    try:
+        listed = subprocess.run(listing, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or error
+        raise ValueError(f"the hosts of this Slurm job are not known: {' '.join(listing)}: {reason}") from None
+    return Nodes("slurm", tuple(listed.stdout.split()))
 
 
 def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str]) -> TrainingCommand:

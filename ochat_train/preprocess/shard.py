@@ -103,7 +103,7 @@ class Trace:
     """What each stage made of one record; None for a stage that it did not reach.
 
     source: None for a record that is no object where several sources name its file. conversation: as its source weighs
-    it, and once it is judged, as it is encoded. reason: why it was dropped, None while it is kept; detail: the same for
+    it, and after filtering, as it is encoded. reason: why it was dropped, None while it is kept; detail: the same for
     a person.
     """
 
@@ -204,7 +204,7 @@ def _filter(traces: Sequence[Trace], settings: ShardSettings) -> None:
     for (trace, _), filtered in zip(reached, results, strict=True):
         trace.filtered = filtered
         messages = filtered.conversation.messages
-        num_kept = max((place for place, message in enumerate(messages, start=1) if message.weight), default=0)
+        num_kept = max((place for place, message in enumerate(messages, start=1) if message.has_weight), default=0)
         # What stands after the last turn with a weight would be context of nothing.
         trace.conversation = replace(filtered.conversation, messages=messages[:num_kept])
         if filtered.reason is not None:
