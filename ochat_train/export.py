@@ -1,7 +1,6 @@
 """A checkpoint to a Hugging Face model that everything else can load.
 
 python -m ochat_train.export [--adapter] CHECKPOINT OUT
-python -m ochat_train.export --check MODEL STORE [--num N]
 """
 
 import argparse
@@ -24,7 +23,7 @@ from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.tokens.chat_template import chat_template
-from ochat_train.tokens.parity import PromptParity, check_parity
+from ochat_train.tokens.parity import check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
@@ -34,46 +33,17 @@ _NUM_COMPARED = 20  # conversations of the store at each export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export one checkpoint, or check an exported model."""
+    """Export one checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m ochat_train.export", description="Checkpoint to model.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing: CHECKPOINT is an exported model and OUT a token store, whose prompts are compared",
-    )
-    parser.add_argument("--num", type=int, default=200, metavar="N", help="conversations that --check reads (200)")
     options = parser.parse_args(arguments)
     try:
-        if options.check:
-            parity = check(options.checkpoint, options.out, num=options.num)
-            print(parity)
-            sys.exit(0 if parity.is_equal else 1)
         export(options.checkpoint, options.out, adapter=options.adapter)
     except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
-
-
-def check(model: str | Path, store: str | Path, *, num: int) -> PromptParity:
-    """Compare the prompts of answers in a store with those that servers make for the exported model.
-
-    Raises ValueError when `model` is no exported model, `store` no store, or their templates differ.
-    """
-    if num < 1:
-        raise ValueError(f"--num {num} is below 1")
-    metadata = read_export(Path(model))
-    if metadata is None:
-        raise ValueError(f"{model} is not an exported model, for {METADATA_FILE} is not there")
-    examples = TokenStore(store)
-    if examples.manifest.template != metadata["template"]:
-        raise ValueError(
-            f"{model} has the template {metadata['template']}, and {store} {examples.manifest.template}; name the "
-            "store that it was trained on"
-        )
-    return check_parity(examples, load_tokenizer(str(model), TEMPLATES[metadata["template"]]), num=num)
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
@@ -194,11 +164,12 @@ def _record_parity(model: Path, checkpoint: Checkpoint) -> None:
     found = None
     problems: list[str] = []
     try:
-        if note := compare_with_auto(str(model), load_tokenizer(str(model), TEMPLATES[checkpoint.template])):
+        tokenizer = load_tokenizer(str(model), TEMPLATES[checkpoint.template])
+        if note := compare_with_auto(str(model), tokenizer):
             problems.append(f"exported tokenizer: {note}; serve it by --engine transformers")
         manifest = read_manifest(store)
         if manifest is not None and manifest.fingerprint == checkpoint.state.store_fingerprint:
-            parity = check(model, store, num=_NUM_COMPARED)
+            parity = check_parity(TokenStore(store), tokenizer, num=_NUM_COMPARED)
             print(parity, flush=True)
             found = asdict(parity)
             for way in found["ways"].values():

@@ -10,7 +10,7 @@ import pytest
 
 from ochat_train.conversations.schema import Conversation, Message, Role
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.export import main
+from ochat_train.evaluate.__main__ import main
 from ochat_train.tokens.chat_template import ControlText, chat_template, encode_as_one_string, encode_prompt
 from ochat_train.tokens.encode import encode
 from ochat_train.tokens.parity import PromptParity, check_parity
@@ -203,7 +203,7 @@ def test_the_command_compares_a_model_with_a_store(
     tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
     write_chat_model(tmp_path / "model", tokenizer)
     write_store(tmp_path / "store", tokenizer, PLAIN)
-    arguments = ["--check", str(tmp_path / "model"), str(tmp_path / "store")]
+    arguments = ["prompts", str(tmp_path / "model"), str(tmp_path / "store")]
 
     def run(*more: str) -> object:
         with pytest.raises(SystemExit) as ended:

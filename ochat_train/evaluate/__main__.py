@@ -1,7 +1,8 @@
-"""Measure a trained model: held-out loss, answers for MT-bench and AlpacaEval, a judge's comparison, lm-eval.
+"""Measure a trained model: its prompts, held-out loss, MT-bench and AlpacaEval, a judge's comparison, lm-eval.
 
-python -m ochat_train.evaluate held-out MODEL STORE | answer BENCHMARK MODEL_OR_URL OUT [flags of serve]
-    | compare BENCHMARK FIRST SECOND --judge URL | lm-eval MODEL_OR_URL TASK ...
+python -m ochat_train.evaluate prompts MODEL STORE | held-out MODEL STORE
+    | answer BENCHMARK MODEL_OR_URL OUT [flags of serve] | compare BENCHMARK FIRST SECOND --judge URL
+    | lm-eval MODEL_OR_URL TASK ...
 """
 
 import argparse
@@ -22,6 +23,7 @@ from ochat_train.evaluate.endpoint import reach
 from ochat_train.evaluate.harness import run_tasks
 from ochat_train.evaluate.journal import Answer, open_journal
 from ochat_train.evaluate.judge import Outcome, Pair, compare_pair, read_pairs, win_rate
+from ochat_train.evaluate.prompts import compare_prompts
 from ochat_train.evaluate.question_sets import QUESTION_SETS, Question, ask_turns, find_questions, read_questions
 from ochat_train.files import publish_file, require_packages
 
@@ -49,6 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m ochat_train.evaluate", description="Measure a trained model.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prompts = commands.add_parser(
+        "prompts", help="whether servers ask it with the ids of its training", allow_abbrev=False
+    )
+    prompts.add_argument("model", metavar="MODEL", help="an exported model")
+    prompts.add_argument("store", metavar="STORE", help="the token store that it was trained on")
+    prompts.add_argument("--num", type=int, default=200, metavar="N", help="conversations to compare (200)")
+    prompts.set_defaults(run=_prompts)
 
     held_out = commands.add_parser(
         "held-out", help="loss and condition probe on a token store, as training reports them", allow_abbrev=False
@@ -122,6 +132,12 @@ def _open_client(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[
         yield CachedClient(
             endpoint, journal, condition=options.condition, num_tries=options.tries, timeout_s=options.timeout
         )
+
+
+def _prompts(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    parity = compare_prompts(options.model, options.store, num=options.num)
+    print(parity)
+    return 0 if parity.is_equal else 1
 
 
 def _held_out(options: argparse.Namespace, flags: Sequence[str]) -> int:
