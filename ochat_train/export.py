@@ -26,7 +26,7 @@ from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
-from ochat_train.training.checkpoint import Checkpoint, check_files, read_checkpoint
+from ochat_train.training.checkpoint import Checkpoint, check_files, only_data, read_checkpoint
 from ochat_train.training.resources import room_for
 
 _NUM_COMPARED = 20  # conversations of the store at each export
@@ -242,13 +242,14 @@ def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
                 "let checkpoint.models save whole models"
             )
         # Lazily: a weight is put together when it is asked for.
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.path), tag="deepspeed", exclude_frozen_parameters=True, lazy_mode=True
-        )
+        with only_data():
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.path), tag="deepspeed", exclude_frozen_parameters=True, lazy_mode=True
+            )
     else:
         file = checkpoint.path / "deepspeed" / "mp_rank_00_model_states.pt"
-        # DeepSpeed pickles its own classes beside the weights; this is a file that we wrote.
-        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        with only_data():
+            weights = torch.load(file, map_location="cpu")["module"]
     # The loss head shares the language model's head.
     trained = {name.removeprefix("lm."): weight for name, weight in weights.items() if name.startswith("lm.")}
     if _lora(checkpoint) is None:

@@ -6,10 +6,16 @@ RUN/step-00000100/random-00000.pt     random states of rank 0, ...
 RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
 RUN/step-00000120.partial             a save that was cut off; the next run removes it
 RUN/step-00000120.damaged             a checkpoint that was found damaged; nothing removes it
+
+Files of torch.save are pickles, and a pickle can run code when it is read. So only tensors, plain values and three
+classes of DeepSpeed are read from them, wherever a checkpoint comes from.
 """
 
 import hashlib
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,11 @@ import numpy as np
 import orjson
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.recipe import differences
@@ -44,6 +54,12 @@ FREE_AT_RESUME = (
     "checkpoint",
     "log",
 )
+
+
+# What DeepSpeed's files hold beside tensors and plain values: an enumeration and two records of plain values.
+DEEPSPEED_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
+# torch reads files of torch.save without running code then, even where its caller asks for everything.
+ONLY_DATA = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +151,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> None:
-    """Read the `part`-th of `parts` shares of a checkpoint's files. Raises Damaged, naming a file that differs."""
+    """Read the `part`-th of `parts` shares of a checkpoint's files.
+
+    Raises Damaged, naming a file that differs; ValueError for one that would run code when it is read.
+    """
     by_size = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].size, name))
     for name in by_size[part::parts]:
         file, expected = checkpoint.path / name, checkpoint.files[name]
@@ -145,8 +164,41 @@ def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> Non
         elif mark_file(file) != expected:
             what = "has other bytes than were written"
         else:
+            if file.suffix == ".pt":
+                _check_is_data(file)
             continue
         raise Damaged(f"checkpoint {checkpoint.path} is damaged: {name} {what}")
+
+
+def _check_is_data(file: Path) -> None:
+    """Raise ValueError when a file of torch.save holds anything but data; it is scanned, not loaded."""
+    try:
+        with safe_globals(DEEPSPEED_CLASSES):
+            found = sorted(get_unsafe_globals_in_checkpoint(file))
+    except ValueError:  # a bare pickle
+        found = ["not a file of torch.save"]
+    if found:
+        raise ValueError(
+            f"{file} holds more than tensors and plain values ({', '.join(found)}), which could run code when it is "
+            "read; this version of ochat_train did not write it. Resume from another checkpoint, or train from the "
+            "model that was exported from this one"
+        )
+
+
+@contextmanager
+def only_data() -> Iterator[None]:
+    """In the block, every torch.load, DeepSpeed's too, reads data and runs no code; anything else is an error."""
+    before = {name: os.environ.get(name) for name in ONLY_DATA}
+    os.environ |= ONLY_DATA
+    try:
+        with safe_globals(DEEPSPEED_CLASSES):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -236,7 +288,8 @@ def load_checkpoint(
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with only_data():
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not find its files in {folder}")
     # From converted states, stage 3 gives every group the weight decay of the first, and all states one shared step
@@ -249,19 +302,21 @@ def load_checkpoint(
     file = checkpoint.path / f"random-{world.rank:05d}.pt"
     if not file.is_file():  # there were fewer ranks
         return
-    random_states = torch.load(file, weights_only=False)
+    random_states = torch.load(file, weights_only=True)
     random.setstate(random_states["python"])
-    np.random.set_state(random_states["numpy"])
+    name, keys, *position = random_states["numpy"]
+    np.random.set_state((name, keys.numpy(), *position))
     torch.set_rng_state(random_states["torch"])
     if torch.cuda.is_available() and random_states["cuda"] is not None:
         torch.cuda.set_rng_state(random_states["cuda"])
 
 
 def random_states() -> dict[str, Any]:
-    """The states of this process's random number generators."""
+    """The states of this process's random number generators, as tensors and plain values."""
+    name, keys, *position = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, torch.from_numpy(keys), *position),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -16,13 +16,21 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.checkpoint import ONLY_DATA, Checkpoint, only_data
 from ochat_train.training.engine import Refused, World, gather_objects
 from ochat_train.training.resources import free_bytes, show_bytes
 from ochat_train.training.run_folder import RunFolder
 
 # While it runs, the converter stores the states both in pieces and whole, in fp32, beside copies of the weights.
 _TIMES_THE_CHECKPOINT = 2.5
+# Its torch.load is held to data, see `only_data`; the classes are registered before the process forks.
+_CONVERTER = """
+from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+from torch.serialization import add_safe_globals
+from ochat_train.training.checkpoint import DEEPSPEED_CLASSES
+add_safe_globals(DEEPSPEED_CLASSES)
+main(parse_arguments())
+"""
 
 
 @contextmanager
@@ -54,7 +62,8 @@ def converted_states(checkpoint: Checkpoint, stage: int, folder: RunFolder, worl
         problem = (out / "log").read_text()[-2000:]
     elif converter is not None:
         try:
-            _change_form(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
+            with only_data():
+                _change_form(out / "states", checkpoint.state.recipe["zero"]["stage"], stage)
         except (OSError, RuntimeError) as error:  # a full disk; the other ranks wait for this one
             problem = str(error)
     try:
@@ -73,8 +82,8 @@ def _start_converter(states: Path, out: Path) -> subprocess.Popen[bytes]:
     workers = str(min(4, os.cpu_count() or 1))
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     with open(out / "log", "wb") as log:
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-c", _CONVERTER, *options]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONLY_DATA)
 
 
 def _change_form(states: Path, was: int, stage: int) -> None:
@@ -83,11 +92,11 @@ def _change_form(states: Path, was: int, stage: int) -> None:
         return
     replicas, split = states / "mp_rank_00_model_states.pt", states / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     file = states / "zero" / "optimizer_state.pt"
-    common = torch.load(file, map_location="cpu", weights_only=False)
+    common = torch.load(file, map_location="cpu")
     parameters = [path.parent for path in (states / "zero").rglob("exp_avg.pt")]
     if stage == 3:
         replicas.rename(split)
-        step = torch.load(parameters[0] / "step.pt", weights_only=False)
+        step = torch.load(parameters[0] / "step.pt")
         common["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": common["param_groups"]}
     else:
         split.rename(replicas)

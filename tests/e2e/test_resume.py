@@ -1,22 +1,36 @@
 """Stopping and continuing changes nothing, wherever the run is stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import orjson
 import pytest
 import torch
 
-from ochat_train.training.checkpoint import find_checkpoints
+from ochat_train.export import export
+from ochat_train.training.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    check_files,
+    find_checkpoints,
+    manifest_of,
+    mark_file,
+    read_checkpoint,
+)
 from tests.e2e.harness import (
     ENVIRONMENT,
     ROOT,
     events,
     preprocess,
+    start_ranks,
     tiny_recipe,
     train,
     train_command,
@@ -185,3 +199,89 @@ def test_the_export_command_gives_the_model_of_the_run_again(
     ours, theirs = weights(tmp_path), weights(unbroken[stage])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------------------------- checkpoints of strangers
+
+
+class _Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._folder),)
+
+
+def _poison(original: Path, folder: Path, pattern: str) -> Checkpoint:
+    """A copy of a checkpoint in `folder` whose files of that pattern set a trap, with digests that fit."""
+    path = Path(shutil.copytree(original, folder / original.name))
+    files = sorted(path.glob(pattern))
+    assert files
+    for file in files:
+        state = torch.load(file, weights_only=False)
+        torch.save(state | {"stranger": _Trap(folder / "trap")}, file)
+    checkpoint = read_checkpoint(path)
+    marks = {name: mark_file(path / name) for name in checkpoint.files}
+    (path / MANIFEST).write_bytes(manifest_of(replace(checkpoint, files=marks)))
+    return read_checkpoint(path)
+
+
+@pytest.mark.parametrize("pattern", ["random-*.pt", "deepspeed/*model_states.pt", "deepspeed/*optim_states.pt"])
+@pytest.mark.parametrize("kind", ["1", "3", "2 with 8 bits"])
+def test_a_checkpoint_that_would_run_code_is_refused_by_name(
+    runs: Path, tmp_path: Path, kind: str, pattern: str
+) -> None:
+    whole = find_checkpoints(runs / f"whole {kind}")[-1]
+    check_files(read_checkpoint(whole))
+    poisoned = _poison(whole, tmp_path, pattern)
+    with pytest.raises(ValueError, match=r"(_states|random-\d+)\.pt holds more than .*posix\.mkdir"):
+        check_files(poisoned)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_resume_refuses_code_in_one_line(recipe_path: Path, unbroken: dict[int, Path], tmp_path: Path) -> None:
+    poisoned = _poison(find_checkpoints(unbroken[1])[-1], tmp_path, "random-00001.pt")
+    options = ["zero.stage=1", f"checkpoint.dir={tmp_path / 'run'}", f"checkpoint.resume={poisoned.path}"]
+    ended = start_ranks("ochat_train.train", str(recipe_path), *options).end()
+    assert [code for code, _ in ended] == [1, 1]
+    (line,) = [line for _, output in ended for line in output.splitlines() if line.startswith("error: ")]
+    assert "random-00001.pt holds more than tensors and plain values (posix.mkdir)" in line
+    assert not any("Traceback" in output for _, output in ended)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, pattern, options",
+    [
+        (1, "deepspeed/*model_states.pt", ["zero.stage=1"]),
+        (3, "deepspeed/*optim_states.pt", ["zero.stage=3"]),
+        (1, "deepspeed/*optim_states.pt", ["zero.stage=3"]),  # converted
+        (1, "random-*.pt", ["zero.stage=1"]),
+    ],
+)
+def test_nothing_of_a_checkpoint_is_run_when_it_is_loaded(
+    recipe_path: Path, unbroken: dict[int, Path], tmp_path: Path, stage: int, pattern: str, options: list[str]
+) -> None:
+    """As if the scan of the files had missed it: the loading itself holds."""
+    poisoned = _poison(find_checkpoints(unbroken[stage])[-1], tmp_path, pattern)
+    blind = "import ochat_train.training.checkpoint as checkpoint\ncheckpoint._check_is_data = lambda file: None"
+    options = [*options, f"checkpoint.dir={tmp_path / 'run'}", f"checkpoint.resume={poisoned.path}"]
+    ended = start_ranks("ochat_train.train", str(recipe_path), *options, code=blind).end()
+    assert all(code != 0 for code, _ in ended)
+    assert any("mkdir" in output for _, output in ended), ended
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_export_runs_nothing_of_a_checkpoint(
+    unbroken: dict[int, Path], tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = _poison(find_checkpoints(unbroken[stage])[-1], tmp_path, "deepspeed/*_states.pt")
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
+        export(poisoned.path, tmp_path / "model")
+    monkeypatch.setattr("ochat_train.training.checkpoint._check_is_data", lambda file: None)
+    with pytest.raises(UnpicklingError, match=r"posix\.mkdir"):
+        export(poisoned.path, tmp_path / "model")
+    assert not (tmp_path / "trap").exists() and not (tmp_path / "model").exists()
