@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from ochat_train.model.memory import ModelSize
+from ochat_train.recipe import OptimSection
 from ochat_train.training.engine import check_adam8bit, make_optimizer
 
 LR, NUM_STEPS = 1e-3, 50
 
 
-def trained(algorithm: str) -> tuple[Tensor, torch.optim.Optimizer]:
+def trained(algorithm: Any) -> tuple[Tensor, torch.optim.Optimizer]:
     """The weights of a noisy regression after NUM_STEPS."""
     torch.manual_seed(0)
     model = nn.Linear(256, 64)
-    optimizer = make_optimizer(model, algorithm=algorithm, lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    optimizer = make_optimizer(model, OptimSection(algorithm=algorithm), lr=LR)
     target = torch.randn(64, 256)
     for _ in range(NUM_STEPS):
         inputs = torch.randn(128, 256)

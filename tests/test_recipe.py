@@ -103,6 +103,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "optim.betas": ("[0.8, 0.99]", [0.8, 0.99], ()),
     "optim.eps": ("1e-8", 1e-8, ()),
     "optim.weight_decay": ("0", 0.0, ()),
+    "optim.decay_vectors": ("true", True, ()),
     "optim.warmup": ("0.1", 0.1, ()),
     "optim.min_lr": ("0", 0.0, ()),
     "optim.grad_clip": ("null", None, ()),
@@ -358,7 +359,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ("optim.lr=.nan",): "optim.lr: nan is not a finite number",
     ("optim.betas=[0.9]",): "optim.betas: must be a longer list (value [0.9])",
     ("optim.foo=3", "packing.tokens_per_gpu=256"): "optim.foo: unknown key (value 3); the keys of optim are algorithm, "
-    "lr, betas, eps, weight_decay, warmup, min_lr, grad_clip",
+    "lr, betas, eps, weight_decay, decay_vectors, warmup, min_lr, grad_clip",
     ("model.checkpointing=3",): "model.checkpointing: must be auto, full, none or every_N of N from 2, such as every_2 "
     "(value 3)",
     ("model.bse=x", NO_CONFIG): "model.bse: unknown key (value 'x'); the nearest known key is model.base",

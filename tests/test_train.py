@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 import wandb
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ochat_train.tokens.order
@@ -35,13 +37,14 @@ import ochat_train.training.setup
 import ochat_train.training.sinks
 from ochat_train.export import export
 from ochat_train.files import free_port
-from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.recipe import OptimSection, Recipe, load_recipe
 from ochat_train.tokens.recondition import Frame, make_frame, recondition
 from ochat_train.tokens.store import TokenStore
 from ochat_train.train import Trainer, export_model
 from ochat_train.train import train as train_run
 from ochat_train.training.checkpoint import (
     FileMark,
+    check_resume,
     find_checkpoints,
     load_checkpoint,
     manifest_of,
@@ -49,7 +52,7 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from ochat_train.training.data import check_lengths, make_batch
-from ochat_train.training.engine import World, join_process_group
+from ochat_train.training.engine import World, join_process_group, make_optimizer
 from ochat_train.training.held_out import HeldOut
 from ochat_train.training.resources import AvailableMemory
 from ochat_train.training.setup import CheckpointingChoice, agree, build_engine, prepare
@@ -671,6 +674,29 @@ def test_a_resume_under_another_order_of_the_examples_is_refused(
     monkeypatch.setattr(ochat_train.tokens.order, "_VERSION", 10**6)
     with pytest.raises(ValueError, match="order of the examples: another version of ochat_train began this run"):
         prepare(recipe_for(recipe_path, finished, "zero.stage=1"), ALONE)
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default(finished: Path) -> None:
+    checkpoint = read_checkpoint(find_checkpoints(finished)[-1])
+    state, now = checkpoint.state, deepcopy(checkpoint.state.recipe)
+    older = replace(checkpoint, state=replace(state, recipe=deepcopy(now)))
+    del older.state.recipe["optim"]["decay_vectors"]
+    this = {"store_fingerprint": state.store_fingerprint, "order": state.order, "world_size": checkpoint.world_size}
+    check_resume(older, recipe=now, **this)
+    now["optim"]["decay_vectors"] = True
+    with pytest.raises(ValueError, match=r"optim\.decay_vectors: False -> True"):
+        check_resume(older, recipe=now, **this)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_vectors_decay_where_the_recipe_says_so(decays: bool) -> None:
+    model = nn.Linear(3, 3)
+    matrix, vector = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = make_optimizer(model, OptimSection(algorithm="sgd", weight_decay=0.1, decay_vectors=decays), lr=0.5)
+    model(torch.zeros(3)).mul(0).sum().backward()
+    optimizer.step()
+    assert torch.allclose(model.weight, matrix * 0.95)
+    assert torch.allclose(model.bias, vector * (0.95 if decays else 1.0))
 
 
 def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ class PackingSection(Section):
 
 
 class OptimSection(Section):
-    """The optimizer and its schedule; the defaults are OpenChat's published ones."""
+    """The optimizer and its schedule; the defaults are OpenChat's published ones, but for decay_vectors."""
 
     algorithm: Literal["adamw", "adamw_8bit", "sgd"] = Field(
         "adamw", description="adamw, or with averages of 8 bits; sgd for exactness tests."
@@ -240,7 +240,10 @@ class OptimSection(Section):
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's.")
     eps: float = Field(1e-5, gt=0, description="AdamW's.")
-    weight_decay: float = Field(0.1, ge=0, description="On matrices; vectors (norms, biases) have none.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; on vectors too with decay_vectors.")
+    decay_vectors: bool = Field(
+        False, description="Weight decay on vectors (norms, biases), too: as OpenChat trained, unlike most others."
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the examples of the run with linear warm-up.")
     min_lr: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of lr.")
     grad_clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")

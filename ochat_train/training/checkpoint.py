@@ -15,7 +15,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from pydantic import ValidationError
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ochat_train.files import STEP_FOLDERS, step_name
-from ochat_train.recipe import differences
+from ochat_train.recipe import Recipe, differences, to_json
 from ochat_train.training.engine import World
 
 FORMAT_VERSION = 2
@@ -244,8 +245,10 @@ def check_resume(
     checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, order: str, world_size: int
 ) -> None:
     """Raise ValueError with every difference when continuing would not be the same run."""
-    state, wrong = checkpoint.state, []
-    for line in differences(state.recipe, recipe):
+    state, before, wrong = checkpoint.state, checkpoint.state.recipe, []
+    with suppress(ValidationError):  # a key that is new since then has a default that changes nothing
+        before = to_json(Recipe.model_validate_json(orjson.dumps(before)))
+    for line in differences(before, recipe):
         key = line.partition(":")[0]
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_AT_RESUME):
             wrong.append(line)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ochat_train.files import free_port, require_packages
 from ochat_train.model.loss import ConditionSums
 from ochat_train.model.memory import ModelSize
+from ochat_train.recipe import OptimSection
 from ochat_train.tokens.batch import PackedBatch
 
 T = TypeVar("T")
@@ -122,26 +123,25 @@ def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
             config[key] = value
 
 
-def make_optimizer(
-    model: nn.Module, *, algorithm: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW, AdamW with 8-bit states, or SGD; matrices get weight decay, vectors (norms, biases) do not.
+def make_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torch.optim.Optimizer:
+    """AdamW, AdamW with 8-bit states, or SGD, at the learning rate `lr`.
 
-    algorithm: adamw, adamw_8bit or sgd. With adamw_8bit, tensors below 4,096 elements keep fp32 states.
+    Vectors (norms, biases) have weight decay only with optim.decay_vectors. With adamw_8bit, tensors below 4,096
+    elements keep fp32 states.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": optim.weight_decay * optim.decay_vectors},
     ]
-    if algorithm == "sgd":
+    if optim.algorithm == "sgd":
         return torch.optim.SGD(groups, lr=lr)
-    if algorithm == "adamw_8bit":
+    if optim.algorithm == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # an extra: present once `check_adam8bit` has passed
 
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=optim.betas, eps=optim.eps)
         return optimizer
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
 
 
 # bitsandbytes' kernels count elements in 32 bits: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1785

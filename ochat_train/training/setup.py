@@ -364,14 +364,7 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     recipe = run.recipe
     model = together(lambda: build_model(run, world))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
-    optimizer = make_optimizer(
-        model,
-        algorithm=recipe.optim.algorithm,
-        lr=run.resolved.peak_lr,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        weight_decay=recipe.optim.weight_decay,
-    )
+    optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr)
     configuration = deepspeed_configuration(recipe)
     configuration["checkpoint"] |= {"use_node_local_storage": not is_shared, "load_universal": loads_universal}
     return make_engine(model, optimizer, configuration)

@@ -21,6 +21,7 @@ from ochat_train.model.activations import LiveBytes, register_sized_attention
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
+from ochat_train.recipe import OptimSection
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.encode import Example
 from ochat_train.training.engine import (
@@ -48,7 +49,7 @@ def small_config(num_layers: int = 1) -> Any:
     )
 
 
-def engine_bytes(stage: int, dtype: str, save_to: Path | None = None, algorithm: str = "adamw") -> dict[str, int]:
+def engine_bytes(stage: int, dtype: str, save_to: Path | None = None, algorithm: Any = "adamw") -> dict[str, int]:
     """Bytes of this process: weights, fp32 master, optimizer states; and all tensors behind the backward pass."""
     gc.collect()
     before = _live_bytes()
@@ -86,7 +87,7 @@ def engine_peak(
     stage: int,
     dtype: str,
     policy: str,
-    algorithm: str = "adamw",
+    algorithm: Any = "adamw",
     grad_accum: int = 1,
     num_layers: int = 2,
     num_tokens: int = 128,
@@ -118,8 +119,8 @@ def engine_peak(
     return peaks
 
 
-def _make_engine(model: PackedCausalLM, stage: int, dtype: str, algorithm: str, grad_accum: int) -> Any:
-    optimizer = make_optimizer(model, algorithm=algorithm, lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+def _make_engine(model: PackedCausalLM, stage: int, dtype: str, algorithm: Any, grad_accum: int) -> Any:
+    optimizer = make_optimizer(model, OptimSection(algorithm=algorithm), lr=1e-3)
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}}
     config = deepspeed_config(
         stage=stage, offload="none", dtype=dtype, grad_accum=grad_accum, grad_clip=1.0, extra=extra

@@ -12,6 +12,7 @@ from ochat_train.model.activations import count_activations
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.memory import ZeroSetting, measure_size, memory_needs
 from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.recipe import OptimSection
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.training.engine import deepspeed_config, join_process_group, make_engine, make_optimizer, read_world
@@ -99,7 +100,7 @@ def test_the_peak_of_a_step_is_the_planned_one(
     before = torch.cuda.memory_allocated()
     lm = make_lm(lora_rank)
     model = PackedCausalLM(lm, attention="auto", device_type="cuda", checkpointing=policy, num_conditions=1)
-    optimizer = make_optimizer(model, algorithm=algorithm, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    optimizer = make_optimizer(model, OptimSection(algorithm=algorithm), lr=1e-5)
     bucket = 50_000_000
     extra = {"zero_optimization": {"reduce_bucket_size": bucket}}
     options: dict[str, Any] = {"offload": "none", "dtype": "bfloat16", "grad_clip": 1.0}
