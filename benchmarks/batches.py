@@ -48,7 +48,7 @@ def main() -> None:
 def write_store(folder: Path, rng: np.random.Generator) -> None:
     """A store of random tokens in folder/store, half of them with a loss."""
     (folder / "staging").mkdir()
-    writer = StoreWriter(folder / "staging", ["all"])
+    writer = StoreWriter(folder / "staging", ["all"], 2**31)
     for _ in range(NUM_EXAMPLES // WRITTEN_AT_ONCE):
         ends = np.cumsum(np.clip(rng.lognormal(6.8, 0.9, WRITTEN_AT_ONCE), 8, 4096).astype(np.int32))
         offsets = pa.array(np.concatenate([[0], ends]), pa.int32())

@@ -316,7 +316,7 @@ def measure_stages(dump: Dump, repeats: int) -> list[Stage]:
         measure("duplicates, near", lambda: find_duplicates(signed, near=NEAR, **rules))
 
         def put_together() -> None:
-            writer = StoreWriter(work.folder("store"), [source.name for source in sources])
+            writer = StoreWriter(work.folder("store"), [source.name for source in sources], 2**31)
             with Ledger(str(writer.staging / "ledger.parquet")) as ledger:
                 assemble(work, len(shards), decisions, ledger, writer)
             flush_tree(writer.staging)

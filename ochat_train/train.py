@@ -51,7 +51,15 @@ from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
 from ochat_train.training.saving import Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
-from ochat_train.training.setup import Run, agree, agree_on_resume, agree_on_steps, prepare, ready_engine
+from ochat_train.training.setup import (
+    Run,
+    agree,
+    agree_on_resume,
+    agree_on_steps,
+    prepare,
+    ready_engine,
+    verify_store,
+)
 from ochat_train.training.speed import find_utilisation
 from ochat_train.training.stopping import STOPPED, StopRequest, Watchdog
 
@@ -68,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     join_process_group(world)
     try:
         with Watchdog(world) as watchdog:
-            run = together(lambda: prepare(load_recipe(options.recipe, options.overrides), world))
+            recipe = together(lambda: load_recipe(options.recipe, options.overrides))
+            together(partial(verify_store, recipe, world, watchdog.progress))
+            run = together(partial(prepare, recipe, world))
             end = train(run, world, watchdog)
     except (Refused, Failed) as error:  # the same on every rank: one of them prints it
         sys.exit(f"error: {error}" if world.is_main else 1)

@@ -286,7 +286,7 @@ def test_a_store_of_another_recipe_is_a_problem(recipe_path: Path) -> None:
     assert found.state == "problem" and "data.max_tokens: 256 -> 128" in found.detail
 
 
-@pytest.mark.parametrize("damage", ["lengths.npy is cut off", "Arrow file is gone", "all weights are 0"])
+@pytest.mark.parametrize("damage", ["lengths.npy is cut off", "Arrow file is gone", "other bytes", "all weights are 0"])
 def test_a_broken_store_is_a_problem(recipe: Recipe, recipe_path: Path, tmp_path: Path, damage: str) -> None:
     copied = tmp_path / "store"
     shutil.copytree(recipe.data.store, copied)
@@ -297,8 +297,12 @@ def test_a_broken_store_is_a_problem(recipe: Recipe, recipe_path: Path, tmp_path
         next((copied / "train").glob("*.arrow")).unlink()
     else:
         np.save(copied / "train/weight_sums.npy", np.zeros(len(TokenStore(copied))))
-    found = checks.check_token_store(case_of(load_recipe(recipe_path, [f"data.store={copied}"])))
+    verify = "false" if damage == "all weights are 0" else "true"
+    overrides = [f"data.store={copied}", f"data.verify={verify}"]
+    found = checks.check_token_store(case_of(load_recipe(recipe_path, overrides)))
     assert found.state == "problem" and found.remedy
+    if damage == "other bytes":
+        assert "train/weight_sums.npy has other bytes than were written" in found.detail
     if damage == "all weights are 0":
         assert "has a loss weight above 0, so nothing would be learned" in found.detail
 

@@ -41,7 +41,7 @@ def write_store(path: Path, tokenizer: ChatTokenizer, conversations: Sequence[Co
     """A store of whole conversations."""
     staging = path.with_name("staging")
     staging.mkdir()
-    writer = StoreWriter(staging, ["all"])
+    writer = StoreWriter(staging, ["all"], tokenizer.num_ids)
     encoded = encode(conversations, tokenizer.template, tokenizer)
     columns = {
         "id": pa.array([f"id {number}" for number in range(len(encoded))]),

@@ -929,6 +929,35 @@ def test_a_change_makes_the_store_stale_and_it_is_made_anew(
     assert "is up to date" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train/lengths.npy", "train/lengths.npy has other bytes than were written"),
+        ("manifest.json", "manifest.json does not agree with its own digest"),
+    ],
+)
+def test_a_damaged_store_is_named_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"), chat("2", "Hi", "Well"))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+    store = make(recipe)
+    whole = contents(store)
+    data = bytearray((store / file).read_bytes())
+    data[-8] ^= 1
+    (store / file).write_bytes(data)
+    main([str(recipe), "data.verify=false"])  # which looks at sizes alone, and at the manifest
+    assert ("is up to date" in capsys.readouterr().out) == (file != "manifest.json")
+    main([str(recipe)])
+    if file != "manifest.json":
+        assert f"WARNING: token store {store} is damaged: {damage}" in capsys.readouterr().out
+    assert contents(store) == whole
+    (store / "train/weight_sums.npy").unlink()
+    main([str(recipe), "data.verify=false"])
+    assert "train/weight_sums.npy is not there" in capsys.readouterr().out
+    assert contents(store) == whole
+
+
 def test_a_link_to_a_store_stays_and_what_it_leads_to_is_made_anew(tmp_path: Path) -> None:
     dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
     recipe = write_recipe(tmp_path, [source("s", dump)])

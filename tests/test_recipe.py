@@ -74,6 +74,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "data.reasoning": ("keep", "keep", ()),
     "data.tool_calls": ("train", "train", ()),
     "data.media": ("text", "text", ()),
+    "data.verify": ("false", False, ()),
     "data.eval_fraction": ("0.5", 0.5, ()),
     "template": ("chatml", "chatml", ()),
     "tokenizer": ("elsewhere", "elsewhere", ()),

@@ -87,7 +87,7 @@ def write(
     batch: int = 7,
 ) -> Path:
     staging = path.with_name(f"{path.name}.staging")
-    writer = StoreWriter(staging, list(dict.fromkeys([*sources, *(row.source for row in (*train, *eval_))])))
+    writer = StoreWriter(staging, list(dict.fromkeys([*sources, *(row.source for row in (*train, *eval_))])), 2**31)
     splits: dict[Split, Sequence[Row]] = {"train": train, "eval": eval_}
     for split, rows in splits.items():
         for start in range(0, len(rows), batch):

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pytest
 
 import ochat_train.tokens.store
+import ochat_train.tokens.store_files
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore, check_store_path, read_manifest
+from ochat_train.tokens.store_files import StoreDamaged, check_blocks
 from tests.dumps import contents
 
 CONDITIONS = ("GPT4", "", "größer")
@@ -86,7 +88,7 @@ def staging_beside(path: Path) -> Path:
 
 def write(path: Path, train: Sequence[Row], eval_: Sequence[Row] = (), fingerprint: str = "f" * 64) -> Path:
     """Write a store, and give back the work folder, which is left to whoever made it."""
-    writer = StoreWriter(staging_beside(path), SOURCES)
+    writer = StoreWriter(staging_beside(path), SOURCES, 2**31)
     add_all(writer, "train", train)
     add_all(writer, "eval", eval_)
     writer.finish(manifest_of(writer, fingerprint), path)
@@ -148,7 +150,7 @@ def test_conditions_are_numbered_over_both_splits_and_weighed_in_training_alone(
     def row(condition: str, *weights: float) -> Row:
         return Row("", SOURCES[0], condition, Example(np.zeros(len(weights), np.int32), np.array(weights, np.float32)))
 
-    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES)
+    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES, 2**31)
     writer.add("train", table_of([row("b", 0, 0.5, 0.5), row("a", 0, 2)]))
     writer.add("eval", table_of([row("only held out", 0, 1), row("b", 0, 9)]))
     writer.add("train", table_of([row("unweighted", 0, 0), row("b", 0, 2, 0)]))
@@ -198,7 +200,7 @@ def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
 
 def test_nothing_is_at_its_place_until_the_store_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    writer = StoreWriter(staging_beside(path), SOURCES)
+    writer = StoreWriter(staging_beside(path), SOURCES, 2**31)
     add_all(writer, "train", random_rows(1500))
     assert not path.exists()
     assert not (writer.staging / "manifest.json").exists()
@@ -208,7 +210,7 @@ def test_nothing_is_at_its_place_until_the_store_is_complete(tmp_path: Path) -> 
 
 
 def test_the_manifest_is_written_when_all_else_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES)
+    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES, 2**31)
     add_all(writer, "train", random_rows(30))
     manifest = manifest_of(writer)
     write_bytes, names = Path.write_bytes, []
@@ -234,7 +236,7 @@ def test_all_of_it_is_on_the_disk_before_it_is_moved_to_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, flushed = tmp_path / "store", []
-    writer = StoreWriter(staging_beside(path), SOURCES)
+    writer = StoreWriter(staging_beside(path), SOURCES, 2**31)
     add_all(writer, "train", random_rows(30))
 
     def flush(folder: Path) -> None:
@@ -250,7 +252,7 @@ def test_an_older_store_survives_a_rewrite_that_fails(tmp_path: Path) -> None:
     path, rows = tmp_path / "store", random_rows(30)
     write(path, rows)
     before = contents(path)
-    writer = StoreWriter(staging_beside(tmp_path / "other"), SOURCES)
+    writer = StoreWriter(staging_beside(tmp_path / "other"), SOURCES, 2**31)
     add_all(writer, "train", random_rows(2000, 9))
     (writer.staging / "manifest.json").mkdir()  # so that it cannot be written
     with pytest.raises(OSError):
@@ -317,8 +319,8 @@ def test_a_store_of_another_format_is_refused_for_reading_and_may_be_replaced(tm
     write(path, random_rows(3))
     manifest = path / "manifest.json"
     text = manifest.read_text()
-    assert '"format_version": 3' in text
-    manifest.write_text(text.replace('"format_version": 3', '"format_version": 1, "more": 1'))
+    assert '"format_version": 4' in text
+    manifest.write_text(text.replace('"format_version": 4', '"format_version": 1, "more": 1'))
     assert read_manifest(path) is None
     with pytest.raises(ValueError, match="no complete token store"):
         TokenStore(path)
@@ -334,3 +336,66 @@ def test_arrays_are_mapped_not_copied(tmp_path: Path) -> None:
     for array in (store[7].input_ids, store[7].loss_weights, store.lengths):
         assert not array.flags.owndata
         assert not array.flags.writeable
+
+
+# ---- Damage ----
+
+
+def flip(file: Path, position: int) -> None:
+    """Flip the lowest bit of one byte."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 26, 97])
+@pytest.mark.parametrize("name", ["lengths.npy", "weight_sums.npy", "by_source.npy", "data-00000-of-00001.arrow"])
+def test_a_bit_that_flips_in_any_file_is_found_by_the_rank_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block_bytes: int
+) -> None:
+    monkeypatch.setattr(ochat_train.tokens.store_files, "_BLOCK_BYTES", block_bytes)
+    path = tmp_path / "store"
+    write(path, random_rows(40), random_rows(5))
+    files = TokenStore(path).manifest.files
+    for part in range(3):
+        check_blocks(path, files, part=part, parts=3)
+    file = path / "train" / name
+    flip(file, file.stat().st_size * 3 // 4)
+    TokenStore(path)  # of the right size
+    found = []
+    for part in range(3):
+        try:
+            check_blocks(path, files, part=part, parts=3)
+        except StoreDamaged as damage:
+            found.append(str(damage))
+    assert len(found) == 1
+    assert f"train/{name} has other bytes than were written" in found[0]
+
+
+def test_a_file_that_is_cut_or_gone_is_named_before_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    write(path, random_rows(40))
+    (arrow,) = (path / "train").glob("*.arrow")
+    size = arrow.stat().st_size
+    os.truncate(arrow, size // 2)
+    with pytest.raises(StoreDamaged, match=rf"train/data-.* has {size // 2:,} bytes, not {size:,}"):
+        TokenStore(path)
+    arrow.unlink()
+    with pytest.raises(StoreDamaged, match=r"train/data-.* is not there"):
+        TokenStore(path)
+
+
+def test_a_manifest_that_was_changed_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    write(path, random_rows(3))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"inference_condition": "GPT4"', '"inference_condition": "GPT5"'))
+    with pytest.raises(StoreDamaged, match=r"manifest\.json does not agree with its own digest"):
+        TokenStore(path)
+
+
+def test_an_id_of_no_token_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(staging_beside(tmp_path / "store"), SOURCES, 100)
+    row = Row("a", SOURCES[0], "", Example(np.array([99, 100], np.int32), np.ones(2, np.float32)))
+    with pytest.raises(ValueError, match="ids 99 to 100, and has 100 tokens"):
+        writer.add("train", table_of([row]))

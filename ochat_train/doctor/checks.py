@@ -30,6 +30,7 @@ from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, meta_model
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import TokenStore
+from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.data import check_store, make_run_plan, trained_rows
 from ochat_train.training.resources import (
@@ -242,6 +243,8 @@ def check_token_store(case: Case) -> Finding:
         return Finding(state, f"data.store {path} does not exist yet", _PREPROCESS)
     try:
         train, held_out = TokenStore(path, "train"), TokenStore(path, "eval")
+        if case.recipe.data.verify and not case.is_quick:
+            check_blocks(path, train.manifest.files)
         check_store(case.recipe, train.manifest, case.tokenizer)
         plan = make_run_plan(case.recipe, train, case.config.get_text_config(), case.num_processes)
         for split in (train, held_out):

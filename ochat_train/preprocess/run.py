@@ -23,6 +23,7 @@ from ochat_train.preprocess.summary import make_table
 from ochat_train.preprocess.workers import Executor, make_shards
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, read_manifest
+from ochat_train.tokens.store_files import StoreDamaged, check_blocks, check_sizes
 from ochat_train.tokens.tokenizer import compare_with_auto
 
 Stamps = dict[str, tuple[int, int]]
@@ -44,7 +45,7 @@ def preprocess(
             raise ValueError("no conversation is kept: see above")
         return
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
-    manifest = read_manifest(store)
+    manifest = _read_whole(store, verify=recipe.data.verify)
     if manifest is None:
         _require_writable(store)  # before all files are read for the fingerprint
     stamps = _stamp(job.files)
@@ -73,6 +74,20 @@ def preprocess(
         f"token store {store}: {num_train:,} examples to train on, {num_eval:,} held out ({share}); "
         f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s; {fingerprint[:12]}"
     )
+
+
+def _read_whole(store: Path, *, verify: bool) -> Manifest | None:
+    """The manifest of the store; None when there is none, or its files are damaged, which is reported."""
+    try:
+        if (manifest := read_manifest(store)) is None:
+            return None
+        check_sizes(store, manifest.files)
+        if verify:
+            check_blocks(store, manifest.files)
+    except StoreDamaged as damage:
+        print(f"WARNING: {damage}")
+        return None
+    return manifest
 
 
 def _require_writable(store: Path) -> None:
@@ -155,7 +170,7 @@ def _write_store(
     job: Job, work: WorkFolder, num_shards: int, store: Path, made_from: dict[str, Any], stamps: Stamps
 ) -> dict[str, dict[str, float]]:
     """Make the store of the shards; the totals of its splits. Raises ValueError if a file changed since `stamps`."""
-    writer = StoreWriter(work.folder("store"), [source.name for source in job.data.sources])
+    writer = StoreWriter(work.folder("store"), [source.name for source in job.data.sources], job.tokenizer.num_ids)
     job.tokenizer.save(writer.staging / "tokenizer")
     ledger, summary = _decide(job, work, num_shards, writer)
     splits = writer.split_totals()

@@ -148,6 +148,9 @@ class DataSection(Section):
         "drop", description="Records with pictures, sound or video: dropped, or trained on their text alone."
     )
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of conversations held out of training.")
+    verify: bool = Field(
+        True, description="Compare the store's files with their checksums before it is used; false: only their sizes."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique_and_something_is_trained(self) -> Self:
@@ -159,9 +162,9 @@ class DataSection(Section):
         return self
 
     def of_store(self) -> dict[str, Any]:
-        """What decides a store's content, as JSON: all but where it lies and how often its sources are trained."""
+        """What decides a store's content, as JSON: all but where it lies and how its files and sources are used."""
         section = to_json(self)
-        del section["store"]
+        del section["store"], section["verify"]
         for source in section["sources"]:
             del source["epochs"]
         return section

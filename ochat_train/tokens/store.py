@@ -1,6 +1,6 @@
 """The token store: examples on disk, memory-mapped, shared by all processes of a node.
 
-    STORE/manifest.json             written last; a folder without it is no store
+    STORE/manifest.json             written last, with checksums of itself and the files of the splits
     STORE/tokenizer/                the tokenizer with the template's special tokens
     STORE/ledger.parquet            what happened to each record
     STORE/train/, STORE/eval/       Arrow: id, source, condition, input_ids i32[L], loss_weights f32[L]
@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,11 +21,13 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
+from ochat_train.tokens.store_files import StoreDamaged, StoreFile, check_sizes, describe_files
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 _SCHEMA = pa.schema(
@@ -59,7 +61,7 @@ class Manifest:
     the code's version and the input files' digests. conditions[i] is the name of condition id i, sources[i] that of
     source id i, in the recipe's order. added_tokens: ids of special tokens that the base tokenizer lacked. splits:
     num_examples, num_tokens, num_supervised_tokens and weight_sum of each. counts: the ledger's. overlong: shard.py's
-    OVERLONG_COLUMNS.
+    OVERLONG_COLUMNS. files: those of the splits, as they were written; StoreWriter fills it in.
     """
 
     fingerprint: str
@@ -72,13 +74,29 @@ class Manifest:
     splits: dict[str, dict[str, float]]
     counts: dict[str, Any]
     overlong: dict[str, int]
+    files: dict[str, StoreFile] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
-    """The manifest of the store at `path`; None when there is no complete store of this format version."""
+    """The manifest of the store at `path`; None when there is no complete store of this format version.
+
+    Raises StoreDamaged when it differs from what was written.
+    """
     fields = _read_manifest_fields(Path(path))
-    return Manifest(**fields) if fields is not None and fields["format_version"] == FORMAT_VERSION else None
+    if fields is None or fields["format_version"] != FORMAT_VERSION:
+        return None
+    if fields.pop("digest", None) != _digest(fields):
+        raise StoreDamaged(
+            f"token store {path} is damaged: manifest.json does not agree with its own digest; run python -m "
+            "ochat_train.preprocess with its recipe, which makes it anew"
+        )
+    files = {name: StoreFile(**described) for name, described in fields.pop("files").items()}
+    return Manifest(**fields, files=files)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))
 
 
 def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
@@ -112,13 +130,15 @@ class TokenStore:
 
     lengths: i32[N], tokens of each example. weight_sums: f64[N], sum of its loss weights. condition_ids: i32[N],
     positions in `manifest.conditions`. source_ids: i32[N], positions in `manifest.sources`. `store[i]` is the i-th
-    Example. Everything is read from memory-mapped files. Raises ValueError when `path` holds no complete store.
+    Example. Everything is read from memory-mapped files. Raises ValueError when `path` holds no complete store, and
+    StoreDamaged when a file has another size than was written; `store_files.check_blocks` reads what they hold.
     """
 
     def __init__(self, path: str | Path, split: Split = "train") -> None:
         manifest = read_manifest(path)
         if manifest is None:
             raise ValueError(f"no complete token store at {path}; make it with python -m ochat_train.preprocess RECIPE")
+        check_sizes(Path(path), manifest.files)
         self.manifest = manifest
         folder = Path(path) / split
         self.lengths: npt.NDArray[np.int32] = _read_index(folder, "lengths")
@@ -199,11 +219,11 @@ def check_store_path(path: Path) -> None:
 class StoreWriter:
     """Writes a store into `staging`, an empty folder on the same disk as its final path; `finish` moves it there.
 
-    sources: the names of all sources; a source's position is its id.
+    sources: the names of all sources; a source's position is its id. num_ids: of the tokenizer; ids are below it.
     """
 
-    def __init__(self, staging: Path, sources: Sequence[str]) -> None:
-        self.staging = staging
+    def __init__(self, staging: Path, sources: Sequence[str], num_ids: int) -> None:
+        self.staging, self._num_ids = staging, num_ids
         self.sources = list(sources)
         self._condition_ids: dict[str, int] = {}
         self._condition_totals = np.zeros((0, 2))  # of the train split by condition: weight sum, supervised tokens
@@ -215,9 +235,15 @@ class StoreWriter:
         return list(self._condition_ids)
 
     def add(self, split: Split, rows: pa.Table) -> None:
-        """Append examples to a split: a table with the columns of a store."""
+        """Append examples to a split: a table with the columns of a store. Raises ValueError for an id of no token."""
         if not rows.num_rows:
             return
+        bounds = pc.min_max(pc.list_flatten(rows["input_ids"])).as_py()
+        if bounds["min"] < 0 or bounds["max"] >= self._num_ids:
+            raise ValueError(
+                f"the tokenizer made the ids {bounds['min']:,} to {bounds['max']:,}, and has {self._num_ids:,} tokens; "
+                "its files do not belong together: fetch them again"
+            )
         for condition in pc.unique(rows["condition"]).to_pylist():
             self._condition_ids.setdefault(condition, len(self._condition_ids))
         condition_ids = pc.index_in(rows["condition"], value_set=pa.array(self.conditions)).to_numpy().astype(np.int32)
@@ -248,7 +274,9 @@ class StoreWriter:
         (self.staging / "dataset_dict.json").write_bytes(orjson.dumps({"splits": splits}))
         for writer in self._splits.values():
             writer.finish(len(self.sources))
-        (self.staging / "manifest.json").write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        fields = asdict(replace(manifest, files=describe_files(self.staging)))
+        fields["digest"] = _digest(fields)
+        (self.staging / "manifest.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
         flush_tree(self.staging)
         if path.exists():
             path.rename(self.staging.with_name("old"))

@@ -41,6 +41,7 @@ MANIFEST = "checkpoint.json"
 FREE_AT_RESUME = (
     "name",
     "data.store",
+    "data.verify",
     "model.attention",
     "model.checkpointing",
     "model.kernels",

@@ -1,5 +1,6 @@
 """Everything before the first step: cheap checks, agreement among the ranks, the engine with its states."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,8 @@ from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
-from ochat_train.tokens.store import Manifest, TokenStore
+from ochat_train.tokens.store import Manifest, TokenStore, read_manifest
+from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
     Checkpoint,
@@ -125,6 +127,18 @@ class Run:
     def is_epoch_end(self, state: TrainState) -> bool:
         """Whether an epoch ends at this position."""
         return state.step > 0 and self.plan.order.seek(state.examples_consumed)[1] == 0
+
+
+def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> None:
+    """Compare the store's files with their checksums; the ranks of a node share the reading.
+
+    Nothing is read of a store that is not there, or where data.verify is false. progress: called after each block.
+    Raises StoreDamaged.
+    """
+    store = Path(recipe.data.store)
+    manifest = read_manifest(store) if recipe.data.verify else None
+    if manifest is not None:
+        check_blocks(store, manifest.files, part=world.local_rank, parts=world.local_size, progress=progress)
 
 
 def prepare(recipe: Recipe, world: World) -> Run:

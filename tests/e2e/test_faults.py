@@ -256,6 +256,27 @@ def test_a_store_that_is_touched_during_training_stops_the_run(recipe_path: Path
     assert any(said) and all(one or other for one, other in zip(said, lost, strict=True)), ended
 
 
+def test_a_damaged_store_is_refused_in_one_line_before_anything_is_made_of_it(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    preprocess(recipe_path, f"data.store={store}")
+    (file,) = (store / "train").glob("*.arrow")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 64  # in an id or a weight
+    file.write_bytes(data)
+    ended = start(recipe_path, tmp_path / "run", f"data.store={store}").end()
+    assert [code for code, _ in ended] == [1, 1]
+    (line,) = [line for _, output in ended for line in output.splitlines() if line.startswith("error: ")]
+    assert f"token store {store} is damaged: train/{file.name} has other bytes than were written" in line
+    assert not any("Traceback" in output for _, output in ended)
+    os.truncate(file, len(data) // 2)
+    ended = start(recipe_path, tmp_path / "run", f"data.store={store}", "data.verify=false").end()
+    assert [code for code, _ in ended] == [1, 1]
+    assert any(f"has {len(data) // 2:,} bytes, not {len(data):,}" in output for _, output in ended)
+    assert not any("Traceback" in output for _, output in ended)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint of 3.5 MB and not for two."""
