@@ -29,7 +29,7 @@ from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
-from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
 from ochat_train.training.data import make_batches, source_weights
 from ochat_train.training.engine import (
     Failed,
@@ -128,7 +128,7 @@ class Trainer:
 
     def __init__(self, run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> None:
         recipe, state = run.recipe, run.start
-        self.run, self.world, self.watchdog, self.state = run, world, watchdog, state
+        self.run, self.folder, self.world, self.watchdog, self.state = run, folder, world, watchdog, state
         self.newest = run.dir if run.resumed is None else run.resumed.path
         self.is_stopping = self.is_writing = False
         if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
@@ -147,7 +147,7 @@ class Trainer:
             world.size,
             attention=run.resolved.attention.backend,
             checkpointing=run.resolved.checkpointing.policy,
-        )
+        ) | {"began_from": run.began_from}
         self.metrics = Metrics(self.outline(), is_main=world.is_main)
         self.skipped = SkippedSteps(recipe.train.max_skipped, run.dir, run.store, world)
         self.saver = Saver(self.engine, folder, world, watchdog.progress)
@@ -157,6 +157,8 @@ class Trainer:
     def train(self) -> None:
         """The loop."""
         run, world = self.run, self.world
+        if self.folder.is_writer and (undone := set_aside_newer(run.dir, self.state.step)):
+            say(world, f"newer than step {self.state.step}, set aside and no longer counted: {', '.join(undone)}")
         with (
             StopRequest() as stop,
             self.metrics,

@@ -374,7 +374,7 @@ def test_after_a_crash_training_starts_again_and_is_reported_at_its_end(bench: B
 
 
 def test_two_tries_without_a_new_checkpoint_are_the_end(bench: Bench) -> None:
-    bench.script("train", crashes(1, None, 3, None, None, 6))
+    bench.script("train", crashes(4, None, 3, None, None, 6))  # 3: it goes on from an older one, and another way
     code, output = bench.launch(MAX_RESTARTS="9")
     assert (code, bench.num_tries()) == (9, 5)
     assert "giving up: two tries in a row made no checkpoint" in output

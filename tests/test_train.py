@@ -803,7 +803,9 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(
     oldest = find_checkpoints(copied)[0]
     damage(oldest, "flipped")
     options = ["zero.stage=1", f"checkpoint.resume={oldest}"]
-    with pytest.raises(ValueError, match="has other bytes than were written; name an older one"):
+    with pytest.raises(
+        ValueError, match=r"has other bytes than were written\n.* name an older one in checkpoint.resume"
+    ):
         train(recipe_for(recipe_path, tmp_path / "new", *options), ALONE)
 
 
@@ -852,25 +854,74 @@ def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path)
         prepare(recipe_for(recipe_path, finished, "zero.stage=1", "checkpoint.resume=never"), ALONE)
 
 
-def test_an_older_checkpoint_is_not_continued_beside_newer_ones(
-    recipe_path: Path, finished: Path, tmp_path: Path
+def test_a_path_is_where_a_run_begins_and_the_same_command_goes_on_from_what_it_saved(
+    recipe_path: Path, finished: Path, tmp_path: Path, trained: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    oldest = find_checkpoints(finished)[0]
-    options = ["zero.stage=1", f"checkpoint.resume={oldest}"]
-    with pytest.raises(ValueError, match="holds the newer step-"):
-        prepare(recipe_for(recipe_path, finished, *options), ALONE)
-    resumed = prepare(recipe_for(recipe_path, tmp_path, *options), ALONE).resumed
-    assert resumed is not None and resumed.path == oldest
+    origin = shutil.copytree(find_checkpoints(finished)[0], tmp_path / "old/step-00000004")
+    options = ["zero.stage=1", f"checkpoint.resume={origin}", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+    run = tmp_path / "run"
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=5"), ALONE)
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=6"), ALONE)
+    shutil.rmtree(origin)  # no longer needed
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=7"), ALONE)
+    assert [start["resumed"] for start in events(run, "start")] == [f"step-0000000{step}" for step in (4, 5, 6)]
+    losses = {step["step"]: step["loss"] for step in events(finished, "step")}
+    assert {step["step"]: step["loss"] for step in events(run, "step")} == {step: losses[step] for step in (5, 6, 7)}
+    damage(run / "step-00000007", "flipped")
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        train(recipe_for(recipe_path, run, *options), ALONE)
+    shutil.copytree(find_checkpoints(finished)[0], origin)  # from which it then begins again
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=5"), ALONE)
+    assert f"falling back to {origin.name}" in capsys.readouterr().out
 
 
-def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(
+def test_a_run_in_another_folder_is_not_mixed_with_the_one_that_is_there(
     recipe_path: Path, finished: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "step-00000009").mkdir()
-    assert find_checkpoints(tmp_path) == []
-    options = ["zero.stage=1", f"checkpoint.resume={tmp_path / 'step-00000009'}"]
+    options = ["zero.stage=1", f"checkpoint.resume={find_checkpoints(finished)[0]}"]
+    train(recipe_for(recipe_path, tmp_path / "other", "zero.stage=1", "train.max_steps=6"), ALONE)
+    with pytest.raises(ValueError, match="holds step-00000006 of another run; continue in another folder, or from"):
+        prepare(recipe_for(recipe_path, tmp_path / "other", *options), ALONE)
+    remedies = ((tmp_path / "new", options), (tmp_path / "other", ["zero.stage=1", "checkpoint.resume=auto"]))
+    for run, remedy in remedies:
+        assert prepare(recipe_for(recipe_path, run, *remedy), ALONE).resumed is not None
+
+
+def test_what_is_newer_than_the_step_from_which_a_run_goes_on_is_set_aside(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, models = tmp_path / "run", ["checkpoint.models.every_steps=1", "checkpoint.models.keep=1"]
+    options = ["zero.stage=1", "checkpoint.every_steps=2", "checkpoint.every_epochs=null", "checkpoint.keep=9"]
+    train(recipe_for(recipe_path, run, *options, *models, "train.max_steps=6"), ALONE)
+    branch = [f"checkpoint.resume={run / 'step-00000002'}", "packing.tokens_per_gpu=300"]
+    train(recipe_for(recipe_path, run, *options, *models, *branch, "train.max_steps=3"), ALONE)
+    undone = [f"step-0000000{step}.undone" for step in (4, 6)]
+    assert f"newer than step 2, set aside and no longer counted: {', '.join(undone)}" in capsys.readouterr().out
+    assert [path.name for path in find_checkpoints(run)] == ["step-00000002", "step-00000003"]
+    assert all((run / name / "checkpoint.json").is_file() for name in undone)
+    assert sorted(path.name for path in (run / "models").iterdir()) == ["step-00000003", "step-00000006.undone"]
+    assert [step["step"] for step in events(run, "step")] == [1, 2, 3]
+    # The same command goes on in the branch, and so does auto.
+    train(recipe_for(recipe_path, run, *options, *models, *branch, "train.max_steps=4"), ALONE)
+    assert [path.name for path in find_checkpoints(run)][2:] == ["step-00000003", "step-00000004"][1:]
+    assert events(run, "start")[-1]["resumed"] == "step-00000003"
+    resumed = prepare(recipe_for(recipe_path, run, *options, "packing.tokens_per_gpu=300"), ALONE).resumed
+    assert resumed is not None and resumed.path.name == "step-00000004"
+    # Another branch is made of what the first one left.
+    other = [f"checkpoint.resume={run / 'step-00000003'}", "train.max_steps=4"]
+    train(recipe_for(recipe_path, run, *options, *models, *other), ALONE)
+    assert (run / "step-00000004.undone-2").is_dir() and events(run, "start")[-1]["resumed"] == "step-00000003"
+
+
+def test_an_incomplete_checkpoint_is_named_and_passed_over_and_refused_by_name(
+    recipe_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "step-00000001").mkdir()
+    train(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    assert f"WARNING: step-00000001 in {copied}: no checkpoint, without checkpoint.json" in capsys.readouterr().out
+    options = ["zero.stage=1", f"checkpoint.resume={copied / 'step-00000001'}"]
     with pytest.raises(ValueError, match="not a complete checkpoint"):
-        prepare(recipe_for(recipe_path, finished, *options), ALONE)
+        prepare(recipe_for(recipe_path, copied, *options), ALONE)
 
 
 def test_a_store_of_another_recipe_is_refused_with_the_difference(recipe_path: Path, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ RUN/step-00000100/random-00000.pt     random states of rank 0, ...
 RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
 RUN/step-00000120.partial             a save that was cut off; the next run removes it
 RUN/step-00000120.damaged             a checkpoint that was found damaged; nothing removes it
+RUN/step-00000120.undone              newer than the step from which a run went on; nothing removes it
 """
 
 import hashlib
 import random
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,38 +157,85 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob(STEP_FOLDERS) if (path / MANIFEST).is_file())
 
 
-def find_resume(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to continue from. resume: auto (the newest that can be read, if any), never, or a path.
+def find_candidates(run: Path, resume: str) -> list[Path]:
+    """The checkpoints from which a run may continue, the best first. resume: auto, never, or a path.
 
-    Raises ValueError for never when the folder already holds checkpoints, and for a path when the folder holds newer
-    ones, so that two runs never mix and neither removes the other's.
+    A path is where a run begins: once its folder has checkpoints of the run that began there, those come first, so that
+    the same command goes on. Raises ValueError for never when the folder already holds checkpoints, and for a path in
+    another folder when this one holds checkpoints of another run, so that neither removes the other's.
     """
-    found = find_checkpoints(run)
-    if resume not in ("auto", "never"):
-        chosen = read_checkpoint(resume)
-        if found and found[-1].name > step_name(chosen.state.step):
-            raise ValueError(
-                f"checkpoint.resume {resume}, but checkpoint.dir {run} holds the newer {found[-1].name}; continue in "
-                "another folder, or from the newest with checkpoint.resume=auto"
-            )
-        return chosen
+    found = find_checkpoints(run)[::-1]
     if found and resume == "never":
         raise ValueError(
-            f"checkpoint.dir {run} already holds {found[-1].name}, and checkpoint.resume is never; "
+            f"checkpoint.dir {run} already holds {found[0].name}, and checkpoint.resume is never; "
             "name another folder, or remove that one"
         )
-    for path in reversed(found):
-        try:
+    if resume in ("auto", "never"):
+        return found
+    origin = Path(resume)
+    newest = newest_readable(found)
+    began_from = None if newest is None else newest.run.get("began_from")
+    if began_from is not None and _is_origin(began_from, origin):
+        return [*(path for path in found if path.name > step_name(began_from["step"])), *_complete(origin)]
+    first = read_checkpoint(origin)
+    others = [path for path in found if path.name >= step_name(first.state.step)]
+    if origin.resolve().parent != run.resolve() and any(not _is_origin(origin_of(first), path) for path in others):
+        raise ValueError(
+            f"checkpoint.resume {resume}, but checkpoint.dir {run} holds {others[0].name} of another run; continue in "
+            "another folder, or from that one with checkpoint.resume=auto"
+        )
+    return [origin]
+
+
+def newest_readable(candidates: Iterable[Path]) -> Checkpoint | None:
+    """The first checkpoint whose checkpoint.json can be read; damage is reported once all files have been read."""
+    for path in candidates:
+        with suppress(Damaged):
             return read_checkpoint(path)
-        except Damaged:  # reported once all files have been read
-            continue
     return None
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to NAME.damaged, so that it is kept and no longer taken for a checkpoint."""
-    names = (f"{path.name}.damaged{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
-    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+def _complete(path: Path) -> list[Path]:
+    return [path] if (path / MANIFEST).is_file() else []
+
+
+def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What later checkpoints of a run say of the one from which it began: its place, step and content."""
+    return {
+        "path": str(checkpoint.path.resolve()),
+        "step": checkpoint.state.step,
+        "sha256": mark_file(checkpoint.path / MANIFEST).sha256,
+    }
+
+
+def _is_origin(began_from: dict[str, Any], path: Path) -> bool:
+    """Whether a run began from the checkpoint at `path`: by its content, or by its place once it was removed."""
+    if _complete(path):
+        return bool(began_from["sha256"] == mark_file(path / MANIFEST).sha256)
+    return bool(began_from["path"] == str(path.resolve()))
+
+
+def find_incomplete(run: Path) -> list[Path]:
+    """Folders that are named as checkpoints and have no checkpoint.json: none is taken for a checkpoint."""
+    return sorted(path for path in run.glob(STEP_FOLDERS) if not _complete(path))
+
+
+def set_aside_newer(run: Path, step: int) -> list[str]:
+    """Set aside what a run's folder holds of later steps, once it goes on from `step`; returns the names."""
+    newer = [
+        path
+        for kind in (STEP_FOLDERS, f"models/{STEP_FOLDERS}")
+        for path in sorted(run.glob(kind))
+        if path.name > step_name(step)
+    ]
+    return [str(set_aside(path, "undone").relative_to(run)) for path in newer]
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint or a model to NAME.`why`, so that it is kept and no longer counted; returns the new name."""
+    names = (f"{path.name}.{why}{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(aside)
 
 
 def check_resume(
