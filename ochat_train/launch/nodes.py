@@ -94,7 +94,8 @@ def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[s
         if nodes.kind == "here":
             num_gpus = num_gpus or "2"
 
-    launcher, options, at_once = _RUNNER, ["--log_level", "warning"], signal.SIGKILL
+    # DeepSpeed's launcher reports every code but 0 as an error, that of a stop as well; we report codes ourselves.
+    launcher, options, at_once = _RUNNER, ["--log_level", "critical"], signal.SIGKILL
     match nodes.kind:
         case "ssh":
             options += ["--hostfile", nodes.hostfile]

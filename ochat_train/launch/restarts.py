@@ -20,12 +20,14 @@ def train_with_restarts(commands: Commands, command: TrainingCommand, run_dir: P
     newest = _newest_checkpoint(run_dir)
     while True:
         code = commands.train(command)
-        if code in (0, STOPPED) or commands.num_signals or not max_restarts:
+        if code in (0, STOPPED) or commands.num_signals:
             return code
         before, newest = newest, _newest_checkpoint(run_dir)
         num_vain_tries = 0 if newest.made_ns > before.made_ns else num_vain_tries + 1
         progress = f"the newest checkpoint is of step {newest.step}, before this try it was {before.step}"
         say(f"training ended with exit code {code}; {progress}")
+        if not max_restarts:
+            return code
         if num_vain_tries == _MOST_VAIN_TRIES:
             say("giving up: two tries in a row made no checkpoint")
             return code
