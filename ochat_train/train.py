@@ -265,9 +265,12 @@ class Trainer:
         return report, parts
 
     def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[ConditionSums]) -> None:
-        """End the run when too many steps in a row were skipped."""
+        """End the run when too many steps in a row were skipped, or all that it has."""
         try:
             self.skipped.add(report.step, plan, parts, is_skipped=report.is_skipped)
+            is_last = report.is_skipped and self.run.is_finished(self.state)
+            if is_last and gather_objects(self.metrics.num_skipped)[0] == report.step:
+                self.skipped.fail(f"all {report.step} steps of the run")
         except Failed:
             self.metrics.end(report.step, report.epoch, "skipped")
             raise

@@ -49,9 +49,10 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from ochat_train.training.data import check_lengths, make_batch
-from ochat_train.training.engine import World, join_process_group
+from ochat_train.training.engine import Failed, World, join_process_group
 from ochat_train.training.held_out import HeldOut
 from ochat_train.training.resources import AvailableMemory
+from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import CheckpointingChoice, agree, build_engine, prepare
 from ochat_train.training.stopping import Watchdog
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
@@ -651,7 +652,7 @@ def test_an_export_replaces_only_an_export(finished: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("optim.lr=0.02", "optim.lr: 0.01 -> 0.02"),
+        ("optim.warmup=0.1", "optim.warmup: 0.05 -> 0.1"),
         ("train.seed=4", "train.seed: 3 -> 4"),
         ("model.dtype=bfloat16", "model.dtype: 'float32' -> 'bfloat16'"),
         ("zero.stage=0", "zero.stage: 1 -> 0; from and to 0"),
@@ -683,6 +684,55 @@ def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path,
 def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: Path) -> None:
     options = ["zero.stage=1", "name=renamed", "checkpoint.keep=1", "log.wandb.project=x", "train.max_steps=1"]
     assert prepare(recipe_for(recipe_path, finished, *options), ALONE).resumed is not None
+
+
+def test_a_changed_rate_decay_and_clipping_hold_from_the_next_step_on(recipe_path: Path, tmp_path: Path) -> None:
+    """At every ZeRO stage as at stage 0, which is torch's own AdamW with its own parameter groups."""
+    changes = ["optim.lr=0.002", "optim.min_lr=0.5", "optim.weight_decay=5.0", "optim.grad_clip=0.001"]
+    found = []
+    for stage in range(4):
+        options = [f"zero.stage={stage}"]
+        train(recipe_for(recipe_path, tmp_path / f"{stage}", *options, "train.max_steps=2"), ALONE)
+        train(recipe_for(recipe_path, tmp_path / f"{stage}", *options, *changes, "train.max_steps=3"), ALONE)
+        found.append((weights(tmp_path / f"{stage}"), events(tmp_path / f"{stage}", "step")[-1]))
+    plain, step = found[0]
+    assert step["lr"] == learning_rate(step["progress"], peak=0.002, warmup=0.05, min_ratio=0.5)
+    for ours, _ in found[1:]:
+        assert (
+            max(float((ours[name] - plain[name]).abs().max()) for name in plain) < 5e-6
+        )  # as between numbers of ranks
+
+
+def test_a_run_whose_rate_was_too_high_goes_on_with_a_lower_one_from_before_it_was_spoiled(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    options = ["zero.stage=1", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_skipped=2"]
+    train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=2"), ALONE)
+    with pytest.raises(Failed, match=r"2 steps in a row.* set a lower optim.lr.* with checkpoint.resume from an older"):
+        train(recipe_for(recipe_path, tmp_path, *options, "optim.lr=1.0e+30"), ALONE)
+    remedy = ["optim.lr=0.001", f"checkpoint.resume={tmp_path / 'step-00000002'}", "train.max_steps=4"]
+    train(recipe_for(recipe_path, tmp_path, *options, *remedy), ALONE)
+    steps = events(tmp_path, "step")
+    assert [step["skipped"] for step in steps] == [False] * 4
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_a_run_whose_steps_were_all_skipped_has_failed(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_one_step
+
+    def poisoned(trainer: Trainer, ready: Any, *others: Any, **options: Any) -> Any:
+        for batch in ready.made:
+            batch.loss_weights[:] = math.nan
+        return original(trainer, ready, *others, **options)
+
+    monkeypatch.setattr(Trainer, "train_one_step", poisoned)
+    for _ in range(2):  # the same command again fails again
+        with pytest.raises(Failed, match="the gradients of all 3 steps of the run were not finite"):
+            options = ["zero.stage=1", "train.max_steps=3", "checkpoint.every_steps=1"]
+            train(recipe_for(recipe_path, tmp_path, *options), ALONE)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw_8bit"])

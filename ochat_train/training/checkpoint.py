@@ -29,7 +29,8 @@ from ochat_train.training.engine import World
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
-# Keys that a resumed run may change: they decide neither the weight of an example nor the order of those left.
+# Keys that a resumed run may change: they decide neither the weight of an example nor the order of those left, and
+# no state of the optimizer depends on them.
 FREE_AT_RESUME = (
     "name",
     "data.store",
@@ -38,6 +39,10 @@ FREE_AT_RESUME = (
     "model.kernels",
     "model.compile",
     "packing",
+    "optim.lr",
+    "optim.min_lr",
+    "optim.weight_decay",
+    "optim.grad_clip",
     "zero",
     "train.epochs",
     "train.max_steps",
@@ -265,7 +270,7 @@ def check_resume(
             + "\n  ".join(wrong)
             + "\nGo back to the old values, or start a new run in another checkpoint.dir. A resume may change the "
             f"number of processes and, of the recipe, {', '.join(FREE_AT_RESUME)}. It may change nothing else, such as "
-            "the template, the tokenizer, what the token store holds, the model or the optimizer."
+            "the template, the tokenizer, what the token store holds, the model or the rest of the optimizer."
         )
 
 
@@ -286,9 +291,12 @@ def load_checkpoint(
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
+    clip = getattr(engine.optimizer, "clip_grad", None)
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not find its files in {folder}")
+    if clip is not None:  # the recipe's, which may have changed; DeepSpeed takes that of the checkpoint
+        engine.optimizer.clip_grad = clip
     # From converted states, stage 3 gives every group the weight decay of the first, and all states one shared step
     # count, which each of them would then increment.
     for group, values in zip(engine.optimizer.param_groups, groups, strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -171,14 +171,15 @@ class RunOutline:
 class Metrics:
     """Writes the main rank's reports; on other ranks every call does nothing.
 
-    RUN/metrics.jsonl gets one line for each report, see `LineFile`. No failure of reporting ends the run.
+    RUN/metrics.jsonl gets one line for each report, see `LineFile`. No failure of reporting ends the run. num_skipped:
+    the steps of the run without an update so far, known to the main rank.
     """
 
     def __init__(self, outline: RunOutline, *, is_main: bool) -> None:
         self._outline, self._is_main = outline, is_main
         self._num_tokens_left = outline.num_tokens
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)  # tokens and seconds
-        self._num_skipped = 0
+        self.num_skipped = 0
         self._is_disk_reported = False
         self._evaluations: list[dict[str, Any]] = []
         self._sinks: list[Sink] = []
@@ -221,12 +222,12 @@ class Metrics:
         """Report one training step."""
         if not self._is_main:
             return
-        self._num_skipped += report.is_skipped
+        self.num_skipped += report.is_skipped
         self._num_tokens_left -= report.num_tokens
         if report.step > self._outline.start + 1:  # the first step of a process warms up
             self._recent.append((report.num_tokens, report.seconds))
         line = report.to_json(self._outline.conditions, self._outline.sources) | {
-            "skipped_steps": self._num_skipped,
+            "skipped_steps": self.num_skipped,
             "mfu": self._mfu(report),
             "time_left_s": self._time_left_s(),
         }
@@ -307,7 +308,7 @@ class Metrics:
     def _read_earlier(self) -> None:
         """Read what later reports need from the lines of the run so far."""
         for event in self._lines.earlier:
-            self._num_skipped += event["event"] == "step" and event.get("skipped", False)
+            self.num_skipped += event["event"] == "step" and event.get("skipped", False)
             if event["event"] == "eval":
                 self._evaluations.append(event)
 
@@ -342,7 +343,7 @@ class SkippedSteps:
     def add(self, step: int, plan: StepPlan, parts: Sequence[ConditionSums], *, is_skipped: bool) -> None:
         """Record a step, on all ranks together. parts: the sums of each of this rank's micro-batches.
 
-        Raises Failed when it is the last of `limit` skipped steps in a row, after writing the ids of their examples.
+        Raises Failed when it is the last of `limit` skipped steps in a row.
         """
         if not is_skipped:
             self._steps.clear()
@@ -359,19 +360,24 @@ class SkippedSteps:
             )
         ]
         self._steps.append({"step": step, "micro_batches": micro_batches})
-        if len(self._steps) < self._limit:
-            return
+        if len(self._steps) >= self._limit:
+            self.fail(f"{self._limit} steps in a row, train.max_skipped, up to step {step}")
+
+    def fail(self, which: str) -> NoReturn:
+        """Raise Failed, on all ranks together, after writing the ids of the skipped steps' examples."""
         of_ranks = gather_objects(self._steps)
-        if self._world.is_main:
-            with publish_file(self._file) as file:
-                file.write(
-                    orjson.dumps([_joined(same) for same in zip(*of_ranks, strict=True)], option=orjson.OPT_INDENT_2)
-                )
+        named = f"Their examples are named in {self._file}, first those whose own loss was not finite: look at them"
+        try:
+            if self._world.is_main:
+                with publish_file(self._file) as file:
+                    steps = [_joined(same) for same in zip(*of_ranks, strict=True)]
+                    file.write(orjson.dumps(steps, option=orjson.OPT_INDENT_2))
+        except OSError as error:
+            named = f"{self._file}, for their examples, could not be written ({error}): look at the data"
         raise Failed(
-            f"the gradients of {self._limit} steps in a row, train.max_skipped, up to step {step} were not finite, and "
-            f"nothing was learned from them. Their examples are named in {self._file}, first those whose own loss was "
-            "not finite: look at them; if all are like that, lower optim.lr or look at the model. The same command "
-            "continues from the newest checkpoint."
+            f"the gradients of {which} were not finite, and nothing was learned from them. {named}; if all are like "
+            "that, look at the model or set a lower optim.lr. The same command goes on from the newest checkpoint, and "
+            "with checkpoint.resume from an older one, if that is spoiled."
         )
 
 
