@@ -284,10 +284,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_without_memory_for_copies_training_waits_for_the_save(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NoMemory:
-        available = 0
-
-    monkeypatch.setattr(ochat_train.training.saving.psutil, "virtual_memory", NoMemory)
+    monkeypatch.setattr(ochat_train.training.saving, "free_host_bytes", lambda: 0)
     copied: list[Any] = []
     monkeypatch.setattr(ochat_train.training.saving, "_copied", lambda *arguments: copied.append(arguments))
     train(recipe_for(recipe_path, tmp_path, "zero.stage=2", "train.max_steps=2"), ALONE)
@@ -320,6 +317,35 @@ def test_the_last_checkpoints_are_kept(finished: Path) -> None:
     assert len(names) == 3
     assert names[-1] == f"step-{last:08d}"
     assert not list(finished.glob("*.partial"))
+
+
+def test_a_pruning_that_is_cut_leaves_nothing_and_what_a_link_leads_to_stays(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    options = ["zero.stage=1", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=1"), ALONE)
+    (run / "step-00000001").rename(elsewhere)
+    (run / "step-00000001").symlink_to(elsewhere)
+    content = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=2"), ALONE)
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == content
+    assert [path.name for path in run.glob("step-*")] == ["step-00000002"]
+
+    def cut(folder: Path) -> None:
+        if folder.exists():
+            raise InterruptedRun
+
+    class InterruptedRun(BaseException):
+        pass
+
+    monkeypatch.setattr(ochat_train.training.saving, "remove_folder", cut)
+    with pytest.raises(InterruptedRun):
+        train(recipe_for(recipe_path, run, *options, "train.max_steps=3"), ALONE)
+    assert (run / "step-00000002.pruned/checkpoint.json").is_file()
+    monkeypatch.undo()
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=4"), ALONE)
+    assert [path.name for path in run.glob("step-*")] == ["step-00000004"]
 
 
 def test_a_step_reports_all_that_a_user_watches(finished: Path) -> None:

@@ -158,7 +158,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_compiler(world.device.type)
     size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
     check_options(recipe, text_config, size, world.size)
-    check_disk(recipe, size, plan)
+    resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
+    check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
     run = Run(
         recipe=recipe,
         store=store,
@@ -179,7 +180,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
             ),
             checkpointing=_choose_checkpointing(recipe, text_config, size, world),
         ),
-        resumed=newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume)),
+        resumed=resumed,
     )
     check_continues(run, world)
     return run
@@ -193,10 +194,13 @@ def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: i
         check_adam8bit(size, stage=recipe.zero.stage, num_processes=num_processes)
 
 
-def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan) -> None:
-    """Raise ValueError, with the bytes needed and free, when the run's folder will not fit its disk."""
+def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan, *, start: int) -> None:
+    """Raise ValueError, with the bytes needed and free, when the run's folder will not fit its disk.
+
+    start: the step from which the run goes on.
+    """
     num_steps = int(plan.lengths.sum(dtype=int)) * recipe.train.epochs // plan.shape.room
-    if (disk := plan_disk(recipe, size, num_steps)).missing:
+    if (disk := plan_disk(recipe, size, num_steps, start=start)).missing:
         raise ValueError(f"checkpoint.dir lacks room: {disk.describe()}; {disk.remedy}")
 
 

@@ -307,7 +307,7 @@ def test_a_store_that_is_touched_during_training_stops_the_run(recipe_path: Path
 
 
 # As if something else had filled the disk since the run began, and, in the second, since the save began.
-FILLED = "import ochat_train.training.setup as p; p.check_disk = lambda *arguments: None"
+FILLED = "import ochat_train.training.setup as p; p.check_disk = lambda *arguments, **options: None"
 FILLED_MEANWHILE = f"{FILLED}\nimport ochat_train.training.saving as s; s.free_bytes = lambda folder: 10**15"
 
 
