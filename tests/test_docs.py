@@ -19,9 +19,9 @@ from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
 from ochat_train.conversations.roles import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, TemplatePart
 from ochat_train.model.loss import ConditionSums
-from ochat_train.recipe import known_keys, load_recipe, to_json
+from ochat_train.recipe import FREE_AT_RESUME, known_keys, load_recipe, to_json
 from ochat_train.tokens.store import Manifest
-from ochat_train.training.checkpoint import FREE_AT_RESUME, Checkpoint, TrainState
+from ochat_train.training.checkpoint import Checkpoint, TrainState
 from ochat_train.training.metrics import Metrics, RunOutline, StepReport
 from ochat_train.training.saving import SaveResult
 from ochat_train.training.speed import PEAKS

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import yaml
+
+from ochat_train.recipe import load_recipe, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.sh"
@@ -413,6 +416,23 @@ def test_restarts_that_are_no_number_are_refused(bench: Bench) -> None:
     assert code == 1 and "MAX_RESTARTS=some is not a number of restarts" in output
 
 
+# ---- A run that is there ----
+
+
+def test_a_resume_that_would_be_refused_is_refused_before_the_store_is_made_anew(bench: Bench) -> None:
+    source = RECIPE["data"]["sources"][0]
+    recipe = load_recipe(bench.here / "recipe.yaml", [])
+    (bench.here / "run/step-00000007").mkdir(parents=True)
+    manifest = orjson.dumps({"state": {"recipe": to_json(recipe)}})
+    (bench.here / "run/step-00000007/checkpoint.json").write_bytes(manifest)
+    bench.write_recipe(data=RECIPE["data"] | {"sources": [source | {"weight": 0.5, "path": "moved.json"}]})
+    code, output = bench.launch()
+    assert code == 1 and "preprocess" not in (bench.here / "calls").read_text()
+    assert "step-00000007, because this differs (was -> is):\n  data.sources.0.weight: 1.0 -> 0.5\nGo back" in output
+    for remedy in ("data.sources.0.weight=1.0", f"checkpoint.dir={bench.here / 'other'}"):
+        assert bench.launch(remedy)[0] == 0
+
+
 # ---- Nodes ----
 
 
@@ -501,6 +521,13 @@ def test_hosts_that_slurm_does_not_name_are_refused_with_its_reason(bench: Bench
     code, output = bench.launch(**SLURM)
     assert (code, bench.num_tries()) == (1, 0)
     assert "launch: the hosts of this Slurm job are not known: scontrol show hostnames node[07,11]: no con" in output
+
+
+def test_without_scontrol_the_hosts_may_be_named_in_a_file(bench: Bench) -> None:
+    code, output = bench.launch(**SLURM)
+    assert code == 1
+    assert "scontrol is not on the PATH: add Slurm's folder of commands to it, or name the hosts in HOSTFILE" in output
+    assert bench.launch(**SLURM, HOSTFILE=write_hosts(bench))[0] == 0
 
 
 def test_the_75_of_the_nodes_is_passed_on_and_a_crash_of_one_is_a_crash(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
 import gzip
+import hashlib
 import math
 import re
 import shutil
@@ -923,6 +924,29 @@ def test_a_base_whose_generation_configuration_transformers_would_not_save_is_tr
     preprocess(recipe_path, *options)
     train(load_recipe(recipe_path, options), ALONE)
     assert orjson.loads((tmp_path / "model/generation_config.json").read_bytes()).items() >= odd.items()
+
+
+def test_a_checkpoint_of_another_version_names_the_ways_out(recipe_path: Path, copied: Path, tmp_path: Path) -> None:
+    file = find_checkpoints(copied)[-1] / "checkpoint.json"
+    fields = orjson.loads(file.read_bytes()) | {"format_version": 1}
+    del fields["digest"]
+    file.write_bytes(orjson.dumps(fields))
+    commit = fields["run"]["commit"]
+    told = f"has checkpoint format 1, this version reads 2; continue with the version that wrote it, commit {commit}"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        prepare(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    del fields["format_version"]
+    rewrite(file, fields | {"colour": "blue"})
+    with pytest.raises(ValueError, match=r"other fields than this version knows .*'colour'.*, or start a new run in"):
+        prepare(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    assert prepare(recipe_for(recipe_path, tmp_path / "new", "zero.stage=1"), ALONE).resumed is None
+
+
+def rewrite(file: Path, fields: dict[str, Any]) -> None:
+    """Write a checkpoint.json with these fields, and the digest that a version with them would give it."""
+    fields |= {"format_version": 2}
+    digest = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    file.write_bytes(orjson.dumps(fields | {"digest": digest}))
 
 
 def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path) -> None:

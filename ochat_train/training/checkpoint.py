@@ -24,34 +24,11 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from ochat_train.files import STEP_FOLDERS, step_name
-from ochat_train.recipe import differences
+from ochat_train.recipe import FREE_AT_RESUME, refused_differences
 from ochat_train.training.engine import World
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
-# Keys that a resumed run may change: they decide neither the weight of an example nor the order of those left, and
-# no state of the optimizer depends on them.
-FREE_AT_RESUME = (
-    "name",
-    "data.store",
-    "model.attention",
-    "model.checkpointing",
-    "model.kernels",
-    "model.compile",
-    "packing",
-    "optim.lr",
-    "optim.min_lr",
-    "optim.weight_decay",
-    "optim.grad_clip",
-    "zero",
-    "train.epochs",
-    "train.max_steps",
-    "train.max_skipped",
-    "train.stall_timeout_s",
-    "eval",
-    "checkpoint",
-    "log",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +109,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error!r})") from None
     if version != FORMAT_VERSION and (digest is None or digest == _digest(fields | {"format_version": version})):
-        raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}; {_other_version(fields)}"
+        )
     if digest != _digest(fields | {"format_version": version}):
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} does not agree with its own digest")
-    state = TrainState(**fields.pop("state"))
+    try:
+        state = TrainState(**fields["state"])
+        files = {name: FileMark(**mark) for name, mark in fields["files"].items()}
+        checkpoint = Checkpoint(**fields | {"path": Path(path), "state": state, "files": files})
+    except TypeError as error:
+        told = f"{file} has other fields than this version knows ({error}); {_other_version(fields)}"
+        raise ValueError(told) from None
     if lora := state.recipe["model"].get("lora"):  # before this key existed: rows of added tokens only
         lora.setdefault("train_template_tokens", False)
-    files = {name: FileMark(**mark) for name, mark in fields.pop("files").items()}
-    return Checkpoint(path=Path(path), state=state, files=files, **fields)
+    return checkpoint
+
+
+def _other_version(fields: dict[str, Any]) -> str:
+    """What to do with a checkpoint of another version of the code, from what it says of itself."""
+    about = fields.get("run")
+    commit = about.get("commit") if isinstance(about, dict) else None
+    written = f"the version that wrote it{f', commit {commit}' if commit else ''}"
+    return f"continue with {written}, or start a new run in another checkpoint.dir"
 
 
 def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> None:
@@ -247,11 +239,8 @@ def check_resume(
     checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, order: str, world_size: int
 ) -> None:
     """Raise ValueError with every difference when continuing would not be the same run."""
-    state, wrong = checkpoint.state, []
-    for line in differences(state.recipe, recipe):
-        key = line.partition(":")[0]
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_AT_RESUME):
-            wrong.append(line)
+    state = checkpoint.state
+    wrong = refused_differences(state.recipe, recipe)
     if state.store_fingerprint != store_fingerprint:
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
     elif state.order != order:  # it follows from store and recipe, so the code differs
