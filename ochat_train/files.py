@@ -44,12 +44,20 @@ def publish_folder(final: Path) -> Iterator[Path]:
 def move_folder(folder: Path, final: Path) -> None:
     """Rename `folder` to `final`, and remove what stood there only once the new one has its name."""
     replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        remove_folder(replaced)
         final.rename(replaced)
     folder.rename(final)
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove_folder(replaced)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder as far as that is possible; of a link the link alone, not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

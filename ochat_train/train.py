@@ -3,7 +3,7 @@
     deepspeed [launcher options] --module ochat_train.train RECIPE [key=value ...]
 
 Without a launcher it runs as one process. Run again after an interruption, it continues from the newest checkpoint. On
-SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves it and exits with code 75.
+SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, or leaves the evaluation, saves and exits with code 75.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
-from ochat_train.training.checkpoint import Checkpoint
+from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
 from ochat_train.training.data import make_batches, source_weights
 from ochat_train.training.engine import (
     Failed,
@@ -45,11 +45,11 @@ from ochat_train.training.engine import (
     together,
     train_step,
 )
-from ochat_train.training.held_out import HeldOut
+from ochat_train.training.held_out import HeldOut, Interrupted
 from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
-from ochat_train.training.saving import Saver, remove_leftovers
+from ochat_train.training.saving import Kind, Saver, remove_leftovers
 from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import (
     Run,
@@ -134,11 +134,12 @@ class Trainer:
 
     state: the position after the last step. newest: the newest checkpoint; the run's folder before there is one.
     is_stopping, is_writing: whether any rank was asked to stop, or was still writing a save, at the last step.
+    saved: the step after which the newest save of each kind was begun.
     """
 
     def __init__(self, run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> None:
         recipe, state = run.recipe, run.start
-        self.run, self.world, self.watchdog, self.state = run, world, watchdog, state
+        self.run, self.folder, self.world, self.watchdog, self.state = run, folder, world, watchdog, state
         self.newest = run.dir if run.resumed is None else run.resumed.path
         self.is_stopping = self.is_writing = False
         if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
@@ -157,18 +158,24 @@ class Trainer:
             world.size,
             attention=run.resolved.attention.backend,
             checkpointing=run.resolved.checkpointing.policy,
-        )
+        ) | {"began_from": run.began_from}
         self.metrics = Metrics(self.outline(), is_main=world.is_main)
         self.skipped = SkippedSteps(recipe.train.max_skipped, run.dir, run.store, world)
         self.saver = Saver(self.engine, folder, world, watchdog.progress)
-        self.held_out = HeldOut(run.held_out, self.engine, run.plan.shape, world, watchdog.progress)
+        self.saved: dict[Kind, int] = {"checkpoint": state.step, "model": state.step}
+        self.stop = stop = StopRequest()
+        self.held_out = HeldOut(
+            run.held_out, self.engine, run.plan.shape, world, watchdog.progress, lambda: stop.is_made
+        )
         watchdog.limit_stalls(recipe.train.stall_timeout_s)
 
     def train(self) -> None:
         """The loop."""
         run, world = self.run, self.world
+        if self.folder.is_writer and (undone := set_aside_newer(run.dir, self.state.step)):
+            say(world, f"newer than step {self.state.step}, set aside and no longer counted: {', '.join(undone)}")
         with (
-            StopRequest() as stop,
+            self.stop,
             self.metrics,
             prefetch(self.planned_steps(), self.make_batches) as steps,
             profile_steps(
@@ -177,31 +184,31 @@ class Trainer:
         ):
             resumed = None if run.resumed is None else run.resumed.path.name
             self.metrics.start(self.state.step, self.state.epoch, resumed=resumed, about=self.about)
-            if (self.state.step == 0 or run.is_epoch_end(self.state)) and not self.is_evaluated():
+            if (self.state.step == 0 or self.is_evaluation_due()) and not self.is_evaluated():
                 self.evaluate()
             started = self.begin_step()
-            for ready in steps:
-                report, parts = self.train_one_step(ready, started, is_asked_to_stop=stop.is_made)
+            for ready in () if self.is_stopping else steps:
+                report, parts = self.train_one_step(ready, started)
                 self.metrics.step(report)
                 self.check_skipped(report, ready.item, parts)
                 self.save()
                 if self.is_evaluation_due():
-                    self.watchdog.mark(self.state.step, "evaluating")
                     self.evaluate()
                 end_profiled()
                 if self.is_last_step():
                     break
                 started = self.begin_step()
+            self.save()  # of a step that was to be the last one only when a stop came during its evaluation
             self.metrics.end(self.state.step, self.state.epoch, self.end_reason())
-        if self.newest.name != step_name(self.state.step):
+        if self.state.step > run.start.step and self.newest.name != step_name(self.state.step):
             raise Failed(
                 f"step {self.state.step} is done, but could not be saved (see above). Make room in {run.dir}, or "
                 "repair it, and run the same command again: it continues from "
                 f"{self.newest.name if self.newest != run.dir else 'the start'}."
             )
         if not run.is_finished(self.state):
-            where = f"at step {self.state.step}, saved as {self.newest}"
-            say(world, f"stopped on request {where}; run the same command again to continue")
+            saved = f"saved as {self.newest}" if self.newest != run.dir else "with nothing to save"
+            say(world, f"stopped on request at step {self.state.step}, {saved}; run the same command again to continue")
 
     # ------------------------------------------------------------------------------------------------------ a step
 
@@ -221,7 +228,7 @@ class Trainer:
         return time.perf_counter()
 
     def train_one_step(
-        self, ready: Ready[StepPlan, list[PackedBatch]], started: float, *, is_asked_to_stop: bool
+        self, ready: Ready[StepPlan, list[PackedBatch]], started: float
     ) -> tuple[StepReport, list[ConditionSums]]:
         """Train one step of the plan; returns its report, and the loss sums of each of this rank's micro-batches."""
         run, plan, world = self.run, ready.item, self.world
@@ -238,7 +245,7 @@ class Trainer:
         for part in parts:
             mine.add(part)
         memory = peak_memory_bytes(world.device)
-        of_rank = RankReport(grad_norm, ready.waited_s, memory, is_asked_to_stop, self.saver.is_writing)
+        of_rank = RankReport(grad_norm, ready.waited_s, memory, self.stop.is_made, self.saver.is_writing)
         sums, of_ranks = reduce_over_ranks(mine, of_rank, world)
         self.is_stopping, self.is_writing = of_ranks.is_asked_to_stop, of_ranks.is_writing
         self.state = replace(
@@ -268,9 +275,12 @@ class Trainer:
         return report, parts
 
     def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[ConditionSums]) -> None:
-        """End the run when too many steps in a row were skipped."""
+        """End the run when too many steps in a row were skipped, or all that it has."""
         try:
             self.skipped.add(report.step, plan, parts, is_skipped=report.is_skipped)
+            is_last = report.is_skipped and self.run.is_finished(self.state)
+            if is_last and gather_objects(self.metrics.num_skipped)[0] == report.step:
+                self.skipped.fail(f"all {report.step} steps of the run")
         except Failed:
             self.metrics.end(report.step, report.epoch, "skipped")
             raise
@@ -290,12 +300,12 @@ class Trainer:
     def save(self) -> None:
         """Begin the saves that are due, and report those that have ended; after the last step wait for all of them."""
         policy, checkpoint, results = self.run.recipe.checkpoint, self.checkpoint(), []
-        if self.is_save_due(policy) or self.is_last_step():
+        if self.begins("checkpoint", is_due=self.is_save_due(policy) or self.is_last_step()):
             self.watchdog.mark(self.state.step, "saving")
             results += self.saver.save_checkpoint(checkpoint, self.run.tokenizer, keep=policy.keep)
         elif not self.is_writing:
             results += self.saver.finish()
-        if self.is_save_due(policy.models):
+        if self.begins("model", is_due=self.is_save_due(policy.models)):
             folder = self.run.dir / "models" / checkpoint.path.name
             write = partial(self.write_model, checkpoint)
             results += self.saver.save_model(folder, write, keep=policy.models.keep)
@@ -312,6 +322,13 @@ class Trainer:
             self.metrics.saved(result)
             if result.kind == "checkpoint":
                 self.newest = result.path
+
+    def begins(self, kind: Kind, *, is_due: bool) -> bool:
+        """Whether a save that is due begins now: after a step once."""
+        begins = is_due and self.saved[kind] < self.state.step
+        if begins:
+            self.saved[kind] = self.state.step
+        return begins
 
     def is_save_due(self, policy: CheckpointSection | ModelsSection) -> bool:
         """Whether a kind of save is due after this step."""
@@ -365,12 +382,18 @@ class Trainer:
         if not len(run.held_out):
             return
         is_epoch_end, is_finished = run.is_epoch_end(state), run.is_finished(state)
+        self.watchdog.mark(state.step, "evaluating")
         try:
             sums, probe = self.held_out.loss_sums(), None
             if is_epoch_end or is_finished:
                 most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
                 probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
             self.metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+        except Interrupted:
+            self.is_stopping = True
+            later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"
+            later = later if is_finished else "the same command begins with it"
+            say(self.world, f"step {state.step}: the evaluation was left on request; {later}")
         except Exception as error:
             if not is_finished:  # other ranks may wait for this one
                 raise
@@ -395,6 +418,7 @@ class Trainer:
                 dtype=run.recipe.model.dtype,
                 device_name=device_name(),
             ),
+            is_branch=run.resumed is not None and run.resumed.state != run.start,
         )
 
 

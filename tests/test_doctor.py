@@ -22,10 +22,11 @@ from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.files import free_port
 from ochat_train.model.attention import AttentionOptions
 from ochat_train.model.memory import measure_size
-from ochat_train.recipe import LoraSection, Recipe, load_recipe
+from ochat_train.recipe import LoraSection, Recipe, load_recipe, to_json
 from ochat_train.tokens.plan import make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.training.checkpoint import Checkpoint, TrainState, manifest_of
 from ochat_train.training.engine import World
 from ochat_train.training.resources import AvailableMemory, size_of
 from ochat_train.training.setup import build_model, prepare
@@ -426,8 +427,8 @@ def test_what_a_resumed_run_has_already_on_disk_is_not_needed_again(
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=150 * 2**20))
     assert checks.check_disk(case).state == "problem"
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run/weights", "wb") as file:
+    (tmp_path / "run/step-00000001").mkdir(parents=True)
+    with open(tmp_path / "run/step-00000001/weights", "wb") as file:
         file.truncate(10 * GIB)
     assert checks.check_disk(case).state == "ok"
 
@@ -442,6 +443,20 @@ def test_light_checkpoints_take_disk_too(recipe_path: Path) -> None:
     assert num_light("checkpoint.models.every_epochs=2") == 3
     assert num_light("checkpoint.models.every_steps=1") == 50
     assert num_light("checkpoint.models.every_steps=1", "checkpoint.models.keep=2") == 3
+
+
+def test_a_run_that_cannot_go_on_is_a_problem(recipe_path: Path, tmp_path: Path) -> None:
+    options = [f"checkpoint.dir={tmp_path}"]
+    case = case_of(load_recipe(recipe_path, options))
+    assert checks.check_earlier_run(case) is None  # nothing was trained
+    state = TrainState(3, 0, 9, 99, case.store.fingerprint, to_json(case.recipe), case.plan.order.digest, "")
+    made = Checkpoint(tmp_path / "step-00000003", state, 2, case.recipe.template, "", [], {}, {})
+    made.path.mkdir()
+    (made.path / "checkpoint.json").write_bytes(manifest_of(made))
+    found = checks.check_earlier_run(case)
+    assert found is not None and found.detail == f"training goes on from {made.path}"
+    changed = examine(load_recipe(recipe_path, [*options, "train.seed=9"]), recipe_path, is_quick=True)["resume"]
+    assert changed.state == "problem" and "train.seed: 3 -> 9" in changed.detail
 
 
 # ---- Ports and hosts ----

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import yaml
+
+from ochat_train.recipe import load_recipe, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.sh"
@@ -152,7 +155,7 @@ def test_a_recipe_is_preprocessed_examined_trained_and_reported_with_the_same_ar
     assert bench.calls() == [
         f"ochat_train.preprocess {recipe} name=1 2",
         f"ochat_train.doctor --quick {recipe} name=1 2",
-        "deepspeed.launcher.runner --log_level warning --num_gpus 3 --master_port 4321 "
+        "deepspeed.launcher.runner --log_level critical --num_gpus 3 --master_port 4321 "
         f"--module ochat_train.train {recipe} name=1 2",
         f"ochat_train.report run {bench.here / 'run'}",
     ]
@@ -359,7 +362,7 @@ def test_a_crash_ends_the_launch_with_its_code_unless_restarts_are_asked_for(ben
     bench.script("train", crashes(8))
     code, output = bench.launch()
     assert (code, bench.num_tries()) == (9, 1)
-    assert "restart" not in output
+    assert "launch: training ended with exit code 9" in output and "restart" not in output
 
 
 def test_after_a_crash_training_starts_again_and_is_reported_at_its_end(bench: Bench) -> None:
@@ -374,7 +377,7 @@ def test_after_a_crash_training_starts_again_and_is_reported_at_its_end(bench: B
 
 
 def test_two_tries_without_a_new_checkpoint_are_the_end(bench: Bench) -> None:
-    bench.script("train", crashes(1, None, 3, None, None, 6))
+    bench.script("train", crashes(4, None, 3, None, None, 6))  # 3: it goes on from an older one, and another way
     code, output = bench.launch(MAX_RESTARTS="9")
     assert (code, bench.num_tries()) == (9, 5)
     assert "giving up: two tries in a row made no checkpoint" in output
@@ -413,6 +416,23 @@ def test_restarts_that_are_no_number_are_refused(bench: Bench) -> None:
     assert code == 1 and "MAX_RESTARTS=some is not a number of restarts" in output
 
 
+# ---- A run that is there ----
+
+
+def test_a_resume_that_would_be_refused_is_refused_before_the_store_is_made_anew(bench: Bench) -> None:
+    source = RECIPE["data"]["sources"][0]
+    recipe = load_recipe(bench.here / "recipe.yaml", [])
+    (bench.here / "run/step-00000007").mkdir(parents=True)
+    manifest = orjson.dumps({"state": {"recipe": to_json(recipe)}})
+    (bench.here / "run/step-00000007/checkpoint.json").write_bytes(manifest)
+    bench.write_recipe(data=RECIPE["data"] | {"sources": [source | {"weight": 0.5, "path": "moved.json"}]})
+    code, output = bench.launch()
+    assert code == 1 and "preprocess" not in (bench.here / "calls").read_text()
+    assert "step-00000007, because this differs (was -> is):\n  data.sources.0.weight: 1.0 -> 0.5\nGo back" in output
+    for remedy in ("data.sources.0.weight=1.0", f"checkpoint.dir={bench.here / 'other'}"):
+        assert bench.launch(remedy)[0] == 0
+
+
 # ---- Nodes ----
 
 
@@ -423,7 +443,7 @@ def write_hosts(bench: Bench) -> str:
 
 
 def launcher_options(call: str) -> str:
-    return call.removeprefix("deepspeed.launcher.runner --log_level warning ").partition(" --module")[0]
+    return call.removeprefix("deepspeed.launcher.runner --log_level critical ").partition(" --module")[0]
 
 
 def test_a_hostfile_alone_leaves_the_other_hosts_to_the_launcher(bench: Bench) -> None:
@@ -501,6 +521,13 @@ def test_hosts_that_slurm_does_not_name_are_refused_with_its_reason(bench: Bench
     code, output = bench.launch(**SLURM)
     assert (code, bench.num_tries()) == (1, 0)
     assert "launch: the hosts of this Slurm job are not known: scontrol show hostnames node[07,11]: no con" in output
+
+
+def test_without_scontrol_the_hosts_may_be_named_in_a_file(bench: Bench) -> None:
+    code, output = bench.launch(**SLURM)
+    assert code == 1
+    assert "scontrol is not on the PATH: add Slurm's folder of commands to it, or name the hosts in HOSTFILE" in output
+    assert bench.launch(**SLURM, HOSTFILE=write_hosts(bench))[0] == 0
 
 
 def test_the_75_of_the_nodes_is_passed_on_and_a_crash_of_one_is_a_crash(bench: Bench) -> None:

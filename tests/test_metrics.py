@@ -1,5 +1,6 @@
 """The lines of metrics.jsonl, and what a run must remember to write them."""
 
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -248,6 +249,49 @@ def test_a_run_that_goes_on_remembers_its_earlier_epochs(tmp_path: Path) -> None
     assert end["best_epoch"] is end["best_step"] is end["best_loss"] is None
 
 
+# ---- Disks ----
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no room beside it."""
+    file = disk / "filler"
+    with pytest.raises(OSError, match="No space left"), file.open("wb", buffering=0) as opened:
+        while opened.write(bytes(2**12)):
+            pass
+    return file
+
+
+def test_a_full_disk_ends_no_reporting_and_lines_are_written_when_there_is_room(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with metrics_for(small_disk, "log.tensorboard=true") as metrics:
+        for step in range(1, 100):
+            if step == 20:
+                filler = fill(small_disk)
+            if step == 60:
+                filler.unlink()
+            metrics.step(report_for(step))
+    assert [line["step"] for line in lines(small_disk, "step")] == list(range(1, 100))
+    assert capsys.readouterr().out.count("and the lines wait in memory") == 1
+    filler = fill(small_disk)
+    # It goes on from 50 while the disk is full: the file cannot be rewritten, and stays.
+    with metrics_for(small_disk, "log.tensorboard=true", "log.wandb.project=x", start=50) as metrics:
+        metrics.step(report_for(51, seconds=3.0))
+        assert len(lines(small_disk, "step")) == 99
+        filler.unlink()
+        metrics.step(report_for(52))
+    assert [line["step"] for line in lines(small_disk, "step")] == list(range(1, 53))
+    undone = [orjson.loads(line) for line in (small_disk / "metrics.jsonl.old").read_bytes().splitlines()]
+    assert [line["step"] for line in undone] == list(range(51, 100)) and undone[0]["seconds"] == 2.0
+    said = capsys.readouterr().out
+    assert all(f"WARNING: {sink} takes no numbers" in said for sink in ("tensorboard", "wandb"))
+    fill(small_disk)
+    with metrics_for(small_disk, start=52) as metrics:
+        for step in (53, 54, 55, 56, 57):
+            metrics.step(report_for(step))
+    assert "lines of metrics.jsonl were not written ([Errno 28]" in capsys.readouterr().out
+
+
 # ---- Sinks ----
 
 
@@ -271,6 +315,21 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
     names = {name for line in lines(tmp_path, "step") for name in flat_numbers(line)}
     assert names <= set(read.Tags()["scalars"])
     assert "eval/loss_by_condition/GPT4" in read.Tags()["scalars"]
+
+
+def test_wandb_has_the_steps_of_a_branch_in_a_run_of_their_own(tmp_path: Path) -> None:
+    offline = ("log.wandb.project=chat", "log.wandb.mode=offline")
+    ids = []
+    # From the start; after a crash that undid steps 3 and 4; and from 2 with another recipe, after 3 and 4 as well.
+    for start, is_branch in ((0, False), (2, False), (2, True)):
+        with metrics_for(tmp_path, *offline, start=start, is_branch=is_branch) as metrics:
+            for step in range(start + 1, 5):
+                metrics.step(report_for(step, lr=(82000 if is_branch else 71000) + step))
+        ids.append((tmp_path / "wandb_id").read_text())
+    assert ids[0] == ids[1] != ids[2]
+    (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{ids[2]}/run-{ids[2]}.wandb")
+    found = set(map(int, re.findall(rb"(?:71|82)00[1-4]", file.read_bytes())))
+    assert found == {71001, 71002, 82003, 82004}
 
 
 def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -371,3 +373,9 @@ def test_without_a_place_for_the_cache_each_process_compiles_for_itself() -> Non
     first, second = run(WITHOUT_A_PLACE)
     assert first == "[0, 1, 1]"
     assert second.startswith("cannot cache function")  # what numba says of its own accord
+
+
+def test_without_room_for_the_compiled_functions_they_are_compiled_each_time(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(2**23))
+    assert run(PLACEMENTS, NUMBA_CACHE_DIR=str(small_disk)) == run(PLACEMENTS)

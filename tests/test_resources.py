@@ -1,16 +1,21 @@
 """What a recipe takes of a machine's memory, and which checkpointing auto chooses by it."""
 
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoConfig
 
 from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.training import resources
 from ochat_train.training.resources import (
     RESERVED,
     AvailableMemory,
     MemoryPlan,
+    free_host_bytes,
     nearest_that_fits,
+    plan_disk,
     plan_memory,
     size_of,
 )
@@ -98,3 +103,48 @@ def test_8_bits_are_planned_and_advised() -> None:
     small = plan_memory(tight, AvailableMemory(enough, 2 * GIB, is_here=True), config, size_of(tight, config, 0), 1)
     assert not small.fits(small.own)
     assert nearest_that_fits(small).startswith("set zero.stage: 2, zero.offload: none and optim.algorithm: adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "use", "reclaimable"),
+    [
+        ("0::/jobs/7/step", "jobs/7", "memory.max", "memory.current", "inactive_file"),
+        (
+            "9:cpuset,memory:/jobs/7",
+            "memory/jobs/7",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_the_memory_of_a_control_group_is_all_that_its_processes_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, folder: str, limit: str, use: str, reclaimable: str
+) -> None:
+    """As Slurm and containers set it, on a group or one above it; the files are the kernel's."""
+    (tmp_path / "cgroup").write_text(f"12:pids:/\n{line}\n1:name=systemd:/\n")
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    monkeypatch.setattr(resources, "_CGROUP_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_CGROUPS", tmp_path)
+    assert free_host_bytes() > 2**20
+    (group / use).write_text("700000\n")
+    (group / "memory.stat").write_text(f"anon 1\n{reclaimable} 200000\n")
+    (group / limit).write_text("1000000\n")
+    assert free_host_bytes() == 500000
+    (group / limit).write_text("max\n")
+    assert 0.5 < free_host_bytes() / psutil.virtual_memory().available < 2
+
+
+def test_only_what_a_run_replaces_is_room_that_it_has_already(tmp_path: Path) -> None:
+    for name in ("step-00000005", "step-00000009", "model", "models/step-00000005", "step-00000011.pruned"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_bytes(bytes(1000))
+    for name in ("step-00000007.damaged", "step-00000010.undone", "models/step-00000007.undone", "tensorboard"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(bytes(10**6))
+    (tmp_path / "step-00000006").symlink_to(tmp_path / "tensorboard")
+    recipe = published(f"checkpoint.dir={tmp_path}")
+    size = size_of(recipe, llama(), 0)
+    assert plan_disk(recipe, size, 100).taken == 5000
+    assert plan_disk(recipe, size, 100, start=5).taken == 4000  # the newer one is set aside

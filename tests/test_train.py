@@ -1,6 +1,7 @@
 """Whole runs in one process: checkpoints, export, evaluation, and what is refused before anything starts."""
 
 import gzip
+import hashlib
 import math
 import re
 import shutil
@@ -52,9 +53,10 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from ochat_train.training.data import check_lengths, make_batch
-from ochat_train.training.engine import World, join_process_group, make_optimizer
+from ochat_train.training.engine import Failed, World, join_process_group, make_optimizer
 from ochat_train.training.held_out import HeldOut
 from ochat_train.training.resources import AvailableMemory
+from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import CheckpointingChoice, agree, build_engine, prepare
 from ochat_train.training.stopping import Watchdog
 from tests.e2e.harness import ROOT, events, preprocess, tiny_recipe, weights, write_dump
@@ -286,10 +288,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_without_memory_for_copies_training_waits_for_the_save(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NoMemory:
-        available = 0
-
-    monkeypatch.setattr(ochat_train.training.saving.psutil, "virtual_memory", NoMemory)
+    monkeypatch.setattr(ochat_train.training.saving, "free_host_bytes", lambda: 0)
     copied: list[Any] = []
     monkeypatch.setattr(ochat_train.training.saving, "_copied", lambda *arguments: copied.append(arguments))
     train(recipe_for(recipe_path, tmp_path, "zero.stage=2", "train.max_steps=2"), ALONE)
@@ -322,6 +321,35 @@ def test_the_last_checkpoints_are_kept(finished: Path) -> None:
     assert len(names) == 3
     assert names[-1] == f"step-{last:08d}"
     assert not list(finished.glob("*.partial"))
+
+
+def test_a_pruning_that_is_cut_leaves_nothing_and_what_a_link_leads_to_stays(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    options = ["zero.stage=1", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=1"), ALONE)
+    (run / "step-00000001").rename(elsewhere)
+    (run / "step-00000001").symlink_to(elsewhere)
+    content = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=2"), ALONE)
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == content
+    assert [path.name for path in run.glob("step-*")] == ["step-00000002"]
+
+    def cut(folder: Path) -> None:
+        if folder.exists():
+            raise InterruptedRun
+
+    class InterruptedRun(BaseException):
+        pass
+
+    monkeypatch.setattr(ochat_train.training.saving, "remove_folder", cut)
+    with pytest.raises(InterruptedRun):
+        train(recipe_for(recipe_path, run, *options, "train.max_steps=3"), ALONE)
+    assert (run / "step-00000002.pruned/checkpoint.json").is_file()
+    monkeypatch.undo()
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=4"), ALONE)
+    assert [path.name for path in run.glob("step-*")] == ["step-00000004"]
 
 
 def test_a_step_reports_all_that_a_user_watches(finished: Path) -> None:
@@ -654,7 +682,7 @@ def test_an_export_replaces_only_an_export(finished: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("optim.lr=0.02", "optim.lr: 0.01 -> 0.02"),
+        ("optim.warmup=0.1", "optim.warmup: 0.05 -> 0.1"),
         ("train.seed=4", "train.seed: 3 -> 4"),
         ("model.dtype=bfloat16", "model.dtype: 'float32' -> 'bfloat16'"),
         ("zero.stage=0", "zero.stage: 1 -> 0; from and to 0"),
@@ -709,6 +737,55 @@ def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path,
 def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: Path) -> None:
     options = ["zero.stage=1", "name=renamed", "checkpoint.keep=1", "log.wandb.project=x", "train.max_steps=1"]
     assert prepare(recipe_for(recipe_path, finished, *options), ALONE).resumed is not None
+
+
+def test_a_changed_rate_decay_and_clipping_hold_from_the_next_step_on(recipe_path: Path, tmp_path: Path) -> None:
+    """At every ZeRO stage as at stage 0, which is torch's own AdamW with its own parameter groups."""
+    changes = ["optim.lr=0.002", "optim.min_lr=0.5", "optim.weight_decay=5.0", "optim.grad_clip=0.001"]
+    found = []
+    for stage in range(4):
+        options = [f"zero.stage={stage}"]
+        train(recipe_for(recipe_path, tmp_path / f"{stage}", *options, "train.max_steps=2"), ALONE)
+        train(recipe_for(recipe_path, tmp_path / f"{stage}", *options, *changes, "train.max_steps=3"), ALONE)
+        found.append((weights(tmp_path / f"{stage}"), events(tmp_path / f"{stage}", "step")[-1]))
+    plain, step = found[0]
+    assert step["lr"] == learning_rate(step["progress"], peak=0.002, warmup=0.05, min_ratio=0.5)
+    for ours, _ in found[1:]:
+        assert (
+            max(float((ours[name] - plain[name]).abs().max()) for name in plain) < 5e-6
+        )  # as between numbers of ranks
+
+
+def test_a_run_whose_rate_was_too_high_goes_on_with_a_lower_one_from_before_it_was_spoiled(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    options = ["zero.stage=1", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_skipped=2"]
+    train(recipe_for(recipe_path, tmp_path, *options, "train.max_steps=2"), ALONE)
+    with pytest.raises(Failed, match=r"2 steps in a row.* set a lower optim.lr.* with checkpoint.resume from an older"):
+        train(recipe_for(recipe_path, tmp_path, *options, "optim.lr=1.0e+30"), ALONE)
+    remedy = ["optim.lr=0.001", f"checkpoint.resume={tmp_path / 'step-00000002'}", "train.max_steps=4"]
+    train(recipe_for(recipe_path, tmp_path, *options, *remedy), ALONE)
+    steps = events(tmp_path, "step")
+    assert [step["skipped"] for step in steps] == [False] * 4
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_a_run_whose_steps_were_all_skipped_has_failed(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_one_step
+
+    def poisoned(trainer: Trainer, ready: Any, *others: Any, **options: Any) -> Any:
+        for batch in ready.made:
+            batch.loss_weights[:] = math.nan
+        return original(trainer, ready, *others, **options)
+
+    monkeypatch.setattr(Trainer, "train_one_step", poisoned)
+    for _ in range(2):  # the same command again fails again
+        with pytest.raises(Failed, match="the gradients of all 3 steps of the run were not finite"):
+            options = ["zero.stage=1", "train.max_steps=3", "checkpoint.every_steps=1"]
+            train(recipe_for(recipe_path, tmp_path, *options), ALONE)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw_8bit"])
@@ -829,7 +906,9 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(
     oldest = find_checkpoints(copied)[0]
     damage(oldest, "flipped")
     options = ["zero.stage=1", f"checkpoint.resume={oldest}"]
-    with pytest.raises(ValueError, match="has other bytes than were written; name an older one"):
+    with pytest.raises(
+        ValueError, match=r"has other bytes than were written\n.* name an older one in checkpoint.resume"
+    ):
         train(recipe_for(recipe_path, tmp_path / "new", *options), ALONE)
 
 
@@ -873,30 +952,102 @@ def test_a_base_whose_generation_configuration_transformers_would_not_save_is_tr
     assert orjson.loads((tmp_path / "model/generation_config.json").read_bytes()).items() >= odd.items()
 
 
+def test_a_checkpoint_of_another_version_names_the_ways_out(recipe_path: Path, copied: Path, tmp_path: Path) -> None:
+    file = find_checkpoints(copied)[-1] / "checkpoint.json"
+    fields = orjson.loads(file.read_bytes()) | {"format_version": 1}
+    del fields["digest"]
+    file.write_bytes(orjson.dumps(fields))
+    commit = fields["run"]["commit"]
+    told = f"has checkpoint format 1, this version reads 2; continue with the version that wrote it, commit {commit}"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        prepare(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    del fields["format_version"]
+    rewrite(file, fields | {"colour": "blue"})
+    with pytest.raises(ValueError, match=r"other fields than this version knows .*'colour'.*, or start a new run in"):
+        prepare(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    assert prepare(recipe_for(recipe_path, tmp_path / "new", "zero.stage=1"), ALONE).resumed is None
+
+
+def rewrite(file: Path, fields: dict[str, Any]) -> None:
+    """Write a checkpoint.json with these fields, and the digest that a version with them would give it."""
+    fields |= {"format_version": 2}
+    digest = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    file.write_bytes(orjson.dumps(fields | {"digest": digest}))
+
+
 def test_never_resuming_does_not_mix_two_runs(recipe_path: Path, finished: Path) -> None:
     with pytest.raises(ValueError, match="already holds"):
         prepare(recipe_for(recipe_path, finished, "zero.stage=1", "checkpoint.resume=never"), ALONE)
 
 
-def test_an_older_checkpoint_is_not_continued_beside_newer_ones(
-    recipe_path: Path, finished: Path, tmp_path: Path
+def test_a_path_is_where_a_run_begins_and_the_same_command_goes_on_from_what_it_saved(
+    recipe_path: Path, finished: Path, tmp_path: Path, trained: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    oldest = find_checkpoints(finished)[0]
-    options = ["zero.stage=1", f"checkpoint.resume={oldest}"]
-    with pytest.raises(ValueError, match="holds the newer step-"):
-        prepare(recipe_for(recipe_path, finished, *options), ALONE)
-    resumed = prepare(recipe_for(recipe_path, tmp_path, *options), ALONE).resumed
-    assert resumed is not None and resumed.path == oldest
+    origin = shutil.copytree(find_checkpoints(finished)[0], tmp_path / "old/step-00000004")
+    options = ["zero.stage=1", f"checkpoint.resume={origin}", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+    run = tmp_path / "run"
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=5"), ALONE)
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=6"), ALONE)
+    shutil.rmtree(origin)  # no longer needed
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=7"), ALONE)
+    assert [start["resumed"] for start in events(run, "start")] == [f"step-0000000{step}" for step in (4, 5, 6)]
+    losses = {step["step"]: step["loss"] for step in events(finished, "step")}
+    assert {step["step"]: step["loss"] for step in events(run, "step")} == {step: losses[step] for step in (5, 6, 7)}
+    damage(run / "step-00000007", "flipped")
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        train(recipe_for(recipe_path, run, *options), ALONE)
+    shutil.copytree(find_checkpoints(finished)[0], origin)  # from which it then begins again
+    train(recipe_for(recipe_path, run, *options, "train.max_steps=5"), ALONE)
+    assert f"falling back to {origin.name}" in capsys.readouterr().out
 
 
-def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(
+def test_a_run_in_another_folder_is_not_mixed_with_the_one_that_is_there(
     recipe_path: Path, finished: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "step-00000009").mkdir()
-    assert find_checkpoints(tmp_path) == []
-    options = ["zero.stage=1", f"checkpoint.resume={tmp_path / 'step-00000009'}"]
+    options = ["zero.stage=1", f"checkpoint.resume={find_checkpoints(finished)[0]}"]
+    train(recipe_for(recipe_path, tmp_path / "other", "zero.stage=1", "train.max_steps=6"), ALONE)
+    with pytest.raises(ValueError, match="holds step-00000006 of another run; continue in another folder, or from"):
+        prepare(recipe_for(recipe_path, tmp_path / "other", *options), ALONE)
+    remedies = ((tmp_path / "new", options), (tmp_path / "other", ["zero.stage=1", "checkpoint.resume=auto"]))
+    for run, remedy in remedies:
+        assert prepare(recipe_for(recipe_path, run, *remedy), ALONE).resumed is not None
+
+
+def test_what_is_newer_than_the_step_from_which_a_run_goes_on_is_set_aside(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, models = tmp_path / "run", ["checkpoint.models.every_steps=1", "checkpoint.models.keep=1"]
+    options = ["zero.stage=1", "checkpoint.every_steps=2", "checkpoint.every_epochs=null", "checkpoint.keep=9"]
+    train(recipe_for(recipe_path, run, *options, *models, "train.max_steps=6"), ALONE)
+    branch = [f"checkpoint.resume={run / 'step-00000002'}", "packing.tokens_per_gpu=300"]
+    train(recipe_for(recipe_path, run, *options, *models, *branch, "train.max_steps=3"), ALONE)
+    undone = [f"step-0000000{step}.undone" for step in (4, 6)]
+    assert f"newer than step 2, set aside and no longer counted: {', '.join(undone)}" in capsys.readouterr().out
+    assert [path.name for path in find_checkpoints(run)] == ["step-00000002", "step-00000003"]
+    assert all((run / name / "checkpoint.json").is_file() for name in undone)
+    assert sorted(path.name for path in (run / "models").iterdir()) == ["step-00000003", "step-00000006.undone"]
+    assert [step["step"] for step in events(run, "step")] == [1, 2, 3]
+    # The same command goes on in the branch, and so does auto.
+    train(recipe_for(recipe_path, run, *options, *models, *branch, "train.max_steps=4"), ALONE)
+    assert [path.name for path in find_checkpoints(run)][2:] == ["step-00000003", "step-00000004"][1:]
+    assert events(run, "start")[-1]["resumed"] == "step-00000003"
+    resumed = prepare(recipe_for(recipe_path, run, *options, "packing.tokens_per_gpu=300"), ALONE).resumed
+    assert resumed is not None and resumed.path.name == "step-00000004"
+    # Another branch is made of what the first one left.
+    other = [f"checkpoint.resume={run / 'step-00000003'}", "train.max_steps=4"]
+    train(recipe_for(recipe_path, run, *options, *models, *other), ALONE)
+    assert (run / "step-00000004.undone-2").is_dir() and events(run, "start")[-1]["resumed"] == "step-00000003"
+
+
+def test_an_incomplete_checkpoint_is_named_and_passed_over_and_refused_by_name(
+    recipe_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "step-00000001").mkdir()
+    train(recipe_for(recipe_path, copied, "zero.stage=1"), ALONE)
+    assert f"WARNING: step-00000001 in {copied}: no checkpoint, without checkpoint.json" in capsys.readouterr().out
+    options = ["zero.stage=1", f"checkpoint.resume={copied / 'step-00000001'}"]
     with pytest.raises(ValueError, match="not a complete checkpoint"):
-        prepare(recipe_for(recipe_path, finished, *options), ALONE)
+        prepare(recipe_for(recipe_path, copied, *options), ALONE)
 
 
 def test_a_store_of_another_recipe_is_refused_with_the_difference(recipe_path: Path, tmp_path: Path) -> None:

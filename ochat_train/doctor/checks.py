@@ -28,10 +28,12 @@ from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, meta_model
+from ochat_train.recipe import to_json
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
+from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
 from ochat_train.training.data import check_store, make_run_plan, trained_rows
 from ochat_train.training.resources import (
     RESERVED,
@@ -366,6 +368,21 @@ def check_steps(case: Case) -> Finding:
     return Finding("ok", f"{steps} in {duration} at {rate:,.0f} tokens/s a process, {origin}")
 
 
+def check_earlier_run(case: Case) -> Finding | None:
+    """Whether the run in checkpoint.dir can go on under this recipe and store."""
+    newest = newest_readable(find_candidates(Path(case.recipe.checkpoint.dir), case.recipe.checkpoint.resume))
+    if newest is None:
+        return None
+    check_resume(
+        newest,
+        recipe=to_json(case.recipe),
+        store_fingerprint=case.store.fingerprint,
+        order=case.plan.order.digest,
+        world_size=case.num_processes,
+    )
+    return Finding("ok", f"training goes on from {newest.path}")
+
+
 def check_disk(case: Case) -> Finding:
     """The disk that the run needs at most against what is free where its folder will be."""
     disk = plan_disk(case.recipe, case.size, case.num_steps)
@@ -415,6 +432,7 @@ CHECKS = (
     Check("kernels", check_kernels, _KERNELS, needs=("size",)),
     Check("store", check_token_store, _PREPROCESS, needs=("size",)),
     Check("settings", check_settings, _SETTINGS, needs=("size",)),
+    Check("resume", check_earlier_run, "go back to the old values, or name another checkpoint.dir", needs=("plan",)),
     Check("isolation", check_isolation, needs=_RUNS, is_long=True),
     Check("memory", check_memory, _MEMORY, needs=("size",), state="warning"),
     Check("fullest micro-batch", check_fullest, needs=(*_RUNS, "plan", "memory"), is_long=True),

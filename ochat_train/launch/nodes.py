@@ -1,6 +1,7 @@
 """Where training runs, and the command that starts it there: DeepSpeed's launcher on each node."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise ValueError("call launch.sh without srun: it calls srun itself, once for all nodes")
     listing = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    if not shutil.which("scontrol"):
+        raise ValueError(
+            "the hosts of this Slurm job are not known, because scontrol is not on the PATH: add Slurm's folder of "
+            "commands to it, or name the hosts in HOSTFILE"
+        )
     try:
         listed = subprocess.run(listing, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -94,7 +100,8 @@ def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[s
         if nodes.kind == "here":
             num_gpus = num_gpus or "2"
 
-    launcher, options, at_once = _RUNNER, ["--log_level", "warning"], signal.SIGKILL
+    # DeepSpeed's launcher reports every code but 0 as an error, that of a stop as well; we report codes ourselves.
+    launcher, options, at_once = _RUNNER, ["--log_level", "critical"], signal.SIGKILL
     match nodes.kind:
         case "ssh":
             options += ["--hostfile", nodes.hostfile]

@@ -1,6 +1,7 @@
 """The recipe: one YAML file that describes a whole run. `docs/recipes.md` shows every key with examples."""
 
 from ochat_train.recipe.load import load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe.resume import FREE_AT_RESUME, refused_differences
 from ochat_train.recipe.schema import (
     CheckpointSection,
     DataSection,
@@ -18,6 +19,7 @@ from ochat_train.recipe.schema import (
 )
 
 __all__ = [
+    "FREE_AT_RESUME",
     "CheckpointSection",
     "DataSection",
     "LoraSection",
@@ -33,5 +35,6 @@ __all__ = [
     "load_recipe",
     "parse_arguments",
     "recipe_arguments",
+    "refused_differences",
     "to_json",
 ]

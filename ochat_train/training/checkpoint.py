@@ -6,6 +6,7 @@ RUN/step-00000100/random-00000.pt     random states of rank 0, ...
 RUN/step-00000100/model/, tokenizer/  the model's configuration; the tokenizer
 RUN/step-00000120.partial             a save that was cut off; the next run removes it
 RUN/step-00000120.damaged             a checkpoint that was found damaged; nothing removes it
+RUN/step-00000120.undone              newer than the step from which a run went on; nothing removes it
 
 Files of torch.save are pickles, and a pickle can run code when it is read. So only tensors, plain values and three
 classes of DeepSpeed are read from them, wherever a checkpoint comes from.
@@ -14,7 +15,7 @@ classes of DeepSpeed are read from them, wherever a checkpoint comes from.
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,37 +28,15 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from pydantic import ValidationError
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ochat_train.files import STEP_FOLDERS, step_name
-from ochat_train.recipe import Recipe, differences, to_json
+from ochat_train.recipe import FREE_AT_RESUME, refused_differences
 from ochat_train.training.engine import World
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
-# Keys that a resumed run may change: they decide neither the weight of an example nor the order of those left.
-FREE_AT_RESUME = (
-    "name",
-    "data.store",
-    "data.verify",
-    "model.attention",
-    "model.checkpointing",
-    "model.kernels",
-    "model.compile",
-    "packing",
-    "zero",
-    "train.epochs",
-    "train.max_steps",
-    "train.max_skipped",
-    "train.stall_timeout_s",
-    "eval",
-    "checkpoint",
-    "log",
-)
-
-
 # What DeepSpeed's files hold beside tensors and plain values: an enumeration and two records of plain values.
 DEEPSPEED_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
 # torch reads files of torch.save without running code then, even where its caller asks for everything.
@@ -142,14 +121,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error!r})") from None
     if version != FORMAT_VERSION and (digest is None or digest == _digest(fields | {"format_version": version})):
-        raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has checkpoint format {version}, this version reads {FORMAT_VERSION}; {_other_version(fields)}"
+        )
     if digest != _digest(fields | {"format_version": version}):
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} does not agree with its own digest")
-    state = TrainState(**fields.pop("state"))
+    try:
+        state = TrainState(**fields["state"])
+        files = {name: FileMark(**mark) for name, mark in fields["files"].items()}
+        checkpoint = Checkpoint(**fields | {"path": Path(path), "state": state, "files": files})
+    except TypeError as error:
+        told = f"{file} has other fields than this version knows ({error}); {_other_version(fields)}"
+        raise ValueError(told) from None
     if lora := state.recipe["model"].get("lora"):  # before this key existed: rows of added tokens only
         lora.setdefault("train_template_tokens", False)
-    files = {name: FileMark(**mark) for name, mark in fields.pop("files").items()}
-    return Checkpoint(path=Path(path), state=state, files=files, **fields)
+    return checkpoint
+
+
+def _other_version(fields: dict[str, Any]) -> str:
+    """What to do with a checkpoint of another version of the code, from what it says of itself."""
+    about = fields.get("run")
+    commit = about.get("commit") if isinstance(about, dict) else None
+    written = f"the version that wrote it{f', commit {commit}' if commit else ''}"
+    return f"continue with {written}, or start a new run in another checkpoint.dir"
 
 
 def check_files(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> None:
@@ -208,51 +202,93 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob(STEP_FOLDERS) if (path / MANIFEST).is_file())
 
 
-def find_resume(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to continue from. resume: auto (the newest that can be read, if any), never, or a path.
+def find_candidates(run: Path, resume: str) -> list[Path]:
+    """The checkpoints from which a run may continue, the best first. resume: auto, never, or a path.
 
-    Raises ValueError for never when the folder already holds checkpoints, and for a path when the folder holds newer
-    ones, so that two runs never mix and neither removes the other's.
+    A path is where a run begins: once its folder has checkpoints of the run that began there, those come first, so that
+    the same command goes on. Raises ValueError for never when the folder already holds checkpoints, and for a path in
+    another folder when this one holds checkpoints of another run, so that neither removes the other's.
     """
-    found = find_checkpoints(run)
-    if resume not in ("auto", "never"):
-        chosen = read_checkpoint(resume)
-        if found and found[-1].name > step_name(chosen.state.step):
-            raise ValueError(
-                f"checkpoint.resume {resume}, but checkpoint.dir {run} holds the newer {found[-1].name}; continue in "
-                "another folder, or from the newest with checkpoint.resume=auto"
-            )
-        return chosen
+    found = find_checkpoints(run)[::-1]
     if found and resume == "never":
         raise ValueError(
-            f"checkpoint.dir {run} already holds {found[-1].name}, and checkpoint.resume is never; "
+            f"checkpoint.dir {run} already holds {found[0].name}, and checkpoint.resume is never; "
             "name another folder, or remove that one"
         )
-    for path in reversed(found):
-        try:
+    if resume in ("auto", "never"):
+        return found
+    origin = Path(resume)
+    newest = newest_readable(found)
+    began_from = None if newest is None else newest.run.get("began_from")
+    if began_from is not None and _is_origin(began_from, origin):
+        return [*(path for path in found if path.name > step_name(began_from["step"])), *_complete(origin)]
+    first = read_checkpoint(origin)
+    others = [path for path in found if path.name >= step_name(first.state.step)]
+    if origin.resolve().parent != run.resolve() and any(not _is_origin(origin_of(first), path) for path in others):
+        raise ValueError(
+            f"checkpoint.resume {resume}, but checkpoint.dir {run} holds {others[0].name} of another run; continue in "
+            "another folder, or from that one with checkpoint.resume=auto"
+        )
+    return [origin]
+
+
+def newest_readable(candidates: Iterable[Path]) -> Checkpoint | None:
+    """The first checkpoint whose checkpoint.json can be read; damage is reported once all files have been read."""
+    for path in candidates:
+        with suppress(Damaged):
             return read_checkpoint(path)
-        except Damaged:  # reported once all files have been read
-            continue
     return None
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to NAME.damaged, so that it is kept and no longer taken for a checkpoint."""
-    names = (f"{path.name}.damaged{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
-    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+def _complete(path: Path) -> list[Path]:
+    return [path] if (path / MANIFEST).is_file() else []
+
+
+def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What later checkpoints of a run say of the one from which it began: its place, step and content."""
+    return {
+        "path": str(checkpoint.path.resolve()),
+        "step": checkpoint.state.step,
+        "sha256": mark_file(checkpoint.path / MANIFEST).sha256,
+    }
+
+
+def _is_origin(began_from: dict[str, Any], path: Path) -> bool:
+    """Whether a run began from the checkpoint at `path`: by its content, or by its place once it was removed."""
+    if _complete(path):
+        return bool(began_from["sha256"] == mark_file(path / MANIFEST).sha256)
+    return bool(began_from["path"] == str(path.resolve()))
+
+
+def find_incomplete(run: Path) -> list[Path]:
+    """Folders that are named as checkpoints and have no checkpoint.json: none is taken for a checkpoint."""
+    return sorted(path for path in run.glob(STEP_FOLDERS) if not _complete(path))
+
+
+def set_aside_newer(run: Path, step: int) -> list[str]:
+    """Set aside what a run's folder holds of later steps, once it goes on from `step`; returns the names."""
+    newer = [
+        path
+        for kind in (STEP_FOLDERS, f"models/{STEP_FOLDERS}")
+        for path in sorted(run.glob(kind))
+        if path.name > step_name(step)
+    ]
+    return [str(set_aside(path, "undone").relative_to(run)) for path in newer]
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint or a model to NAME.`why`, so that it is kept and no longer counted; returns the new name."""
+    names = (f"{path.name}.{why}{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(aside)
 
 
 def check_resume(
     checkpoint: Checkpoint, *, recipe: dict[str, Any], store_fingerprint: str, order: str, world_size: int
 ) -> None:
     """Raise ValueError with every difference when continuing would not be the same run."""
-    state, before, wrong = checkpoint.state, checkpoint.state.recipe, []
-    with suppress(ValidationError):  # a key that is new since then has a default that changes nothing
-        before = to_json(Recipe.model_validate_json(orjson.dumps(before)))
-    for line in differences(before, recipe):
-        key = line.partition(":")[0]
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_AT_RESUME):
-            wrong.append(line)
+    state = checkpoint.state
+    wrong = refused_differences(state.recipe, recipe)
     if state.store_fingerprint != store_fingerprint:
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
     elif state.order != order:  # it follows from store and recipe, so the code differs
@@ -271,7 +307,7 @@ def check_resume(
             + "\n  ".join(wrong)
             + "\nGo back to the old values, or start a new run in another checkpoint.dir. A resume may change the "
             f"number of processes and, of the recipe, {', '.join(FREE_AT_RESUME)}. It may change nothing else, such as "
-            "the template, the tokenizer, what the token store holds, the model or the optimizer."
+            "the template, the tokenizer, what the token store holds, the model or the rest of the optimizer."
         )
 
 
@@ -292,10 +328,13 @@ def load_checkpoint(
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
+    clip = getattr(engine.optimizer, "clip_grad", None)
     with only_data():
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not find its files in {folder}")
+    if clip is not None:  # the recipe's, which may have changed; DeepSpeed takes that of the checkpoint
+        engine.optimizer.clip_grad = clip
     # From converted states, stage 3 gives every group the weight decay of the first, and all states one shared step
     # count, which each of them would then increment.
     for group, values in zip(engine.optimizer.param_groups, groups, strict=True):

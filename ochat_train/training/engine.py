@@ -288,6 +288,13 @@ def reduce_over_ranks(sums: ConditionSums, report: RankReport, world: World) -> 
     )
 
 
+def is_any(answer: bool, world: World) -> bool:
+    """Whether the answer of any rank is yes; the same on every rank."""
+    answers = torch.tensor([float(answer)], device=world.device)
+    dist.all_reduce(answers)
+    return bool(answers)
+
+
 def gather_objects(value: T) -> list[T]:
     """The value of every rank, in the order of ranks, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()

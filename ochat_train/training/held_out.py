@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.tokens.order import DataOrder
@@ -15,7 +16,7 @@ from ochat_train.tokens.recondition import Reconditioned, Selected, make_frame
 from ochat_train.tokens.store import Examples, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.data import make_batches
-from ochat_train.training.engine import World, sum_over_ranks
+from ochat_train.training.engine import World, is_any, sum_over_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,16 @@ class ConditionProbe:
     num_left_out: int
 
 
+class Interrupted(Exception):
+    """Raised on all ranks when any of them was asked to stop during an evaluation."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A split, and what runs over it. All ranks call the methods together.
+    """A split, and what runs over it. All ranks call the methods together, which raise Interrupted.
 
     model: takes a PackedBatch and returns LossSums: a PackedCausalLM or the DeepSpeed engine around it. shape: of the
-    micro-batches. progress: called for each batch.
+    micro-batches. progress: called for each batch. is_asked_to_stop: called before each step of micro-batches.
     """
 
     store: TokenStore
@@ -46,6 +51,7 @@ class HeldOut:
     shape: PlanShape
     world: World
     progress: Callable[[], None] = lambda: None
+    is_asked_to_stop: Callable[[], bool] = lambda: False
 
     def loss_sums(self, examples: Examples | None = None) -> ConditionSums:
         """f64 sums over all examples of the split, or over `examples`, on the CPU of every rank."""
@@ -54,11 +60,26 @@ class HeldOut:
         order = DataOrder(len(examples), seed=None)
         steps = plan_epoch(examples.lengths, examples.weight_sums, self.shape, order, epoch=0)
         self.model.eval()
-        with torch.no_grad(), prefetch(steps, lambda step: make_batches(examples, step, self.world)) as ready_steps:
+        with (
+            torch.no_grad(),
+            tqdm(
+                total=len(examples),
+                unit=" examples",
+                desc="evaluate",
+                mininterval=1.0,
+                delay=1.0,
+                leave=False,
+                disable=not self.world.is_main,
+            ) as bar,
+            prefetch(steps, lambda step: make_batches(examples, step, self.world)) as ready_steps,
+        ):
             for ready in ready_steps:
+                if is_any(self.is_asked_to_stop(), self.world):
+                    raise Interrupted
                 for batch in ready.made:
                     self.progress()
                     sums.add(self.model(batch.to(self.world.device)).by_condition)
+                bar.update(ready.item.num_examples)
         self.model.train()
         return sum_over_ranks(sums)
 

@@ -7,11 +7,10 @@ import math
 import resource
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +27,7 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.training.best_epoch import best_epoch
 from ochat_train.training.engine import Failed, World, gather_objects
 from ochat_train.training.held_out import ConditionProbe
+from ochat_train.training.lines import LineFile
 from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 from ochat_train.training.speed import Utilisation
@@ -152,7 +152,8 @@ class RunOutline:
     """What the reports of a run refer to.
 
     start: the step after which the run starts or continues; num_steps: the number of its last step; num_tokens: of the
-    steps in between. num_examples: of all epochs. utilisation: None where it is unknown.
+    steps in between. num_examples: of all epochs. utilisation: None where it is unknown. is_branch: whether the steps
+    after `start` differ from those that the run may have made before, because it goes on with another recipe or plan.
     """
 
     recipe: Recipe
@@ -164,21 +165,21 @@ class RunOutline:
     num_tokens: int
     num_examples: int
     utilisation: Utilisation | None
+    is_branch: bool = False
 
 
 class Metrics:
     """Writes the main rank's reports; on other ranks every call does nothing.
 
-    RUN/metrics.jsonl gets one line for each report. A run that continues after step `start` keeps the lines up to
-    there; if others must go (of steps that a crash undid, of an earlier run), the old file stays beside it as
-    metrics.jsonl.old.
+    RUN/metrics.jsonl gets one line for each report, see `LineFile`. No failure of reporting ends the run. num_skipped:
+    the steps of the run without an update so far, known to the main rank.
     """
 
     def __init__(self, outline: RunOutline, *, is_main: bool) -> None:
         self._outline, self._is_main = outline, is_main
         self._num_tokens_left = outline.num_tokens
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)  # tokens and seconds
-        self._num_skipped = 0
+        self.num_skipped = 0
         self._is_disk_reported = False
         self._evaluations: list[dict[str, Any]] = []
         self._sinks: list[Sink] = []
@@ -188,12 +189,10 @@ class Metrics:
         if self._is_main:
             run = self._outline
             run.dir.mkdir(parents=True, exist_ok=True)
-            file = run.dir / "metrics.jsonl"
-            _keep_lines_until(file, run.start)
-            if file.exists():
-                self._read_earlier(file)
-            self._file = open(file, "ab")  # closed by __exit__
-            self._sinks = open_sinks(run.recipe, run.dir, run.start)
+            self._lines = LineFile(run.dir / "metrics.jsonl", run.start)
+            self._read_earlier()
+            is_branch = run.is_branch and self._lines.num_undone > 0
+            self._sinks = open_sinks(run.recipe, run.dir, run.start, self._lines.earlier, is_branch=is_branch)
         return self
 
     def __exit__(
@@ -201,8 +200,10 @@ class Metrics:
     ) -> None:
         if not self._is_main:
             return
-        with suppress(OSError):  # reported when a line was written
-            self._file.close()
+        if (unwritten := self._lines.write()) is not None:
+            tqdm.write(
+                f"WARNING: the last {len(self._lines.waiting)} lines of metrics.jsonl were not written ({unwritten})"
+            )
         if self._bar is not None:
             self._bar.close()
         self._for_sinks(lambda sink: sink.close(is_failed=error is not None))
@@ -221,12 +222,12 @@ class Metrics:
         """Report one training step."""
         if not self._is_main:
             return
-        self._num_skipped += report.is_skipped
+        self.num_skipped += report.is_skipped
         self._num_tokens_left -= report.num_tokens
         if report.step > self._outline.start + 1:  # the first step of a process warms up
             self._recent.append((report.num_tokens, report.seconds))
         line = report.to_json(self._outline.conditions, self._outline.sources) | {
-            "skipped_steps": self._num_skipped,
+            "skipped_steps": self.num_skipped,
             "mfu": self._mfu(report),
             "time_left_s": self._time_left_s(),
         }
@@ -304,21 +305,20 @@ class Metrics:
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
         return self._num_tokens_left * seconds / tokens
 
-    def _read_earlier(self, file: Path) -> None:
+    def _read_earlier(self) -> None:
         """Read what later reports need from the lines of the run so far."""
-        for event in map(orjson.loads, file.read_bytes().splitlines()):
-            self._num_skipped += event["event"] == "step" and event.get("skipped", False)
+        for event in self._lines.earlier:
+            self.num_skipped += event["event"] == "step" and event.get("skipped", False)
             if event["event"] == "eval":
                 self._evaluations.append(event)
 
     def _write(self, line: dict[str, Any]) -> None:
-        try:
-            self._file.write(orjson.dumps(line) + b"\n")
-            self._file.flush()
-        except OSError as error:  # the line stays in the buffer and is written with the next one
-            if not self._is_disk_reported:
-                tqdm.write(f"WARNING: {self._file.name} cannot be written ({error.strerror}); training continues")
-            self._is_disk_reported = True
+        error = self._lines.add(line)
+        if error is not None and not self._is_disk_reported:
+            tqdm.write(
+                f"WARNING: metrics.jsonl cannot be written ({error}); training continues, and the lines wait in memory"
+            )
+        self._is_disk_reported = error is not None
         if line["event"] in ("step", "eval"):
             numbers = flat_numbers(line)
             self._for_sinks(lambda sink: sink.log(line["step"], numbers))
@@ -333,25 +333,6 @@ class Metrics:
                 self._sinks.remove(sink)
 
 
-def _keep_lines_until(file: Path, step: int) -> None:
-    """Keep in a metrics file only whole lines of steps up to `step`; none of them for step 0."""
-    if not file.exists():
-        return
-    old = file.read_bytes()
-    kept = b"".join(line + b"\n" for line in old.splitlines() if step and _step_of(line) <= step)
-    if kept != old:
-        file.rename(file.with_name("metrics.jsonl.old"))
-        with publish_file(file) as new:
-            new.write(kept)
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return float(orjson.loads(line)["step"])
-    except orjson.JSONDecodeError:  # a line that a crash cut off
-        return float("inf")
-
-
 class SkippedSteps:
     """The last steps in a row without an update, as this rank saw them. The run ends when they are too many."""
 
@@ -362,7 +343,7 @@ class SkippedSteps:
     def add(self, step: int, plan: StepPlan, parts: Sequence[ConditionSums], *, is_skipped: bool) -> None:
         """Record a step, on all ranks together. parts: the sums of each of this rank's micro-batches.
 
-        Raises Failed when it is the last of `limit` skipped steps in a row, after writing the ids of their examples.
+        Raises Failed when it is the last of `limit` skipped steps in a row.
         """
         if not is_skipped:
             self._steps.clear()
@@ -379,19 +360,24 @@ class SkippedSteps:
             )
         ]
         self._steps.append({"step": step, "micro_batches": micro_batches})
-        if len(self._steps) < self._limit:
-            return
+        if len(self._steps) >= self._limit:
+            self.fail(f"{self._limit} steps in a row, train.max_skipped, up to step {step}")
+
+    def fail(self, which: str) -> NoReturn:
+        """Raise Failed, on all ranks together, after writing the ids of the skipped steps' examples."""
         of_ranks = gather_objects(self._steps)
-        if self._world.is_main:
-            with publish_file(self._file) as file:
-                file.write(
-                    orjson.dumps([_joined(same) for same in zip(*of_ranks, strict=True)], option=orjson.OPT_INDENT_2)
-                )
+        named = f"Their examples are named in {self._file}, first those whose own loss was not finite: look at them"
+        try:
+            if self._world.is_main:
+                with publish_file(self._file) as file:
+                    steps = [_joined(same) for same in zip(*of_ranks, strict=True)]
+                    file.write(orjson.dumps(steps, option=orjson.OPT_INDENT_2))
+        except OSError as error:
+            named = f"{self._file}, for their examples, could not be written ({error}): look at the data"
         raise Failed(
-            f"the gradients of {self._limit} steps in a row, train.max_skipped, up to step {step} were not finite, and "
-            f"nothing was learned from them. Their examples are named in {self._file}, first those whose own loss was "
-            "not finite: look at them; if all are like that, lower optim.lr or look at the model. The same command "
-            "continues from the newest checkpoint."
+            f"the gradients of {which} were not finite, and nothing was learned from them. {named}; if all are like "
+            "that, look at the model or set a lower optim.lr. The same command goes on from the newest checkpoint, and "
+            "with checkpoint.resume from an older one, if that is spoiled."
         )
 
 

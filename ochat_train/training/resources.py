@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.memory import (
@@ -49,7 +50,35 @@ class AvailableMemory:
 def find_memory() -> AvailableMemory:
     """The memory of this machine, by its smallest GPU."""
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return AvailableMemory(min(gpus, default=None), psutil.virtual_memory().available, is_here=True)
+    return AvailableMemory(min(gpus, default=None), free_host_bytes(), is_here=True)
+
+
+_CGROUP_OF_PROCESS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of the two versions of control groups: where they are mounted, a group's limit and use, and the pages of files among
+# its use that the kernel drops when it needs room.
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def free_host_bytes() -> int:
+    """The bytes of host memory that are free, of the machine and within the control groups of this process."""
+    free = [psutil.virtual_memory().available]
+    lines = _CGROUP_OF_PROCESS.read_text().splitlines() if _CGROUP_OF_PROCESS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        kind = next((name for name in _CGROUP_FILES if name in controllers.split(",")), None)
+        if kind is None:
+            continue
+        mounted, limit, use, reclaimable = _CGROUP_FILES[kind]
+        group = Path(path.lstrip("/"))
+        for parent in (group, *group.parents):  # each of them limits
+            folder = _CGROUPS / mounted / parent
+            with suppress(OSError, ValueError):  # the root has no limit; "max" is none
+                room = int((folder / limit).read_text()) - int((folder / use).read_text())
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(max(0, room + int(statistics.get(reclaimable, 0))))
+    return min(free)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +304,7 @@ class DiskPlan:
     """The disk that a run takes, in bytes.
 
     checkpoint, model, light: one checkpoint, the exported model, one light checkpoint. num_kept, num_light: how many
-    checkpoints and light ones stay. taken: what the folder holds already. free: what is free beside it.
+    checkpoints and light ones stay. taken: what the folder holds of these already. free: what is free beside it.
     """
 
     folder: Path
@@ -313,9 +342,26 @@ class DiskPlan:
         return f"free {show_bytes(self.missing)}, lower checkpoint.keep, or name another disk in checkpoint.dir"
 
 
-def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int) -> DiskPlan:
-    """The disk of checkpoint.dir that the recipe's run of about `num_steps` steps takes."""
+# What a cut save, pruning or conversion leaves in a run's folder, and the next run removes.
+LEFTOVERS = tuple(
+    f"{folder}step-*.{kind}" for folder in ("", "models/") for kind in ("partial", "replaced", "pruned", "universal")
+)
+_REUSED = (STEP_FOLDERS, f"models/{STEP_FOLDERS}", "model", "model.partial", "model.replaced", *LEFTOVERS)
+
+
+def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int, *, start: int | None = None) -> DiskPlan:
+    """The disk of checkpoint.dir that the recipe's run of about `num_steps` steps takes.
+
+    start: the step from which it goes on; what is newer will be set aside, so that its room is not the run's. None
+    counts all as the run's.
+    """
     folder = Path(recipe.checkpoint.dir)
+    reused = [
+        path
+        for kind in _REUSED
+        for path in folder.glob(kind)
+        if not (start is not None and kind.endswith(STEP_FOLDERS) and path.name > step_name(start))
+    ]
     return DiskPlan(
         folder=folder,
         checkpoint=checkpoint_bytes(
@@ -328,7 +374,13 @@ def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int) -> DiskPlan:
         light=DTYPES["bfloat16"].itemsize * size.num_weights,
         num_kept=recipe.checkpoint.keep,
         num_light=_num_light(recipe, num_steps),
-        taken=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        taken=sum(
+            file.lstat().st_size
+            for path in reused
+            if not path.is_symlink()
+            for file in path.rglob("*")
+            if file.is_file()
+        ),
         free=free_bytes(folder),
     )
 

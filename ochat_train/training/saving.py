@@ -18,13 +18,12 @@ from typing import Any, Literal
 
 import deepspeed
 import orjson
-import psutil
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from ochat_train.files import STEP_FOLDERS, flush, flush_tree, move_folder
+from ochat_train.files import STEP_FOLDERS, flush, flush_tree, move_folder, remove_folder
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.checkpoint import (
     MANIFEST,
@@ -36,7 +35,7 @@ from ochat_train.training.checkpoint import (
     random_states,
 )
 from ochat_train.training.engine import World, gather_objects
-from ochat_train.training.resources import free_bytes, show_bytes
+from ochat_train.training.resources import LEFTOVERS, free_bytes, free_host_bytes, show_bytes
 from ochat_train.training.run_folder import RunFolder
 
 Kind = Literal["checkpoint", "model"]
@@ -269,7 +268,7 @@ class _HostCopies(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has
     def save(self, state_dict: Any, path: str) -> None:
         """Copy the states of one file, for a job to write."""
         name, num_bytes = str(Path(path).relative_to(self._save.partial)), _num_bytes(state_dict)
-        if num_bytes > (1 - _SPARE_MEMORY) * psutil.virtual_memory().available / self._ranks_per_host:
+        if num_bytes > (1 - _SPARE_MEMORY) * free_host_bytes() / self._ranks_per_host:
             self._save.write(_Job(name, lambda file: torch.save(state_dict, file)))
             return
         copied = _copied(state_dict, {})
@@ -306,9 +305,13 @@ def _publish(partial: Path, final: Path) -> None:
 def _prune(saves: list[Path]) -> None:
     """Remove older saves. One that cannot be removed takes room, but does not undo the newer one."""
     for old in saves:
+        pruned = old.with_name(
+            f"{old.name}.pruned"
+        )  # what a crash leaves is no checkpoint, and the next run removes it
         try:
-            (old / MANIFEST).unlink(missing_ok=True)  # first: what a crash leaves does not look complete
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(pruned)
+            old.rename(pruned)
+            remove_folder(pruned)
         except OSError as error:
             print(f"WARNING: the older {old} was not removed: {error}", flush=True)
 
@@ -320,8 +323,7 @@ def _make_empty(folder: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> list[str]:
     """Remove what a crash left of saves and conversions; returns the names."""
-    kinds = ("step-*.partial", "step-*.replaced", "step-*.universal", "models/step-*.partial", "models/step-*.replaced")
-    leftovers = sorted(path for kind in kinds for path in run_dir.glob(kind))
+    leftovers = sorted(path for kind in LEFTOVERS for path in run_dir.glob(kind))
     for leftover in leftovers:
-        shutil.rmtree(leftover)
+        remove_folder(leftover)
     return [leftover.name for leftover in leftovers]

@@ -24,15 +24,18 @@ from ochat_train.tokens.store import Manifest, TokenStore, read_manifest
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
+    MANIFEST,
     Checkpoint,
     Damaged,
     TrainState,
     check_files,
     check_resume,
-    find_checkpoints,
-    find_resume,
+    find_candidates,
+    find_incomplete,
     load_checkpoint,
     needs_conversion,
+    newest_readable,
+    origin_of,
     read_checkpoint,
     set_aside,
 )
@@ -118,6 +121,15 @@ class Run:
             plan=self.plan.digest,
         )
 
+    @property
+    def began_from(self) -> dict[str, Any] | None:
+        """The checkpoint at a path of checkpoint.resume from which the run began, see `origin_of`; None for none."""
+        if self.resumed is None:
+            return None
+        if str(self.resumed.path) == str(Path(self.recipe.checkpoint.resume)):
+            return origin_of(self.resumed)
+        return self.resumed.run.get("began_from")
+
     def is_finished(self, state: TrainState) -> bool:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
@@ -160,7 +172,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_compiler(world.device.type)
     size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
     check_options(recipe, text_config, size, world.size)
-    check_disk(recipe, size, plan)
+    resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
+    check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
     run = Run(
         recipe=recipe,
         store=store,
@@ -181,7 +194,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
             ),
             checkpointing=_choose_checkpointing(recipe, text_config, size, world),
         ),
-        resumed=find_resume(Path(recipe.checkpoint.dir), recipe.checkpoint.resume),
+        resumed=resumed,
     )
     check_continues(run, world)
     return run
@@ -195,10 +208,13 @@ def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: i
         check_adam8bit(size, stage=recipe.zero.stage, num_processes=num_processes)
 
 
-def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan) -> None:
-    """Raise ValueError, with the bytes needed and free, when the run's folder will not fit its disk."""
+def check_disk(recipe: Recipe, size: ModelSize, plan: RunPlan, *, start: int) -> None:
+    """Raise ValueError, with the bytes needed and free, when the run's folder will not fit its disk.
+
+    start: the step from which the run goes on.
+    """
     num_steps = int(plan.lengths.sum(dtype=int)) * recipe.train.epochs // plan.shape.room
-    if (disk := plan_disk(recipe, size, num_steps)).missing:
+    if (disk := plan_disk(recipe, size, num_steps, start=start)).missing:
         raise ValueError(f"checkpoint.dir lacks room: {disk.describe()}; {disk.remedy}")
 
 
@@ -290,38 +306,40 @@ def agree_on_steps(planned: Future[PlanTable]) -> PlanTable:
 
 
 def agree_on_resume(run: Run, folder: RunFolder, world: World) -> Run:
-    """The run with the newest checkpoint that all ranks have, and have whole; damaged ones are reported and set aside.
+    """The run with the best checkpoint that all ranks have, and have whole; damaged ones are reported and set aside.
 
     All ranks call it together. Raises Refused when there are checkpoints, but none that is whole.
     """
-    if run.recipe.checkpoint.resume != "auto":
-        if run.resumed is not None and (damage := _find_damage(run.resumed.path, folder, world)):
-            raise Refused(f"{damage}; name an older one in checkpoint.resume")
-        if len({str(resumed) for resumed in gather_objects(run.resumed and run.resumed.state)}) > 1:
-            raise Refused(f"checkpoint.resume {run.recipe.checkpoint.resume} is another checkpoint on another node")
-        return run
-    of_ranks = gather_objects({path.name for path in find_checkpoints(run.dir)})
-    names = set.intersection(*of_ranks)
-    if alone := max(set.union(*of_ranks) - names, default=""):  # a crash came between the nodes' renaming of a save
-        say(world, f"{alone} is not on every node and is passed over")
-    damaged: dict[str, str] = {}
-    for name in sorted(names, reverse=True):
-        if damage := _find_damage(run.dir / name, folder, world):
-            say(world, f"WARNING: {damage}")
-            damaged[name] = damage
+    candidates = together(partial(find_candidates, run.dir, run.recipe.checkpoint.resume))
+    of_ranks = gather_objects({str(path) for path in candidates})
+    everywhere = set.intersection(*of_ranks)
+    if alone := sorted(set.union(*of_ranks) - everywhere):  # a crash came between the nodes' renaming of a save
+        say(world, f"{Path(alone[-1]).name} is not on every node and is passed over")
+    if incomplete := find_incomplete(run.dir):
+        names = ", ".join(path.name for path in incomplete)
+        say(world, f"WARNING: {names} in {run.dir}: no checkpoint, without {MANIFEST}, and passed over")
+    damaged: dict[Path, str] = {}
+    for path in candidates:
+        if str(path) not in everywhere:
             continue
-        settled = replace(run, resumed=together(partial(read_checkpoint, run.dir / name)))
+        if damage := _find_damage(path, folder, world):
+            say(world, f"WARNING: {damage}")
+            damaged[path] = damage
+            continue
+        settled = replace(run, resumed=together(partial(read_checkpoint, path)))
+        if len({str(resumed) for resumed in gather_objects(settled.resumed and settled.resumed.state)}) > 1:
+            raise Refused(f"{path} is another checkpoint on another node")
         together(partial(check_continues, settled, world))
         for old in damaged if folder.is_writer else ():
-            set_aside(run.dir / old)
+            set_aside(old, "damaged")
         if damaged:
-            say(world, f"WARNING: falling back to {name}; the damaged ones are kept as *.damaged")
+            say(world, f"WARNING: falling back to {path.name}; the damaged ones are kept as *.damaged")
         return settled
     if damaged:
         raise Refused(
             "no checkpoint is whole, and no new run was started over them:\n  "
             + "\n  ".join(damaged.values())
-            + "\nRestore one, or train in another checkpoint.dir."
+            + "\nRestore one, name an older one in checkpoint.resume, or train in another checkpoint.dir."
         )
     return replace(run, resumed=None)
 

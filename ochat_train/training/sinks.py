@@ -1,7 +1,7 @@
 """Where the numbers of a run go besides metrics.jsonl, when the recipe asks for it: Weights & Biases, TensorBoard."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,13 +32,24 @@ def check_sinks(recipe: Recipe) -> None:
         require_packages("log.tensorboard true", "tensorboard", extra="tensorboard", remedy="set it to false")
 
 
-def open_sinks(recipe: Recipe, run_dir: Path, start: int) -> list[Sink]:
-    """The sinks of a run that continues after step `start`; 0 for a new run."""
-    sinks: list[Sink] = []
+def open_sinks(
+    recipe: Recipe, run_dir: Path, start: int, earlier: Sequence[Mapping[str, Any]], *, is_branch: bool
+) -> list[Sink]:
+    """The sinks of a run that continues after step `start`; 0 for a new run. One that cannot be opened is reported.
+
+    earlier: the run's lines up to there. is_branch: whether other steps with the numbers of those to come were logged.
+    """
+    wanted: dict[str, Callable[[], Sink]] = {}
     if recipe.log.wandb is not None:
-        sinks.append(_Wandb(recipe, run_dir, start))
+        wanted["wandb"] = lambda: _Wandb(recipe, run_dir, start, earlier, is_branch=is_branch)
     if recipe.log.tensorboard:
-        sinks.append(_TensorBoard(run_dir / "tensorboard", start))
+        wanted["tensorboard"] = lambda: _TensorBoard(run_dir / "tensorboard", start)
+    sinks = []
+    for name, open_sink in wanted.items():
+        try:
+            sinks.append(open_sink())
+        except Exception as error:  # of any kind, as in Metrics
+            tqdm.write(f"WARNING: {name} takes no numbers ({error!r}); the run continues without it")
     return sinks
 
 
@@ -81,13 +92,22 @@ class _Wandb:
 
     name = "wandb"
 
-    def __init__(self, recipe: Recipe, run_dir: Path, start: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        start: int,
+        earlier: Sequence[Mapping[str, Any]],
+        *,
+        is_branch: bool,
+    ) -> None:
         import wandb  # slow to import, and most runs do not ask for it
 
         section = recipe.log.wandb
         assert section is not None
         id_file = run_dir / "wandb_id"  # a resumed run continues the same wandb run
-        if start == 0 or not id_file.exists():
+        is_new = start == 0 or not id_file.exists() or is_branch  # wandb takes no step twice
+        if is_new:
             id_file.write_text(secrets.token_hex(4))
         options: dict[str, Any] = {
             "project": section.project,
@@ -99,19 +119,27 @@ class _Wandb:
             "config": to_json(recipe),
             "settings": wandb.Settings(init_timeout=_INIT_S, finish_timeout=_FINISH_S),
         }
-        if section.mode == "offline":
-            self._run: Any = wandb.init(mode="offline", **options)
-            return
+        self._run = self._begin(section.mode, options)
+        for line in earlier if is_new else ():
+            if line["event"] in ("step", "eval"):
+                self.log(line["step"], flat_numbers(line))
+
+    def _begin(self, mode: str, options: dict[str, Any]) -> Any:
+        import wandb
+
+        if mode == "offline":
+            return wandb.init(mode="offline", **options)
         try:
-            self._run = wandb.init(mode="online", **options)
+            return wandb.init(mode="online", **options)
         except wandb.errors.CommError as error:
             server, reason = wandb.setup().settings.base_url, " ".join(str(error).split())
             wandb.teardown()  # it keeps the id of the run that it failed to begin
-            self._run = wandb.init(mode="offline", **options)
+            run = wandb.init(mode="offline", **options)
             tqdm.write(
                 f"warning: the wandb server {server} cannot be reached ({reason}); the run continues without it. To "
-                f"send the numbers later: wandb sync {Path(self._run.dir).parent}"
+                f"send the numbers later: wandb sync {Path(run.dir).parent}"
             )
+            return run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import orjson
 import psutil
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not re-exported
+from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]  # documented, not re-exported
 
 from ochat_train.training.engine import Failed, Refused, World, gather_objects
 
@@ -88,7 +88,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A rank's last heartbeat, and the times, on this process's clock, of its last change and its last progress."""
+    """A rank's last heartbeat, and the times, on the watchdog's clock, of its last change and its last progress."""
 
     beat: Heartbeat
     heard_at: float
@@ -117,7 +117,7 @@ class Watchdog:
         self._beat = Heartbeat(0, 0, 0, 0, "starting", socket.gethostname(), namespace, os.getpid())
         self._watched = list(range(world.size)) if world.is_main else [0]
         self._seen: dict[int, _Seen] = {}
-        self._num_beats = self._num_answers = 0
+        self._num_beats = self._num_answers = self._num_rounds = 0
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -165,9 +165,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._is_done.wait(BEAT_S):
+            self._num_rounds += 1
             try:
                 self._send_beat()
                 verdict = self._find_verdict()
+            except DistStoreError:  # no answer in time, perhaps because this process or the main rank was suspended
+                continue
             except RuntimeError:  # the store is closed: the main rank is gone
                 verdict = self._lost(0)
             self._num_answers += 1
@@ -175,10 +178,7 @@ class Watchdog:
                 self._end(verdict)
 
     def _watch_store(self) -> None:
-        """End the run when the store no longer answers: a host that loses its power closes no connection.
-
-        Waits are counted, not timed: a process that was suspended itself must not blame another.
-        """
+        """End the run when the store no longer answers: a host that loses its power closes no connection."""
         num_answers, num_waits = 0, 0
         while not self._is_done.wait(BEAT_S):
             num_waits = num_waits + 1 if self._num_answers == num_answers else 0
@@ -194,7 +194,8 @@ class Watchdog:
     def _find_verdict(self) -> Verdict | None:
         if not self._world.is_main and self._store.check(["verdict"]):
             return Verdict(**orjson.loads(self._store.get("verdict")))
-        now = time.monotonic()
+        # Rounds are counted, not timed: a process that was suspended itself must not blame another.
+        now = self._num_rounds * BEAT_S
         for rank, text in zip(self._watched, self._store.multi_get([str(rank) for rank in self._watched]), strict=True):
             seen, beat = self._seen.get(rank), Heartbeat(**orjson.loads(text))
             self._seen[rank] = seen = _Seen(

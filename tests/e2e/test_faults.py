@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -108,6 +108,21 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
     assert f"error: rank {frozen} was lost at step " in output
 
 
+def test_ranks_that_were_suspended_for_longer_blame_nobody_when_they_go_on(recipe_path: Path, tmp_path: Path) -> None:
+    """As a scheduler or a laptop suspends them, one a moment longer than the other."""
+    code = f"import ochat_train.training.stopping as w; w.LOST_AFTER_S = 6.0{SLOW}"
+    ranks = start(recipe_path, tmp_path, "train.max_steps=6", "train.stall_timeout_s=6", code=code)
+    ranks.wait_for(is_done(tmp_path, 2))
+    for rank in (0, 1):
+        ranks.signal(rank, signal.SIGSTOP)
+    time.sleep(8)
+    for rank in (1, 0):
+        ranks.signal(rank, signal.SIGCONT)
+        time.sleep(2)
+    ended = ranks.end()
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
 STALLED = """
 import time, ochat_train.training.data as b
 original, calls = b.make_batch, []
@@ -143,6 +158,41 @@ def test_a_signal_to_one_rank_finishes_the_step_saves_and_exits_with_75(
     step = events(tmp_path, "step")[-1]["step"]
     assert f"stopped on request at step {step}" in ended[0][1]
     assert find_checkpoints(tmp_path)[-1].name == f"step-{step:08d}"
+
+
+# Ctrl-C to rank 1 in the evaluation after STEP.
+STOPPED_IN_EVALUATION = """
+import os, signal, ochat_train.train as t, ochat_train.training.held_out as h
+evaluate, is_any, step = t.Trainer.evaluate, h.is_any, None
+def evaluate_and_note(trainer):
+    global step
+    step = trainer.state.step
+    evaluate(trainer)
+def signal_and_ask(*arguments):
+    if rank == 1 and step == STEP:
+        os.kill(os.getpid(), signal.SIGINT)
+    return is_any(*arguments)
+t.Trainer.evaluate, h.is_any = evaluate_and_note, signal_and_ask
+"""
+
+
+def test_an_evaluation_hears_a_stop_and_is_made_when_the_run_goes_on(recipe_path: Path, tmp_path: Path) -> None:
+    held_out = [f"data.store={tmp_path / 'store'}", "data.eval_fraction=0.5"]
+    preprocess(recipe_path, *held_out)
+    run, options = tmp_path / "run", [*held_out, "eval.every_steps=2", "train.max_steps=3"]
+    found = []
+    for step in (0, 2, 3):
+        ended = start(recipe_path, run, *options, code=STOPPED_IN_EVALUATION.replace("STEP", str(step))).end()
+        assert f"step {step}: the evaluation was left on request; " in ended[0][1], ended
+        evaluated = [event["step"] for event in events(run, "eval")]
+        found.append(([code for code, _ in ended], evaluated, [path.name for path in find_checkpoints(run)]))
+    assert found == [
+        ([75, 75], [], []),  # before the first step: none was trained, and nothing was saved
+        ([75, 75], [0], ["step-00000002"]),
+        ([0, 0], [0, 2], ["step-00000002", "step-00000003"]),  # it was the last step, and the model is exported
+    ]
+    assert (run / "model").is_dir()
+    assert f"python -m ochat_train.evaluate held-out {run / 'model'} {tmp_path / 'store'} does it" in ended[0][1]
 
 
 def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: Path) -> None:
@@ -277,20 +327,8 @@ def test_a_damaged_store_is_refused_in_one_line_before_anything_is_made_of_it(
     assert not any("Traceback" in output for _, output in ended)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint of 3.5 MB and not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 # As if something else had filled the disk since the run began, and, in the second, since the save began.
-FILLED = "import ochat_train.training.setup as p; p.check_disk = lambda *arguments: None"
+FILLED = "import ochat_train.training.setup as p; p.check_disk = lambda *arguments, **options: None"
 FILLED_MEANWHILE = f"{FILLED}\nimport ochat_train.training.saving as s; s.free_bytes = lambda folder: 10**15"
 
 

@@ -71,6 +71,7 @@ def test_a_killed_run_is_started_again_from_its_newest_checkpoint(disturbed: Dis
 def test_ctrl_c_saves_the_step_and_ends_with_75(disturbed: Disturbed) -> None:
     assert disturbed.stopped_code == 75, disturbed.stopped_output
     assert "finishing the step and saving" in disturbed.stopped_output
+    assert "[ERROR]" not in disturbed.stopped_output  # which the launcher writes of every code but 0
     assert disturbed.stopped_checkpoint == f"step-{disturbed.stopped_step:08d}"
     assert "continuing" in disturbed.last_output
 

@@ -170,12 +170,12 @@ def test_a_finished_run_is_left_as_it_is(recipe_path: Path, unbroken: dict[int, 
 
 
 def test_a_mistake_is_told_once_by_all_ranks_together(recipe_path: Path, unbroken: dict[int, Path]) -> None:
-    overrides = ["zero.stage=1", "optim.lr=0.5", f"checkpoint.dir={unbroken[1]}"]
+    overrides = ["zero.stage=1", "optim.warmup=0.5", f"checkpoint.dir={unbroken[1]}"]
     command = train_command(recipe_path, *overrides)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("error: cannot continue") == 1
-    assert "optim.lr: 0.01 -> 0.5" in done.stderr
+    assert "optim.warmup: 0.05 -> 0.5" in done.stderr
     assert "Traceback" not in done.stderr
 
 
