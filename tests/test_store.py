@@ -40,6 +40,11 @@ def random_rows(num_rows: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def one_answer(example: Example) -> list[int]:
+    """The answer lengths of an example whose weights are all of one answer; none without weights."""
+    return [count] if (count := np.count_nonzero(example.loss_weights)) else []
+
+
 def table_of(rows: Sequence[Row]) -> pa.Table:
     """The rows as a shard has them: with a column more than a store."""
     columns = {
@@ -48,6 +53,7 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
         "condition": pa.array([row.condition for row in rows], pa.string()),
         "input_ids": pa.array([row.example.input_ids for row in rows], pa.list_(pa.int32())),
         "loss_weights": pa.array([row.example.loss_weights for row in rows], pa.list_(pa.float32())),
+        "answer_lengths": pa.array([one_answer(row.example) for row in rows], pa.list_(pa.int32())),
         "record": pa.array(range(len(rows)), pa.int32()),
     }
     return pa.table(columns)
@@ -165,7 +171,7 @@ def test_datasets_opens_it(tmp_path: Path) -> None:
     opened = datasets.load_from_disk(str(tmp_path / "store"))
     for split, rows in (("train", train), ("eval", eval_)):
         dataset = opened[split]
-        assert dataset.column_names == ["id", "source", "condition", "input_ids", "loss_weights"]
+        assert dataset.column_names == ["id", "source", "condition", "input_ids", "loss_weights", "answer_lengths"]
         assert dataset["id"][:] == [row.id for row in rows]
         assert dataset["source"][:] == [row.source for row in rows]
         assert dataset["condition"][:] == [row.condition for row in rows]
@@ -317,8 +323,8 @@ def test_a_store_of_another_format_is_refused_for_reading_and_may_be_replaced(tm
     write(path, random_rows(3))
     manifest = path / "manifest.json"
     text = manifest.read_text()
-    assert '"format_version": 3' in text
-    manifest.write_text(text.replace('"format_version": 3', '"format_version": 1, "more": 1'))
+    assert '"format_version": 4' in text
+    manifest.write_text(text.replace('"format_version": 4', '"format_version": 1, "more": 1'))
     assert read_manifest(path) is None
     with pytest.raises(ValueError, match="no complete token store"):
         TokenStore(path)

@@ -19,7 +19,7 @@ from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
-from ochat_train.tokens.store import Manifest, TokenStore
+from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
     Checkpoint,
@@ -49,7 +49,7 @@ from ochat_train.training.engine import (
 )
 from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
-from ochat_train.training.schedule import auto_learning_rate
+from ochat_train.training.schedule import PeakRate, auto_learning_rate
 from ochat_train.training.sinks import check_sinks
 
 
@@ -66,7 +66,7 @@ class CheckpointingChoice:
 class Resolved:
     """The settings that a recipe may leave to auto, as they are in this run."""
 
-    peak_lr: float
+    peak_lr: PeakRate
     attention: BackendChoice
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
@@ -78,7 +78,7 @@ class Resolved:
             *([f"WARNING: {self.checkpointing.warning}"] if self.checkpointing.warning else []),
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
-            f"peak learning rate {self.peak_lr:.3g}",
+            f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
 
@@ -129,7 +129,7 @@ class Run:
 
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
-    store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
+    store, held_out = (TokenStore(recipe.data.store, split, recipe.train.loss) for split in SPLITS)
     tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
     check_store(recipe, store.manifest, tokenizer)
     if recipe.model.base is not None:
@@ -207,10 +207,10 @@ def check_continues(run: Run, world: World) -> None:
         )
 
 
-def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
+def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> PeakRate:
     """The recipe's learning rate; for `auto` that of the published rule."""
     if recipe.optim.lr != "auto":
-        return recipe.optim.lr
+        return PeakRate(recipe.optim.lr, "asked for by the recipe")
     train = manifest.splits["train"]
     tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
     return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
@@ -367,7 +367,7 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     optimizer = make_optimizer(
         model,
         algorithm=recipe.optim.algorithm,
-        lr=run.resolved.peak_lr,
+        lr=run.resolved.peak_lr.value,
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
