@@ -57,6 +57,7 @@ def write_store(folder: Path, rng: np.random.Generator) -> None:
         columns = {
             "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
             "loss_weights": pa.ListArray.from_arrays(offsets, pa.array(weights, pa.float32())),
+            "answer_lengths": pa.array(np.add.reduceat(weights, offsets[:-1])[:, None].tolist(), pa.list_(pa.int32())),
         }
         writer.add("train", pa.table(texts | columns))
     manifest = Manifest(

@@ -26,6 +26,7 @@ from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
 from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
 from ochat_train.tokens.batch import PackedBatch
+from ochat_train.tokens.loss_forms import LOSS_FORMS
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
@@ -146,6 +147,7 @@ class Trainer:
             say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
         table = start_table(run.plan, state.examples_consumed)
         say(world, run.resolved.describe())
+        say(world, f"loss {recipe.train.loss}: {LOSS_FORMS[recipe.train.loss]}")
         self.engine = ready_engine(run, folder, world)
         if run.resumed is not None:
             consumed = f"{state.examples_consumed:,} examples consumed"
@@ -236,7 +238,7 @@ class Trainer:
         consumed = self.state.examples_consumed + plan.num_examples
         progress = consumed / run.plan.num_examples
         optim = run.recipe.optim
-        lr = learning_rate(progress, peak=run.resolved.peak_lr, warmup=optim.warmup, min_ratio=optim.min_lr)
+        lr = learning_rate(progress, peak=run.resolved.peak_lr.value, warmup=optim.warmup, min_ratio=optim.min_lr)
         mark = partial(self.watchdog.mark, self.state.step + 1)
         parts, grad_norm = train_step(
             self.engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark

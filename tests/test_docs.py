@@ -36,6 +36,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Every name that the ledger can hold. A new one fails `test_every_reason_and_action_of_the_code_is_listed_here`.
 ACTIONS = {
+    "earlier_answers_untrained",
     "surrogate_replaced",
     "nan_read",
     "media_left_out",

@@ -147,7 +147,7 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
 ) -> None:
     write_dump(tmp_path, 40)
     path = tiny_recipe(tmp_path)
-    overrides = ["data.eval_fraction=0.3", "train.epochs=1"]
+    overrides = ["data.eval_fraction=0.3", "train.epochs=1", "train.loss=answer"]
     recipe = load_recipe(path, overrides)
     preprocess(recipe, num_workers=1)
     join_process_group(ALONE)
@@ -156,6 +156,7 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
     assert run("held-out", tmp_path / "run", recipe.data.store, "--out", tmp_path / "figures.json") == 0
     figures = orjson.loads((tmp_path / "figures.json").read_bytes())
     assert reported["loss"] is not None and reported["probe"]["other"] is not None
+    assert figures["loss_form"] == "answer"
     place = {"event", "epoch", "epoch_end", "time"}
     for name in set(reported) - place:
         # Other micro-batches add the same terms in fp32 in another order.

@@ -101,6 +101,7 @@ def test_a_kept_record_is_shown_before_after_each_stage_and_as_weighted_tokens(
         "   1 user, weight 0",
         "   2 assistant, weight 1",
         "-- tokens: 19, limit 128",
+        "   loss token: each token of an answer has the answer's weight",
         "   example 1: 19 tokens, 3 with a loss",
         "     0.0000  <s> G P T 4 ĠUser : H i <|end_of_turn|> G P T 4 ĠAssistant :",
         "     1.0000  Hell o <|end_of_turn|>",
@@ -124,6 +125,12 @@ def test_the_tokens_shown_are_those_of_the_store(
         ]
         weights = [weight for weight, *tokens in shown for _ in tokens]
         assert weights == [f"{weight:.4f}" for example in examples for weight in example.loss_weights]
+
+
+def test_weights_are_shown_as_the_form_of_the_loss_has_them(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = explained(made, "kept", capsys, "train.loss=answer")
+    assert lines[-2:] == ["      0.333  Hell o <|end_of_turn|>", "== in the store: 1 example(s), 19 tokens"]
+    assert any(line.startswith("   loss answer: an answer's weight is spread evenly") for line in lines)
 
 
 def test_repairs_are_named_at_the_stage_that_made_them(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

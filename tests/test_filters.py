@@ -101,8 +101,9 @@ def rules(
     refusals: Treatment = "keep",
     repeated_answers: Treatment = "keep",
     min_answers: int = 1,
+    last_answer_only: bool = False,
 ) -> FilterRules:
-    return FilterRules(languages, 0.7, refusals, repeated_answers, min_answers)
+    return FilterRules(languages, 0.7, refusals, repeated_answers, min_answers, last_answer_only)
 
 
 def judge_one(texts: tuple[str, ...], by: FilterRules) -> Filtered:
@@ -167,6 +168,33 @@ def test_too_few_answers_are_counted_in_assistant_turns() -> None:
     assert judge_one(two, rules(min_answers=2)).reason is None
     dropped = judge_one(two, rules(min_answers=3))
     assert (dropped.reason, dropped.detail) == ("too_few_answers", "2 of at least 3")
+
+
+def test_of_several_answers_only_the_last_may_be_trained() -> None:
+    texts = ("Explain", ANSWER, "Shorter", "I cannot comply.", "Try", "Hello!")
+    judged = judge_one(texts, rules(refusals="drop", repeated_answers="drop", min_answers=3, last_answer_only=True))
+    assert weights(judged) == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert (judged.actions, judged.reason) == (("earlier_answers_untrained",), None)
+    assert judge_one(texts[:2], rules(last_answer_only=True)) == Filtered(conversation(*texts[:2]))
+
+
+def test_no_earlier_answer_takes_the_place_of_a_masked_last_one() -> None:
+    by = rules(refusals="mask", repeated_answers="mask", last_answer_only=True)
+    for texts in (("Explain", ANSWER, "Sing", "I cannot comply."), ("Explain", ANSWER, "Again", ANSWER)):
+        judged = judge_one(texts, by)
+        assert weights(judged) == [0.0, 0.0, 0.0, 0.0]
+        assert judged.actions[0] == "earlier_answers_untrained" and len(judged.actions) == 2
+
+
+def test_the_last_answer_is_the_last_turn_with_a_weight_of_whatever_role() -> None:
+    asked = Message("user", "Hi", 0.5)
+    for trained, expected in (
+        ((asked, Message("assistant", "Hello!", 1.0), Message("user", "Bye", 0.5)), [0.0, 0.0, 0.5]),
+        ((asked, Message("assistant", "Hello!", 0.0), Message("user", "Bye", 0.0)), [0.5, 0.0, 0.0]),
+    ):
+        whole = Conversation("id", "source", "GPT4", "", trained)
+        (judged,) = filter_conversations([whole], rules(min_answers=2 if expected[2] else 1, last_answer_only=True))
+        assert (weights(judged), judged.reason) == (expected, None)
 
 
 def test_the_first_of_several_reasons_is_given() -> None:
@@ -627,7 +655,7 @@ def test_an_answer_that_lets_others_refuse_does_not_refuse(answer: str, refuses:
 
 
 def test_a_turn_of_another_role_with_a_weight_counts_as_an_answer() -> None:
-    rules = FilterRules(None, 0.7, "mask", "mask", 1)
+    rules = FilterRules(None, 0.7, "mask", "mask", 1, last_answer_only=False)
     for weight, reason in ((1.0, None), (0.0, "too_few_answers")):
         told = Conversation("a", "s", "", "", (Message("user", "Bye now", weight),))
         assert filter_conversations([told], rules)[0].reason == reason

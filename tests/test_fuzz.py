@@ -54,7 +54,7 @@ def shard_settings(quickstart: ChatTokenizer) -> ShardSettings:
     return ShardSettings(
         template=quickstart.template,
         encoder=quickstart.text,
-        filters=FilterRules(("en",), 0.7, "mask", "mask", 1),
+        filters=FilterRules(("en",), 0.7, "mask", "mask", 1, last_answer_only=False),
         max_tokens=64,
         overlong="split",
         overlong_context=16,

@@ -214,6 +214,7 @@ def test_starts_saves_and_the_end_are_told_by_the_main_process_alone(
             "device": "cpu",
             "attention": "sdpa",
             "checkpointing": "full",
+            "loss_form": "token",
         }
     ]
     assert lines(run, "save") == [

@@ -142,6 +142,13 @@ def test_masked_exchanges_are_context_or_left_out_and_never_parts() -> None:
     assert runs(split(laid_out([*too_long, *THREE[:2]]), 99)) == ["0-10 533-555 [555-573]"]
 
 
+def test_the_only_trained_answer_gets_all_the_context_that_fits_beside_it() -> None:
+    masked: Turns = [("user", 17, 0.0), ("assistant", 17, 0.0)]
+    encoded = laid_out([*masked * 4, *THREE[:2]])  # exchanges from 10, 50, 90, 130, 170
+    assert runs(split(encoded, 209, context_tokens=0)) == ["0-10 50-192 [192-210]"]
+    assert runs(split(encoded, 100, context_tokens=0)) == ["0-10 130-192 [192-210]"]
+
+
 def test_a_weighted_user_turn_and_turns_after_the_last_answer_are_trained_too() -> None:
     turns: Turns = [("user", 17, 0.5), ("assistant", 17, 1.0), ("user", 17, 0.5), ("user", 17, 0.0)]
     fitted = split(laid_out(turns), 69)
@@ -173,14 +180,16 @@ def naive_parts(encoded: Encoded, max_tokens: int, context_tokens: int) -> list[
         after_end = turns[positions[-1]].end - turns[positions[-1]].weighted_end
         return len(prefix + tokens(positions, False)) - after_end <= max_tokens
 
-    parts = []
+    parts: list[list[tuple[int, float]]] = []
+    while not any(weight for _, weight in tokens(groups[0], True)):
+        groups.pop(0)
     while groups:
         own = groups.pop(0)
         contexts = [list(range(start, own[0])) for start in range(own[0])]
         contexts = [
             context
             for context in contexts
-            if len(tokens(context, False)) <= min(context_tokens, (max_tokens - len(prefix)) // 2)
+            if (not parts or len(tokens(context, False)) <= min(context_tokens, (max_tokens - len(prefix)) // 2))
             and fits(context + own)
         ]
         allowed = [["user"], [] if "user" in {turns[position].role for position in own} else ["tool", "system"]]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -49,6 +50,9 @@ def write_store(path: Path, tokenizer: ChatTokenizer, conversations: Sequence[Co
         "condition": pa.array([conversation.condition for conversation in conversations]),
         "input_ids": pa.array([one.example.input_ids for one in encoded], pa.list_(pa.int32())),
         "loss_weights": pa.array([one.example.loss_weights for one in encoded], pa.list_(pa.float32())),
+        "answer_lengths": pa.array(
+            [[np.count_nonzero(one.example.loss_weights)] for one in encoded], pa.list_(pa.int32())
+        ),
     }
     writer.add("train", pa.table(columns))
     manifest = Manifest(

@@ -576,10 +576,10 @@ def test_the_openchat_13b_recipe_has_the_published_learning_rate(openchat: Recip
     )
     # 8 GPUs x 32,768 tokens x 0.6 with a loss = 157,286.4; sqrt(157,286.4 / 4e6) = 0.19829675; x 3e-4.
     # Rounded to 8 digits here.
-    assert peak_learning_rate(openchat, llama_2_13b(), manifest, 8) == pytest.approx(5.9489024e-5, rel=1e-7)
+    assert peak_learning_rate(openchat, llama_2_13b(), manifest, 8).value == pytest.approx(5.9489024e-5, rel=1e-7)
     # A number in the recipe is taken as it is.
     fixed = load_recipe(OPENCHAT_RECIPE, ["optim.lr=2e-5"])
-    assert peak_learning_rate(fixed, llama_2_13b(), manifest, 8) == 2e-5
+    assert peak_learning_rate(fixed, llama_2_13b(), manifest, 8) == (2e-5, "asked for by the recipe")
 
 
 def test_extra_deepspeed_keys_are_merged() -> None:

@@ -723,6 +723,44 @@ def long_dump(folder: Path) -> Path:
     )
 
 
+def test_with_the_last_answer_only_each_record_trains_its_own(tmp_path: Path, quickstart: ChatTokenizer) -> None:
+    talk = ["Hi", "Hello!", "Bye", "Bye!"]
+    weights = {"weights": [1, 1, 0, 0]}  # of the record's own: its first answer is the last with a loss
+    records = [
+        chat("grown", *talk),
+        chat("snapshot", *talk[:2]),
+        chat("weighted", "Name one.", "Red", *talk[2:]) | weights,
+        chat("refused", "Who?", "Ann.", "Why?", "As an AI language model, I cannot say."),
+    ]
+    dump = write_lines(tmp_path / "dump.jsonl", *records)
+    path = make(write_recipe(tmp_path, [source("s", dump)], filters={"last_answer_only": True}))
+    trained = {}
+    for position, id in enumerate(ids_in(path)):
+        example = TokenStore(path)[position]
+        trained[id] = quickstart.pretrained.decode(example.input_ids[example.loss_weights > 0])
+    assert trained == {
+        "grown": "Bye!<|end_of_turn|>",
+        "snapshot": "Hello!<|end_of_turn|>",
+        "weighted": "Red<|end_of_turn|>",
+    }
+    rows = {row["id"]: (row["reason"], row["actions"]) for row in ledger_of(path)}
+    assert rows["refused"] == ("no_weight", ["earlier_answers_untrained", "refusal_masked"])
+    assert (rows["grown"][1], rows["snapshot"][1]) == (["earlier_answers_untrained"], [])
+
+
+def test_the_form_of_the_loss_needs_no_other_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = chat("long", "Hi", prose(1, 400), "And?", "Yes.", "Sure?", "No.")
+    recipe = write_recipe(tmp_path, [source("s", write_lines(tmp_path / "a.jsonl", long), weight=0.5)], max_tokens=128)
+    path = make(recipe)
+    by_answer = TokenStore(path, loss="answer")
+    assert len(by_answer) > 3
+    # Windows of one answer and two more answers; each weight is rounded once to f32.
+    assert sum(by_answer.weight_sums.tolist()) == pytest.approx(3 * 0.5, rel=2**-23)
+    capsys.readouterr()
+    make(recipe, "train.loss=answer")
+    assert "is up to date" in capsys.readouterr().out
+
+
 def test_over_long_conversations_are_cut_after_the_last_answer_that_fits(
     tmp_path: Path, quickstart: ChatTokenizer
 ) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from html.parser import HTMLParser
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def entry_of(row: Row, *, num_examples: int = 1) -> LedgerRow:
     )
 
 
+def answer_lengths(row: Row) -> list[int]:
+    """The lengths of the runs of tokens with a weight, each of which is an answer here."""
+    return [len(list(run)) for is_trained, run in groupby(row.loss_weights, key=bool) if is_trained]
+
+
 def write(
     path: Path,
     tokenizer: ChatTokenizer,
@@ -95,6 +100,7 @@ def write(
             columns = {name: [getattr(row, name) for row in part] for name in Row.__slots__}
             columns["input_ids"] = pa.array(columns["input_ids"], pa.list_(pa.int32()))
             columns["loss_weights"] = pa.array(columns["loss_weights"], pa.list_(pa.float32()))
+            columns["answer_lengths"] = pa.array([answer_lengths(row) for row in part], pa.list_(pa.int32()))
             writer.add(split, pa.table(columns))
     with Ledger(str(staging / "ledger.parquet")) as ledger:
         ledger.add(ledger_table(entries if entries is not None else [entry_of(row) for row in (*train, *eval_)]))
@@ -208,18 +214,23 @@ def random_rows(num_conversations: int, seed: int, prefix: str) -> tuple[list[Ro
 
 
 def recount(rows: Sequence[Row], entries: Sequence[LedgerRow]) -> dict[tuple[str, str], tuple[Any, ...]]:
-    """Conversations, examples, tokens, supervised tokens and weight sum by source and condition."""
+    """Conversations, examples, tokens, supervised tokens and both weight sums by source and condition."""
     starts = set(accumulate((entry.num_examples for entry in entries), initial=0))
     found: dict[tuple[str, str], list[Any]] = {}
     for position, row in enumerate(rows):
-        numbers = found.setdefault((row.source, row.condition), [0, 0, 0, 0, 0.0])
+        numbers = found.setdefault((row.source, row.condition), [0, 0, 0, 0, 0.0, 0.0])
         numbers[0] += position in starts
         numbers[1] += 1
         for weight in row.loss_weights:
             numbers[2] += 1
             numbers[3] += weight > 0
             numbers[4] += weight
-    return {group: (*counts, pytest.approx(weights, rel=1e-9)) for group, (*counts, weights) in found.items()}
+        numbers[5] += sum(np.mean(list(run)) for _, run in groupby(row.loss_weights, key=bool))
+    return {
+        # Each weight of the form answer is rounded once to f32.
+        group: (*counts, pytest.approx(weights, rel=1e-9), pytest.approx(by_answer, rel=2**-23))
+        for group, (*counts, weights, by_answer) in found.items()
+    }
 
 
 def test_the_totals_are_those_of_a_naive_recount(quickstart: ChatTokenizer, tmp_path: Path) -> None:
@@ -238,7 +249,7 @@ def test_the_totals_are_those_of_a_naive_recount(quickstart: ChatTokenizer, tmp_
         assert facts.by_source[source].tokens == tokens
         assert row_of(tables, "source", "condition", source)[-2] == f"{tokens:,}"
         loss = sum(sum(row.loss_weights) for row in of_source) / sum(sum(row.loss_weights) for row in train)
-        assert row_of(tables, "source", "of conversations", source)[-1] == f"{100 * loss:.1f} %"
+        assert row_of(tables, "source", "of conversations", source)[-2] == f"{100 * loss:.1f} %"
     for condition, totals in facts.by_condition.items():
         of_condition = [row for row in train if row.condition == condition]
         assert totals.examples == len(of_condition)
@@ -277,8 +288,20 @@ def test_a_share_of_the_loss_is_a_share_of_the_weights(quickstart: ChatTokenizer
         Row("b", "bad", "GPT3", [5] * 30, [0.0] * 5 + [0.2] * 25),
     ]
     _, tables = show(write(tmp_path / "store", quickstart, rows, sources=["good", "bad"]))
-    assert row_of(tables, "source", "of conversations", "good")[1:] == ["50.0 %", "25.0 %", "16.7 %", "50.0 %"]
-    assert row_of(tables, "condition", "of conversations", "GPT3")[1:] == ["50.0 %", "75.0 %", "83.3 %", "50.0 %"]
+    assert row_of(tables, "source", "of conversations", "good")[1:] == [
+        "50.0 %",
+        "25.0 %",
+        "16.7 %",
+        "50.0 %",
+        "83.3 %",
+    ]
+    assert row_of(tables, "condition", "of conversations", "GPT3")[1:] == [
+        "50.0 %",
+        "75.0 %",
+        "83.3 %",
+        "50.0 %",
+        "16.7 %",
+    ]
     assert row_of(tables, "source", "condition", "bad")[:3] == ["bad", "GPT3", "0.2"]
 
 
@@ -460,7 +483,7 @@ def test_a_store_of_one_source_and_one_example_and_nothing_held_out(quickstart: 
     assert facts.held_out == {}
     assert [sample.id for sample in facts.samples] == ["a"]
     assert row_of(tables, "source", "conversations", "good") == ["good", "0", "0", "0", "0", "0.0 %"]
-    assert row_of(tables, "source", "of conversations", "good")[1:] == ["100.0 %"] * 4
+    assert row_of(tables, "source", "of conversations", "good")[1:] == ["100.0 %"] * 5
     assert "Nothing is held out." in Page(as_html(facts)).text
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from ochat_train.training.schedule import auto_learning_rate, learning_rate
 
@@ -80,30 +80,44 @@ def test_a_small_step_in_progress_is_a_small_step_in_rate(progress: float, warmu
 LLAMA_2_7B = LlamaConfig(vocab_size=32_000, hidden_size=4096)
 LLAMA_2_13B = LlamaConfig(vocab_size=32_000, hidden_size=5120, num_attention_heads=40)
 LLAMA_3_8B = LlamaConfig(vocab_size=128_256, hidden_size=4096)
+GEMMA_7B = GemmaConfig(hidden_size=3072)
 MISTRAL_7B = MistralConfig(vocab_size=32_000, hidden_size=4096)
 
 
 @pytest.mark.parametrize(
     ("config", "peak"),
-    [(LLAMA_2_7B, 3e-4), (LLAMA_2_13B, 3e-4), (LLAMA_3_8B, 3e-4 / 5.3), (MISTRAL_7B, 5e-5)],
-    ids=["llama 2 7b", "llama 2 13b", "llama 3 8b", "mistral 7b"],
+    [
+        (LLAMA_2_7B, 3e-4),
+        (LLAMA_2_13B, 3e-4),
+        (LLAMA_3_8B, 3e-4 / 5.3),
+        (MISTRAL_7B, 5e-5),
+        (GEMMA_7B, 3e-4 / 5.5),
+    ],
+    ids=["llama 2 7b", "llama 2 13b", "llama 3 8b", "mistral 7b", "gemma 7b"],
 )
 def test_auto_is_the_published_peak_of_the_family(config: PreTrainedConfig, peak: float) -> None:
-    assert auto_learning_rate(config, 4e6) == pytest.approx(peak, rel=EXACT)
+    assert auto_learning_rate(config, 4e6).value == pytest.approx(peak, rel=EXACT)
     # The square root of the tokens with a loss: a quarter of them, half the rate.
-    assert auto_learning_rate(config, 1e6) == pytest.approx(peak / 2, rel=EXACT)
-    assert auto_learning_rate(config, 40_000) == pytest.approx(peak / 10, rel=EXACT)
+    assert auto_learning_rate(config, 1e6).value == pytest.approx(peak / 2, rel=EXACT)
+    assert auto_learning_rate(config, 40_000).value == pytest.approx(peak / 10, rel=EXACT)
+
+
+def test_auto_says_whose_rule_it_took_and_what_for() -> None:
+    assert auto_learning_rate(GEMMA_7B, 12_345).reason == (
+        "auto, OpenChat's for Gemma: 3e-4 / 5.5 * sqrt(12,345 supervised tokens a step / 4,000,000)"
+    )
 
 
 @pytest.mark.parametrize(
     "config",
     [
         Qwen2Config(hidden_size=4096),
-        GemmaConfig(hidden_size=4096),
+        GemmaConfig(hidden_size=2048),
+        Gemma2Config(hidden_size=3584),
         LlamaConfig(vocab_size=49_152, hidden_size=576, num_attention_heads=9),  # SmolLM2
         LlamaConfig(vocab_size=32_000, hidden_size=2048),  # TinyLlama
     ],
-    ids=["qwen2", "gemma", "smollm2", "tinyllama"],
+    ids=["qwen2", "gemma 2b", "gemma 2", "smollm2", "tinyllama"],
 )
 def test_auto_is_refused_where_nothing_is_published(config: PreTrainedConfig) -> None:
     with pytest.raises(ValueError, match=rf"optim\.lr auto .*{config.model_type} of hidden size .*optim\.lr=2e-5"):

@@ -39,7 +39,7 @@ def settings(quickstart: ChatTokenizer) -> ShardSettings:
     return ShardSettings(
         template=quickstart.template,
         encoder=quickstart.text,
-        filters=FilterRules(None, 0.7, "mask", "mask", 1),
+        filters=FilterRules(None, 0.7, "mask", "mask", 1, last_answer_only=False),
         max_tokens=128,
         overlong="split",
         overlong_context=32,

@@ -42,6 +42,11 @@ def random_rows(num_rows: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def one_answer(example: Example) -> list[int]:
+    """The answer lengths of an example whose weights are all of one answer; none without weights."""
+    return [count] if (count := np.count_nonzero(example.loss_weights)) else []
+
+
 def table_of(rows: Sequence[Row]) -> pa.Table:
     """The rows as a shard has them: with a column more than a store."""
     columns = {
@@ -50,6 +55,7 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
         "condition": pa.array([row.condition for row in rows], pa.string()),
         "input_ids": pa.array([row.example.input_ids for row in rows], pa.list_(pa.int32())),
         "loss_weights": pa.array([row.example.loss_weights for row in rows], pa.list_(pa.float32())),
+        "answer_lengths": pa.array([one_answer(row.example) for row in rows], pa.list_(pa.int32())),
         "record": pa.array(range(len(rows)), pa.int32()),
     }
     return pa.table(columns)
@@ -167,7 +173,7 @@ def test_datasets_opens_it(tmp_path: Path) -> None:
     opened = datasets.load_from_disk(str(tmp_path / "store"))
     for split, rows in (("train", train), ("eval", eval_)):
         dataset = opened[split]
-        assert dataset.column_names == ["id", "source", "condition", "input_ids", "loss_weights"]
+        assert dataset.column_names == ["id", "source", "condition", "input_ids", "loss_weights", "answer_lengths"]
         assert dataset["id"][:] == [row.id for row in rows]
         assert dataset["source"][:] == [row.source for row in rows]
         assert dataset["condition"][:] == [row.condition for row in rows]

@@ -484,10 +484,10 @@ def test_an_example_that_no_longer_fits_under_another_condition_is_left_out_ever
     options = [f"data.store={tmp_path / 'store'}", f"data.sources.1.condition={wordy}", "data.eval_fraction=0.5"]
     options += ["data.max_tokens=128", "packing.tokens_per_gpu=128", f"checkpoint.dir={tmp_path / 'run'}"]
     preprocess(recipe_path, *options)
-    recipe = load_recipe(recipe_path, [*options, "train.max_steps=1"])
+    recipe = load_recipe(recipe_path, [*options, "train.max_steps=1", "train.loss=answer"])
     tokenizer = prepare(recipe, ALONE).tokenizer
     train(recipe, ALONE)
-    held_out = TokenStore(recipe.data.store, "eval")
+    held_out = TokenStore(recipe.data.store, "eval", "answer")
     conditions = held_out.manifest.conditions
     frames = [make_frame(tokenizer, condition) for condition in conditions]
     others = list(zip(frames, reversed(frames), strict=True))

@@ -34,6 +34,7 @@ class FilterRules:
     refusals: Treatment
     repeated_answers: Treatment
     min_answers: int
+    last_answer_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,15 @@ def filter_conversations(conversations: Sequence[Conversation], rules: FilterRul
     say: "mask" sets the answer's weight to 0.0 (action refusal_masked or repeated_answer_masked), "drop" drops the
     conversation, "keep" skips the search. An answer that is masked as a refusal is not a repeat as well.
 
+    With `last_answer_only`, only the last turn with a weight keeps it (action earlier_answers_untrained), after the
+    answers are counted and before they are judged. So an earlier answer is never trained in place of a masked last one.
+
     Worked example: "Hi", "As an AI language model, I cannot greet.", "Try", "Hello!" with refusals="mask" stays with
     weights 0.0, 0.0, 0.0, 1.0 and the action refusal_masked; with "drop" it is dropped for "refusal", detail "as an AI
     language model".
     """
+    chosen = [_choose_answers(conversation, rules) for conversation in conversations]
+    conversations = [filtered.conversation for filtered in chosen]
     other_languages: dict[int, str] = {}
     if rules.languages is not None:
         other_languages = find_other_languages(conversations, rules.languages, rules.language_confidence)
@@ -75,21 +81,29 @@ def filter_conversations(conversations: Sequence[Conversation], rules: FilterRul
             if phrase:
                 refusals[position][index] = phrase
     return [
-        _filter(conversation, other_languages.get(position), refusals[position], rules)
-        for position, conversation in enumerate(conversations)
+        _filter(filtered, other_languages.get(position), refusals[position], rules)
+        if filtered.reason is None
+        else filtered
+        for position, filtered in enumerate(chosen)
     ]
 
 
-def _filter(
-    conversation: Conversation, other_language: str | None, refusals: dict[int, str], rules: FilterRules
-) -> Filtered:
+def _choose_answers(conversation: Conversation, rules: FilterRules) -> Filtered:
+    """The conversation with the answers that are judged; it is dropped where it has too few."""
     num_answers = sum(message.role == "assistant" or message.has_weight for message in conversation.messages)
     if num_answers < rules.min_answers:
         return Filtered(conversation, (), "too_few_answers", f"{num_answers} of at least {rules.min_answers}")
-    if other_language:
-        return Filtered(conversation, (), "other_language", other_language)
+    trained = [position for position, message in enumerate(conversation.messages) if message.has_weight]
+    if rules.last_answer_only and len(trained) > 1:
+        return Filtered(_mask(conversation, trained[:-1]), ("earlier_answers_untrained",))
+    return Filtered(conversation)
 
-    actions: tuple[str, ...] = ()
+
+def _filter(filtered: Filtered, other_language: str | None, refusals: dict[int, str], rules: FilterRules) -> Filtered:
+    conversation, actions = filtered.conversation, filtered.actions
+    if other_language:
+        return Filtered(conversation, actions, "other_language", other_language)
+
     if refusals:
         if rules.refusals == "drop":
             return Filtered(conversation, actions, "refusal", next(iter(refusals.values())))

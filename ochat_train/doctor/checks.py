@@ -30,7 +30,7 @@ from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_config, meta_model
 from ochat_train.recipe import to_json
 from ochat_train.tokens.plan import PlanTable, make_table
-from ochat_train.tokens.store import TokenStore
+from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
@@ -244,7 +244,7 @@ def check_token_store(case: Case) -> Finding:
         state: Literal["warning", "problem"] = "warning" if case.is_quick else "problem"
         return Finding(state, f"data.store {path} does not exist yet", _PREPROCESS)
     try:
-        train, held_out = TokenStore(path, "train"), TokenStore(path, "eval")
+        train, held_out = (TokenStore(path, split, case.recipe.train.loss) for split in SPLITS)
         if case.recipe.data.verify and not case.is_quick:
             check_blocks(path, train.manifest.files)
         check_store(case.recipe, train.manifest, case.tokenizer)
@@ -277,8 +277,8 @@ def check_settings(case: Case) -> Finding:
     check_options(recipe, config, case.size, case.num_processes)
     if not hasattr(case, "store"):
         return Finding("ok", f"optim.lr {recipe.optim.lr}, zero.stage {recipe.zero.stage}")
-    peak_lr = peak_learning_rate(recipe, config, case.store.manifest, case.num_processes)
-    return Finding("ok", f"peak learning rate {peak_lr:.3g}, zero.stage {recipe.zero.stage}")
+    peak_lr, reason = peak_learning_rate(recipe, config, case.store.manifest, case.num_processes)
+    return Finding("ok", f"peak learning rate {peak_lr:.3g} ({reason}), zero.stage {recipe.zero.stage}")
 
 
 # ----------------------------------------------------------------------------------- memory, steps, disk

@@ -9,6 +9,7 @@ from ochat_train.model.exported import read_export
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, load_model, max_positions_of
 from ochat_train.serve.served import find_served
+from ochat_train.tokens.loss_forms import LossForm
 from ochat_train.tokens.plan import PlanShape
 from ochat_train.tokens.store import Split, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -21,18 +22,20 @@ from ochat_train.training.metrics import evaluation_to_json
 def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
     """The fields of training's evaluation line (docs/recipes.md) for a split of a store, without the place in the run.
 
-    tokens_per_batch: None takes the value of training, so that the probe leaves out the same examples. One process, on
-    the GPU if there is one. Raises ValueError.
+    The loss form is that of training. tokens_per_batch: None takes the value of training, so that the probe leaves out
+    the same examples. One process, on the GPU if there is one. Raises ValueError.
     """
     served = find_served(model)
     if served.adapter is not None:
         raise ValueError(f"{served.folder} holds adapters alone; export the merged model, without --adapter")
     metadata = read_export(served.folder)
     assert metadata is not None  # or it would not have been found
-    examples = TokenStore(store, split)
+    recipe = metadata["run"].get("recipe", {})
+    loss: LossForm = recipe.get("train", {}).get("loss", "token")
+    examples = TokenStore(store, split, loss)
     tokenizer = served.load_tokenizer()
     _check_store(examples, tokenizer, metadata, str(store))
-    capacity = tokens_per_batch or metadata["run"].get("recipe", {}).get("packing", {}).get("tokens_per_gpu")
+    capacity = tokens_per_batch or recipe.get("packing", {}).get("tokens_per_gpu")
     if not capacity:
         raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
     if not len(examples):
@@ -59,7 +62,7 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     line = evaluation_to_json(metadata["step"], 0, sums, probe, conditions, is_epoch_end=False)
     for place in ("event", "epoch", "epoch_end"):
         del line[place]
-    return {"model": served.name, "store": str(store), "split": split} | line
+    return {"model": served.name, "store": str(store), "split": split, "loss_form": loss} | line
 
 
 def _check_store(examples: TokenStore, tokenizer: ChatTokenizer, metadata: dict[str, Any], store: str) -> None:

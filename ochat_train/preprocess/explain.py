@@ -18,6 +18,8 @@ from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, mak
 from ochat_train.preprocess.ledger import read_rows
 from ochat_train.preprocess.shard import Trace, follow, id_of
 from ochat_train.recipe import Recipe
+from ochat_train.tokens.loss_forms import LOSS_FORMS, spread_over_answers
+from ochat_train.tokens.overlong import Fitted
 from ochat_train.tokens.store import read_manifest
 
 _MAX_TEXT = 2000  # characters shown of one text
@@ -116,14 +118,24 @@ def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterato
     yield f"-- tokens: {num_tokens:,}, limit {job.settings.max_tokens:,}{_actions(trace.fitted.actions)}"
     if trace.fitted.reason is not None:
         yield f"   dropped, {trace.fitted.reason}: {trace.fitted.detail}"
-    for number, example in enumerate(trace.fitted.examples, start=1):
-        num_supervised = int(np.count_nonzero(example.loss_weights))
-        yield f"   example {number}: {len(example.input_ids):,} tokens, {num_supervised:,} with a loss"
-        # A line for each run of tokens of one weight, the tokens as the vocabulary spells them.
+    else:
+        yield from _examples(trace.fitted, job)
+
+
+def _examples(fitted: Fitted, job: Job) -> Iterator[str]:
+    """Each example with a line for each run of tokens of one weight, the tokens as the vocabulary spells them."""
+    loss = job.recipe.train.loss
+    yield f"   loss {loss}: {LOSS_FORMS[loss]}"
+    for number, (example, answer_lengths) in enumerate(zip(fitted.examples, fitted.answer_lengths, strict=True), 1):
+        weights, num_supervised = example.loss_weights, int(np.count_nonzero(example.loss_weights))
+        if loss == "answer":
+            weights = spread_over_answers(weights, [len(weights)], answer_lengths, [len(answer_lengths)])
+        yield f"   example {number}: {len(weights):,} tokens, {num_supervised:,} with a loss"
         tokens = job.tokenizer.pretrained.convert_ids_to_tokens(example.input_ids.tolist())
-        weighted = zip(example.loss_weights.tolist(), tokens, strict=True)
+        weighted = zip(weights.tolist(), tokens, strict=True)
         for weight, run in groupby(weighted, key=lambda pair: pair[0]):
-            yield f"   {weight:8.4f}  {' '.join(token for _, token in run)}"
+            shown = f"{weight:.4f}" if loss == "token" else f"{weight:.3g}"
+            yield f"   {shown:>8}  {' '.join(token for _, token in run)}"
 
 
 def _turns(system: str, messages: tuple[Message, ...], *, with_text: bool = True) -> Iterator[str]:

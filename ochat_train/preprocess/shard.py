@@ -37,6 +37,7 @@ ROW_SCHEMA = pa.schema(
         "condition": pa.string(),
         "input_ids": pa.list_(pa.int32()),
         "loss_weights": pa.list_(pa.float32()),
+        "answer_lengths": pa.list_(pa.int32()),
         "conversation": pa.int32(),
     }
 )
@@ -252,16 +253,18 @@ def _overlong_counts(trace: Trace, max_tokens: int) -> tuple[int, ...]:
 def _rows(kept: Sequence[tuple[Conversation, Fitted]]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in ROW_SCHEMA.names}
     for position, (conversation, fitted) in enumerate(kept):
-        for number, example in enumerate(fitted.examples, start=1):
+        for number, (example, lengths) in enumerate(zip(fitted.examples, fitted.answer_lengths, strict=True), start=1):
             columns["id"].append(f"{conversation.id}#{number}" if len(fitted.examples) > 1 else conversation.id)
             columns["source"].append(conversation.source)
             columns["condition"].append(conversation.condition)
             columns["input_ids"].append(example.input_ids)
             columns["loss_weights"].append(example.loss_weights)
+            columns["answer_lengths"].append(lengths)
             columns["conversation"].append(position)
     lists = {
         "input_ids": _list_column(columns["input_ids"], np.int32),
         "loss_weights": _list_column(columns["loss_weights"], np.float32),
+        "answer_lengths": _list_column(columns["answer_lengths"], np.int32),
     }
     return pa.table({**columns, **lists}, schema=ROW_SCHEMA)
 

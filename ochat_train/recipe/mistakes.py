@@ -27,10 +27,12 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "the share of data.sources that is held out",
     ),
     (
-        "train_on_inputs train_on_prompt roles_to_train mask_history loss_scale assistant_only_loss",
+        "train_on_inputs train_on_prompt roles_to_train loss_scale assistant_only_loss",
         "data.sources.N.weight",
         "the loss weight of answers",
     ),
+    ("mask_history", "data.filters.last_answer_only", ""),
+    ("per_sequence_loss", "train.loss", "answer, or token"),
     ("dtype torch_dtype bf16 fp16 float16 pure_bf16 mixed_precision", "model.dtype", "bfloat16 or float32"),
     (
         "flash_attention flash_attn flash_attention_2 use_flash_attention_2 attn_implementation attn_impl",

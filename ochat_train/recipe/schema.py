@@ -116,6 +116,9 @@ class FiltersSection(Section):
         "mask", description="Answers that say again what one before said; as refusals."
     )
     min_answers: int = Field(1, ge=1, description="Conversations with fewer answers are dropped.")
+    last_answer_only: bool = Field(
+        False, description="Only the last answer of a conversation has a loss; those before it are context."
+    )
 
 
 class DataSection(Section):
@@ -273,9 +276,12 @@ class ZeroSection(Section):
 
 
 class TrainSection(Section):
-    """How long."""
+    """What is minimised, and how long."""
 
     epochs: int = Field(ge=1, description="Passes over the data.")
+    loss: Literal["token", "answer"] = Field(
+        "token", description="Each token of an answer has the answer's weight, or all of them together have it."
+    )
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
     )

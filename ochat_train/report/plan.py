@@ -204,7 +204,7 @@ def read_plans(requests: Sequence[Request]) -> tuple[PlanReport, ...]:
 def _read_plan(request: Request) -> PlanReport:
     """All but the rate."""
     recipe = load_recipe(request.recipe, request.overrides)
-    store = TokenStore(recipe.data.store)
+    store = TokenStore(recipe.data.store, loss=recipe.train.loss)
     tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
     check_store(_with_weights_of(recipe, store.manifest), store.manifest, tokenizer)
     scaled = _changed_weights(recipe, store.manifest)

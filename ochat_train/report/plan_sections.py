@@ -22,6 +22,7 @@ from ochat_train.report.page import (
     show_number,
 )
 from ochat_train.report.plan import PlanReport, StepPicture
+from ochat_train.tokens.loss_forms import LOSS_FORMS
 from ochat_train.training.speed import Rate
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def plan_document(reports: Sequence[PlanReport]) -> Document:
     for name, report in zip(_ORDINALS, reports, strict=True):
         pairs.append((name, f"{_recipe_of(report)} on {report.request.num_gpus:,} GPUs"))
         pairs.append(("its store", _store_of(report)))
+        pairs.append(("its loss", report.recipe.train.loss))
     head = [Table((), pairs, left=(0, 1))]
     head += [
         Text(f"{name.capitalize()} plan: {' '.join(_notes(report))}")
@@ -87,6 +89,7 @@ def _origin(report: PlanReport) -> list[tuple[str, str]]:
     return [
         ("recipe", _recipe_of(report)),
         ("store", _store_of(report)),
+        ("loss", f"{report.recipe.train.loss}: {LOSS_FORMS[report.recipe.train.loss]}"),
         ("a step", f"{shape.world_size:,} GPUs, {micro_batches} of {shape.capacity:,} tokens on each"),
         ("attention", f"costs as much as all else in a sequence of {shape.quadratic_length:,} tokens"),
     ]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from ochat_train.files import STEP_FOLDERS, read_json_lines, try_lock
+from ochat_train.tokens.loss_forms import LossForm
 from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
@@ -88,6 +89,11 @@ class RunReport:
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty before a checkpoint or a model is saved."""
         return dict(self.about.get("recipe", {}))
+
+    @property
+    def loss_form(self) -> LossForm | None:
+        """What the loss weights of its losses are the weights of; None where no start says it."""
+        return self.starts[-1].get("loss_form") if self.starts else None
 
     @property
     def question(self) -> str:

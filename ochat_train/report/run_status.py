@@ -5,6 +5,7 @@ from rich.filesize import decimal
 
 from ochat_train.report.page import percent, show_duration, show_number
 from ochat_train.report.run import ALL, Event, Losses, RunReport, column, probe_of
+from ochat_train.tokens.loss_forms import LOSS_FORMS
 
 LEAST_LEARNED = 0.01  # nats a token by which the own condition must be better, for it to count as learned
 
@@ -97,6 +98,8 @@ def origin(report: RunReport) -> list[tuple[str, str]]:
     if report.starts and report.starts[0].get("started"):
         pairs.append(("started", f"{start_time(report.starts[0])[:16]} UTC"))
     pairs.append(("last line", _minute(report)))
+    if report.loss_form is not None:
+        pairs.append(("loss", f"{report.loss_form}: {LOSS_FORMS[report.loss_form]}"))
     hardware = report.starts[-1] if report.starts else report.about
     if hardware.get("device"):
         pairs.append(("on", f"{hardware.get('num_processes')} x {hardware['device']}"))

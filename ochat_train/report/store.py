@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.ledger import LEDGER_SCHEMA, Ledger, SourceCounts
 from ochat_train.report.page import Token
+from ochat_train.tokens.loss_forms import spread_over_answers
 from ochat_train.tokens.order import DataOrder
 from ochat_train.tokens.plan import PlanShape, plan_epoch
 from ochat_train.tokens.store import Manifest, Split, read_manifest
@@ -40,13 +41,17 @@ _LEDGER_COLUMNS = [name for name in LEDGER_SCHEMA.names if name not in ("file", 
 
 @dataclass(frozen=True, slots=True)
 class GroupSums:
-    """Of some examples. A conversation that was split into several counts once."""
+    """Of some examples. A conversation that was split into several counts once.
+
+    weight_sum, answer_weight_sum: of the loss weights, in the loss forms token and answer.
+    """
 
     conversations: int = 0
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     weight_sum: float = 0.0
+    answer_weight_sum: float = 0.0
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
@@ -188,7 +193,9 @@ def _sum_split(store: Path, split: Split, split_ids: set[str]) -> dict[tuple[str
     groups: dict[tuple[str, str], GroupSums] = {}
     for batch in _batches(store, split):
         lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
-        weights = batch["loss_weights"].flatten().to_numpy()
+        num_answers = pc.list_value_length(batch["answer_lengths"]).to_numpy()
+        weights, answer_lengths = (batch[name].flatten().to_numpy() for name in ("loss_weights", "answer_lengths"))
+        spread = spread_over_answers(weights, lengths, answer_lengths, num_answers)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths  # no example is empty
         columns = {
             "conversations": _begins_conversation(batch["id"], split_ids),
@@ -196,6 +203,7 @@ def _sum_split(store: Path, split: Split, split_ids: set[str]) -> dict[tuple[str
             "tokens": lengths,
             "supervised_tokens": np.add.reduceat(weights != 0, starts, dtype=np.int64),
             "weight_sum": np.add.reduceat(weights, starts, dtype=np.float64),
+            "answer_weight_sum": np.add.reduceat(spread, starts, dtype=np.float64),
         }
         table = pa.table({"source": batch["source"], "condition": batch["condition"], **columns})
         sums = table.group_by(["source", "condition"]).aggregate([(name, "sum") for name in columns])

@@ -31,6 +31,7 @@ _MEASURES = {
     "tokens": "tokens",
     "supervised tokens": "supervised_tokens",
     "loss": "weight_sum",
+    "loss by answer": "answer_weight_sum",
 }
 _CONDITIONS_SHOWN = 3  # of one source
 
@@ -113,7 +114,10 @@ def _shares(kind: str, groups: Mapping[str, GroupSums]) -> list[Block]:
     names = list(map(show_condition, groups))
     columns = zip(*shares.values(), strict=True)
     rows = [(name, *(percent(share, 1) for share in row)) for name, row in zip(names, columns, strict=True)]
-    note = f"A {kind}'s share of the loss is its weight sum over the weight sum of all: how much it moves the model."
+    note = (
+        f"A {kind}'s share of the loss is its weight sum over the weight sum of all: how much it moves the model. By "
+        "answer is its share with train.loss: answer, where long answers do not count more than short ones."
+    )
     table = Table((kind, *(f"of {measure}" for measure in shares)), rows)
     return [Text(note), shares_chart(names, shares), table]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ochat_train.tokens.encode import Encoded, Example, Turn
 
@@ -26,12 +27,15 @@ class TokenCounts(NamedTuple):
 class Fitted:
     """What becomes of a conversation.
 
-    examples: none if it is dropped, for the `reason` and, in words, the `detail`. actions: names for the ledger.
+    examples: none if it is dropped, for the `reason` and, in words, the `detail`. answer_lengths: i32[answers] of each
+    example, the number of tokens with a weight of each turn that has some in it; all of them, also where the example
+    has a window of the turn. actions: names for the ledger.
     whole: the tokens up to the last one with a weight. kept: how many of them each choice of `overlong` keeps; a token
     that is in several parts counts once.
     """
 
     examples: tuple[Example, ...]
+    answer_lengths: tuple[npt.NDArray[np.int32], ...]
     actions: tuple[str, ...]
     reason: str | None
     detail: str
@@ -73,8 +77,9 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     - It holds as many exchanges in a row as fit. An exchange is the turns after an answer up to and including the
       next answer. Turns after the part's last one with a weight are left out, and there is no part without a weight.
     - Before them come earlier turns as context, without weights: at most `context_tokens` tokens and half of the
-      room, less where the first exchange needs it. They begin with a user turn; where none is near enough, and the
-      exchange has none either, with a tool or system turn.
+      room, less where the first exchange needs it. The first part begins at the first exchange with a weight, and has
+      as much context as fits: no other part has those turns. Context begins with a user turn; where none is near
+      enough, and the exchange has none either, with a tool or system turn.
     - Where an exchange does not fit beside the prefix, each turn of it that has a weight, or a few that fill half of
       the room together, get their own part, with the turns of the exchange before them, the question, as context. Too
       long a question loses its beginning, but no header and no end token (`question_cut`).
@@ -96,9 +101,10 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     kept: dict[Overlong, TokenCounts] = {"split": whole, "truncate": whole, "drop": whole}
     if not whole.supervised_tokens:
         nothing = TokenCounts(0, 0)
-        return Fitted((), (), "no_weight", "its weights are 0 in float32", nothing, dict.fromkeys(kept, nothing))
+        return Fitted((), (), (), "no_weight", "its weights are 0 in float32", nothing, dict.fromkeys(kept, nothing))
     if whole.tokens <= max_tokens:
-        return Fitted((example,), (), None, "", whole, kept)
+        everything = (_Span(0, whole.tokens, True),)
+        return Fitted((example,), tuple(_answer_lengths(encoded, [everything])), (), None, "", whole, kept)
 
     cuts: dict[Overlong, _Cut] = {
         "split": _split(encoded, max_tokens, context_tokens),
@@ -108,14 +114,15 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     kept = {choice: _count(example, cut.parts) for choice, cut in cuts.items()}
     parts, actions = cuts[overlong]
     if parts:
-        return Fitted(tuple(_join(example, part) for part in parts), actions, None, "", whole, kept)
+        examples = tuple(_join(example, part) for part in parts)
+        return Fitted(examples, tuple(_answer_lengths(encoded, parts)), actions, None, "", whole, kept)
     why: dict[Overlong, str] = {
         "split": f", and the {encoded.prefix_length:,} tokens that begin each part leave too little room for a turn",
         "truncate": ", and no weighted answer ends within it",
         "drop": "",
     }
     detail = f"{whole.tokens:,} tokens, above data.max_tokens {max_tokens:,}{why[overlong]}"
-    return Fitted((), (), "too_long", detail, whole, kept)
+    return Fitted((), (), (), "too_long", detail, whole, kept)
 
 
 def _without_tail(encoded: Encoded) -> Encoded:
@@ -151,6 +158,8 @@ def _split(encoded: Encoded, max_tokens: int, context_tokens: int) -> _Cut:
     parts: list[_Part] = []
     actions = ["overlong_split"]
     first = 0
+    while not any(is_weighted[first : stops[0]]):
+        first = stops.popleft()
     while stops:
         stop = stops.popleft()  # the first exchange of the part is turns[first:stop]
         length = turns[stop - 1].weighted_end - turns[first].start
@@ -162,7 +171,8 @@ def _split(encoded: Encoded, max_tokens: int, context_tokens: int) -> _Cut:
                 parts += [(prefix, *part) for part in squeezed.parts]
                 actions += squeezed.actions
         else:
-            start = turns[_find_context(turns, first, stop, min(context_tokens, room // 2, room - length))].start
+            most = min(context_tokens, room // 2, room - length) if parts else room - length
+            start = turns[_find_context(turns, first, stop, most)].start
             while stops and turns[stops[0] - 1].weighted_end - start <= room:
                 stop = stops.popleft()
             if trained := [turns[position] for position in range(first, stop) if is_weighted[position]]:
@@ -251,6 +261,19 @@ def _count(example: Example, parts: Sequence[_Part]) -> TokenCounts:
     for span in (span for part in parts for span in part):
         is_kept[span.start : span.end] = True
     return TokenCounts(int(np.count_nonzero(is_kept)), int(np.count_nonzero(example.loss_weights[is_kept])))
+
+
+def _answer_lengths(encoded: Encoded, parts: Sequence[_Part]) -> Iterator[npt.NDArray[np.int32]]:
+    """What `Fitted.answer_lengths` holds."""
+    starts, ends = encoded.edges[1::4], encoded.edges[3::4]  # of the texts, each with its end token
+    num_trained = np.concatenate([[0], np.cumsum(encoded.example.loss_weights != 0)])
+    lengths = (num_trained[ends] - num_trained[starts]).astype(np.int32)
+    for part in parts:
+        is_here = np.zeros(len(lengths), dtype=np.bool_)
+        for span in part:
+            if span.is_trained:
+                is_here |= (starts < span.end) & (ends > span.start)
+        yield lengths[is_here & (lengths > 0)]
 
 
 def _join(example: Example, part: _Part) -> Example:

@@ -3,15 +3,17 @@
     STORE/manifest.json             written last, with checksums of itself and the files of the splits
     STORE/tokenizer/                the tokenizer with the template's special tokens
     STORE/ledger.parquet            what happened to each record
-    STORE/train/, STORE/eval/       Arrow: id, source, condition, input_ids i32[L], loss_weights f32[L]
-    STORE/train/lengths.npy ...     i32[N] lengths, f64[N] weight_sums, i32[N] condition_ids, i32[N] source_ids
+    STORE/train/, STORE/eval/       Arrow: id, source, condition, input_ids i32[L], loss_weights f32[L],
+                                    answer_lengths i32[A], see loss_forms.py
+    STORE/train/lengths.npy ...     i32[N] lengths, f64[N] weight_sums and answer_weight_sums, i32[N] condition_ids,
+                                    i32[N] source_ids
     STORE/train/by_source.npy       i64[N] the positions of the first source, then those of the second, ...
     STORE/train/source_ends.npy     i64[number of sources] where each ends in by_source
 
 `datasets.load_from_disk(STORE)` opens it too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +27,7 @@ import xxhash
 
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
+from ochat_train.tokens.loss_forms import LossForm, spread_over_answers
 from ochat_train.tokens.store_files import StoreDamaged, StoreFile, check_sizes, describe_files
 
 FORMAT_VERSION = 4
@@ -37,9 +40,16 @@ _SCHEMA = pa.schema(
         "condition": pa.string(),
         "input_ids": pa.list_(pa.int32()),
         "loss_weights": pa.list_(pa.float32()),
+        "answer_lengths": pa.list_(pa.int32()),
     }
 )
-_INDEX = {"lengths": np.int32, "weight_sums": np.float64, "condition_ids": np.int32, "source_ids": np.int32}
+_WEIGHT_SUMS: Mapping[LossForm, str] = {"token": "weight_sums", "answer": "answer_weight_sums"}
+_INDEX = {
+    "lengths": np.int32,
+    **dict.fromkeys(_WEIGHT_SUMS.values(), np.float64),
+    "condition_ids": np.int32,
+    "source_ids": np.int32,
+}
 _ARROW_FILE = "data-00000-of-00001.arrow"
 # What `Dataset.save_to_disk` writes. It is written here, because that function would copy all rows once more.
 _DATASET_STATE: dict[str, Any] = {
@@ -126,7 +136,7 @@ class Examples(Protocol):
 
 
 class TokenStore:
-    """One split of a store, opened for reading.
+    """One split of a store, opened for reading, with the loss weights of a loss form.
 
     lengths: i32[N], tokens of each example. weight_sums: f64[N], sum of its loss weights. condition_ids: i32[N],
     positions in `manifest.conditions`. source_ids: i32[N], positions in `manifest.sources`. `store[i]` is the i-th
@@ -134,15 +144,15 @@ class TokenStore:
     StoreDamaged when a file has another size than was written; `store_files.check_blocks` reads what they hold.
     """
 
-    def __init__(self, path: str | Path, split: Split = "train") -> None:
+    def __init__(self, path: str | Path, split: Split = "train", loss: LossForm = "token") -> None:
         manifest = read_manifest(path)
         if manifest is None:
             raise ValueError(f"no complete token store at {path}; make it with python -m ochat_train.preprocess RECIPE")
         check_sizes(Path(path), manifest.files)
-        self.manifest = manifest
+        self.manifest, self.loss = manifest, loss
         folder = Path(path) / split
         self.lengths: npt.NDArray[np.int32] = _read_index(folder, "lengths")
-        self.weight_sums: npt.NDArray[np.float64] = _read_index(folder, "weight_sums")
+        self.weight_sums: npt.NDArray[np.float64] = _read_index(folder, _WEIGHT_SUMS[loss])
         self.condition_ids: npt.NDArray[np.int32] = _read_index(folder, "condition_ids")
         self.source_ids: npt.NDArray[np.int32] = _read_index(folder, "source_ids")
         self._by_source: npt.NDArray[np.int64] = _read_index(folder, "by_source")
@@ -154,7 +164,7 @@ class TokenStore:
             assert isinstance(dataset, DatasetDict)
             table = dataset[split].data
             self._ids, self._weights = table.column("input_ids"), table.column("loss_weights")
-            self._names = table.column("id")
+            self._answer_lengths, self._names = table.column("answer_lengths"), table.column("id")
         files = [Path(path) / "manifest.json", *folder.glob("*.npy"), *folder.glob("*.arrow")]
         self._files = {file: _identity(file) for file in sorted(files)}
 
@@ -180,7 +190,11 @@ class TokenStore:
         return len(self.lengths)
 
     def __getitem__(self, position: int) -> Example:
-        return Example(self._ids[position].values.to_numpy(), self._weights[position].values.to_numpy())
+        ids, weights = self._ids[position].values.to_numpy(), self._weights[position].values.to_numpy()
+        if self.loss == "answer":
+            answer_lengths = self._answer_lengths[position].values.to_numpy()
+            weights = spread_over_answers(weights, [len(weights)], answer_lengths, [len(answer_lengths)])
+        return Example(ids, weights)
 
     def members(self, source_id: int) -> npt.NDArray[np.int64]:
         """i64[n]: the positions of one source's examples, ascending."""
@@ -298,13 +312,17 @@ class _SplitWriter:
     ) -> npt.NDArray[np.float64]:
         """Append the rows; f64[rows, 2], the weight sum and the number of supervised tokens of each."""
         self._arrow.write_table(rows)
-        lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
-        weights = pc.list_flatten(rows["loss_weights"]).to_numpy()
+        lengths, num_answers = (pc.list_value_length(rows[name]).to_numpy() for name in ("input_ids", "answer_lengths"))
+        weights, answer_lengths = (
+            pc.list_flatten(rows[name]).to_numpy() for name in ("loss_weights", "answer_lengths")
+        )
+        spread = spread_over_answers(weights, lengths, answer_lengths, num_answers)
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths  # no example is empty, which reduceat could not tell from one token
-        weight_sums = np.add.reduceat(weights, starts, dtype=np.float64)
+        weight_sums, spread_sums = (np.add.reduceat(each, starts, dtype=np.float64) for each in (weights, spread))
         num_supervised = np.add.reduceat(weights != 0, starts, dtype=np.int64)
-        for column, values in zip(self._columns, (lengths, weight_sums, condition_ids, source_ids), strict=True):
+        index = (lengths, weight_sums, spread_sums, condition_ids, source_ids)
+        for column, values in zip(self._columns, index, strict=True):
             column.append(values)
         self.totals["num_examples"] += len(lengths)
         self.totals["num_tokens"] += int(ends[-1])

@@ -215,7 +215,7 @@ class Metrics:
         """
         if self._is_main:
             names = ("num_processes", "started", "device", "attention", "checkpointing")
-            described = {name: about[name] for name in names}
+            described = {name: about[name] for name in names} | {"loss_form": self._outline.recipe.train.loss}
             self._write({"event": "start", "step": step, "epoch": epoch, **described, "resumed": resumed})
 
     def step(self, report: StepReport) -> None:

@@ -1,28 +1,42 @@
 """The learning rate: its peak, and its value as a function of the fraction of examples consumed."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 _PUBLISHED_BASE_LR = 3e-4
 _PUBLISHED_TOKENS = 4e6
 
 
-def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> float:
-    """OpenChat's published peak: 3e-4 * sqrt(supervised tokens a step / 4e6) / a factor of the kind of model.
+class PeakRate(NamedTuple):
+    """The peak learning rate, and the reason for the log."""
 
-    config: the model's transformers configuration. The factor is 1 for Llama 1 and 2, 6 for Mistral, 5.3 for Llama 3.
-    Raises ValueError for a model without a published factor. Source: the imoneoi/openchat repository, 2024-05.
+    value: float
+    reason: str
+
+
+def auto_learning_rate(config: Any, supervised_tokens_per_step: float) -> PeakRate:
+    """OpenChat's published peak: 3e-4 / a divisor of the kind of model * sqrt(supervised tokens a step / 4e6).
+
+    config: the model's transformers configuration. The divisor is 1 for Llama 1 and 2, 6 for Mistral, 5.3 for Llama 3,
+    5.5 for Gemma. Raises ValueError for a model without a published one. Source: the imoneoi/openchat repository,
+    2024-05, which takes the name of the template for the kind of model.
     """
     if config.model_type == "mistral":
-        divisor = 6.0
+        kind, divisor = "Mistral", 6.0
     elif config.model_type == "llama" and config.hidden_size >= 4096:
-        divisor = 5.3 if config.vocab_size >= 128_000 else 1.0
+        kind, divisor = ("Llama 3", 5.3) if config.vocab_size >= 128_000 else ("Llama 1 and 2", 1.0)
+    elif config.model_type == "gemma" and config.hidden_size >= 3072:
+        kind, divisor = "Gemma", 5.5
     else:
         raise ValueError(
-            "optim.lr auto is published for Llama 2 and 3 (7B and up) and Mistral, not for this "
+            "optim.lr auto is published for Llama 2 and 3, Mistral and the first Gemma (7B and up), not for this "
             f"{config.model_type} of hidden size {config.hidden_size}; give a number, such as optim.lr=2e-5"
         )
-    return _PUBLISHED_BASE_LR / divisor * math.sqrt(supervised_tokens_per_step / _PUBLISHED_TOKENS)
+    return PeakRate(
+        _PUBLISHED_BASE_LR / divisor * math.sqrt(supervised_tokens_per_step / _PUBLISHED_TOKENS),
+        f"auto, OpenChat's for {kind}: 3e-4 / {divisor:g} * sqrt({supervised_tokens_per_step:,.0f} supervised tokens a "
+        f"step / {_PUBLISHED_TOKENS:,.0f})",
+    )
 
 
 def learning_rate(progress: float, *, peak: float, warmup: float, min_ratio: float) -> float:

@@ -20,7 +20,7 @@ from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
-from ochat_train.tokens.store import Manifest, TokenStore, read_manifest
+from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
@@ -54,7 +54,7 @@ from ochat_train.training.engine import (
 )
 from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
-from ochat_train.training.schedule import auto_learning_rate
+from ochat_train.training.schedule import PeakRate, auto_learning_rate
 from ochat_train.training.sinks import check_sinks
 
 
@@ -71,7 +71,7 @@ class CheckpointingChoice:
 class Resolved:
     """The settings that a recipe may leave to auto, as they are in this run."""
 
-    peak_lr: float
+    peak_lr: PeakRate
     attention: BackendChoice
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
@@ -83,7 +83,7 @@ class Resolved:
             *([f"WARNING: {self.checkpointing.warning}"] if self.checkpointing.warning else []),
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
-            f"peak learning rate {self.peak_lr:.3g}",
+            f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
 
@@ -155,7 +155,7 @@ def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> 
 
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
-    store, held_out = TokenStore(recipe.data.store, "train"), TokenStore(recipe.data.store, "eval")
+    store, held_out = (TokenStore(recipe.data.store, split, recipe.train.loss) for split in SPLITS)
     tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
     check_store(recipe, store.manifest, tokenizer)
     if recipe.model.base is not None:
@@ -237,10 +237,10 @@ def check_continues(run: Run, world: World) -> None:
         )
 
 
-def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> float:
+def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> PeakRate:
     """The recipe's learning rate; for `auto` that of the published rule."""
     if recipe.optim.lr != "auto":
-        return recipe.optim.lr
+        return PeakRate(recipe.optim.lr, "asked for by the recipe")
     train = manifest.splits["train"]
     tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
     return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
@@ -396,7 +396,7 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     recipe = run.recipe
     model = together(lambda: build_model(run, world))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
-    optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr)
+    optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr.value)
     configuration = deepspeed_configuration(recipe)
     configuration["checkpoint"] |= {"use_node_local_storage": not is_shared, "load_universal": loads_universal}
     return make_engine(model, optimizer, configuration)

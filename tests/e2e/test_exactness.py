@@ -1,4 +1,4 @@
-"""Two processes, accumulation, uneven micro-batches, every ZeRO stage: the update of the naive loop."""
+"""Two processes, accumulation, uneven micro-batches, every ZeRO stage and loss form: the update of the naive loop."""
 
 from pathlib import Path
 
@@ -42,10 +42,27 @@ def _plan(recipe: Recipe) -> tuple[TokenStore, list[StepPlan]]:
     return store, list(make_run_plan(recipe, store, config, WORLD_SIZE).steps())
 
 
+def _terms(nll: Tensor, weights: Tensor, loss: str) -> tuple[Tensor, float]:
+    """An example's part of the numerator and of the denominator of a step's loss; nll and weights: f32[L - 1]."""
+    if loss == "token":
+        return (nll * weights).sum(), float(weights.sum())
+    borders = (torch.nonzero(weights[1:] != weights[:-1]).flatten() + 1).tolist()
+    runs = zip(nll.tensor_split(borders), weights.tensor_split(borders), strict=True)
+    answers = [(float(weight[0]), answer.mean()) for answer, weight in runs if weight[0]]
+    return sum((weight * mean for weight, mean in answers), torch.zeros(())), sum(weight for weight, _ in answers)
+
+
+Trained = tuple[dict[str, Tensor], list[float], list[float]]
+
+
 @pytest.fixture(scope="module")
-def naive(recipe_path: Path) -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """Weights, losses and gradient norms of one process, one sequence at a time, stock attention and full logits."""
-    recipe = load_recipe(recipe_path)
+def naive(recipe_path: Path) -> dict[str, Trained]:
+    """For each loss form: weights, losses and gradient norms of `_train_naively`."""
+    return {loss: _train_naively(load_recipe(recipe_path), loss) for loss in ("token", "answer")}
+
+
+def _train_naively(recipe: Recipe, loss_form: str) -> Trained:
+    """One process, one sequence at a time, stock attention and full logits."""
     store, steps = _plan(recipe)
     assert recipe.model.config is not None
     torch.manual_seed(recipe.train.seed)
@@ -58,20 +75,22 @@ def naive(recipe_path: Path) -> tuple[dict[str, Tensor], list[float], list[float
     for step in steps:
         examples = [store[int(position)] for positions in step.bins for position in positions]
         consumed += len(examples)
-        total = sum(float(example.loss_weights.sum()) for example in examples)
         optimizer.zero_grad()
-        loss_sum = 0.0
+        loss_sum = total = 0.0
         for example in examples:
             ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
             nll = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-            loss = (nll * torch.from_numpy(example.loss_weights.copy())[1:]).sum() / total
+            loss, weight = _terms(nll, torch.from_numpy(example.loss_weights.copy())[1:], loss_form)
             loss.backward()
-            loss_sum += loss.item()
+            loss_sum, total = loss_sum + loss.item(), total + weight
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= total
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SGD["grad_clip"])))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(consumed / len(store), peak=0.5, warmup=0.5, min_ratio=0.1)
         optimizer.step()
-        losses.append(loss_sum)
+        losses.append(loss_sum / total)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, losses, norms
 
 
@@ -85,31 +104,36 @@ def test_the_run_has_uneven_and_empty_micro_batches_and_mixed_weights(recipe_pat
 
 @pytest.fixture(scope="module")
 def runs(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of runs: "stage N" of each ZeRO stage, and "sevenfold" at stage 2 with all weights times seven."""
+    """Folders of runs: "stage N" of each ZeRO stage; at stage 2 "sevenfold", with all weights times seven, and
+    "answer", of that loss form."""
     folder = tmp_path_factory.mktemp("runs")
     sevenfold = ["data.sources.0.weight=7.0", "data.sources.1.weight=0.7", f"data.store={folder / 'store'}"]
     preprocess(recipe_path, *sevenfold)
     stages = [[f"zero.stage={stage}", f"checkpoint.dir={folder / f'stage {stage}'}"] for stage in STAGES]
-    train_several(recipe_path, *stages, [*sevenfold, "zero.stage=2", f"checkpoint.dir={folder / 'sevenfold'}"])
+    sevenfold += ["zero.stage=2", f"checkpoint.dir={folder / 'sevenfold'}"]
+    by_answer = ["train.loss=answer", "zero.stage=2", f"checkpoint.dir={folder / 'answer'}"]
+    train_several(recipe_path, *stages, sevenfold, by_answer)
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_the_naive_loop(
-    runs: Path, naive: tuple[dict[str, Tensor], list[float], list[float]], stage: int
-) -> None:
-    expected, losses, norms = naive
-    _assert_equal(weights(runs / f"stage {stage}"), expected)
-    steps = events(runs / f"stage {stage}", "step")
+@pytest.mark.parametrize("run", [*(f"stage {stage}" for stage in STAGES), "answer"])
+def test_two_processes_equal_the_naive_loop(runs: Path, naive: dict[str, Trained], run: str) -> None:
+    expected, losses, norms = naive["answer" if run == "answer" else "token"]
+    _assert_equal(weights(runs / run), expected)
+    steps = events(runs / run, "step")
     assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)  # fp32 sums
     assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-5)
     assert min(norms) < SGD["grad_clip"] < max(norms), norms
 
 
-def test_multiplying_all_weights_changes_nothing(
-    runs: Path, naive: tuple[dict[str, Tensor], list[float], list[float]]
-) -> None:
-    _assert_equal(weights(runs / "sevenfold"), naive[0])
+def test_the_form_of_the_loss_changes_the_update_and_is_named(runs: Path, naive: dict[str, Trained]) -> None:
+    by_token, by_answer = naive["token"][0], naive["answer"][0]
+    assert max(float((by_token[name] - by_answer[name]).abs().max()) for name in by_token) > 1000 * TOLERANCE
+    assert [events(runs / run, "start")[0]["loss_form"] for run in ("stage 2", "answer")] == ["token", "answer"]
+
+
+def test_multiplying_all_weights_changes_nothing(runs: Path, naive: dict[str, Trained]) -> None:
+    _assert_equal(weights(runs / "sevenfold"), naive["token"][0])
 
 
 def _assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
