@@ -8,7 +8,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 _DATA = Path(__file__).resolve().parents[1] / "data/quickstart.json"
-_SPECIAL = ["<unk>", "<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+_SPECIAL = [
+    *("<unk>", "<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<bos>", "<start_of_turn>"),
+]
 
 # The class that the base's tokenizer_config.json names, by kind. AutoTokenizer makes normalizer and pre_tokenizer of
 # these classes anew, whatever tokenizer.json says.

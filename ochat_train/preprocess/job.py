@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 import ochat_train
 from ochat_train.conversations.dedupe import needs_minhash
+from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
 from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
-from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.shard import ShardSettings, Task
 from ochat_train.recipe import DataSection, Recipe, SourceSection
 from ochat_train.tokens.store import check_store_path
@@ -66,7 +66,7 @@ def make_job(recipe: Recipe) -> Job:
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
     files, left_out = _find_files(data)
-    template = TEMPLATES[recipe.template]
+    template = read_template(recipe.template_json)
     tokenizer = load_tokenizer(recipe.tokenizer_name, template)
     if recipe.model.base is not None:  # nothing could be trained
         require_model(recipe.model.base)
@@ -157,7 +157,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
     """Everything that decides a store's content, as JSON. Reads all input files."""
     return {
         "tokenizer": job.tokenizer.digest,
-        "template": job.recipe.template,
+        "template": describe_template(job.settings.template),
         "data": job.data.of_store(),
         "base_chat_template": hashlib.sha256(repr(job.settings.spelling.chat_template).encode()).hexdigest(),
         "code": _code_digest(),

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ochat_train.conversations.dedupe import find_duplicates
+from ochat_train.conversations.described import describe_template
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.preprocess.assemble import InputSummary, assemble
 from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
@@ -170,7 +171,7 @@ def _write_store(
     manifest = Manifest(
         fingerprint=fingerprint_of(made_from),
         made_from=made_from,
-        template=job.settings.template.name,
+        template=describe_template(job.settings.template),
         conditions=writer.conditions,
         sources=writer.sources,
         inference_condition=_inference_condition(job.settings.template, writer.trained_condition_weights()),

@@ -22,6 +22,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ochat_train.conversations.described import Description
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
 
@@ -64,7 +65,7 @@ class Manifest:
 
     fingerprint: str
     made_from: dict[str, Any]
-    template: str
+    template: Description
     conditions: list[str]
     sources: list[str]
     inference_condition: str

@@ -20,6 +20,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from ochat_train.conversations.described import Description
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.recipe import differences
 from ochat_train.training.engine import World
@@ -81,7 +82,7 @@ class Checkpoint:
     path: Path
     state: TrainState
     world_size: int
-    template: str
+    template: Description
     inference_condition: str
     conditions: list[str]
     run: dict[str, Any]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ochat_train.conversations.described import describe_template
 from ochat_train.model.pretrained import max_positions_of, quadratic_length_of, rows_to_train
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
@@ -19,7 +20,7 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
     """Raise ValueError with every difference when the store was made for another recipe or tokenizer."""
     wrong = differences(
         {"template": manifest.template, "data": manifest.made_from["data"]},
-        {"template": recipe.template, "data": recipe.data.of_store()},
+        {"template": describe_template(tokenizer.template), "data": recipe.data.of_store()},
     )
     if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
         wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
