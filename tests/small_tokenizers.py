@@ -31,7 +31,7 @@ TEXTS = (
 )
 
 
-def write_base(folder: Path, kind: str, *, model_type: str | None = None) -> Path:
+def write_base(folder: Path, kind: str, *, model_type: str | None = None, chat_template: str | None = None) -> Path:
     """The folder of a base: tokenizer.json, tokenizer_config.json and, with a type of model, config.json."""
     is_sentence_piece = kind in SENTENCE_PIECE
     trained = Tokenizer(BPE())
@@ -52,6 +52,7 @@ def write_base(folder: Path, kind: str, *, model_type: str | None = None) -> Pat
     folder.mkdir(parents=True)
     made.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": CLASSES[kind], "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {"chat_template": chat_template} if chat_template is not None else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": kind != "metaspace_first"}))
     if model_type is not None:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -3,17 +3,23 @@
 from dataclasses import replace
 from typing import Any
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, TemplatePart
 
-# The name of a built-in template; or {"template": name or pieces, "condition_in": ...}.
+Template = ChatTemplate | BaseTemplate
+# The name of a built-in template; or {"template": name or pieces, "condition_in": ...}; with the
+# template "base" also its source and its end token, which a recipe leaves to the base.
 Description = str | dict[str, Any]
 
 
-def read_template(description: Description) -> ChatTemplate:
+def read_template(description: Description) -> Template:
     """The template that a recipe, a store or a model describes. Raises ValueError for an unknown name."""
     if isinstance(description, str):
         description = {"template": description}
     named = description["template"]
+    if named == "base":
+        fields = {name: value for name, value in description.items() if name not in ("template", "variables")}
+        return BaseTemplate(**fields, variables=tuple(sorted(description.get("variables", {}).items())))
     if isinstance(named, str):
         if named not in TEMPLATES:
             raise ValueError(f"there is no template {named} in this version; it has {', '.join(TEMPLATES)}")
@@ -24,8 +30,16 @@ def read_template(description: Description) -> ChatTemplate:
     return template if place is None else replace(template, condition_in=place)
 
 
-def describe_template(template: ChatTemplate) -> Description:
+def describe_template(template: Template) -> Description:
     """What `read_template` makes the template of."""
+    if isinstance(template, BaseTemplate):
+        return {
+            "template": "base",
+            "condition_in": template.condition_in,
+            "source": template.source,
+            "end_token": template.end_token,
+            "variables": dict(template.variables),
+        }
     known = TEMPLATES.get(template.name)
     if known == template:
         return template.name

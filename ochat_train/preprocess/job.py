@@ -16,6 +16,7 @@ import orjson
 from tqdm import tqdm
 
 import ochat_train
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.dedupe import needs_minhash
 from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
@@ -66,10 +67,14 @@ def make_job(recipe: Recipe) -> Job:
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
     files, left_out = _find_files(data)
-    template = read_template(recipe.template_json)
-    tokenizer = load_tokenizer(recipe.tokenizer_name, template)
+    tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     if recipe.model.base is not None:  # nothing could be trained
         require_model(recipe.model.base)
+    template = tokenizer.template
+    if isinstance(template, BaseTemplate):
+        if any(source.condition for source in data.sources):
+            template.check_condition()
+        print(f"template: base, of {recipe.tokenizer_name}: {'; '.join(template.notes())}")
     chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
     settings = ShardSettings(
         template=template,

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from ochat_train.conversations.template import ChatTemplate
+from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.described import Template
 from ochat_train.files import require_packages
+from ochat_train.tokens.strings import StringEncoder
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -154,6 +156,14 @@ class TextEncoder:
         """SHA-256 of everything that decides ids."""
         return sha256(_load_for_text(self._json).to_str().encode()).hexdigest()
 
+    @cached_property
+    def strings(self) -> StringEncoder:
+        """The same tokenizer for rendered strings, in which special tokens are control."""
+        control: Tokenizer = Tokenizer.from_str(self._json)
+        control.no_truncation()
+        control.no_padding()
+        return StringEncoder(control, _load_for_text(self._json))
+
     def id_of(self, token: str) -> int | None:
         """The id of a token; None when there is no such token."""
         return self._tokenizer.token_to_id(token)
@@ -174,9 +184,9 @@ class ChatTokenizer:
     or is what text that spells it is encoded as.
     """
 
-    def __init__(self, pretrained: Any, template: ChatTemplate) -> None:
+    def __init__(self, pretrained: Any, template: Template) -> None:
         self.pretrained = pretrained
-        self.template = template
+        self.template = template = template.read(pretrained) if isinstance(template, BaseTemplate) else template
         vocabulary = pretrained.get_vocab()
         missing = [token for token in template.special_tokens if token not in vocabulary]
         if refused := [token for token in missing if token not in template.addable]:
@@ -257,7 +267,7 @@ class ChatTokenizer:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
+def load_tokenizer(name: str, template: Template) -> ChatTokenizer:
     """The tokenizer of a base model (see `locate_base`), with the template's special tokens.
 
     A base's tokenizer.json is taken as it is; AutoTokenizer would make parts of it anew for many classes, and encode
