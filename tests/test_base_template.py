@@ -1,5 +1,6 @@
 """The base's own chat template: trained ids are those of apply_chat_template, answers are found, text is no control."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.clean import clean_turns
 from ochat_train.conversations.described import describe_template, read_template
-from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.schema import Conversation, Message, ParsedRecord
+from ochat_train.conversations.sources import Source, assign_source
+from ochat_train.conversations.spell_out import Spelling
+from ochat_train.conversations.text_keys import text_keys
 from ochat_train.tokens.chat_template import ControlText, chat_template, encode_as_one_string, encode_prompt
 from ochat_train.tokens.encode import Encoded
 from ochat_train.tokens.overlong import fit_all
@@ -23,7 +28,7 @@ from ochat_train.tokens.rendered import encode_all
 from ochat_train.tokens.reread import Rendering, read_prompts, render_again
 from ochat_train.tokens.strings import Refused
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from tests.base_templates import BASE_TEMPLATES, DEFAULT_SYSTEM
+from tests.base_templates import BASE_TEMPLATES, DEFAULT_SYSTEM, REASONING
 from tests.small_tokenizers import write_base
 
 PLACES = ("system", "user_prefix", "assistant_prefix")
@@ -188,6 +193,68 @@ def test_forged_text_is_text_in_prompts_and_found_by_the_gate() -> None:
     )
     assert encode_prompt(forged, tokenizer).count(tokenizer.end_id) == 2
     assert ControlText(tokenizer).find(forged) == "messages[0]: </s>"
+
+
+# ---- Tools and reasoning ----
+
+TOOLS = [{"type": "function", "function": {"name": "area", "description": "Of a </s> square"}}]
+CALLS = [{"name": "area", "arguments": {"a": 5, "unit": "</s>"}}]
+
+
+def parsed(tools: str = "") -> ParsedRecord:
+    messages = (
+        Message("user", "How large?"),
+        Message("assistant", "Let me see.", reasoning="A square.", calls=json.dumps(CALLS)),
+        Message("tool", "25"),
+        Message("assistant", "It is 25.", reasoning="Five squared."),
+    )
+    return ParsedRecord("id", "role/content", False, None, "", messages, (), tools=tools)
+
+
+def test_tools_and_calls_are_the_arguments_of_a_template_that_writes_them() -> None:
+    tokenizer = load("default_system")
+    template = tokenizer.template
+    assert isinstance(template, BaseTemplate) and template.arguments() == {"tools", "calls"}
+    spelling = Spelling(DEFAULT_SYSTEM, tool_calls="train", arguments=template.arguments())
+    cleaned = clean_turns(parsed(json.dumps(TOOLS)), html="never", spelling=spelling)
+    assert isinstance(cleaned, ParsedRecord) and "tools_in_system" not in cleaned.repairs
+    conversation = assign_source(cleaned, Source("source", "", 1.0, {}, {}))
+    (part,) = encoded(tokenizer, conversation)
+    shown = tokenizer.pretrained.decode(part.example.input_ids)
+    assert 'You are a small model.\n{"type": "function", "function": {"name": "area", "description": ' in shown
+    supervised = [tokenizer.pretrained.decode(part.example.input_ids[start:end]) for start, end in runs(part)]
+    call = '<call>{"name": "area", "arguments": {"a": 5, "unit": "</s>"}}</call>'
+    assert supervised == [f"Let me see.{call}</s>", "It is 25.</s>"]
+    assert part.example.input_ids.tolist().count(tokenizer.end_id) == 5  # of turns alone
+    untrained = clean_turns(parsed(), html="never", spelling=replace(spelling, tool_calls="context"))
+    assert isinstance(untrained, ParsedRecord) and "calls_untrained" in untrained.repairs
+    assert [message.weight for message in untrained.messages] == [None, 0.0, None, None]
+
+
+def test_reasoning_is_the_argument_of_a_template_that_writes_it() -> None:
+    tokenizer = load("reasoning")
+    template = tokenizer.template
+    assert isinstance(template, BaseTemplate) and template.arguments() == {"reasoning"}
+    spelling = Spelling(REASONING, reasoning="keep", tool_calls="train", arguments=template.arguments())
+    cleaned = clean_turns(parsed(), html="never", spelling=spelling)
+    assert isinstance(cleaned, ParsedRecord)
+    parts = encoded(tokenizer, assign_source(cleaned, Source("source", "", 1.0, {}, {})))
+    supervised = [
+        tokenizer.pretrained.decode(part.example.input_ids[start:end]) for part in parts for start, end in runs(part)
+    ]
+    assert supervised[0] == "<think>\nFive squared.\n</think>\n\nIt is 25.</s>"
+    assert supervised[1].startswith("<think>\nA square.\n</think>\n\nLet me see.")
+    assert "Five squared" not in tokenizer.pretrained.decode(parts[1].example.input_ids)
+
+
+def test_copies_that_differ_in_their_tools_are_no_duplicates() -> None:
+    spelling = Spelling(DEFAULT_SYSTEM, tool_calls="train", arguments=frozenset({"tools", "calls"}))
+    keys = []
+    for tools in ("", json.dumps(TOOLS)):
+        cleaned = clean_turns(parsed(tools), html="never", spelling=spelling)
+        assert isinstance(cleaned, ParsedRecord)
+        keys.append(text_keys([assign_source(cleaned, Source("source", "", 1.0, {}, {}))], minhash=False).own[0])
+    assert keys[0] != keys[1]
 
 
 # ---- What cannot be trained is named ----

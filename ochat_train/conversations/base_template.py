@@ -161,11 +161,35 @@ class BaseTemplate:
         if not whole.startswith(prompt):
             raise ValueError(f"{where}: the prompt of an answer would not be what stands before it in training{remedy}")
 
+    def arguments(self) -> frozenset[str]:
+        """Which of "tools", "calls" and "reasoning" the template writes itself, in a conversation that has them."""
+        asked = _chat(1)
+        call = {"type": "function", "function": {"name": _SAID[2], "arguments": {_SAID[3]: _SAID[4]}}}
+        tool = {"name": _SAID[2], "description": _SAID[3], "parameters": {"type": "object", "properties": {}}}
+        answer = {"role": "assistant", "content": _SAID[1]}
+        tried: dict[str, tuple[list[Any], list[Any] | None]] = {
+            "tools": ([*asked, answer], [{"type": "function", "function": tool}]),
+            "calls": ([*asked, answer | {"content": "", "tool_calls": [call]}], None),
+            "reasoning": ([*asked, answer | {"reasoning_content": _SAID[2] + _SAID[3]}], None),
+        }
+        found = set()
+        for name, (messages, tools) in tried.items():
+            try:
+                prompt = self.render(asked, condition="", tools=tools, for_reply=True)
+                whole = self.render(messages, condition="", tools=tools)
+            except TemplateRefused:
+                continue
+            if whole.startswith(prompt) and _SAID[2] in whole and _SAID[3] in whole:
+                found.add(name)
+        return frozenset(found)
+
     def notes(self) -> list[str]:
         """What to know of the template: what it adds to texts or takes from them."""
         assert self.shape is not None
         spaced = [{"role": "user", "content": f" {_SAID[0]} "}]
         notes = [f"answers end with {self.end_token}"]
+        if arguments := sorted(self.arguments()):
+            notes.append(f"it writes {', '.join(arguments)} itself")
         if _has_marks(self.source):
             notes.append("its tag generation says where answers begin")
         head = self.shape.head

@@ -96,7 +96,9 @@ def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
     if isinstance(own, dict):  # several by name
         own = own.get("tool_use", own.get("default"))
     control = (str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
-    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls)
+    template = tokenizer.template
+    arguments = template.arguments() if isinstance(template, BaseTemplate) else frozenset()
+    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls, arguments)
 
 
 def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Counter[str]]:

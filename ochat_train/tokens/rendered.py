@@ -4,7 +4,8 @@ Answers are found by rendering what comes before each of them. What a text spell
 in a text is rendered as a placeholder, and the text around it is encoded alone.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from ochat_train.conversations.base_template import BaseTemplate, TemplateRefused
 from ochat_train.conversations.schema import Conversation, Role
+from ochat_train.conversations.spell_out import read_calls, read_definitions
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.tokens.encode import Encoded, Example, encode
 from ochat_train.tokens.strings import Refused, StringEncoder, Tokens
@@ -37,8 +39,14 @@ class _Chat:
 
     conversation: Conversation
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
     condition: str
     is_hidden: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The names of tools that are defined."""
+        return [tool["function"]["name"] for tool in self.tools]
 
     @property
     def num_system(self) -> int:
@@ -111,7 +119,7 @@ def encode_rendered_prompt(
 ) -> npt.NDArray[np.int32]:
     """The ids up to where the assistant would begin to answer. Raises TemplateRefused."""
     chat = _to_chat(conversation, encoder)
-    text = template.render(chat.messages, condition=chat.condition, for_reply=True)
+    text = template.render(chat.messages, condition=chat.condition, tools=chat.tools, for_reply=True)
     (tokens,) = encoder.encode([text], is_hidden=[chat.is_hidden])
     if isinstance(tokens, Refused):
         raise TemplateRefused(tokens.detail)
@@ -123,15 +131,31 @@ def _parts(parts: list[_Part] | Refused) -> list[_Part]:
 
 
 def _to_chat(conversation: Conversation, encoder: StringEncoder) -> _Chat:
-    messages = [{"role": message.role, "content": message.text} for message in conversation.messages]
+    """The conversation with placeholders for the special tokens that it spells."""
+    messages: list[dict[str, Any]] = []
     if conversation.system:
-        messages.insert(0, {"role": "system", "content": conversation.system})
-    hidden = [{**message, "content": encoder.hide(message["content"])} for message in messages]
-    condition = encoder.hide(conversation.condition)
-    is_hidden = hidden != messages or condition != conversation.condition
-    if is_hidden and any(encoder.has_placeholder(message["content"]) for message in messages):
+        messages.append({"role": "system", "content": conversation.system})
+    for message in conversation.messages:
+        messages.append({"role": message.role, "content": message.text})
+        if message.reasoning:
+            messages[-1]["reasoning_content"] = message.reasoning
+        if message.calls:
+            calls = [{"type": "function", "function": call} for call in read_calls(message.calls)]
+            messages[-1]["tool_calls"] = calls
+    whole = [messages, read_definitions(conversation.tools), conversation.condition]
+    hidden = _map_texts(whole, encoder.hide)
+    if hidden != whole and encoder.has_placeholder(json.dumps(whole, ensure_ascii=False)):
         raise TemplateRefused("a text spells a special token, and one has characters of Unicode's last private planes")
-    return _Chat(conversation, hidden, condition, is_hidden)
+    return _Chat(conversation, *hidden, is_hidden=hidden != whole)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The JSON value with every text in it changed, names of fields included."""
+    if isinstance(value, dict):
+        return {change(name): _map_texts(inner, change) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _find_parts(chat: _Chat, template: BaseTemplate) -> list[_Part] | Refused:
@@ -155,7 +179,7 @@ def _find_parts(chat: _Chat, template: BaseTemplate) -> list[_Part] | Refused:
                 f"the prompt before turn {last + 1} ends with {prompt[start:][:40]!r}, where training has "
                 f"{text[start:][:40]!r}",
             )
-        if lost := answers.find_lost(last, text):
+        if lost := answers.find_lost(last, text, kept):
             return Refused("template_refused", lost)
         prefix_length, turns = answers.find_turns(last, text)
         said = [number for number, role in enumerate(roles[: last + 1]) if role == "assistant"]
@@ -182,7 +206,7 @@ class _Answers:
         """The messages up to and including this one, and the marks in them."""
         if number not in self._wholes:
             self._wholes[number] = self._template.render_marked(
-                self._chat.messages[: number + 1], condition=self._chat.condition
+                self._chat.messages[: number + 1], condition=self._chat.condition, tools=self._chat.tools
             )
         return self._wholes[number]
 
@@ -190,7 +214,7 @@ class _Answers:
         """What stands before the answer when it is generated."""
         if number not in self._prompts:
             self._prompts[number] = self._template.render(
-                self._chat.messages[:number], condition=self._chat.condition, for_reply=True
+                self._chat.messages[:number], condition=self._chat.condition, tools=self._chat.tools, for_reply=True
             )
         return self._prompts[number]
 
@@ -207,12 +231,16 @@ class _Answers:
         own = self.whole(number)[0][: self.end(number)]
         return own.startswith(self.prompt(number)) and text.startswith(own)
 
-    def find_lost(self, last: int, text: str) -> str:
-        """Which text of a turn up to the last is not in the string, in words; earlier answers may lose their parts."""
+    def find_lost(self, last: int, text: str, kept: Sequence[int]) -> str:
+        """Which text up to this turn is not in the string, in words; an answer that is not kept may lose parts."""
         for number, message in enumerate(self._chat.messages[: last + 1]):
-            is_context = message["role"] == "assistant" and number != last
-            if not is_context and message["content"].strip() not in text:
+            is_context = message["role"] == "assistant" and number not in kept
+            texts = [] if is_context else [message["content"], message.get("reasoning_content", "")]
+            texts += [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if any(said.strip() not in text for said in texts):
                 return f"the template leaves out a text of turn {number + 1}, of the role {message['role']}"
+        if any(name not in text for name in self._chat.names):
+            return "the template leaves out the definition of a tool"
         return ""
 
     def find_turns(self, last: int, text: str) -> tuple[int | None, list[_Turn]]:
@@ -261,7 +289,7 @@ class _Answers:
             place = text.find(shape.user_header) if shape.user_header else -1
         else:
             place = (self._find_start(first, text) or 0) - len(shape.assistant_header)
-        texts = [message["content"].strip() for message in chat.messages[:first]]
+        texts = [message["content"].strip() for message in chat.messages[:first]] + chat.names
         texts += [chat.condition] * (self._template.condition_in == "system")
         return place if place >= 0 and all(said in text[:place] for said in texts) else None
 
