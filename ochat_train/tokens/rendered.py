@@ -144,9 +144,11 @@ def _to_chat(conversation: Conversation, encoder: StringEncoder) -> _Chat:
             messages[-1]["tool_calls"] = calls
     whole = [messages, read_definitions(conversation.tools), conversation.condition]
     hidden = _map_texts(whole, encoder.hide)
-    if hidden != whole and encoder.has_placeholder(json.dumps(whole, ensure_ascii=False)):
+    is_hidden = hidden != whole
+    if is_hidden and encoder.has_placeholder(json.dumps(whole, ensure_ascii=False)):
         raise TemplateRefused("a text spells a special token, and one has characters of Unicode's last private planes")
-    return _Chat(conversation, *hidden, is_hidden=hidden != whole)
+    messages, tools, condition = hidden
+    return _Chat(conversation, messages, tools, condition, is_hidden)
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
