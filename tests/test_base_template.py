@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ochat_train.conversations.base_template import BaseTemplate
@@ -193,6 +194,28 @@ def test_forged_text_is_text_in_prompts_and_found_by_the_gate() -> None:
     )
     assert encode_prompt(forged, tokenizer).count(tokenizer.end_id) == 2
     assert ControlText(tokenizer).find(forged) == "messages[0]: </s>"
+
+
+@pytest.mark.parametrize("answer", ["Yes", "  indented", "\n\n"])
+def test_tokens_that_take_the_white_space_beside_them_end_where_they_end(answer: str, tmp_path: Path) -> None:
+    """Phi 3's headers are tokens that take the line break after them."""
+    turns = "{{- '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}"
+    source = "{%- for message in messages %}" + turns + "{%- endfor %}{%- if add_generation_prompt %}"
+    source += "{{- '<|assistant|>\n' }}{%- endif %}"
+    folder = write_base(tmp_path / "base", "llama2", chat_template=source)
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for token in ("<|user|>", "<|assistant|>", "<|end|>"):
+        made.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=True)])
+    made.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder), BaseTemplate())
+    conversation = Conversation("", "", "", "", (Message("user", "Hi"), Message("assistant", answer, 1.0)))
+    (part,) = encoded(tokenizer, conversation)
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert part.example.input_ids.tolist() == plain.apply_chat_template(as_messages(conversation), return_dict=False)
+    ((start, end),) = runs(part)
+    prompt = encode_prompt(replace(conversation, messages=conversation.messages[:1]), tokenizer)
+    assert part.example.input_ids[:start].tolist() == prompt
+    assert plain.decode(part.example.input_ids[start:end]).strip() == f"{answer.strip()}<|end|>"
 
 
 # ---- Tools and reasoning ----

@@ -41,12 +41,23 @@ class StringEncoder:
         decoder = control.get_added_tokens_decoder()
         self.special = {id_: token.content for id_, token in decoder.items() if token.special and token.content}
         self._tokens = sorted(self.special.values(), key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
         self._numbers = {token: number for number, token in enumerate(self._tokens)}
+        self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)
+        firsts = "".join(sorted({token[0] for token in self._tokens}))
+        self._first = re.compile(f"[{re.escape(firsts)}]" if firsts else r"(?!)")
 
     def hide(self, text: str) -> str:
         """The text with a placeholder for each special token that it spells."""
-        return self._spelled.sub(lambda found: chr(_FIRST_PLACEHOLDER + self._numbers[found[0]]), text)
+        parts: list[str] = []
+        place = 0
+        for found in self._first.finditer(text):  # a pattern of thousands of tokens would be slow
+            start = found.start()
+            lengths = self._lengths if start >= place else ()
+            spelled = next((text[start : start + n] for n in lengths if text[start : start + n] in self._numbers), None)
+            if spelled is not None:
+                parts += (text[place:start], chr(_FIRST_PLACEHOLDER + self._numbers[spelled]))
+                place = start + len(spelled)
+        return "".join([*parts, text[place:]])
 
     def has_placeholder(self, text: str) -> bool:
         """Whether a text has a character that `hide` would use."""

@@ -194,8 +194,15 @@ class ChatTokenizer:
                 f"template {template.name} needs the special token {refused[0]}, which is not one id of this "
                 f"tokenizer ({pretrained.name_or_path}); choose a template that fits the base model"
             )
-        # Adding a token that is there already marks it special, so that text which spells it is left alone.
-        special = [AddedToken(token, special=True, normalized=False) for token in template.special_tokens]
+        # Adding a token that is there already marks it special, so that text which spells it is left alone. With the
+        # base's own template it stays as it is else: some tokens take the white space beside them.
+        is_base = isinstance(template, BaseTemplate)
+        known = {str(token): token for token in pretrained.added_tokens_decoder.values() if is_base}
+        special = []
+        for token in template.special_tokens:
+            names = ("normalized", "lstrip", "rstrip", "single_word") if token in known else ()
+            options = {"normalized": False} | {name: getattr(known[token], name) for name in names}
+            special.append(AddedToken(token, special=True, **options))
         pretrained.add_tokens(special, special_tokens=True)
         special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
         self.added = {token: special_ids[token] for token in missing}
