@@ -17,7 +17,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.files import flush_tree, publish_folder
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
@@ -62,7 +62,7 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
         require_peft()
         if _lora(checkpoint) is None:
             raise ValueError(f"{checkpoint.path} has no adapters, since its model.lora was null; leave --adapter out")
-    tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), TEMPLATES[checkpoint.template])
+    tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), read_template(checkpoint.template))
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
     generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
     metadata, dtype = metadata_of(checkpoint), _dtype(checkpoint)
@@ -164,7 +164,7 @@ def _record_parity(model: Path, checkpoint: Checkpoint) -> None:
     found = None
     problems: list[str] = []
     try:
-        tokenizer = load_tokenizer(str(model), TEMPLATES[checkpoint.template])
+        tokenizer = load_tokenizer(str(model), read_template(checkpoint.template))
         if note := compare_with_auto(str(model), tokenizer):
             problems.append(f"exported tokenizer: {note}; serve it by --engine transformers")
         manifest = read_manifest(store)

@@ -346,7 +346,7 @@ class Trainer:
             path=self.run.dir / step_name(self.state.step),
             state=self.state,
             world_size=self.world.size,
-            template=self.run.recipe.template,
+            template=manifest.template,
             inference_condition=manifest.inference_condition,
             conditions=manifest.conditions,
             run=self.about,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig
 
+from ochat_train.conversations.described import describe_template
 from ochat_train.export import write_model
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -39,7 +40,7 @@ def write_chat_model(
         tokenizer=tokenizer,
         dtype=torch.float32,
         metadata={
-            "template": tokenizer.template.name,
+            "template": describe_template(tokenizer.template),
             "inference_condition": "Careful",
             "conditions": ["Careful", "Hasty"],
             "run": {"recipe": {"name": "tiny-chat"}},

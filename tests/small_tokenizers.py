@@ -8,7 +8,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 _DATA = Path(__file__).resolve().parents[1] / "data/quickstart.json"
-_SPECIAL = ["<unk>", "<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+_SPECIAL = [
+    *("<unk>", "<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<bos>", "<start_of_turn>"),
+]
 
 # The class that the base's tokenizer_config.json names, by kind. AutoTokenizer makes normalizer and pre_tokenizer of
 # these classes anew, whatever tokenizer.json says.
@@ -28,7 +31,7 @@ TEXTS = (
 )
 
 
-def write_base(folder: Path, kind: str, *, model_type: str | None = None) -> Path:
+def write_base(folder: Path, kind: str, *, model_type: str | None = None, chat_template: str | None = None) -> Path:
     """The folder of a base: tokenizer.json, tokenizer_config.json and, with a type of model, config.json."""
     is_sentence_piece = kind in SENTENCE_PIECE
     trained = Tokenizer(BPE())
@@ -49,6 +52,7 @@ def write_base(folder: Path, kind: str, *, model_type: str | None = None) -> Pat
     folder.mkdir(parents=True)
     made.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": CLASSES[kind], "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {"chat_template": chat_template} if chat_template is not None else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": kind != "metaspace_first"}))
     if model_type is not None:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -55,6 +55,8 @@ ACTIONS = {
     "repeated_answer_masked",
     "overlong_split",
     "overlong_truncated",
+    "answers_apart",
+    "answer_left_out",
     "question_cut",
     "answer_windowed",
 }
@@ -84,6 +86,9 @@ REASONS = {
     "repeated_answer",
     "no_weight",
     "too_long",
+    "template_refused",
+    "template_unstable",
+    "spells_control",
     "exact_duplicate",
     "earlier_snapshot",
     "near_duplicate",
@@ -96,6 +101,8 @@ NAMING_FILES = (
         for name in ("records", "json_scan", "sharegpt", "own_weights", "spell_out", "markdown", "clean", "filters")
     ),
     "tokens/overlong.py",
+    "tokens/rendered.py",
+    "tokens/strings.py",
 )
 OTHER_NAMES = (
     LISTS
@@ -201,10 +208,16 @@ def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> N
     key, default = row[0].strip("`"), row[2]
     made = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
     made += ["model.lora={}", "optim.lr=2e-4"] if key.startswith("model.lora.") else []
+    made += ["template=pieces", "pieces={header: ['{role}'], end: e}"] if key.startswith("pieces.") else []
     if default == "required":
         if key == "log.wandb.project":
             with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):
                 load_recipe(least, ["log.wandb.mode=offline"])
+            return
+        if key in ("pieces.header", "pieces.end"):
+            left = "pieces={end: e}" if key == "pieces.header" else "pieces={header: ['{role}']}"
+            with pytest.raises(ValueError, match=f"{key}: missing"):
+                load_recipe(least, ["template=pieces", left])
             return
         at(REQUIRED, key)
         parent, _, last = key.replace(".N", ".0").rpartition(".")
@@ -289,7 +302,7 @@ def test_data_has_every_template_with_its_roles_and_condition() -> None:
     assert listed == {
         name: (
             [template.role_names[role] for role in ("user", "assistant", "tool")],
-            [template.inference_condition],
+            [template.inference_condition] * bool(template.inference_condition),
         )
         for name, template in TEMPLATES.items()
     }
@@ -312,12 +325,12 @@ def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None
     block = next(block for block in blocks if template.name in re.split(r",? +|\n", block.partition("  ")[0].strip()))
     lines = dict(re.findall(r"^ +(beginning|system|turn) +(.*)$", block, re.MULTILINE))
     beginning = f"[{template.bos}]" if template.bos else "nothing"
-    if template.condition_first:
+    if template.condition_in == "first":
         beginning += f', and with a condition: "Assistant is {{condition}}" [{template.end_token}]'
     assert lines == {
         "beginning": beginning,
         "system": line(template.system_header, template.role_names["system"]),
-        "turn": line(template.header, "{role}" if template.condition_first else "{condition} {role}"),
+        "turn": line(template.header, "{role}" if template.condition_in == "first" else "{condition} {role}"),
     }
 
 

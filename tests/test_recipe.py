@@ -590,7 +590,7 @@ def test_a_recipe_is_frozen() -> None:
 
 
 def test_the_templates_of_recipes_are_the_templates_there_are() -> None:
-    assert set(typing.get_args(Recipe.model_fields["template"].annotation)) == set(TEMPLATES)
+    assert set(typing.get_args(Recipe.model_fields["template"].annotation)) == {*TEMPLATES, "base", "pieces"}
 
 
 def test_differences_are_one_line_a_leaf() -> None:

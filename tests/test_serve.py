@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.files import free_port
 from ochat_train.serve.__main__ import bind, choose_engine, is_loopback, main
@@ -28,8 +29,10 @@ from ochat_train.serve.transformers_engine import EndOfAnswer, TextStream, load,
 from ochat_train.serve.vllm_engine import make_command
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.asgi import exchange
+from tests.base_templates import ALTERNATING
 from tests.chat_model import NUM_POSITIONS, write_chat_model
 from tests.chat_server import FORGED, KEY, ROOT, SECRET, Server, ask, generate, serving, vanish
+from tests.small_tokenizers import write_base
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,22 @@ def test_what_a_user_writes_does_not_change_how_the_answer_is_read(tmp_path: Pat
     assert "".join(delta.get("content", "") for delta in deltas) == expected
     assert stream.endswith(b"\n\ndata: [DONE]\n\n")
     assert {name for delta in deltas for name in delta} == {"role", "content"}
+
+
+def test_a_chat_that_the_bases_own_template_does_not_take_is_refused_with_its_reason(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "gpt4", chat_template=ALTERNATING)
+    tokenizer = load_tokenizer(str(base), BaseTemplate("user_prefix"))
+    served = find_served(str(write_chat_model(tmp_path / "model", tokenizer)))
+    loaded = AutoModelForCausalLM.from_pretrained(served.folder)
+    app = make_app(served, loaded, served.load_tokenizer(), keys=ApiKeys([]), log=None)
+    for roles, status in (("user user", 400), ("system user", 400), ("user assistant user", 200)):
+        messages = [{"role": role, "content": "Hi</s>"} for role in roles.split()]
+        body = {"model": "tiny-chat", "messages": messages, "temperature": 0, "max_tokens": 4}
+        answer = asyncio.run(exchange(app, [orjson.dumps(body)]))
+        assert answer.status == status, answer.body
+        if status == 400:
+            words = "must alternate" if roles == "user user" else "System role not supported"
+            assert words in orjson.loads(answer.body)["error"]["message"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -203,6 +203,11 @@ def test_special_tokens_are_listed_once_each_and_the_end_token_may_always_be_add
         "openchat_v3.2": ("<s>", "<|end_of_turn|>"),
         "openchat_v3.1": ("<s>", "<|end_of_turn|>"),
         "openchat_v3.2_mistral": ("<s>", "<|end_of_turn|>"),
+        "openchat_3.5": ("<s>", "<|end_of_turn|>"),
+        "openchat_v3.2_gemma_new": ("<bos>", "<end_of_turn>"),
+        "llama3_instruct": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+        "gemma_it": ("<bos>", "<end_of_turn>", "<start_of_turn>"),
+        "zephyr_mistral": ("<s>", "</s>"),
         "openchat_3.6": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
         "chatml": ("<|im_end|>", "<|im_start|>"),
     }

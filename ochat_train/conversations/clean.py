@@ -119,7 +119,7 @@ def _split_leading(messages: Messages) -> tuple[Messages, Messages]:
 
 def remove_empty_turns(messages: Messages) -> Messages:
     """The messages without those whose text is empty or only white space."""
-    return tuple(message for message in messages if message.text.strip() or message.has_weight)
+    return tuple(message for message in messages if message.all_text.strip() or message.has_weight)
 
 
 def remove_leading_answers(messages: Messages) -> Messages:

@@ -14,7 +14,7 @@ class Message:
     decides: the source's weight on an assistant turn, 0 on any other.
 
     `reasoning` and `calls` are an assistant's reasoning before its text and its tool calls after it, as the record
-    writes them, or empty. `spell_out` writes both into the text, so in a Conversation they are empty.
+    writes them, or empty. `spell_out` writes into the text what the template does not take as arguments.
     """
 
     role: Role
@@ -28,16 +28,25 @@ class Message:
         """Whether the turn has a weight of its own above 0."""
         return bool(self.weight)
 
+    @property
+    def all_text(self) -> str:
+        """Everything that the turn says, to compare it by."""
+        return f"{self.reasoning}{self.text}{self.calls}"
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One training example as text. `condition` and `system` are empty strings where there is none."""
+    """One training example as text. `condition`, `system` and `tools` are empty strings where there is none.
+
+    `tools` are definitions that the template takes as arguments, as the record writes them.
+    """
 
     id: str
     source: str
     condition: str
     system: str
     messages: tuple[Message, ...]
+    tools: str = ""
 
 
 # What was found and not read: ("record field" | "turn field" | "part field" | "role", its name), once for each time.

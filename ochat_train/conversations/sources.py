@@ -1,12 +1,12 @@
 """Sources: the parts of the dumps, and the condition and loss weight that their records get."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ochat_train.conversations.fields import Reading, get_value, show
 from ochat_train.conversations.own_weights import MAX_FLOAT32
-from ochat_train.conversations.schema import Conversation, Message, ParsedRecord
+from ochat_train.conversations.schema import Conversation, ParsedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,6 @@ def assign_source(parsed: ParsedRecord, source: Source) -> Conversation:
                 f"record {parsed.id!r}: a turn's weight {own} times the record's {parsed.weight} and the weight "
                 f"{source.weight} of source {source.name} is not finite in float32; lower one of them"
             )
-        messages.append(Message(message.role, message.text, weight))
+        messages.append(replace(message, weight=weight))
     condition = source.condition if source.condition is not None else parsed.condition or ""
-    return Conversation(parsed.id, source.name, condition, parsed.system, tuple(messages))
+    return Conversation(parsed.id, source.name, condition, parsed.system, tuple(messages), parsed.tools)

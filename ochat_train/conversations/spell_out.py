@@ -20,13 +20,15 @@ class Spelling:
 
     chat_template: the base's own, in Jinja, or None. special_tokens: the tokenizer's; a form that needs one of them is
     not used, since text is never read as control. reasoning: "drop" or "keep". tool_calls: "context" gives calls no
-    loss unless the record gives them a weight, "train" the loss of answers.
+    loss unless the record gives them a weight, "train" the loss of answers. arguments: which of "tools", "calls" and
+    "reasoning" the template that is trained takes as arguments; these stay beside the texts.
     """
 
     chat_template: str | None = None
     special_tokens: tuple[str, ...] = ()
     reasoning: Literal["drop", "keep"] = "drop"
     tool_calls: Literal["context", "train"] = "context"
+    arguments: frozenset[str] = frozenset()
 
 
 AS_WRITTEN = Spelling()
@@ -37,8 +39,9 @@ def spell_out(parsed: ParsedRecord, spelling: Spelling) -> ParsedRecord:
 
     Definitions follow the system text. If the base's template has no form for them, for a call or for reasoning, they
     are written as the record has them, reasoning between <think> and </think>. A call without a loss becomes a turn of
-    its own after its text. Added to `repairs`: tools_in_system, reasoning_kept, reasoning_dropped, and calls_untrained
-    if calls became context because the record gives them no weight.
+    its own after its text; as an argument of the template it is a part of its turn, which then has no loss. Added to
+    `repairs`: tools_in_system, reasoning_kept, reasoning_dropped, and calls_untrained if calls became context because
+    the record gives them no weight.
 
     Worked example: assistant text "Let me look.", calls [{"name": "f", "arguments": {}}] becomes, with "train" and
     Qwen's template, 'Let me look.\\n<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>'.
@@ -52,15 +55,22 @@ def spell_out(parsed: ParsedRecord, spelling: Spelling) -> ParsedRecord:
         if reasoning:
             repairs["reasoning_kept" if spelling.reasoning == "keep" else "reasoning_dropped"] = None
             reasoning = reasoning if spelling.reasoning == "keep" else ""
+        kept_calls = calls if "calls" in spelling.arguments and read_calls(calls) else ""
         if calls and weight is None and spelling.tool_calls == "context":
             repairs["calls_untrained"] = None
-            if text:
+            if kept_calls:
+                weight = 0.0
+            elif text:
                 messages.append(Message(message.role, _write_answer(spelling, text, reasoning, "")))
             # Reasoning before an untrained call is untrained too: alone it would teach the model to stop there.
-            text, weight, reasoning = "", 0.0, "" if text else reasoning
-        messages.append(Message(message.role, _write_answer(spelling, text, reasoning, calls), weight))
+            if not kept_calls:
+                text, weight, reasoning = "", 0.0, "" if text else reasoning
+        kept_reasoning = reasoning if "reasoning" in spelling.arguments else ""
+        written = _write_answer(spelling, text, "" if kept_reasoning else reasoning, "" if kept_calls else calls)
+        messages.append(Message(message.role, written, weight, kept_reasoning, kept_calls))
     system = parsed.system
-    if parsed.tools:
+    kept_tools = parsed.tools if "tools" in spelling.arguments and read_definitions(parsed.tools) else ""
+    if parsed.tools and not kept_tools:
         repairs["tools_in_system"] = None
         leading = [message.role == "system" and not message.has_weight for message in messages]
         last = (leading.index(False) if False in leading else len(messages)) - 1
@@ -68,7 +78,7 @@ def spell_out(parsed: ParsedRecord, spelling: Spelling) -> ParsedRecord:
             system = _write_system(spelling, system, parsed.tools)
         else:  # after the last of the system turns that `repair_turns` will join
             messages[last] = replace(messages[last], text=_write_system(spelling, messages[last].text, parsed.tools))
-    return replace(parsed, system=system, messages=tuple(messages), repairs=tuple(repairs), tools="")
+    return replace(parsed, system=system, messages=tuple(messages), repairs=tuple(repairs), tools=kept_tools)
 
 
 # ---- Definitions ----
@@ -77,7 +87,7 @@ def spell_out(parsed: ParsedRecord, spelling: Spelling) -> ParsedRecord:
 @lru_cache(maxsize=1024)  # many conversations have the same tools
 def _write_system(spelling: Spelling, system: str, tools: str) -> str:
     """The system text with the definitions in it."""
-    definitions = _read_definitions(tools)
+    definitions = read_definitions(tools)
     # Names with quotation marks: a system text may mention the weather without defining a tool of that name.
     if definitions and all(json.dumps(definition["function"]["name"]) in system for definition in definitions):
         return system  # which has the definitions already
@@ -109,7 +119,7 @@ def _write_answer(spelling: Spelling, text: str, reasoning: str, calls: str) -> 
     """The text of an answer with its reasoning before it and its calls after it."""
     if not reasoning and not calls:
         return text
-    called = _read_calls(calls)
+    called = read_calls(calls)
     if bool(called) == bool(calls) and (rendered := _render_answer(spelling, text, reasoning, called)):
         return rendered
     if reasoning:
@@ -203,7 +213,7 @@ def _read_objects(text: str) -> list[dict[str, Any]]:
     return objects if all(isinstance(one, dict) for one in objects) else []
 
 
-def _read_definitions(text: str) -> list[dict[str, Any]]:
+def read_definitions(text: str) -> list[dict[str, Any]]:
     """Definitions as {type, function: {name, ...}}; [] if one of them is written in another way."""
     definitions = []
     for tool in _read_objects(text):
@@ -214,7 +224,7 @@ def _read_definitions(text: str) -> list[dict[str, Any]]:
     return definitions
 
 
-def _read_calls(text: str) -> list[dict[str, Any]]:
+def read_calls(text: str) -> list[dict[str, Any]]:
     """Calls as {name, arguments}, the arguments as an object; [] if one of them is written in another way."""
     calls = []
     for call in _read_objects(text):

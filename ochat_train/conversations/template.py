@@ -6,8 +6,13 @@ A template is data, not code, so that its two readers cannot drift apart: `segme
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ochat_train.conversations.schema import Conversation, Role
+
+# Where a template writes the condition. "first": as OpenChat V3.1 does, in words, before the system text.
+ConditionPlace = Literal["header", "system", "user_prefix", "assistant_prefix", "first"]
+_PREFIXED: Mapping[str, Role] = {"user_prefix": "user", "assistant_prefix": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +36,12 @@ class TemplatePart:
 class ChatTemplate:
     """One chat format.
 
-    A conversation is `bos`, the condition if `condition_first`, and then for the system text and each turn: header,
-    text, `end_token`, `after_end`. `addable` special tokens are added to a tokenizer that lacks them; a tokenizer that
-    lacks any other is refused.
+    A conversation is `bos` and then for the system text and each turn: header, text, `end_token`, `after_end`.
+    `addable` special tokens are added to a tokenizer that lacks them; a tokenizer that lacks any other is refused.
+
+    condition_in: the condition stands in the headers of all turns but the system's, before the role's name; in a system
+    turn of its own before all others ("system"); or in a line before the text of each turn of the user or of the
+    assistant ("user_prefix", "assistant_prefix").
     """
 
     name: str
@@ -45,14 +53,18 @@ class ChatTemplate:
     role_names: Mapping[Role, str]
     addable: tuple[str, ...]
     inference_condition: str
-    condition_first: bool = False
+    condition_in: ConditionPlace = "header"
+
+    @property
+    def turn_tokens(self) -> tuple[str, ...]:
+        """The special tokens that turns are made of: the end token, and those of headers and after the end token."""
+        parts = (*self.header, *self.system_header, *self.after_end)
+        return tuple(dict.fromkeys([self.end_token, *(part.text for part in parts if part.is_special)]))
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Every special token of the template, each once, in a fixed order."""
-        parts = (*self.header, *self.system_header, *self.after_end)
-        found = [self.bos, self.end_token, *(part.text for part in parts if part.is_special)]
-        return tuple(dict.fromkeys(token for token in found if token))
+        return tuple(dict.fromkeys(token for token in (self.bos, *self.turn_tokens) if token))
 
     def segments(self, conversation: Conversation, *, for_reply: bool = False) -> Iterator[Segment]:
         """The conversation's segments in order; with `for_reply`, up to where the assistant begins its answer.
@@ -71,9 +83,11 @@ class ChatTemplate:
         """The segments before the first turn: the beginning, the condition if it comes first, the system text."""
         if self.bos:
             yield Segment(self.bos, 0.0, True)
-        if self.condition_first and condition:
+        if self.condition_in == "first" and condition:
             yield Segment(f"Assistant is {condition}", 0.0, False)
             yield Segment(self.end_token, 0.0, True)
+        if self.condition_in == "system" and condition:
+            yield from self._turn("system", condition, condition, 0.0)
         if system:
             yield from self._turn("system", condition, system, 0.0)
 
@@ -82,10 +96,12 @@ class ChatTemplate:
         if role == "system":
             parts, name = self.system_header, self.role_names[role]
         else:
-            shown = "" if self.condition_first else condition
+            shown = condition if self.condition_in == "header" else ""
             parts, name = self.header, f"{shown} {self.role_names[role]}".strip()
         for part in parts:
             yield Segment(part.text.replace("{role}", name), 0.0, part.is_special)
+        if condition and role == _PREFIXED.get(self.condition_in):
+            yield Segment(f"{condition}\n", 0.0, False)
 
     def after_end_segments(self) -> Iterator[Segment]:
         """The segments after the end token of a turn."""
@@ -109,36 +125,66 @@ class ChatTemplate:
         header = self._jinja_parts(self.header, after_turn, joint)
         system_header = self._jinja_parts(self.system_header, after_turn, joint)
         said = _output(f"said.text + {_literal(self.end_token)}")
-        text = joint.jinja_text(self.header[-1].is_special) + said
         system_text = joint.jinja_text(self.system_header[-1].is_special if self.system_header else True) + said
-        role = "role" if self.condition_first else "(condition + ' ' + role) | trim"
+        role = "(condition + ' ' + role) | trim" if self.condition_in == "header" else "role"
         names = ", ".join(f"'{key}': {_literal(name)}" for key, name in self.role_names.items() if key != "system")
-        first = _literal(joint.before_text(True) + "Assistant is ") + " + condition + " + _literal(self.end_token)
+        is_prefixed = self.condition_in == "assistant_prefix"
+        prefix = "{%- if condition -%}" + self._jinja_prefix(joint) + "{%- endif -%}" if is_prefixed else ""
+        after_end = _output(self._jinja_parts(self.after_end, True, joint)) if self.after_end else ""
+        set_system = "{%- set role = " + _literal(self.role_names["system"]) + " -%}" if system_header else ""
+        system_start = set_system + (_output(system_header) if system_header else "")
         return "".join(
             [
                 "{%- if condition is not defined -%}",
                 "{%- set condition = " + _literal(inference_condition) + " -%}{%- endif -%}",
                 "{%- set names = {" + names + "} -%}",
                 _output(_literal(self.bos)) if self.bos else "",
-                "{%- if condition -%}" + _output(first) + "{%- endif -%}" if self.condition_first else "",
+                self._jinja_condition_turn(system_start, after_end, joint),
                 "{%- for message in messages -%}",
                 _READ_TEXT,
                 "{%- if message['role'] == 'system' -%}",
-                "{%- set role = " + _literal(self.role_names["system"]) + " -%}" if system_header else "",
-                _output(system_header) if system_header else "",
-                system_text,
+                system_start + system_text,
                 "{%- elif message['role'] in names -%}",
                 "{%- set role = names[message['role']] -%}{%- set role = " + role + " -%}",
                 _output(header),
-                "{%- if message['role'] == 'assistant' -%}{%- generation -%}" + text + "{%- endgeneration -%}",
-                "{%- else -%}" + text + "{%- endif -%}",
+                self._jinja_turn(said, joint),
                 "{%- else -%}{{- raise_exception('unknown role: ' + message['role']) -}}{%- endif -%}",
-                _output(self._jinja_parts(self.after_end, True, joint)) if self.after_end else "",
+                after_end,
                 "{%- endfor -%}",
                 "{%- if add_generation_prompt -%}{%- set role = names['assistant'] -%}{%- set role = " + role + " -%}",
-                _output(header) + "{%- endif -%}",
+                _output(header) + prefix + "{%- endif -%}",
             ]
         )
+
+    def _jinja_condition_turn(self, system_start: str, after_end: str, joint: "Joint") -> str:
+        """What stands before all messages because of the condition."""
+        if self.condition_in == "first":
+            lead, start, after_end = joint.before_text(True) + "Assistant is ", "", ""
+        elif self.condition_in == "system":
+            is_special = self.system_header[-1].is_special if self.system_header else True
+            lead, start = joint.before_text(is_special), system_start
+        else:
+            return ""
+        turn = start + _output(_literal(lead) + " + condition + " + _literal(self.end_token)) + after_end
+        return "{%- if condition -%}" + turn + "{%- endif -%}"
+
+    def _jinja_turn(self, said: str, joint: "Joint") -> str:
+        """What follows the header of a message that is no system message; `generation` marks an answer."""
+
+        def turn(is_after_special: bool) -> str:
+            text = joint.jinja_text(is_after_special) + said
+            marked = "{%- generation -%}" + text + "{%- endgeneration -%}"
+            return "{%- if message['role'] == 'assistant' -%}" + marked + "{%- else -%}" + text + "{%- endif -%}"
+
+        plain = turn(self.header[-1].is_special)
+        if self.condition_in not in _PREFIXED:
+            return plain
+        test = "{%- if condition and message['role'] == '" + _PREFIXED[self.condition_in] + "' -%}"
+        return test + self._jinja_prefix(joint) + turn(False) + "{%- else -%}" + plain + "{%- endif -%}"
+
+    def _jinja_prefix(self, joint: "Joint") -> str:
+        """The condition in a line of its own, after a header."""
+        return _output(_literal(joint.before_text(self.header[-1].is_special)) + " + condition + " + _literal("\n"))
 
     @staticmethod
     def _jinja_parts(parts: tuple[TemplatePart, ...], after_special: bool, joint: "Joint") -> str:
@@ -202,18 +248,25 @@ def _literal(text: str) -> str:
 _NAMES: Mapping[Role, str] = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
 
 
-def _openchat(name: str, inference_condition: str, *, condition_first: bool = False) -> ChatTemplate:
+def _openchat(
+    name: str,
+    inference_condition: str,
+    *,
+    bos: str = "<s>",
+    end_token: str = "<|end_of_turn|>",
+    condition_in: ConditionPlace = "header",
+) -> ChatTemplate:
     return ChatTemplate(
         name=name,
-        bos="<s>",
-        end_token="<|end_of_turn|>",
+        bos=bos,
+        end_token=end_token,
         header=(TemplatePart("{role}:"),),
         system_header=(),
         after_end=(),
         role_names=_NAMES,
-        addable=("<|end_of_turn|>",),
+        addable=(end_token,),
         inference_condition=inference_condition,
-        condition_first=condition_first,
+        condition_in=condition_in,
     )
 
 
@@ -223,14 +276,17 @@ _LLAMA_3_HEADER = (
     TemplatePart("<|end_header_id|>", is_special=True),
     TemplatePart("\n\n"),
 )
+_LOWER_NAMES: Mapping[Role, str] = {role: name.lower() for role, name in _NAMES.items()}
 _CHATML_HEADER = (TemplatePart("<|im_start|>", is_special=True), TemplatePart("{role}\n"))
 
 TEMPLATES: Mapping[str, ChatTemplate] = {
     template.name: template
     for template in (
         _openchat("openchat_v3.2", "GPT4"),
-        _openchat("openchat_v3.1", "GPT4", condition_first=True),
+        _openchat("openchat_v3.1", "GPT4", condition_in="first"),
         _openchat("openchat_v3.2_mistral", "GPT4 Correct"),
+        _openchat("openchat_3.5", "GPT4 Correct"),  # the name under which openchat_v3.2_mistral is served
+        _openchat("openchat_v3.2_gemma_new", "GPT4 Correct", bos="<bos>", end_token="<end_of_turn>"),
         ChatTemplate(
             name="openchat_3.6",
             bos="<|begin_of_text|>",
@@ -242,7 +298,8 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             addable=("<|eot_id|>",),
             inference_condition="GPT4 Correct",
         ),
-        # ChatML has no condition; it is put before the role's name, as in openchat_3.6.
+        # The formats below have no condition of their own; it is put before the role's name, as in openchat_3.6. As
+        # OpenChat wrote them: three without a header of the system text, and Gemma's without a line break after turns.
         ChatTemplate(
             name="chatml",
             bos="",
@@ -250,9 +307,42 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             header=_CHATML_HEADER,
             system_header=_CHATML_HEADER,
             after_end=(TemplatePart("\n"),),
-            role_names={role: name.lower() for role, name in _NAMES.items()},
+            role_names=_LOWER_NAMES,
             addable=("<|im_start|>", "<|im_end|>"),
             inference_condition="GPT4",
+        ),
+        ChatTemplate(
+            name="llama3_instruct",
+            bos="<|begin_of_text|>",
+            end_token="<|eot_id|>",
+            header=_LLAMA_3_HEADER,
+            system_header=(),
+            after_end=(),
+            role_names=_LOWER_NAMES,
+            addable=("<|eot_id|>",),
+            inference_condition="",
+        ),
+        ChatTemplate(
+            name="gemma_it",
+            bos="<bos>",
+            end_token="<end_of_turn>",
+            header=(TemplatePart("<start_of_turn>", is_special=True), TemplatePart("{role}\n")),
+            system_header=(),
+            after_end=(),
+            role_names={**_LOWER_NAMES, "assistant": "model"},
+            addable=("<end_of_turn>",),
+            inference_condition="",
+        ),
+        ChatTemplate(
+            name="zephyr_mistral",
+            bos="<s>",
+            end_token="</s>",
+            header=(TemplatePart("<|{role}|>\n"),),
+            system_header=(),
+            after_end=(),
+            role_names=_LOWER_NAMES,
+            addable=("</s>",),
+            inference_condition="",
         ),
     )
 }

@@ -88,7 +88,10 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         [
             text
             for conversation in conversations
-            for text in (conversation.system, *(message.text for message in conversation.messages))
+            for text in (
+                conversation.system + conversation.tools,
+                *(message.all_text for message in conversation.messages),
+            )
         ]
     )
     num_prefixes, own, prefixes, largest, supervised = [], [], [], [], []
@@ -100,7 +103,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         own.append(chain[-1])
         prefixes += chain[:-1]
         num_prefixes.append(len(chain) - 1)
-        weighted = [(message.weight, len(message.text)) for message in conversation.messages if message.weight]
+        weighted = [(message.weight, len(message.all_text)) for message in conversation.messages if message.weight]
         largest.append(max((weight for weight, _ in weighted), default=0.0))
         supervised.append(min(sum(length for _, length in weighted), _LARGEST_U32))
         exact.append(_hash_exactly(conversation))
@@ -191,9 +194,9 @@ _WORD = re.compile(rb"[\xe3-\xed]..|[A-Za-z0-9\x80-\xe2\xee-\xff]+", re.DOTALL)
 
 
 def _hash_exactly(conversation: Conversation) -> bytes:
-    pieces = [conversation.source, conversation.condition, conversation.id, conversation.system]
+    pieces = [conversation.source, conversation.condition, conversation.id, conversation.system + conversation.tools]
     for message in conversation.messages:
-        pieces += (message.role, str(message.weight), message.text)
+        pieces += (message.role, str(message.weight), message.all_text)
     return _digest(_encode("".join([f"{len(piece)}:{piece}" for piece in pieces])))
 
 

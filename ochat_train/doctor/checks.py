@@ -20,7 +20,7 @@ import torch
 from deepspeed.launcher.runner import fetch_hostfile
 from packaging.requirements import Requirement
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.doctor.rows import check_rows
 from ochat_train.doctor.trials import check_fullest, check_isolation
@@ -189,7 +189,7 @@ def check_port(_: Case) -> Finding:
 
 def check_special_tokens(case: Case) -> Finding:
     """That each special token of the template is one id, and that text which spells one is not it."""
-    tokenizer = case.tokenizer = load_tokenizer(case.recipe.tokenizer_name, TEMPLATES[case.recipe.template])
+    tokenizer = case.tokenizer = load_tokenizer(case.recipe.tokenizer_name, read_template(case.recipe.template_json))
     name, ids = tokenizer.template.name, tokenizer.special_ids
     as_text = [len(found) for found in tokenizer.encode_texts(list(ids))]
     shown = ", ".join(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.tokens.parity import PromptParity, check_parity
 from ochat_train.tokens.store import TokenStore
@@ -25,4 +25,4 @@ def compare_prompts(model: str | Path, store: str | Path, *, num: int) -> Prompt
             f"{model} has the template {metadata['template']}, and {store} {examples.manifest.template}; name the "
             "store that it was trained on"
         )
-    return check_parity(examples, load_tokenizer(str(model), TEMPLATES[metadata["template"]]), num=num)
+    return check_parity(examples, load_tokenizer(str(model), read_template(metadata["template"])), num=num)

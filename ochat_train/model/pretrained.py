@@ -188,10 +188,7 @@ def template_ids(tokenizer: ChatTokenizer) -> dict[str, int]:
     The template's beginning is none of them: every base was trained on it, before each document, and a few adapters'
     data should not move what all sequences begin with.
     """
-    template = tokenizer.template
-    pieces = (*template.header, *template.system_header, *template.after_end)
-    tokens = dict.fromkeys([template.end_token, *(piece.text for piece in pieces if piece.is_special)])
-    return {token: tokenizer.special_ids[token] for token in tokens}
+    return {token: tokenizer.special_ids[token] for token in tokenizer.template.turn_tokens}
 
 
 def _forget_padding(model: PreTrainedModel) -> None:

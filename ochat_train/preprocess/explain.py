@@ -114,7 +114,7 @@ def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterato
     if trace.encoded is None or trace.fitted is None:
         yield f"   dropped, {trace.reason}: {trace.detail}"
         return
-    num_tokens = len(trace.encoded.example.input_ids)
+    num_tokens = sum(len(encoded.example.input_ids) for encoded in trace.encoded)
     yield f"-- tokens: {num_tokens:,}, limit {job.settings.max_tokens:,}{_actions(trace.fitted.actions)}"
     if trace.fitted.reason is not None:
         yield f"   dropped, {trace.fitted.reason}: {trace.fitted.detail}"

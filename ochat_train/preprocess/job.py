@@ -16,13 +16,14 @@ import orjson
 from tqdm import tqdm
 
 import ochat_train
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.dedupe import needs_minhash
+from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
 from ochat_train.conversations.sources import Source
 from ochat_train.conversations.spell_out import Spelling
-from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.shard import ShardSettings, Task
 from ochat_train.recipe import DataSection, Recipe, SourceSection
 from ochat_train.tokens.store import check_store_path
@@ -66,10 +67,14 @@ def make_job(recipe: Recipe) -> Job:
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
     files, left_out = _find_files(data)
-    template = TEMPLATES[recipe.template]
-    tokenizer = load_tokenizer(recipe.tokenizer_name, template)
+    tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     if recipe.model.base is not None:  # nothing could be trained
         require_model(recipe.model.base)
+    template = tokenizer.template
+    if isinstance(template, BaseTemplate):
+        if any(source.condition for source in data.sources):
+            template.check_condition()
+        print(f"template: base, of {recipe.tokenizer_name}: {'; '.join(template.notes())}")
     chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
     settings = ShardSettings(
         template=template,
@@ -91,7 +96,9 @@ def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
     if isinstance(own, dict):  # several by name
         own = own.get("tool_use", own.get("default"))
     control = (str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
-    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls)
+    template = tokenizer.template
+    arguments = template.arguments() if isinstance(template, BaseTemplate) else frozenset()
+    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls, arguments)
 
 
 def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Counter[str]]:
@@ -157,7 +164,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
     """Everything that decides a store's content, as JSON. Reads all input files."""
     return {
         "tokenizer": job.tokenizer.digest,
-        "template": job.recipe.template,
+        "template": describe_template(job.settings.template),
         "data": job.data.of_store(),
         "base_chat_template": hashlib.sha256(repr(job.settings.spelling.chat_template).encode()).hexdigest(),
         "code": _code_digest(),

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ochat_train.conversations.dedupe import find_duplicates
-from ochat_train.conversations.template import ChatTemplate
+from ochat_train.conversations.described import Template, describe_template
 from ochat_train.preprocess.assemble import InputSummary, assemble
 from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
 from ochat_train.preprocess.ledger import Ledger
@@ -185,7 +185,7 @@ def _write_store(
     manifest = Manifest(
         fingerprint=fingerprint_of(made_from),
         made_from=made_from,
-        template=job.settings.template.name,
+        template=describe_template(job.settings.template),
         conditions=writer.conditions,
         sources=writer.sources,
         inference_condition=_inference_condition(job.settings.template, writer.trained_condition_weights()),
@@ -199,11 +199,11 @@ def _write_store(
     return splits
 
 
-def _inference_condition(template: ChatTemplate, weights: dict[str, float]) -> str:
+def _inference_condition(template: Template, weights: dict[str, float]) -> str:
     """The template's own inference condition if it was trained, else the trained one of the largest mean weight.
 
     So the exported model is never asked under a condition that it has not seen.
     """
-    if template.inference_condition in weights:
+    if template.inference_condition and template.inference_condition in weights:
         return template.inference_condition
     return max(weights, key=weights.__getitem__)

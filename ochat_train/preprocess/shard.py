@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.fields import Reading, own_id
 from ochat_train.conversations.filters import Filtered, FilterRules, filter_conversations
@@ -25,8 +26,10 @@ from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.conversations.text_keys import TextKeys, text_keys
 from ochat_train.preprocess.ledger import LedgerRow, ledger_table
-from ochat_train.tokens.encode import Encoded, encode
-from ochat_train.tokens.overlong import Fitted, Overlong, fit
+from ochat_train.tokens.encode import Encoded
+from ochat_train.tokens.overlong import Fitted, Overlong, fit_all
+from ochat_train.tokens.rendered import encode_all
+from ochat_train.tokens.strings import Refused
 from ochat_train.tokens.tokenizer import TextEncoder
 
 # Of a shard's examples. `conversation` is the position of the example's conversation among those that the shard keeps.
@@ -56,7 +59,7 @@ _OTHER_NAMES = ("", "record field", "...")
 class ShardSettings:
     """Everything but the chunk that decides a shard. `minhash`: whether near-duplicates will be looked for."""
 
-    template: ChatTemplate
+    template: ChatTemplate | BaseTemplate
     encoder: TextEncoder
     filters: FilterRules
     max_tokens: int
@@ -114,7 +117,7 @@ class Trace:
     cleaned: ParsedRecord | Drop
     conversation: Conversation | None = None
     filtered: Filtered | None = None
-    encoded: Encoded | None = None
+    encoded: tuple[Encoded, ...] | None = None
     fitted: Fitted | None = None
     reason: str | None = None
     detail: str | None = None
@@ -157,11 +160,14 @@ def follow(records: Iterable[Record], sources: Sequence[Source], settings: Shard
     reached = [(trace, conversation) for trace in traces if (conversation := trace.conversation)]
     for start in range(0, len(reached), _BATCH_CONVERSATIONS):
         batch = reached[start : start + _BATCH_CONVERSATIONS]
-        encoded = encode([conversation for _, conversation in batch], settings.template, settings.encoder)
-        for (trace, _), whole in zip(batch, encoded, strict=True):
-            trace.encoded = whole
-            trace.fitted = fit(
-                whole,
+        outcomes = encode_all([conversation for _, conversation in batch], settings.template, settings.encoder)
+        for (trace, _), outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Refused):
+                trace.drop(*outcome)
+                continue
+            trace.encoded = outcome
+            trace.fitted = fit_all(
+                outcome,
                 max_tokens=settings.max_tokens,
                 overlong=settings.overlong,
                 context_tokens=settings.overlong_context,

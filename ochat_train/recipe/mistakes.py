@@ -11,7 +11,11 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("run_name exp_name experiment_name wandb_name wandb_run_id", "name", ""),
     ("base_model model_name_or_path model_name model_id model_path model", "model.base", ""),
     ("tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_config", "tokenizer", ""),
-    ("chat_template prompt_template template_type conversation_template", "template", "the name of a built-in one"),
+    (
+        "chat_template prompt_template template_type conversation_template",
+        "template",
+        "a built-in one, base (the base's own) or pieces",
+    ),
     (
         "dataset datasets dataset_name dataset_path dataset_dir data_path data_files train_file train_data",
         "data.sources",

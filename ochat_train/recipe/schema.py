@@ -340,13 +340,70 @@ class LogSection(Section):
     )
 
 
+ConditionPlace = Literal["header", "system", "user_prefix", "assistant_prefix"]
+
+
+class PiecesSection(Section):
+    """A chat template of pieces, for `template: pieces`: what stands around the text of each turn."""
+
+    bos: str = Field("", description="Special token at the beginning; empty: none.")
+    header: tuple[str, ...] = Field(
+        min_length=1, description="Pieces before the text of a turn; {role} is the role's name."
+    )
+    system_header: tuple[str, ...] | None = Field(None, description="The same before a system text; null: as header.")
+    end: str = Field(min_length=1, description="Special token that ends each turn.")
+    after_end: tuple[str, ...] = Field((), description="Pieces after the end token.")
+    special_tokens: tuple[str, ...] = Field((), description="Which of the pieces are special tokens; others are text.")
+    add: tuple[str, ...] = Field(
+        (), description="Special tokens that are added to a tokenizer that lacks them; it must have the others."
+    )
+    roles: dict[Literal["user", "assistant", "system", "tool"], str] = Field(
+        default_factory=dict, description="Names of the roles; one that is not given has its own name."
+    )
+    inference_condition: str = Field("", description="The condition of inference, where it was trained.")
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> Self:
+        pieces = (*self.header, *(self.system_header or ()), *self.after_end)
+        texts = [piece for piece in self.header if piece not in self.special_tokens]
+        if "".join(self.header).count("{role}") != 1 or "{role}" not in "".join(texts):
+            raise ValueError("header must hold {role} once, in a piece of text, or nothing would tell roles apart")
+        if unused := [token for token in self.special_tokens if token not in (*pieces, self.bos, self.end)]:
+            raise ValueError(
+                f"special_tokens has {unused[0]!r}, which is no piece; a special token is a piece of its own"
+            )
+        if wrong := [token for token in self.add if token not in (*self.special_tokens, self.bos, self.end)]:
+            raise ValueError(f"add has {wrong[0]!r}, which is not one of the special tokens")
+        if not all((*pieces, *self.add)):
+            raise ValueError("a piece is empty; leave it out")
+        names = [self.roles.get(role, role) for role in ("user", "assistant", "tool")]
+        if len({*names}) < len(names):
+            raise ValueError(f"two roles have the same name, of {', '.join(names)}; give each its own")
+        return self
+
+
 class Recipe(Section):
     """A whole run."""
 
     name: str = Field(min_length=1, description="Name of the run, in wandb and in the exported model's metadata.")
     data: DataSection
-    template: Literal["openchat_v3.2", "openchat_v3.1", "openchat_v3.2_mistral", "openchat_3.6", "chatml"] = Field(
-        description="Chat template."
+    template: Literal[
+        "openchat_v3.2",
+        "openchat_v3.1",
+        "openchat_v3.2_mistral",
+        "openchat_3.5",
+        "openchat_v3.2_gemma_new",
+        "openchat_3.6",
+        "chatml",
+        "llama3_instruct",
+        "gemma_it",
+        "zephyr_mistral",
+        "base",
+        "pieces",
+    ] = Field(description="Chat template: a built-in one, the base's own (base), or that of the key pieces.")
+    pieces: PiecesSection | None = Field(None, description="The template, with template: pieces.")
+    condition_in: ConditionPlace | None = Field(
+        None, description="Where the condition is written; null: header, and with template: base system."
     )
     tokenizer: str | None = Field(None, description="As model.base; null: the base model's.")
     model: ModelSection
@@ -368,8 +425,26 @@ class Recipe(Section):
         assert name is not None  # _parts_agree
         return name
 
+    @property
+    def template_json(self) -> str | dict[str, Any]:
+        """The template as stores and models describe it, see `read_template`."""
+        if self.template == "base":
+            return {"template": "base", "condition_in": self.condition_in or "system"}
+        if self.pieces is not None:
+            return {"template": to_json(self.pieces), "condition_in": self.condition_in or "header"}
+        return {"template": self.template, "condition_in": self.condition_in} if self.condition_in else self.template
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
+        if (self.template == "pieces") != (self.pieces is not None):
+            raise ValueError(
+                "template: pieces and the section pieces belong together; give both, or a built-in template alone"
+            )
+        if self.template == "base" and self.condition_in == "header":
+            raise ValueError(
+                "condition_in: header needs a template of pieces; with template: base give system, user_prefix or "
+                "assistant_prefix"
+            )
         if self.data.max_tokens > self.packing.tokens_per_gpu:
             raise ValueError(
                 f"data.max_tokens {self.data.max_tokens:,} is above packing.tokens_per_gpu "

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.model.pretrained import load_config
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.packing import cost_of
@@ -205,7 +205,7 @@ def _read_plan(request: Request) -> PlanReport:
     """All but the rate."""
     recipe = load_recipe(request.recipe, request.overrides)
     store = TokenStore(recipe.data.store, loss=recipe.train.loss)
-    tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
+    tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     check_store(_with_weights_of(recipe, store.manifest), store.manifest, tokenizer)
     scaled = _changed_weights(recipe, store.manifest)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)

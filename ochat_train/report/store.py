@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.preprocess.ledger import LEDGER_SCHEMA, Ledger, SourceCounts
 from ochat_train.report.page import Token
 from ochat_train.tokens.loss_forms import spread_over_answers
@@ -153,7 +153,7 @@ def read_store(store: Path) -> StoreReport:
         held_out=_sum_split(store, "eval", split_ids),
         lengths=lengths,
         packing=_try_packing(lengths, data["max_tokens"]),
-        samples=tuple(_take_samples(store, lengths, tokenizer, TEMPLATES[manifest.template].end_token)),
+        samples=tuple(_take_samples(store, lengths, tokenizer, read_template(manifest.template).end_token)),
     )
 
 

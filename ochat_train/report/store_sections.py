@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ochat_train.conversations.described import name_template
 from ochat_train.preprocess.ledger import NUM_EXAMPLES, Tally, show_id
 from ochat_train.report.charts import INK, Chart, LegendEntry, colour_of, shares_chart
 from ochat_train.report.page import (
@@ -63,7 +64,10 @@ def _origin(report: StoreReport) -> list[tuple[str, str]]:
         ("store", report.path),
         ("fingerprint", manifest.fingerprint[:12]),
         ("made", f"{report.made:%Y-%m-%d %H:%M} UTC"),
-        ("template", f"{manifest.template}; inference under {show_condition(manifest.inference_condition)}"),
+        (
+            "template",
+            f"{name_template(manifest.template)}; inference under {show_condition(manifest.inference_condition)}",
+        ),
         ("tokenizer", f"{report.vocabulary_size:,} tokens; {manifest.made_from['tokenizer'][:12]}"),
         ("added to it", ", ".join(f"{token} = {id}" for token, id in manifest.added_tokens.items()) or "nothing"),
     ]

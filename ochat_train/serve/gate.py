@@ -21,6 +21,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from ochat_train.conversations.base_template import TemplateRefused
 from ochat_train.serve.keys import ApiKeys
 from ochat_train.serve.protocol import STREAM_END, Refusal, read_chat_request
 from ochat_train.serve.request_log import RequestRecord
@@ -155,7 +156,10 @@ class Gate:
             if getattr(chat, name) not in (None, *harmless):
                 raise Refusal(400, f"{name}: {self._engine.name} cannot do this; vLLM can", param=name)
         conversation = chat.to_conversation(condition)
-        record.prompt_tokens = num_tokens = len(encode_prompt(conversation, self._tokenizer))
+        try:
+            record.prompt_tokens = num_tokens = len(encode_prompt(conversation, self._tokenizer))
+        except TemplateRefused as error:
+            raise Refusal(400, f"the model's chat template: {error}", param="messages") from None
         if self._control is not None and (forged := self._control.find(conversation)):
             raise Refusal(400, f"{forged} is a control token, which {self._engine.name} would obey; write it otherwise")
         room = self._served.num_positions - num_tokens

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from transformers import AutoConfig
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import Description, read_template
 from ochat_train.files import STEP_FOLDERS
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.pretrained import max_positions_of
@@ -38,7 +38,7 @@ class Served:
 
     folder: Path
     names: tuple[str, ...]
-    template: str
+    template: Description
     conditions: tuple[str, ...]
     condition: str
     num_positions: int
@@ -51,7 +51,7 @@ class Served:
 
     def load_tokenizer(self) -> ChatTokenizer:
         """The tokenizer of the export. Raises ValueError."""
-        return load_tokenizer(str(self.folder), TEMPLATES[self.template])
+        return load_tokenizer(str(self.folder), read_template(self.template))
 
 
 def find_served(path: str, condition: str | None = None, num_positions: int | None = None) -> Served:

@@ -4,13 +4,16 @@ Training encodes each text on its own; such servers encode one string, which the
 tokenizer gives. The template is written here, and checked to give the ids of training.
 """
 
+from dataclasses import replace
 from itertools import product, starmap
 
 import numpy as np
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import Joint
-from ochat_train.tokens.encode import encode
+from ochat_train.tokens.rendered import encode_all, encode_rendered_prompt
+from ochat_train.tokens.strings import Refused
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 
@@ -22,11 +25,27 @@ def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
     conversations.
     """
     template = tokenizer.template
-    source = template.jinja(inference_condition, joint=_find_joint(tokenizer))
+    checked = [(inference_condition, ""), ("", ""), ("Other", "You are kind.")]
+    if isinstance(template, BaseTemplate):
+        source = template.jinja(inference_condition)
+        if template.shape is None or not template.shape.has_system:
+            checked.pop()
+    else:
+        source = template.jinja(inference_condition, joint=_find_joint(tokenizer))
     turns = (Message("user", "Hello, who are you?"), Message("assistant", "I am a model.", 1.0))
-    for condition, system in ((inference_condition, ""), ("", ""), ("Other", "You are kind.")):
+    for condition, system in checked:
         conversation = Conversation("check", "check", condition, system, (*turns, *turns))
-        trained = encode([conversation], template, tokenizer)[0].example.input_ids.tolist()
+        (outcome,) = encode_all([conversation], template, tokenizer)
+        if isinstance(outcome, Refused):
+            raise ValueError(f"template {template.name}: {outcome.detail}")
+        trained = outcome[0].example.input_ids.tolist()
+        prompt = encode_prompt(replace(conversation, messages=conversation.messages[:-1]), tokenizer)
+        if trained[: len(prompt)] != prompt:
+            raise ValueError(
+                f"template {template.name}: the tokenizer {tokenizer.pretrained.name_or_path} joins a prompt's end "
+                "with the beginning of the answer, so that answers would not be trained as they are asked for; choose "
+                "a template of pieces, such as template: chatml"
+            )
         if (served := _apply_chat_template(tokenizer, source, conversation, for_reply=False)) != trained:
             raise ValueError(
                 f"template {template.name}: apply_chat_template gives other ids than training with the tokenizer "
@@ -38,8 +57,11 @@ def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
 def encode_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
     """The conversation's ids up to where the assistant would begin to answer.
 
-    Equal to those before that answer in training: each text is encoded on its own, and never becomes control.
+    Equal to those before that answer in training: what a text spells never becomes control. Raises ValueError for what
+    the base's own template refuses.
     """
+    if isinstance(tokenizer.template, BaseTemplate):
+        return [*map(int, encode_rendered_prompt(conversation, tokenizer.template, tokenizer.text.strings))]
     segments = list(tokenizer.template.segments(conversation, for_reply=True))
     texts = iter(tokenizer.encode_texts([segment.text for segment in segments if not segment.is_special]))
     ids: list[int] = []

@@ -63,11 +63,13 @@ class Encoded:
     edges: i64[1 + 4 N] for N turns: the offset at which the prefix ends (the beginning, the condition where it comes
     first, and the system message), then for each turn those at which its header, its text, its end token and the turn
     end. Example: `<s> User: Hi <|end|> Bot: Hello <|end|>`, a token a word, has edges [1, 2, 3, 4, 4, 5, 6, 7, 7].
+    can_split: whether the prefix is all that each part of it must begin with.
     """
 
     example: Example
     roles: tuple[Role, ...]
     edges: npt.NDArray[np.int64]
+    can_split: bool = True
 
     @property
     def prefix_length(self) -> int:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -107,7 +107,7 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
         return Fitted((example,), tuple(_answer_lengths(encoded, [everything])), (), None, "", whole, kept)
 
     cuts: dict[Overlong, _Cut] = {
-        "split": _split(encoded, max_tokens, context_tokens),
+        "split": _split(encoded, max_tokens, context_tokens) if encoded.can_split else _Cut(),
         "truncate": _truncate(encoded, max_tokens),
         "drop": _Cut(),
     }
@@ -116,13 +116,39 @@ def fit(encoded: Encoded, *, max_tokens: int, overlong: Overlong, context_tokens
     if parts:
         examples = tuple(_join(example, part) for part in parts)
         return Fitted(examples, tuple(_answer_lengths(encoded, parts)), actions, None, "", whole, kept)
+    begin = f"the {encoded.prefix_length:,} tokens that begin each part leave too little room for a turn"
     why: dict[Overlong, str] = {
-        "split": f", and the {encoded.prefix_length:,} tokens that begin each part leave too little room for a turn",
+        "split": f", and {begin if encoded.can_split else 'its template has no place where it could be split'}",
         "truncate": ", and no weighted answer ends within it",
         "drop": "",
     }
     detail = f"{whole.tokens:,} tokens, above data.max_tokens {max_tokens:,}{why[overlong]}"
     return Fitted((), (), (), "too_long", detail, whole, kept)
+
+
+def fit_all(parts: Sequence[Encoded], *, max_tokens: int, overlong: Overlong, context_tokens: int) -> Fitted:
+    """What becomes of a conversation whose answers are trained in several examples, which share no such token."""
+    each = [fit(one, max_tokens=max_tokens, overlong=overlong, context_tokens=context_tokens) for one in parts]
+    if len(each) == 1:
+        return each[0]
+    first = each[0]
+    examples = tuple(example for fitted in each for example in fitted.examples)
+    actions = ["answers_apart", *(action for fitted in each for action in fitted.actions)]
+    if examples and any(fitted.reason for fitted in each):
+        actions.append("answer_left_out")
+
+    def add(counts: Iterable[TokenCounts]) -> TokenCounts:
+        return TokenCounts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
+
+    return Fitted(
+        examples=examples,
+        answer_lengths=tuple(lengths for fitted in each for lengths in fitted.answer_lengths),
+        actions=tuple(dict.fromkeys(actions)),
+        reason=None if examples else first.reason,
+        detail="" if examples else first.detail,
+        whole=add(fitted.whole for fitted in each),
+        kept={choice: add(fitted.kept[choice] for fitted in each) for choice in first.kept},
+    )
 
 
 def _without_tail(encoded: Encoded) -> Encoded:
@@ -133,7 +159,8 @@ def _without_tail(encoded: Encoded) -> Encoded:
         return encoded
     num_turns = bisect_left(encoded.edges[4::4].tolist(), end) + 1
     edges = np.minimum(encoded.edges[: 1 + 4 * num_turns], end)
-    return Encoded(Example(example.input_ids[:end], example.loss_weights[:end]), encoded.roles[:num_turns], edges)
+    cut = Example(example.input_ids[:end], example.loss_weights[:end])
+    return Encoded(cut, encoded.roles[:num_turns], edges, encoded.can_split)
 
 
 def _truncate(encoded: Encoded, max_tokens: int) -> _Cut:

@@ -12,7 +12,8 @@ import numpy as np
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.tokens.chat_template import ControlText, encode_as_one_string, encode_prompt
 from ochat_train.tokens.encode import TokenIds
-from ochat_train.tokens.recondition import Frame, find_turns, make_frame
+from ochat_train.tokens.recondition import Frame, find_turns, frame_of
+from ochat_train.tokens.reread import read_prompts
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -102,14 +103,16 @@ class PromptParity:
 
 def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> PromptParity:
     """Compare the prompts of all answers of `num` conversations, evenly spaced over the split."""
-    frames = [make_frame(tokenizer, condition) for condition in store.manifest.conditions]
+    frames = [frame_of(tokenizer, condition) for condition in store.manifest.conditions]
     control = ControlText(tokenizer)
     positions = np.unique(np.linspace(0, len(store) - 1, min(num, len(store))).astype(np.int64)).tolist()
     parity = PromptParity(len(positions))
     for position in positions:
-        ids = store[position].input_ids
-        condition_id = int(store.condition_ids[position])
-        for number, (messages, end) in enumerate(_prompts(ids, frames[condition_id], tokenizer)):
+        example = store[position]
+        ids, condition_id = example.input_ids, int(store.condition_ids[position])
+        frame = frames[condition_id]
+        read = _prompts(ids, frame, tokenizer) if isinstance(frame, Frame) else read_prompts(example, frame)
+        for number, (messages, end) in enumerate(read):
             if not messages:
                 parity.num_not_text += messages is None
                 parity.num_empty += messages is not None

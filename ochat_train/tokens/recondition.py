@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.schema import Conversation, Message, Role
+from ochat_train.conversations.template import ChatTemplate
 from ochat_train.tokens.encode import Example, TokenIds, Turn, encode
+from ochat_train.tokens.reread import Rendering, render_again
 from ochat_train.tokens.store import Examples
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -30,6 +33,7 @@ class Frame:
 
 def make_frame(tokenizer: ChatTokenizer, condition: str) -> Frame:
     """The frame of the tokenizer's template under a condition; "" is none."""
+    assert isinstance(tokenizer.template, ChatTemplate)
     silent = Conversation("", "", condition, "", tuple(Message(role, "") for role in _ROLES))
     encoded = encode([silent], tokenizer.template, tokenizer)[0]
     ids, turns = encoded.example.input_ids, encoded.turns
@@ -78,24 +82,41 @@ def find_turns(ids: TokenIds, frame: Frame) -> Iterator[Turn]:
         start = end
 
 
+def frame_of(tokenizer: ChatTokenizer, condition: str) -> Frame | Rendering:
+    """What is around texts under a condition: the frame of a template of pieces, or the base's own template."""
+    if isinstance(tokenizer.template, BaseTemplate):
+        return Rendering(tokenizer, condition)
+    return make_frame(tokenizer, condition)
+
+
 class Reconditioned:
     """Examples under other conditions, each made when it is read.
 
-    frames: (own, other) of each condition id. lengths: i32[n], of the examples under the other condition. weight_sums
-    and condition_ids: of the examples as they were made.
+    frames: (own, other) of each condition id. lengths: i32[n], of the examples under the other condition, and more than
+    any limit where one cannot be made. weight_sums and condition_ids: of the examples as they were made.
     """
 
-    def __init__(self, examples: Examples, frames: Sequence[tuple[Frame, Frame]]) -> None:
+    def __init__(self, examples: Examples, frames: Sequence[tuple[Frame | Rendering, Frame | Rendering]]) -> None:
         self.weight_sums, self.condition_ids = examples.weight_sums, examples.condition_ids
         self._examples, self._frames = examples, frames
-        lengths = (len(self[position].input_ids) for position in range(len(examples)))
+        made = (self._make(position) for position in range(len(examples)))
+        lengths = (len(example.input_ids) if example else np.iinfo(np.int32).max for example in made)
         self.lengths: npt.NDArray[np.int32] = np.fromiter(lengths, np.int32, len(examples))
 
     def __len__(self) -> int:
         return len(self.condition_ids)
 
     def __getitem__(self, position: int) -> Example:
-        return recondition(self._examples[position], *self._frames[self.condition_ids[position]])
+        example = self._make(position)
+        assert example is not None, "its length says that it is left out"
+        return example
+
+    def _make(self, position: int) -> Example | None:
+        example, (own, other) = self._examples[position], self._frames[self.condition_ids[position]]
+        if isinstance(own, Frame) and isinstance(other, Frame):
+            return recondition(example, own, other)
+        assert isinstance(own, Rendering) and isinstance(other, Rendering)
+        return render_again(example, own, other)
 
 
 class Selected:

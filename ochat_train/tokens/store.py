@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from ochat_train.conversations.described import Description
 from ochat_train.files import flush_tree
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.loss_forms import LossForm, spread_over_answers
@@ -76,7 +77,7 @@ class Manifest:
 
     fingerprint: str
     made_from: dict[str, Any]
-    template: str
+    template: Description
     conditions: list[str]
     sources: list[str]
     inference_condition: str

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from ochat_train.conversations.template import ChatTemplate
+from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.described import Template
 from ochat_train.files import require_packages
+from ochat_train.tokens.strings import StringEncoder
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -154,6 +156,14 @@ class TextEncoder:
         """SHA-256 of everything that decides ids."""
         return sha256(_load_for_text(self._json).to_str().encode()).hexdigest()
 
+    @cached_property
+    def strings(self) -> StringEncoder:
+        """The same tokenizer for rendered strings, in which special tokens are control."""
+        control: Tokenizer = Tokenizer.from_str(self._json)
+        control.no_truncation()
+        control.no_padding()
+        return StringEncoder(control, _load_for_text(self._json))
+
     def id_of(self, token: str) -> int | None:
         """The id of a token; None when there is no such token."""
         return self._tokenizer.token_to_id(token)
@@ -174,9 +184,9 @@ class ChatTokenizer:
     or is what text that spells it is encoded as.
     """
 
-    def __init__(self, pretrained: Any, template: ChatTemplate) -> None:
+    def __init__(self, pretrained: Any, template: Template) -> None:
         self.pretrained = pretrained
-        self.template = template
+        self.template = template = template.read(pretrained) if isinstance(template, BaseTemplate) else template
         vocabulary = pretrained.get_vocab()
         missing = [token for token in template.special_tokens if token not in vocabulary]
         if refused := [token for token in missing if token not in template.addable]:
@@ -184,8 +194,15 @@ class ChatTokenizer:
                 f"template {template.name} needs the special token {refused[0]}, which is not one id of this "
                 f"tokenizer ({pretrained.name_or_path}); choose a template that fits the base model"
             )
-        # Adding a token that is there already marks it special, so that text which spells it is left alone.
-        special = [AddedToken(token, special=True, normalized=False) for token in template.special_tokens]
+        # Adding a token that is there already marks it special, so that text which spells it is left alone. With the
+        # base's own template it stays as it is else: some tokens take the white space beside them.
+        is_base = isinstance(template, BaseTemplate)
+        known = {str(token): token for token in pretrained.added_tokens_decoder.values() if is_base}
+        special = []
+        for token in template.special_tokens:
+            names = ("normalized", "lstrip", "rstrip", "single_word") if token in known else ()
+            options = {"normalized": False} | {name: getattr(known[token], name) for name in names}
+            special.append(AddedToken(token, special=True, **options))
         pretrained.add_tokens(special, special_tokens=True)
         special_ids = {token: int(pretrained.convert_tokens_to_ids(token)) for token in template.special_tokens}
         self.added = {token: special_ids[token] for token in missing}
@@ -257,7 +274,7 @@ class ChatTokenizer:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
+def load_tokenizer(name: str, template: Template) -> ChatTokenizer:
     """The tokenizer of a base model (see `locate_base`), with the template's special tokens.
 
     A base's tokenizer.json is taken as it is; AutoTokenizer would make parts of it anew for many classes, and encode

@@ -31,6 +31,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ochat_train.conversations.described import Description
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.recipe import FREE_AT_RESUME, refused_differences
 from ochat_train.training.engine import World
@@ -78,7 +79,7 @@ class Checkpoint:
     path: Path
     state: TrainState
     world_size: int
-    template: str
+    template: Description
     inference_condition: str
     conditions: list[str]
     run: dict[str, Any]

@@ -1,10 +1,12 @@
 """The recipe's plan, whether its store fits, and this rank's micro-batches of each step."""
 
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ochat_train.conversations.described import Description, describe_template
 from ochat_train.model.pretrained import max_positions_of, quadratic_length_of, rows_to_train
 from ochat_train.recipe import Recipe, differences
 from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
@@ -18,8 +20,8 @@ from ochat_train.training.engine import World
 def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
     """Raise ValueError with every difference when the store was made for another recipe or tokenizer."""
     wrong = differences(
-        {"template": manifest.template, "data": manifest.made_from["data"]},
-        {"template": recipe.template, "data": recipe.data.of_store()},
+        {"template": _without_source(manifest.template), "data": manifest.made_from["data"]},
+        {"template": _without_source(describe_template(tokenizer.template)), "data": recipe.data.of_store()},
     )
     if (made_with := manifest.made_from["tokenizer"]) != tokenizer.digest:
         wrong.append(f"tokenizer {recipe.tokenizer_name}: digest {made_with[:12]} -> {tokenizer.digest[:12]}")
@@ -29,6 +31,13 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
             + "\n  ".join(wrong)
             + "\nRun python -m ochat_train.preprocess with this recipe first."
         )
+
+
+def _without_source(description: Description) -> Description:
+    """The description with a digest for the long source of a base's own template."""
+    if isinstance(description, str) or "source" not in description:
+        return description
+    return description | {"source": sha256(description["source"].encode()).hexdigest()[:12]}
 
 
 def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:

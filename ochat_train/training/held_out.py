@@ -12,7 +12,7 @@ from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.tokens.order import DataOrder
 from ochat_train.tokens.plan import PlanShape, plan_epoch
 from ochat_train.tokens.prefetch import prefetch
-from ochat_train.tokens.recondition import Reconditioned, Selected, make_frame
+from ochat_train.tokens.recondition import Reconditioned, Selected, frame_of
 from ochat_train.tokens.store import Examples, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.data import make_batches
@@ -86,12 +86,12 @@ class HeldOut:
     def probe_conditions(self, tokenizer: ChatTokenizer, own_sums: ConditionSums, *, max_tokens: int) -> ConditionProbe:
         """The split under its own, another and no condition.
 
-        own_sums: the result of `loss_sums()`. An example that another condition makes longer than `max_tokens` is left
-        out everywhere, so that all sums are over the same answers.
+        own_sums: the result of `loss_sums()`. An example that another condition makes longer than `max_tokens`, or that
+        cannot be made under it, is left out everywhere, so that all sums are over the same answers.
         """
         store = self.store
-        frames = [make_frame(tokenizer, condition) for condition in store.manifest.conditions]
-        none = make_frame(tokenizer, "")
+        frames = [frame_of(tokenizer, condition) for condition in store.manifest.conditions]
+        none = frame_of(tokenizer, "")
         views = {"none": Reconditioned(store, [(own, none) for own in frames])}
         if len(frames) > 1:
             views["other"] = Reconditioned(store, list(zip(frames, frames[1:] + frames[:1], strict=True)))

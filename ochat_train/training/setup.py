@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from ochat_train.conversations.template import TEMPLATES
+from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice, choose_backend
 from ochat_train.model.checkpointing import check_policy, share_of
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
@@ -156,7 +156,7 @@ def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> 
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
     store, held_out = (TokenStore(recipe.data.store, split, recipe.train.loss) for split in SPLITS)
-    tokenizer = load_tokenizer(recipe.tokenizer_name, TEMPLATES[recipe.template])
+    tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     check_store(recipe, store.manifest, tokenizer)
     if recipe.model.base is not None:
         require_model(recipe.model.base)
