@@ -36,7 +36,7 @@ PIECES = {
     "header": ["<|turn|>", "{role}\n"],
     "end": "<|done|>",
     "after_end": ["\n"],
-    "special_tokens": ["<|turn|>"],
+    "special": ["<|turn|>"],
     "add": ["<|turn|>", "<|done|>"],
     "roles": {"assistant": "bot"},
 }
@@ -132,8 +132,8 @@ def test_every_built_in_template_is_described_and_read_back(name: str, place: An
     ("changes", "words"),
     [
         ({"header": ["<|turn|>", "x\n"]}, r"pieces: header must hold \{role\} once"),
-        ({"header": ["<|{role}|>"], "special_tokens": ["<|{role}|>"], "add": []}, "in a piece of text"),
-        ({"special_tokens": ["<|turn|>", "<|other|>"]}, r"'<\|other\|>', which is no piece"),
+        ({"header": ["<|{role}|>"], "special": ["<|{role}|>"], "add": []}, "in a piece of text"),
+        ({"special": ["<|turn|>", "<|other|>"]}, r"'<\|other\|>', which is no piece"),
         ({"add": ["<|x|>"]}, r"add has '<\|x\|>', which is not one of the special tokens"),
         ({"roles": {"assistant": "user"}}, "two roles have the same name"),
         ({"end": ""}, "pieces.end: must not be empty"),

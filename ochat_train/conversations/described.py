@@ -50,7 +50,7 @@ def describe_template(template: Template) -> Description:
         "bos": template.bos,
         "end": template.end_token,
         **parts,
-        "special_tokens": [token for token in template.turn_tokens if token != template.end_token],
+        "special": [token for token in template.turn_tokens if token != template.end_token],
         "add": list(template.addable),
         "roles": dict(template.role_names),
         "inference_condition": template.inference_condition,
@@ -69,7 +69,7 @@ def name_template(description: Description) -> str:
 
 def _read_pieces(pieces: dict[str, Any]) -> ChatTemplate:
     """The template of the recipe's section `pieces`, as JSON."""
-    special = {pieces["bos"], pieces["end"], *pieces["special_tokens"]}
+    special = {pieces["bos"], pieces["end"], *pieces["special"]}
 
     def parts(name: str) -> tuple[TemplatePart, ...]:
         return tuple(TemplatePart(text, text in special) for text in pieces[name])

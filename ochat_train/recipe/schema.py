@@ -353,7 +353,7 @@ class PiecesSection(Section):
     system_header: tuple[str, ...] | None = Field(None, description="The same before a system text; null: as header.")
     end: str = Field(min_length=1, description="Special token that ends each turn.")
     after_end: tuple[str, ...] = Field((), description="Pieces after the end token.")
-    special_tokens: tuple[str, ...] = Field((), description="Which of the pieces are special tokens; others are text.")
+    special: tuple[str, ...] = Field((), description="Which of the pieces are special tokens; others are text.")
     add: tuple[str, ...] = Field(
         (), description="Special tokens that are added to a tokenizer that lacks them; it must have the others."
     )
@@ -365,14 +365,12 @@ class PiecesSection(Section):
     @model_validator(mode="after")
     def _pieces_fit(self) -> Self:
         pieces = (*self.header, *(self.system_header or ()), *self.after_end)
-        texts = [piece for piece in self.header if piece not in self.special_tokens]
+        texts = [piece for piece in self.header if piece not in self.special]
         if "".join(self.header).count("{role}") != 1 or "{role}" not in "".join(texts):
             raise ValueError("header must hold {role} once, in a piece of text, or nothing would tell roles apart")
-        if unused := [token for token in self.special_tokens if token not in (*pieces, self.bos, self.end)]:
-            raise ValueError(
-                f"special_tokens has {unused[0]!r}, which is no piece; a special token is a piece of its own"
-            )
-        if wrong := [token for token in self.add if token not in (*self.special_tokens, self.bos, self.end)]:
+        if unused := [token for token in self.special if token not in (*pieces, self.bos, self.end)]:
+            raise ValueError(f"special has {unused[0]!r}, which is no piece; a special token is a piece of its own")
+        if wrong := [token for token in self.add if token not in (*self.special, self.bos, self.end)]:
             raise ValueError(f"add has {wrong[0]!r}, which is not one of the special tokens")
         if not all((*pieces, *self.add)):
             raise ValueError("a piece is empty; leave it out")
