@@ -319,7 +319,7 @@ def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(tmp_path: Path) -> 
         (b"  \n", 3),
         (b"plain text", 0),
         (b"\x1f\x8b\x08compressed", 0),
-        (b'{\n "id": "a"\n}\n]', 15),
+        (b'{\n "conversations": []\n}\n', 0),
     ],
 )
 def test_a_file_that_is_unreadable_as_a_whole_ends_the_run_and_leaves_no_store(

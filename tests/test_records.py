@@ -512,8 +512,9 @@ def test_deep_nesting_is_bad_syntax(write: Write) -> None:
         (b"\x1f\x8b\x08", 0, "Truncated compressed stream"),
         (gzip_of(gzip_of(b"{}")), 0, "decompress"),
         (b'\xff\xfe[\x00"', 0, "UTF-8"),
-        (b'{\n"a": 1}\n\nb: 2', 11, "not valid JSON (b'b' where an object should start"),
-        (b"User: Hi\nAssistant: Hello\n", 0, "plain text without a form, which begins with 'User: Hi"),
+        (b'{"a": \n1}\n', 0, "no line"),
+        (b'{\n  "a": [\n    "x"\n  ]\n}\n', 0, "no line"),
+        (b'{"a', 0, "no line"),
         (b'[{"a": 1}', 9, "ends inside"),
         (b'[{"a": 1},', 10, "ends inside"),
         (b'[{"a": 1}, {"b"', 11, "ends inside"),
@@ -541,63 +542,6 @@ def test_a_file_that_cannot_be_read_names_file_byte_and_remedy(
     assert message.startswith(f"{path}, byte {offset}: ")
     assert found in message
     assert ";" in message
-
-
-# Texts of objects, with the fields or the damage of each record.
-OBJECTS: dict[bytes, list[Any]] = {
-    b'{\n  "a": [\n    {"b": 1}\n  ]\n}\n': [{"a": [{"b": 1}]}],
-    b'{\n "a": 1\n}\n{\n "a": 2\n}': [{"a": 1}, {"a": 2}],
-    b'{"a": "}{"}{"b": "\\"{"} \t{"c": {}}': [{"a": "}{"}, {"b": '"{'}, {"c": {}}],
-    b'{"a": 1},\n{"a": 2}\n': [{"a": 1}, {"a": 2}],
-    b'{"a": 1,\n "b": 2}\n{\n"a": 2}': [{"a": 1, "b": 2}, {"a": 2}],
-    b'{\n "a": tru\n}\n{\n "a": 2\n}': ["not_json", {"a": 2}],
-    b'{\n "a": 1\n}\n{\n "a": ': [{"a": 1}, "truncated_record"],
-    b'{"a': ["truncated_record"],
-}
-
-
-@pytest.mark.parametrize("raw", OBJECTS)
-@pytest.mark.parametrize("chunk_bytes", [1, 7, MIB])
-def test_objects_one_after_the_other_are_records_wherever_their_lines_end(
-    write: Write, raw: bytes, chunk_bytes: int
-) -> None:
-    found = read(write(raw), chunk_bytes=chunk_bytes)
-    assert [record.damage or record.fields for record in found] == OBJECTS[raw]
-    places = [raw[record.offset : record.end] for record in found]
-    assert all(place.startswith(b"{") for place in places)
-    assert [json.loads(place) for place, record in zip(places, found, strict=True) if not record.damage] == [
-        fields for fields in OBJECTS[raw] if isinstance(fields, dict)
-    ]
-
-
-TABLES: dict[bytes, list[dict[str, str]]] = {
-    b"q,a\n1,true\n,\n": [{"q": "1", "a": "true"}, {"q": "", "a": ""}],  # nothing is guessed of a text
-    b'\xef\xbb\xbfq;"the answer"\r\n"a\r\n""b"", c";d,e\r\n': [{"q": 'a\r\n"b", c', "the answer": "d,e"}],
-    b"q\ta, b\nx, y\tz\n": [{"q": "x, y", "a, b": "z"}],
-}
-
-
-@pytest.mark.parametrize("raw", TABLES)
-@pytest.mark.parametrize("name", ["a.csv", "b.TSV"])
-def test_rows_of_text_have_the_names_of_the_first_row(tmp_path: Path, raw: bytes, name: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(raw)
-    chunks = read_chunks([str(file)], chunk_bytes=7, columns=None)
-    assert [record.fields for chunk in chunks for record in chunk.records()] == TABLES[raw]
-
-
-def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "a.csv"
-    file.write_bytes(b"items,a\n1,2\n1,2,3\n")
-    assert "row 0: reading stops here" in (message := error_of(str(file)))
-    assert message.endswith("Row #3: Expected 2 columns, got 3: 1,2,3); fix that row")
-
-
-def test_a_table_of_text_is_read_in_the_encoding_of_its_source(tmp_path: Path) -> None:
-    file = tmp_path / "a.csv"
-    file.write_bytes("q,a\n问,答\n".encode("gb18030"))
-    chunks = read_chunks([str(file)], chunk_bytes=MIB, encoding="gb18030", columns=None)
-    assert [record.fields for chunk in chunks for record in chunk.records()] == [{"q": "问", "a": "答"}]
 
 
 def test_a_file_that_is_not_there_or_may_not_be_read_is_named(tmp_path: Path) -> None:
@@ -923,26 +867,12 @@ json_values = st.recursive(
     max_leaves=10,
 )
 json_objects = st.dictionaries(text, json_values, max_size=4)
-
-
-@given(st.lists(json_objects.filter(bool), min_size=1, max_size=5), st.data())
-def test_objects_are_found_in_whatever_way_they_are_written(
-    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]], data: st.DataObject
-) -> None:
-    file = tmp_path_factory.mktemp("objects") / "a.json"
-    indent = data.draw(st.sampled_from((None, 2)))
-    texts = [json.dumps(value, indent=indent) for value in values]
-    between = data.draw(st.sampled_from(("", " ", "\n", "\n\n", ",\n")))
-    file.write_bytes(between.join(texts).encode())
-    assert [record.fields for record in read(str(file))] == values
-
-
 spaces = st.text(" \t\r\n", max_size=3).map(str.encode)
 chunk_sizes = st.integers(1, 40) | st.just(MIB)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(json_objects.filter(bool), min_size=1, max_size=5), st.data())
+@given(st.lists(json_objects, min_size=1, max_size=5), st.data())
 def test_any_objects_in_any_layout_read_back_equal_at_exact_offsets(
     write: Write, objects: list[dict[str, Any]], data: st.DataObject
 ) -> None:

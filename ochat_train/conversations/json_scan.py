@@ -57,37 +57,10 @@ def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, byt
         raise unreadable(stream.name, window.offset, "something follows the array's ']'", remedy)
 
 
-def scan_objects(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(offset, bytes, whether it is whole) of every object of a stream of objects, not parsed.
-
-    Between two objects there may be white space, a comma, or nothing; an object may stand on many lines. Time, memory
-    and errors are those of `scan_array`, but an object inside which the file ends is given as it is.
-
-    Worked example: `{"a": 1}{"b":\n2}` gives (0, b'{"a": 1}', True) and (8, b'{"b":\n2}', True).
-    """
-    window = _Window(stream, max_bytes)
-    while first := window.next_byte():
-        offset = window.offset
-        if first == b",":
-            window.at += 1
-            continue
-        try:
-            if first != b"{":
-                raise ValueError(f"{first!r} where an object should start")
-            yield offset, window.take_value(), True
-        except Unreadable:
-            raise
-        except EOFError:
-            yield offset, window.data[window.at :], False
-            return
-        except ValueError as error:
-            raise not_valid(stream.name, offset, error, "fetch the file again, or cut it before this record") from None
-
-
-def not_valid(name: str, offset: int, error: ValueError, remedy: str = _REMEDY) -> ValueError:
-    """The error for a value that is not valid JSON: where the next value begins is then unknown."""
+def not_valid(name: str, offset: int, error: ValueError) -> ValueError:
+    """The error for an array's value that is not valid JSON: where the next value begins is then unknown."""
     found = f"the record that starts here is not valid JSON ({error}, counted from here)"
-    return unreadable(name, offset, found, remedy)
+    return unreadable(name, offset, found, _REMEDY)
 
 
 # The end of a value is found without parsing it, so that only whole records are parsed, by one parser. Bytes above 127

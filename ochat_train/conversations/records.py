@@ -10,10 +10,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import PurePath
 from typing import Any, Protocol
 
@@ -27,7 +25,7 @@ from ochat_train.conversations.containers import (
     unreadable,
 )
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
-from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array, scan_objects
+from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -216,31 +214,20 @@ def _recognise(
         raise unreadable(stream.name, 0, found, "write it as parquet")
     if encoding:
         stream = decode(stream, encoding)
-        first, start = _skip_space(stream), stream.peek(200)
+        first = _skip_space(stream)
     else:
         refuse_wide(stream)
-        first, start = _skip_space(stream), stream.peek(200)
+        first = _skip_space(stream)
         stream = check_utf8(stream)
     if first == b"[":
         return f"JSON array{stream.packing}", _read_array(stream, chunk_bytes)
-    if re.search(r"\.[ct]sv(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
-        return f"table of text{stream.packing}", _read_table(stream, columns, chunk_bytes)
-    if first == b"{" and _holds_lines(stream):
-        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
     if first == b"{":
-        return f"JSON objects{stream.packing}", _read_objects(stream, chunk_bytes)
+        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
     if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
-    if len(start.split()) > 1 and all(byte >= 32 or byte in SPACE for byte in start):
-        found = f"plain text without a form, which begins with {start[:60].decode('utf-8', 'replace')!r}"
-        remedy = (
-            'write each conversation as a line of JSON, {"messages": [{"role": "user", "content": "..."}, ...]}, or as '
-            "a row of a .csv file with a header"
-        )
-        raise unreadable(stream.name, stream.offset, found, remedy)
-    found = f"it starts with {head[:4]!r}: no JSON ('[' or '{{'), page ('<'), parquet or Arrow stream"
+    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow stream"
     raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
 
 
@@ -291,42 +278,21 @@ class _Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class _Damaged:
-    """A record that is left out, for its size or since the file ends inside it."""
+class _TooLarge:
+    """A record that is left out for its size."""
 
     file: str
     offset: int
     end: int
-    damage: str = "record_too_large"
     is_page: bool = False
-    raw: str | None = None
     data: bytes = b""
 
     def records(self) -> Iterator[Record]:
-        yield Record(self.file, self.offset, self.end, None, self.damage, is_page=self.is_page, raw=self.raw)
+        yield Record(self.file, self.offset, self.end, None, "record_too_large", is_page=self.is_page)
 
 
+# A pretty-printed object is no line of its own, so it tells lines from one object over many.
 _OBJECT_LINE = re.compile(rb"^[ \t\r]*+\{[^\n]*\}[ \t\r]*+$", re.MULTILINE)
-# Of a pretty-printed object no line without an indent looks like one.
-_OUTER_LINE = re.compile(rb"^\{[^\n]*\}[ \t\r]*+,?[ \t\r]*+$", re.MULTILINE)
-_LOOK_AHEAD_BYTES = 1 << 20
-_NEXT_OBJECT = re.compile(rb"\}[ \t]*\{")  # inside of one only in a text
-
-
-def _holds_lines(stream: ByteStream) -> bool:
-    """Whether a text that begins with an object has one on each line, or else one after the other.
-
-    It has lines if one of those ahead is an object by itself: a damaged line then costs no other. Where all are
-    damaged, or the first is longer than what is looked at, they count as lines unless an object seems to follow on one.
-    """
-    ahead = stream.peek(_LOOK_AHEAD_BYTES)
-    lines = [line[0].rstrip() for line in islice(_OUTER_LINE.finditer(ahead), 100)]
-    for line in lines:
-        with suppress(ValueError):
-            parse_json(line.removesuffix(b","))
-            return not line.endswith(b",")
-    is_long = len(ahead) == _LOOK_AHEAD_BYTES and b"\n" not in ahead
-    return (is_long or bool(lines)) and _NEXT_OBJECT.search(ahead) is None
 
 
 def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
@@ -339,7 +305,7 @@ def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
             rest += block
             if len(rest) > MAX_RECORD_BYTES:
                 end = offset + len(rest) + _skip_line(stream)
-                yield _Damaged(stream.name, offset, end)
+                yield _TooLarge(stream.name, offset, end)
                 offset, rest, has_object = stream.offset, b"", True
             continue
         lines = _Lines(stream.name, offset, b"".join((rest, memoryview(block)[:end])))
@@ -367,18 +333,17 @@ def _skip_line(stream: ByteStream) -> int:
     return num_bytes
 
 
-# ---- JSON arrays, and objects one after the other ----
+# ---- JSON arrays ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Values of an array, or objects: `data` is one after the other, without what stands between them."""
+    """Values of an array: `data` is one after the other, without the commas and spaces between them."""
 
     file: str
     offsets: "array[int]"
     lengths: "array[int]"
     data: bytes
-    is_array: bool = True
 
     def records(self) -> Iterator[Record]:
         at = 0
@@ -388,49 +353,25 @@ class _Values:
             except NotUtf8:
                 yield Record(self.file, offset, offset + length, None, "not_utf8")
             except ValueError as error:
-                if self.is_array:
-                    raise not_valid(self.file, offset, error) from None
-                raw = self.data[at : at + min(length, 2000)].decode("utf-8", "backslashreplace")
-                yield Record(self.file, offset, offset + length, None, "not_json", raw=raw)
+                raise not_valid(self.file, offset, error) from None
             else:
                 yield Record(self.file, offset, offset + length, fields, None, repairs)
             at += length
 
 
 def _read_array(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
-    return _group(stream.name, scan_array(stream, max_bytes=MAX_RECORD_BYTES), chunk_bytes, is_array=True)
-
-
-def _read_objects(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
-    truncated: list[_Damaged] = []
-
-    def whole() -> Iterator[tuple[int, bytes]]:
-        for offset, value, is_whole in scan_objects(stream, max_bytes=MAX_RECORD_BYTES):
-            if is_whole:
-                yield offset, value
-            else:
-                raw = value[:2000].decode("utf-8", "backslashreplace")
-                truncated.append(_Damaged(stream.name, offset, offset + len(value), "truncated_record", raw=raw))
-
-    yield from _group(stream.name, whole(), chunk_bytes, is_array=False)
-    yield from truncated
-
-
-def _group(file: str, found: Iterable[tuple[int, bytes]], chunk_bytes: int, *, is_array: bool) -> Iterator[_Part]:
-    """The values in parts of about `chunk_bytes`."""
     offsets, lengths = array("q"), array("q")
     values: list[bytes] = []
     num_bytes = 0
-    for offset, value in found:
+    for offset, value in scan_array(stream, max_bytes=MAX_RECORD_BYTES):
         if values and num_bytes + len(value) > chunk_bytes:
-            yield _Values(file, offsets, lengths, b"".join(values), is_array)
+            yield _Values(stream.name, offsets, lengths, b"".join(values))
             offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
         offsets.append(offset)
         lengths.append(len(value))
         values.append(value)
         num_bytes += len(value)
-    if values:
-        yield _Values(file, offsets, lengths, b"".join(values), is_array)
+    yield _Values(stream.name, offsets, lengths, b"".join(values))
 
 
 # ---- Saved ShareGPT pages ----
@@ -454,7 +395,7 @@ def _read_page(stream: ByteStream) -> Iterator[_Part]:
     while stream.read(1 << 20):
         pass
     if len(data) > MAX_RECORD_BYTES:
-        yield _Damaged(stream.name, 0, stream.offset, is_page=True)
+        yield _TooLarge(stream.name, 0, stream.offset, is_page=True)
     else:
         yield _Page(stream.name, stream.offset, data)
 
@@ -510,6 +451,6 @@ class _Rows:
 def _read_table(stream: ByteStream, columns: Sequence[str] | None, chunk_bytes: int) -> Iterator[_Part]:
     for row, data in scan_table(stream, columns, chunk_bytes=chunk_bytes, max_bytes=MAX_RECORD_BYTES):
         if data is None:
-            yield _Damaged(stream.name, row, row + 1)
+            yield _TooLarge(stream.name, row, row + 1)
         else:
             yield _Rows(stream.name, row, data)

@@ -1,19 +1,16 @@
-"""Tables: parquet files, Arrow streams and CSV as slices of rows in bytes, without Python objects; their parser.
+"""Tables, parquet files and Arrow streams: slices of rows as bytes, without making Python objects, and their parser.
 
 An Arrow stream is what `datasets` writes, into its cache and by `save_to_disk`. Arrow's other form, the IPC file, which
 is also Feather 2, is not read.
 """
 
-import io
 import os
 from collections.abc import Iterator, Sequence
-from csv import reader
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
 
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
-_CSV_BLOCK_BYTES = 16 << 20  # the longest row of a CSV file
 
 
 def scan_table(
@@ -29,11 +26,8 @@ def scan_table(
     import pyarrow  # here, since JSON and pages do without it
 
     row = num_bytes = 0
-    head = stream.peek(4)
-    is_text = head not in (b"PAR1", b"\xff\xff\xff\xff")
-    open_table = _read_csv if is_text else _read_parquet if head == b"PAR1" else _read_arrow
     try:
-        for batch in open_table(stream, columns):
+        for batch in _read_parquet(stream, columns) if stream.peek(4) == b"PAR1" else _read_arrow(stream, columns):
             batch.validate(full=True)  # buffers of a damaged file may point anywhere, and text may be no UTF-8
             num_bytes += batch.nbytes
             stream.refuse_bomb(num_bytes, stream.disk.size, _BOMB_REMEDY, unit="row")
@@ -51,7 +45,7 @@ def scan_table(
     except Unreadable:
         raise
     except Exception as error:  # what Arrow makes of a damaged file is in no list
-        remedy = "fix that row" if is_text else "the file is damaged: fetch it again"
+        remedy = "the file is damaged: fetch it again"
         raise unreadable(stream.name, row, f"reading stops here ({explain(error)})", remedy, unit="row") from error
     if not row:
         raise unreadable(stream.name, 0, "the table has no rows", "remove it, or fetch it again", unit="row")
@@ -90,24 +84,6 @@ def _read_arrow(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[A
     reader = pyarrow.ipc.open_stream(pyarrow.PythonFile(stream, mode="r"))
     _check_columns(stream, reader.schema, columns)
     yield from reader
-
-
-def _read_csv(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:
-    """Rows of texts under the names of the first row. An empty cell is an empty text."""
-    from pyarrow import PythonFile, csv, string  # as in scan_table
-
-    head = stream.peek(_CSV_BLOCK_BYTES)
-    first_line = head[: head.find(b"\n")] if b"\n" in head else head
-    delimiter = max((b"\t", b";", b","), key=first_line.count).decode()
-    names = next(reader(io.StringIO(head.decode("utf-8", "replace")), delimiter=delimiter))
-    batches = csv.open_csv(
-        PythonFile(stream, mode="r"),
-        read_options=csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, string()), strings_can_be_null=False),
-    )
-    _check_columns(stream, batches.schema, columns)
-    yield from batches
 
 
 def _check_columns(stream: ByteStream, schema: Any, columns: Sequence[str] | None) -> None:
