@@ -31,16 +31,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One training example as text. `condition` and `system` are empty strings where there is none."""
+    """One training example as text. `condition` and `system` are empty strings where there is none.
+
+    `record` is the place of its record where that has several conversations, else empty.
+    """
 
     id: str
     source: str
     condition: str
     system: str
     messages: tuple[Message, ...]
+    record: str = ""
 
 
-# What was found and not read: ("record field" | "turn field" | "part field" | "role", its name), once for each time.
+# What was found and not read, once for each time: ("record field" | "answer field" | "turn field" | "part field" |
+# "role", its name).
 Unread = tuple[tuple[str, str], ...]
 
 
@@ -48,7 +53,8 @@ Unread = tuple[tuple[str, str], ...]
 class ParsedRecord:
     """The turns of a record that can be used, before its source gives it condition and weights.
 
-    `dialect` is how it is written: "from/value", "role/content", "pairs", or several of them with " + " between.
+    `dialect` is how it is written: "from/value", "role/content", "pairs", or several of them with " + " between; before
+    it the names of the fields that its turns are of, where they are not one list.
     `is_page` is whether it comes from a saved ShareGPT page. `condition`, `weight` and the `weight` of each message are
     the record's own, None (1.0 for the record's weight) where it has none. `tools` are the definitions of tools as the
     record writes them, or empty.
