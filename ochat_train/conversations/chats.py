@@ -6,7 +6,7 @@ from typing import Any
 
 from ochat_train.conversations.answers import Answer, find_list, find_pair, preference_of
 from ochat_train.conversations.fields import AS_USUAL, Reading, get_value
-from ochat_train.conversations.forms import Parts, is_there, names_beside_turns, parts_of
+from ochat_train.conversations.forms import BESIDE_TURNS, Parts, is_there, parts_of
 from ochat_train.conversations.records import TURN_LISTS
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Unread
@@ -61,7 +61,7 @@ def find_chats(fields: Any, reading: Reading = AS_USUAL) -> list[Chat]:
     """
     if not isinstance(fields, dict):
         return [Chat(fields)]
-    if not reading.fields and fields.keys().isdisjoint(names_beside_turns()):  # nearly always
+    if not reading.fields and fields.keys().isdisjoint(BESIDE_TURNS):  # nearly always
         for name in TURN_LISTS:
             turns = fields.get(name)
             if isinstance(turns, list) and turns and not isinstance(turns[0], str):

@@ -5,7 +5,6 @@ it, or turns that hold the answers.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from ochat_train.conversations.fields import Reading
@@ -43,6 +42,10 @@ TURN_FIELDS = tuple(dict.fromkeys(name for part in ("turns", "answer", "answers"
 COLUMNS = tuple(
     dict.fromkeys((*TURN_FIELDS, *(name for part in ("tree", "pair") for row in FORMS[part] for name in row)))
 )
+# Fields that make more of a record than its list of turns.
+BESIDE_TURNS = frozenset(
+    name for part in ("tree", "pair", "answer", "answers", "label") for row in FORMS[part] for name in row
+)
 
 Parts = Mapping[str, tuple[tuple[str, ...], ...]]
 
@@ -50,7 +53,7 @@ Parts = Mapping[str, tuple[tuple[str, ...], ...]]
 def parts_of(reading: Reading) -> Parts:
     """The table with the rows that a source's `fields` put in the place of its own."""
     names = reading.fields
-    if not names.keys() & _NAMED_PARTS:
+    if not names or not names.keys() & _NAMED_PARTS:
         return FORMS
     parts = dict(FORMS)
     if "turns" in names:
@@ -77,13 +80,6 @@ _ANSWER_PARTS = frozenset(("answer", "answers", "chosen", "rejected"))
 def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
     """The names that a recipe gives as one or as a list."""
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-@cache
-def names_beside_turns() -> frozenset[str]:
-    """The fields that make more of a record than its list of turns."""
-    parts = ("tree", "pair", "answer", "answers", "label")
-    return frozenset(name for part in parts for row in FORMS[part] for name in row)
 
 
 def is_there(value: Any) -> bool:

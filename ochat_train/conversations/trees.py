@@ -82,7 +82,7 @@ def _message(message: Mapping[str, Any], parent: Node | None = None) -> Node:
 def _badness(node: Node) -> tuple[bool, bool, float]:
     rank = node.own.get("rank")
     is_rank = isinstance(rank, int | float) and rank == rank
-    return bool(node.own.get("deleted")), not is_rank, rank if is_rank else 0.0
+    return bool(node.own.get("deleted")), not is_rank, float(rank or 0.0) if is_rank else 0.0
 
 
 # ---- ChatGPT ----
