@@ -120,7 +120,8 @@ class SourceCounts:
     def add(self, table: pa.Table) -> None:
         """Count the rows of a ledger table that are all of this source."""
         self.num_in += table.num_rows
-        self.num_records += pc.sum(pc.equal(table["conversation"], 1)).as_py() or 0
+        if "conversation" in table.column_names:  # not in ledgers of older stores
+            self.num_records += pc.sum(pc.equal(table["conversation"], 1)).as_py() or 0
         # A kept row without an example counts as neither kept nor dropped, so that `check` reports it.
         is_kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.greater(table["num_examples"], 0))
         self.num_kept += pc.sum(is_kept).as_py() or 0
@@ -244,10 +245,10 @@ def read_rows(path: str, id: str) -> list[dict[str, Any]]:
     """The rows of a ledger file for the conversations, or all those of records, of this id; it need not be unique."""
     rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "==", id)]).to_pylist()
     if not rows:
-        table = pq.read_table(path, columns=["id", "conversation"])
-        is_first = pc.and_(pc.starts_with(table["id"], f"{id}/"), pc.greater_equal(table["conversation"], 1))
-        if pc.any(is_first).as_py():
-            rows = pq.read_table(path).filter(is_first).to_pylist()
+        table = pq.read_table(path, columns=["id"])
+        is_of_record = pc.starts_with(table["id"], f"{id}/")
+        if pc.any(is_of_record).as_py():
+            rows = pq.read_table(path).filter(is_of_record).to_pylist()
     return rows
 
 
