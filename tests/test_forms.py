@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.forms import FORMS
 from ochat_train.conversations.records import Record
 from ochat_train.conversations.schema import Drop, ParsedRecord
 from ochat_train.conversations.sharegpt import chats_of, parse_record
@@ -572,3 +573,24 @@ def test_a_marked_text_is_split_at_its_marks() -> None:
     assert split_marked(f"{MARKED}\n\nHuman: Go\n\nAssistant:") == [u("Hi"), a("Hello"), u("Go")]
     for text in ("", "Hi", "\n\nHuman: Hi", "Say:\n\nHuman: Hi\n\nAssistant: x"):
         assert split_marked(text) == []
+
+
+NAMES = sorted(
+    {name for part in FORMS.values() for row in part for name in row} | {"replies", "role", "content", "text"}
+)
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "Hi", "user", "[1]", "{'a': 1}", MARKED]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), ANY, max_size=6), st.sampled_from(["best", "all"]))
+def test_any_record_becomes_conversations_or_drops_with_a_reason(fields: dict[str, Any], tree: Any) -> None:
+    found = read(fields, tree=tree)
+    assert found
+    assert len({one.id for one, _ in found}) == len(found)
