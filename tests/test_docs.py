@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ochat_train.conversations.dedupe import DROP_REASONS
+from ochat_train.conversations.forms import FORMS
 from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
 from ochat_train.conversations.roles import ROLES
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, TemplatePart
@@ -40,6 +41,8 @@ ACTIONS = {
     "surrogate_replaced",
     "nan_read",
     "media_left_out",
+    "python_literal_read",
+    "earlier_answer_untrained",
     "reasoning_kept",
     "reasoning_dropped",
     "calls_untrained",
@@ -74,6 +77,7 @@ REASONS = {
     "bad_pair",
     "value_not_text",
     "not_text",
+    "equal_answer",
     "bad_weight",
     "bad_condition",
     "bad_system",
@@ -98,7 +102,17 @@ REASONS = {
 NAMING_FILES = (
     *(
         f"conversations/{name}.py"
-        for name in ("records", "json_scan", "sharegpt", "own_weights", "spell_out", "markdown", "clean", "filters")
+        for name in (
+            "records",
+            "json_scan",
+            "turns",
+            "sharegpt",
+            "own_weights",
+            "spell_out",
+            "markdown",
+            "clean",
+            "filters",
+        )
     ),
     "tokens/overlong.py",
     "tokens/rendered.py",
@@ -295,6 +309,13 @@ def test_data_explains_every_drop_reason() -> None:
 def test_data_has_the_table_of_roles() -> None:
     listed = {name: row[1].partition(":")[0] for row in table(DATA, "in the file", "role") for name in code(row[0])}
     assert listed == ROLES
+
+
+def test_data_has_the_table_of_forms() -> None:
+    listed = {
+        row[0]: tuple(tuple(code(names)) for names in row[1].split(", ")) for row in table(DATA, "part", "fields")
+    }
+    assert listed == FORMS
 
 
 def test_data_has_every_template_with_its_roles_and_condition() -> None:

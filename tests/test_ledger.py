@@ -43,7 +43,15 @@ def test_every_record_gets_a_row_in_order_over_all_shards(tmp_path: Path) -> Non
     ledger_of([keep("untouched"), changed], [], [drop("dropped", actions=("user_turns_joined",))], path=path)
     table = pq.read_table(path)
     assert table.schema.equals(LEDGER_SCHEMA)
-    kept = {"file": "a.json", "offset": 5, "source": "gpt4", "outcome": "kept", "reason": None, "detail": None}
+    kept = {
+        "file": "a.json",
+        "offset": 5,
+        "conversation": 1,
+        "source": "gpt4",
+        "outcome": "kept",
+        "reason": None,
+        "detail": None,
+    }
     numbers = {"num_examples": 1, "num_tokens": 1000, "num_supervised_tokens": 400, "weight_sum": 400.0}
     assert table.to_pylist() == [
         {"id": "untouched", **kept, "actions": [], **numbers},
@@ -108,7 +116,7 @@ def test_a_record_that_got_lost_or_counted_twice_is_noticed() -> None:
     ledger = ledger_of([keep("a"), drop("b")])
     ledger.check(2)
     for num_records in (1, 3):
-        with pytest.raises(RuntimeError, match=rf"total: {num_records} records in, but 1 kept and 1 dropped.*a bug"):
+        with pytest.raises(RuntimeError, match=rf"total: {num_records} records in, but 2 in the ledger; .*a bug"):
             ledger.check(num_records)
 
 

@@ -158,7 +158,7 @@ def test_fields_tells_what_dumps_hold(tmp_path: Path, capsys: pytest.CaptureFixt
     assert any(line.split() == ["model", "40", '"m0"', "20,", '"m1"', "20"] for line in lines)
     assert any("many different ones, such as 0, 1, 2" in line for line in lines)
     assert "  roles: human 40 (user), gpt 40 (assistant), alice 1 (not known)" in lines
-    assert "  turns a record: 1 to 2, median 2" in lines
+    assert "  turns a conversation: 1 to 2, median 2" in lines
     assert "  characters a text: 2 to 5, median 2" in lines
 
 

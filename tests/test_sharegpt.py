@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.forms import ANSWER_KEYS, USER_KEYS
 from ochat_train.conversations.hints import hint_fields
 from ochat_train.conversations.records import Record
 from ochat_train.conversations.roles import CALL_ROLES, ROLES
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord
 from ochat_train.conversations.sharegpt import parse_record
+from ochat_train.conversations.turn_fields import ANSWER_KEYS, USER_KEYS
 
 
 def record_of(fields: Any, damage: str | None = None, repairs: tuple[str, ...] = ()) -> Record:
@@ -635,11 +635,6 @@ def test_a_source_may_name_the_parts_of_its_records() -> None:
             {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
             "",
         ),
-        (
-            {"instruction": "Add.", "input": "", "output": "3"},
-            "fields: {question: [instruction, input], answer: output}",
-        ),
-        ({"question": "Add.", "answer": "3"}, "fields: {question: question, answer: answer}"),
         ({"text": "Once"}, ""),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, ""),
     ],

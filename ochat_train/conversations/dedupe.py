@@ -72,13 +72,14 @@ def find_duplicates(
     `near`: conversations of one condition are compared, best first, in each of several bands of their signatures;
     one that shares the band with a better one, and is estimated to be similar to it by at least `near`, is NEAR. The
     similarity is Jaccard's: shared shingles / all shingles of the two. A pair exactly at `near` shares a band with a
-    chance of at least 0.98 (at 0.8, a pair at 0.9: 0.99999). Among more than 64 that share a band, and are not similar
-    to one another, only the best 64 are compared with all the others; the rest stay.
-    `eval_fraction` above 0: conversations that stay are grouped over all conditions, where the first question is the
-    same (below 5 words: it and its answer), whatever the system text and the rest, or the estimated similarity is at
-    least `near`, or 0.8 where that is None, and on from one to the next; where more than 64 share a band, the rest are
-    in one group. A group is held out if a hash of its smallest own key says so, which it does for a share
-    `eval_fraction` of all keys.
+    chance of at least 0.98 (at 0.8, a pair at 0.9: 0.99999). Conversations of one record are no copies. Among more
+    than 64 that share a band, and are not similar to one another, only the best 64 are compared with all the others;
+    the rest stay.
+    `eval_fraction` above 0: conversations that stay are grouped over all conditions, where they are of one record, or
+    the first question is the same (below 5 words: it and its answer), whatever the system text and the rest, or the
+    estimated similarity is at least `near`, or 0.8 where that is None, and on from one to the next; where more than 64
+    share a band, the rest are in one group. A group is held out if a hash of its smallest own key says so, which it
+    does for a share `eval_fraction` of all keys.
 
     Raises ValueError for a threshold outside (0, 1] and a fraction outside [0, 1). Worked example, all rules on: of
     A "Hi" / "Hello", a longer B "Hi" / "Hello" / "Bye" / "Bye!", and C as B with weight 0.1, in this order, status
@@ -246,6 +247,8 @@ def _similar_pairs(
         leaders = _leaders(band_keys, positions)[follows]
         band_keys, positions = band_keys[follows], positions[follows]
         similar = _are_similar(keys.signatures, leaders, positions, threshold)
+        if drop:  # answers to one question are no copies
+            similar &= (keys.record[leaders] != keys.record[positions]) | (keys.record[positions] == 0)
         yield leaders[similar], positions[similar]
         if drop:
             band_keys, positions, leaders = band_keys[~similar], positions[~similar], leaders[~similar]
@@ -269,6 +272,9 @@ def _hold_out(keys: TextKeys, decisions: Decisions, threshold: float, eval_fract
     kept = np.flatnonzero(decisions.status == KEEP)
     questions, positions = _sort_shared(keys.question[kept], kept, keys.priority)
     _unite(parents, _leaders(questions, positions), positions)
+    several = kept[keys.record[kept] != 0]
+    records, positions = _sort_shared(keys.record[several], several, keys.priority)
+    _unite(parents, _leaders(records, positions), positions)
     for band_keys, positions in _bands(keys, decisions, threshold):
         for leaders, others in _similar_pairs(keys, band_keys, positions, threshold, drop=False):
             _unite(parents, leaders, others)

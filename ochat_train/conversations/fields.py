@@ -13,15 +13,17 @@ from ochat_train.conversations.schema import Role
 class Reading:
     """What a recipe says about how the records of a source are written.
 
-    fields: the names of the parts of a record: turns, role, text, question (one or several), answer, system.
-    roles: names of roles besides `roles.ROLES`. weight_field: the field with a record's own weight, None for none.
-    media: what happens to a record with pictures, sound or video: it is dropped, or only its text is read.
+    fields: the names of the parts of a record: turns, role, text, history, question (one or several), answer, answers
+    (one or several), chosen, rejected, system. roles: names of roles besides `roles.ROLES`. weight_field: the field
+    with a record's own weight, None for none. media: what happens to a record with pictures, sound or video: it is
+    dropped, or only its text is read. tree: whether a tree of messages is its best path, or each answer of it.
     """
 
     fields: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)
     weight_field: str | None = "weight"
     media: Literal["drop", "text"] = "drop"
+    tree: Literal["best", "all"] = "best"
 
 
 AS_USUAL = Reading()

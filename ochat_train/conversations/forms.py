@@ -1,108 +1,87 @@
-"""Where the turns of a record are, and the fields in which a turn has its text, its reasoning and its calls."""
+"""The forms of records: the table of the fields in which records have their parts.
+
+A record has its conversations in a tree, or it has a beginning (turns, or a history and a question) and answers after
+it, or turns that hold the answers.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ochat_train.conversations.fields import Reading, first_name, get_value, is_empty_json
+from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.records import TURN_LISTS
+from ochat_train.conversations.turn_fields import ANSWER_KEYS, USER_KEYS
 
-# The keys of a pair: one of each side.
-USER_KEYS = ("human", "user", "input", "instruction", "prompt", "question", "query")
-ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "response", "answer", "completion")
-PAIR_KEYS = frozenset(USER_KEYS + ANSWER_KEYS)
+# For each part the fields that may hold it, in the order in which they are looked for: the first that is there counts.
+# Several fields in one row stand together. The parts are in the order in which a record is looked through.
+FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "tree": (("mapping",), ("prompt",)),  # ChatGPT's export; OpenAssistant's messages with `replies`
+    "pair": (
+        ("chosen", "rejected"),
+        ("preferred_output", "non_preferred_output"),  # OpenAI
+        ("chosen_response", "rejected_response"),  # ms-swift has the second alone: the chosen one ends the turns
+    ),
+    "turns": (*((name,) for name in TURN_LISTS), ("data",), ("dialogue",), ("dialog",)),
+    "answer": tuple((name,) for name in ("solution", *ANSWER_KEYS, "targets")),
+    "answers": (
+        *((name,) for name in ("completions", "responses", "answers", "candidates", "generations", "outputs")),
+        *((name,) for name in ("output", "response", "answer", "completion")),  # where they are lists of texts
+    ),
+    "history": (("history",),),
+    "question": (
+        ("instruction", "input"),
+        ("instruction", "context"),
+        ("context", "question"),
+        *((name,) for name in ("instruction", *USER_KEYS, "problem", "inputs")),
+    ),
+    "system": (("system",), ("system_prompt",), ("system_message",)),
+    "label": (("label",), ("kto_tag",)),
+    "score": tuple((name,) for name in ("score", "overall_score", "rating", "reward")),
+}
+TURN_FIELDS = tuple(dict.fromkeys(name for part in ("turns", "answer", "answers") for (name,) in FORMS[part]))
+# A table has its turns in one of these columns.
+COLUMNS = tuple(
+    dict.fromkeys((*TURN_FIELDS, *(name for part in ("tree", "pair") for row in FORMS[part] for name in row)))
+)
+# Fields that make more of a record than its list of turns.
+BESIDE_TURNS = frozenset(
+    name for part in ("tree", "pair", "answer", "answers", "label") for row in FORMS[part] for name in row
+)
 
-CALL_KEYS = ("tool_calls", "function_call")
-TOOL_KEYS = ("tools", "functions")  # definitions of the tools that may be called, beside the turns
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-TEXT_PARTS = (None, "text", "input_text", "output_text")  # Gemini's have no type, OpenAI's responses have the last two
-
-_SHAREGPT, _OPENAI = {"from", "value"}, {"role", "content"}
+Parts = Mapping[str, tuple[tuple[str, ...], ...]]
 
 
-def find_turns(fields: dict[str, Any], reading: Reading) -> tuple[str, Sequence[Any]]:
-    """The name of the list of turns, and its turns under the usual names of their fields.
-
-    The name is empty where question and answer are fields of the record, and where there is no list.
-    """
+def parts_of(reading: Reading) -> Parts:
+    """The table with the rows that a source's `fields` put in the place of its own."""
     names = reading.fields
-    if "answer" in names and (answer := get_value(fields, str(names["answer"]))) is not None:
-        said = [{"role": "assistant", "content": answer}]
-        if asked := names.get("question", ()):
-            said.insert(0, {"role": "user", "content": _join_questions(fields, asked)})
-        return "", said
-    lists = (str(names["turns"]), *TURN_LISTS) if "turns" in names else TURN_LISTS
-    for list_name in lists:
-        turns = fields.get(list_name)
-        if isinstance(turns, list) and turns:
-            if "role" in names or "text" in names:
-                turns = [_rename(turn, names) if isinstance(turn, dict) else turn for turn in turns]
-            return list_name, turns
-    return "", ()
+    if not names or not names.keys() & _NAMED_PARTS:
+        return FORMS
+    parts = dict(FORMS)
+    if "turns" in names:
+        parts["turns"] = ((str(names["turns"]),), *FORMS["turns"])
+    if "question" in names or "answer" in names:
+        parts |= {"tree": (), "turns": (), "question": ()}
+    if names.keys() & _ANSWER_PARTS:
+        parts |= {"tree": (), "pair": (), "answer": (), "answers": ()}
+    if "chosen" in names or "rejected" in names:
+        parts["pair"] = ((str(names.get("chosen", "")), str(names.get("rejected", ""))),)
+    for part in ("answer", "history", "system"):
+        if part in names:
+            parts[part] = ((str(names[part]),),)
+    for part in ("question", "answers"):
+        if part in names:
+            parts[part] = (as_names(names[part]),)
+    return parts
 
 
-def _join_questions(fields: dict[str, Any], names: str | Sequence[str]) -> Any:
-    """The texts of the fields, a blank line between them; the first value that is no text, for an error."""
-    questions = [get_value(fields, name) for name in ([names] if isinstance(names, str) else names)]
-    said = [question for question in questions if question not in (None, "")]
-    others = [question for question in said if not isinstance(question, str)]
-    return others[0] if others else "\n\n".join(said) if said else questions[0]
+_NAMED_PARTS = frozenset(("turns", "question", "answer", "answers", "chosen", "rejected", "history", "system"))
+_ANSWER_PARTS = frozenset(("answer", "answers", "chosen", "rejected"))
 
 
-def _rename(turn: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    renamed = dict(turn)
-    if "role" in names and names["role"] in turn:
-        renamed |= {"from": None, "role": turn[names["role"]]}
-    if "text" in names and names["text"] in turn:
-        renamed |= {"value": None, "content": turn[names["text"]]}
-    return renamed
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names that a recipe gives as one or as a list."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def is_plain(fields: Mapping[str, Any]) -> bool:
-    """Whether an object has nothing but a role and a text, as nearly all turns do."""
-    return fields.keys() == _SHAREGPT or fields.keys() == _OPENAI
-
-
-def is_pair(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn has a side of a pair."""
-    return any(turn[key] is not None and key.strip().lower() in PAIR_KEYS for key in turn)
-
-
-def role_field(turn: Mapping[str, Any]) -> str:
-    """The name of the field with the turn's role, or empty."""
-    return first_name(turn, ("from", "role"))
-
-
-def text_field(turn: Mapping[str, Any]) -> str:
-    """The name of the field with the turn's text: one that is empty only where no other has a text."""
-    names = [name for name in ("value", "content", "parts") if turn.get(name) is not None]
-    return next((name for name in names if turn[name] != ""), names[0] if names else "content")
-
-
-def parts_of(value: object) -> list[dict[str, Any]]:
-    """The parts of a text that are objects."""
-    return [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
-
-
-def are_texts(value: object) -> bool:
-    """Whether a value is a part of type text or a list of them. A part without a type only looks like one."""
-    parts = value if isinstance(value, list) and value else [value]
-    return all(
-        isinstance(p, dict) and p.get("type") in TEXT_PARTS[1:] and isinstance(p.get("text"), str) for p in parts
-    )
-
-
-def find_reasoning(turn: Mapping[str, Any]) -> tuple[str, str]:
-    """(field, text) of the reasoning beside the text, or two empty strings."""
-    for name in _REASONING_KEYS:
-        said = turn.get(name)
-        if isinstance(said, list) and said and are_texts(said):
-            said = "".join(part["text"] for part in said)
-        if isinstance(said, str) and said:
-            return name, said
-    return "", ""
-
-
-def find_calls(turn: Mapping[str, Any]) -> Any:
-    """The tool calls beside the text, or None."""
-    values = (get_value(turn, name) for name in CALL_KEYS)
-    return next((calls for calls in values if not is_empty_json(calls)), None)
+def is_there(value: Any) -> bool:
+    """Whether a part's value can hold it: a text, a list or an object with something in it."""
+    return isinstance(value, str | list | dict) and bool(value)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.forms import ANSWER_KEYS, USER_KEYS, role_field
 from ochat_train.conversations.records import TURN_LISTS
 from ochat_train.conversations.roles import find_role
+from ochat_train.conversations.turn_fields import role_field
 
 _ROLE_FIELDS = ("role", "from", "speaker", "author", "sender", "user", "name", "type")
 _TEXT_FIELDS = ("content", "value", "text", "message", "body", "utterance", "msg")
-_SYSTEM_FIELDS = ("system_prompt", "system_message", "sys")
+_SYSTEM_FIELDS = ("sys",)
 
 
 def find_hint(reason: str, fields: Mapping[str, Any], turns: Sequence[Any], reading: Reading) -> str:
@@ -26,8 +26,7 @@ def hint_fields(fields: Mapping[str, Any]) -> str:
     """The line `fields: {...}` for a record whose parts have other names, or empty where none can be guessed.
 
     Worked example: {"chat": [{"speaker": "user", "text": "Hi"}, {"speaker": "bot", "text": "Hello"}]} gives "fields:
-    {turns: chat, role: speaker, text: text}", and {"instruction": "Add.", "output": "3"} gives "fields: {question:
-    instruction, answer: output}".
+    {turns: chat, role: speaker, text: text}".
     """
     system = next((f", system: {name}" for name in _SYSTEM_FIELDS if isinstance(fields.get(name), str)), "")
     for name, turns in fields.items():
@@ -40,11 +39,6 @@ def hint_fields(fields: Mapping[str, Any]) -> str:
             has_both = roles[:1] != ["assistant"] and not {"user", "system"} >= set(roles)
             if role and text and not is_known and has_both:
                 return f"fields: {{turns: {_yaml(name)}, role: {_yaml(role)}, text: {_yaml(text)}{system}}}"
-    answers = [key for key in ANSWER_KEYS if isinstance(fields.get(key), str)]
-    questions = [key for key in ("instruction", *USER_KEYS) if isinstance(fields.get(key), str)]
-    if len(answers) == 1 and questions:
-        asked = "[instruction, input]" if {"instruction", "input"} <= set(questions) else questions[0]
-        return f"fields: {{question: {asked}, answer: {answers[0]}{system}}}"
     return ""
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from ochat_train.conversations.fields import holds_something
-from ochat_train.conversations.forms import is_plain
+from ochat_train.conversations.turn_fields import is_plain
 
 MEDIA_HINT = "data.media: text"
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -72,6 +73,9 @@ def weight_of_record(fields: Mapping[str, Any], weight_field: str | None) -> flo
     weights: list[float | None] = []
     if weight_field is not None and not (weight_field in LISTS and isinstance(fields.get(weight_field), list)):
         value = fields.get(weight_field)
+        if weight_field != "weight" and isinstance(value, str):  # of csv
+            with suppress(ValueError):
+                value = float(value)
         if value is None and weight_field != "weight":
             raise RecordError("bad_weight", f"{weight_field}, the source's weight_field, is missing or null")
         weights.append(_read_weight("weight", value, weight_field))

@@ -38,7 +38,8 @@ class Message:
 class Conversation:
     """One training example as text. `condition`, `system` and `tools` are empty strings where there is none.
 
-    `tools` are definitions that the template takes as arguments, as the record writes them.
+    `tools` are definitions that the template takes as arguments, as the record writes them. `record` is the place of
+    its record where that has several conversations, else empty.
     """
 
     id: str
@@ -47,9 +48,11 @@ class Conversation:
     system: str
     messages: tuple[Message, ...]
     tools: str = ""
+    record: str = ""
 
 
-# What was found and not read: ("record field" | "turn field" | "part field" | "role", its name), once for each time.
+# What was found and not read, once for each time: ("record field" | "answer field" | "turn field" | "part field" |
+# "role", its name).
 Unread = tuple[tuple[str, str], ...]
 
 
@@ -57,7 +60,8 @@ Unread = tuple[tuple[str, str], ...]
 class ParsedRecord:
     """The turns of a record that can be used, before its source gives it condition and weights.
 
-    `dialect` is how it is written: "from/value", "role/content", "pairs", or several of them with " + " between.
+    `dialect` is how it is written: "from/value", "role/content", "pairs", or several of them with " + " between; before
+    it the names of the fields that its turns are of, where they are not one list.
     `is_page` is whether it comes from a saved ShareGPT page. `condition`, `weight` and the `weight` of each message are
     the record's own, None (1.0 for the record's weight) where it has none. `tools` are the definitions of tools as the
     record writes them, or empty.

@@ -1,7 +1,6 @@
 """Records to turns: the dialects in which chats are written down.
 
-The turns are the first list that is not empty under `conversations`, `items`, `messages`, `conversation` or `contents`.
-Each turn is one of:
+`chats` finds the turns. Each turn is one of:
 
 - `{from, value}` or `{role, content}`, with the weights of `own_weights`. The text may be parts, `{"type": "text",
   "text": ...}` or text, which are joined as they are. An assistant's reasoning and tool calls (`tool_calls`,
@@ -15,12 +14,13 @@ record's own, a text or a number, or else `default_id`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import orjson
 
+from ochat_train.conversations.chats import Chat, find_chats, get_system
 from ochat_train.conversations.fields import (
     AS_USUAL,
     Reading,
@@ -31,19 +31,7 @@ from ochat_train.conversations.fields import (
     own_id,
     show,
 )
-from ochat_train.conversations.forms import (
-    ANSWER_KEYS,
-    TEXT_PARTS,
-    TOOL_KEYS,
-    USER_KEYS,
-    are_texts,
-    find_calls,
-    find_reasoning,
-    find_turns,
-    is_pair,
-    parts_of,
-    text_field,
-)
+from ochat_train.conversations.forms import FORMS, parts_of
 from ochat_train.conversations.hints import find_hint, unknown_roles
 from ochat_train.conversations.media import (
     MEDIA_HINT,
@@ -53,9 +41,21 @@ from ochat_train.conversations.media import (
     remove_placeholders,
 )
 from ochat_train.conversations.own_weights import product, weight_of_record, weight_of_turn, weights_of_turns
-from ochat_train.conversations.records import MAX_RECORD_BYTES, TURN_LISTS, Record
+from ochat_train.conversations.records import MAX_RECORD_BYTES, Record
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord, RecordError, Unread
+from ochat_train.conversations.turn_fields import (
+    ANSWER_KEYS,
+    TEXT_PARTS,
+    TOOL_KEYS,
+    USER_KEYS,
+    are_texts,
+    find_calls,
+    find_reasoning,
+    is_pair,
+    parts_of_text,
+    text_field,
+)
 from ochat_train.conversations.unread import find_unread
 
 _DAMAGES = {
@@ -68,43 +68,60 @@ _DAMAGES = {
 }
 
 
-def parse_record(record: Record, *, default_id: str, reading: Reading = AS_USUAL) -> ParsedRecord | Drop:
-    """The record's turns as they are written, or why it cannot be used; never raises.
+def chats_of(record: Record, reading: Reading) -> list[Chat]:
+    """The conversations of a record, at least one."""
+    fields = record.fields
+    if record.is_row and isinstance(fields, dict):
+        fields = {name: _remove_nulls(value) for name, value in fields.items()}
+    try:
+        return find_chats(fields, reading)
+    except RecursionError:
+        return [Chat(fields)]
 
-    `reading` says where parts have other names. Reasons of a drop: the record's `damage`; not_an_object; no_turns (no
-    list with turns); turn_not_an_object; unknown_role; bad_pair (not two sides, or two texts for one side);
-    value_not_text; not_text (pictures, sound, video or another part that is no text); bad_weight (see `own_weights`);
-    bad_condition and bad_system (neither text nor null).
+
+def parse_record(
+    record: Record, *, default_id: str, reading: Reading = AS_USUAL, chat: Chat | None = None
+) -> ParsedRecord | Drop:
+    """The turns of one of the record's conversations as they are written, or why it cannot be used; never raises.
+
+    `chat` is one of `chats_of(record, reading)`, None for the first. `reading` says where parts have other names.
+    Reasons of a drop: the record's `damage`; not_an_object; no_turns (no field has turns); turn_not_an_object;
+    unknown_role; bad_pair (not two sides, or two texts for one side); value_not_text; not_text (pictures, sound, video
+    or another part that is no text); equal_answer (one before it in the record is the same); bad_weight (see
+    `own_weights`); bad_condition and bad_system (neither text nor null).
 
     Worked example: `{"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value":
     "Hello"}]}` gives `ParsedRecord("7", "from/value", False, None, "", (Message("user", "Hi"), Message("assistant",
     "Hello")), ())`.
     """
-    fields = record.fields
     if record.damage is not None:
         return Drop(default_id, record.damage, _DAMAGES[record.damage], record.repairs)
-    if not isinstance(fields, dict):
-        return Drop(default_id, "not_an_object", f"the record is {kind_of(fields)}", record.repairs)
-    if record.is_row:
-        fields = {name: _remove_nulls(value) for name, value in fields.items()}
-    id = own_id(fields) or default_id
-    list_name, turns = find_turns(fields, reading)
-    repairs = record.repairs
+    if not isinstance(record.fields, dict):
+        return Drop(default_id, "not_an_object", f"the record is {kind_of(record.fields)}", record.repairs)
+    chat = chat or chats_of(record, reading)[0]
+    fields, turns = chat.fields, chat.turns
+    own = own_id(record.fields) or default_id
+    id = f"{own}{chat.suffix}"
+    repairs = record.repairs + chat.repairs
     unread: Unread = ()
     try:
-        unread = tuple(find_unread(fields, list_name, turns, reading))
+        unread = tuple(find_unread(chat, reading))
         if not turns:
-            raise _no_turns(reading)
+            raise _no_turns(fields, reading)
+        if chat.same_as is not None:
+            raise RecordError("equal_answer", f"the answer is that of {own}{chat.same_as}")
         media = find_media(fields, turns)
         if media and reading.media == "drop":
             raise RecordError("not_text", f"{media} is no text", MEDIA_HINT)
         reader = _TurnReader(reading)
-        dialect, messages = reader.read_all(fields, turns)
+        dialect, messages = reader.read_all(chat)
         if media or reader.has_left_out_media:
             messages = tuple(replace(message, text=remove_placeholders(message.text)) for message in messages)
             repairs += ("media_left_out",)
+        if reader.has_context_answer:
+            repairs += ("earlier_answer_untrained",)
         condition = _read_text_field(fields, "condition")
-        system = _read_text_field(fields, str(reading.fields.get("system", "system"))) or ""
+        system = _read_system(fields, messages, reading)
         weight = weight_of_record(fields, reading.weight_field)
         tools = _read_tools(fields)
     except RecordError as error:
@@ -124,17 +141,28 @@ def _remove_nulls(value: Any) -> Any:
     return [_remove_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _no_turns(reading: Reading) -> RecordError:
-    if "answer" in reading.fields:
-        return RecordError("value_not_text", f"{reading.fields['answer']}, the source's answer, is missing or null")
-    names = [reading.fields["turns"]] if "turns" in reading.fields else []
-    return RecordError("no_turns", f"none of {', '.join(map(str, (*names, *TURN_LISTS)))} is a list with turns")
+def _no_turns(fields: Mapping[str, Any], reading: Reading) -> RecordError:
+    names = reading.fields
+    named = {part: names[part] for part in ("chosen", "rejected", "answers", "answer") if part in names}
+    for part, name in named.items():
+        return RecordError("value_not_text", f"{name}, the source's {part}, is missing or null")
+    lists = [names["turns"]] if "turns" in names else []
+    lists += [name for (name,) in FORMS["turns"]]
+    return RecordError("no_turns", f"none of {', '.join(map(str, lists))} is a list with turns")
+
+
+def _read_system(fields: dict[str, Any], messages: Sequence[Message], reading: Reading) -> str:
+    """The record's system text; empty where its turns begin with the same."""
+    name, _ = get_system(fields, parts_of(reading))
+    system = _read_text_field(fields, name) or ""
+    is_copy = bool(messages) and messages[0].role == "system" and messages[0].text == system
+    return "" if is_copy else system
 
 
 def _read_text_field(fields: dict[str, Any], name: str) -> str | None:
     text = get_value(fields, name)
     if text is not None and not isinstance(text, str):
-        raise RecordError(f"bad_{name}", f"{name} is {kind_of(text)}")
+        raise RecordError("bad_condition" if name == "condition" else "bad_system", f"{name} is {kind_of(text)}")
     return text
 
 
@@ -147,14 +175,16 @@ def _read_tools(fields: dict[str, Any]) -> str:
 
 
 class _TurnReader:
-    """Reads the turns of one record, and notes whether it left out parts with media."""
+    """Reads the turns of one conversation, and notes whether it left out media, or answers became context."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
         self.has_left_out_media = False
+        self.has_context_answer = False
 
-    def read_all(self, fields: dict[str, Any], turns: Sequence[Any]) -> tuple[str, tuple[Message, ...]]:
+    def read_all(self, chat: Chat) -> tuple[str, tuple[Message, ...]]:
         """(dialect, messages) of all turns, each message with the weight that the record gives it."""
+        fields, turns = chat.fields, chat.turns
         dialects: dict[str, None] = {}
         messages: list[Message] = []
         listed = weights_of_turns(fields, len(turns))
@@ -164,9 +194,14 @@ class _TurnReader:
             dialect, said = self._read_turn(turn, number)
             if weight is not None and (dialect != "pairs" or said[-1].role == "assistant"):  # of a pair the answer's
                 said[-1] = replace(said[-1], weight=weight)
+            if number <= chat.num_context and said[-1].role == "assistant" and said[-1].weight is None:
+                said[-1] = replace(said[-1], weight=0.0)
+                self.has_context_answer = True
             messages += said
             dialects[dialect] = None
-        return " + ".join(dialects), tuple(messages)
+        written = [chat.form] if chat.form else []
+        written += [] if chat.is_text else [" + ".join(dialects)]
+        return ", ".join(written), tuple(messages)
 
     def _read_turn(self, turn: Any, number: int) -> tuple[str, list[Message]]:
         """(dialect, messages) of one turn."""
@@ -194,7 +229,7 @@ class _TurnReader:
         if role == "call":
             return Message("assistant", "", calls=_write_json(value, f"the call of turn {number}"))
         if role == "tool":
-            has_media = isinstance(value, list) and any(map(is_media_type, parts_of(value)))
+            has_media = isinstance(value, list) and any(map(is_media_type, parts_of_text(value)))
             if not isinstance(value, str) and not are_texts(value) and not has_media:
                 return Message("tool", _write_json(value, f"the text of turn {number}"))
         if role != "assistant":

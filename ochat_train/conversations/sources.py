@@ -2,18 +2,41 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from decimal import Decimal
+from typing import Literal, NamedTuple
 
 from ochat_train.conversations.fields import Reading, get_value, show
 from ochat_train.conversations.own_weights import MAX_FLOAT32
 from ochat_train.conversations.schema import Conversation, ParsedRecord
 
 
+class Range(NamedTuple):
+    """Numbers from `min` on and below `max`; None is no bound. So {min: a, max: b} and {min: b} share no number."""
+
+    min: float | None = None
+    max: float | None = None
+
+    def holds(self, value: object) -> bool:
+        """Whether a number, or the text of one, is in the range. True, false and NaN are in none."""
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return False
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
+            return False
+        return (self.min is None or value >= self.min) and (self.max is None or value < self.max)
+
+    def __str__(self) -> str:
+        bounds = (f"{name}: {bound:g}" for name, bound in self._asdict().items() if bound is not None)
+        return f"{{{', '.join(bounds)}}}"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Records of one quality, recognized by their fields.
 
-    `where` and `where_not` map a field's name to a value, or to a list that means any of its values.
+    `where` and `where_not` map a field's name to a value, to a list that means any of its values, or to a Range.
     `condition` None leaves the condition to the record. `weight` is the loss weight of every assistant token.
     `html` says whether the texts are HTML, `encoding` is the encoding of the files if it is not UTF-8, and `reading`
     says how the records are written.
@@ -51,12 +74,7 @@ def match_source(
     """
     if not isinstance(fields, Mapping):
         return candidates[0] if len(candidates) == 1 else None
-    matches = [
-        source
-        for source in candidates
-        if all(_field_equals(fields, name, wanted) for name, wanted in source.where.items())
-        and not any(_field_equals(fields, name, unwanted) for name, unwanted in source.where_not.items())
-    ]
+    matches = [source for source in candidates if takes(source, fields)]
     if len(matches) == 1:
         return matches[0]
 
@@ -75,18 +93,31 @@ def match_source(
     )
 
 
+def takes(source: Source, fields: Mapping[str, object]) -> bool:
+    """Whether the source's `where` and `where_not` take a record with these fields."""
+    return all(_field_equals(fields, name, wanted) for name, wanted in source.where.items()) and not any(
+        _field_equals(fields, name, unwanted) for name, unwanted in source.where_not.items()
+    )
+
+
 def _field_equals(fields: Mapping[str, object], name: str, wanted: object) -> bool:
     if name not in fields:
         return False
     value = get_value(fields, name)
+    if isinstance(wanted, Range):
+        return wanted.holds(value)
     options = wanted if isinstance(wanted, list | tuple) else [wanted]
     return any(isinstance(value, bool) == isinstance(option, bool) and value == option for option in options)
 
 
 def _show_filter(source: Source) -> str:
-    rules = [f"where {name}={show(value)}" for name, value in source.where.items()]
-    rules += [f"where_not {name}={show(value)}" for name, value in source.where_not.items()]
+    rules = [f"where {name}={_show_wanted(value)}" for name, value in source.where.items()]
+    rules += [f"where_not {name}={_show_wanted(value)}" for name, value in source.where_not.items()]
     return f"{source.name} ({', '.join(rules) or 'takes every record'})"
+
+
+def _show_wanted(value: object) -> str:
+    return str(value) if isinstance(value, Range) else show(value)
 
 
 def assign_source(parsed: ParsedRecord, source: Source) -> Conversation:

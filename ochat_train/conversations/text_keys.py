@@ -41,6 +41,7 @@ class TextKeys:
     question: u64[N], a hash of the first user message's text, so normalised, and nothing else; where it has fewer than
     5 words, or there is none, of that text and the first answer after it, so that not all that begin with "Hi" are
     one group.
+    record: u64[N], a hash of the record that it shares with other conversations; 0 where it is its record's only one.
     signatures: u16[N, 128], MinHash of the words; u16[N, 0] if it was not requested.
     """
 
@@ -50,6 +51,7 @@ class TextKeys:
     priority: U64
     condition: U64
     question: U64
+    record: U64
     signatures: Signatures
 
     @classmethod
@@ -95,7 +97,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         ]
     )
     num_prefixes, own, prefixes, largest, supervised = [], [], [], [], []
-    exact, conditions, questions, turns = [], [], [], []
+    exact, conditions, questions, records, turns = [], [], [], [], []
     start = 0
     for conversation in conversations:
         end = start + 1 + len(conversation.messages)
@@ -109,6 +111,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         exact.append(_hash_exactly(conversation))
         conditions.append(_digest(_encode(conversation.condition)))
         questions.append(_hash_question(conversation, normalised[start + 1 : end]))
+        records.append(_digest(_encode(conversation.record)) if conversation.record else bytes(8))
         turns.append(b" ".join(normalised[start + 1 : end]))
         start = end
     # The bits of a float32 that is not negative are in the order of its values.
@@ -121,6 +124,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         priority=np.stack([first, _to_u64(exact)], axis=1),
         condition=_to_u64(conditions),
         question=_to_u64(questions),
+        record=_to_u64(records),
         signatures=_sign(turns, keys) if minhash else np.zeros((len(keys), 0), np.uint16),
     )
 

@@ -27,7 +27,7 @@ _MAX_DEPTH = 32
 
 
 def explain_record(recipe: Recipe, id: str) -> None:
-    """Print what happens to every record of this id, stage by stage. Raises ValueError when there is none."""
+    """Print what happens to every record or conversation of this id, stage by stage. Raises ValueError without any."""
     job = make_job(recipe)
     rows = _ledger_rows(job, id)
     if rows is None:
@@ -35,16 +35,21 @@ def explain_record(recipe: Recipe, id: str) -> None:
         print("whether it is a duplicate, and of what, is decided only when the store is made\n")
     found = False
     for record, sources in _find_records(job, id, rows):
+        traces = follow([record], sources, job.settings)
+        wanted = [trace for trace in traces if trace.parsed.id == id] or traces
         found = True
-        (trace,) = follow([record], sources, job.settings)
-        print("\n".join((*_show_record(record), *_show_stages(trace, sources, job))))
-        for row in rows or ():
-            if (row["file"], row["offset"]) != (record.file, record.offset):
-                continue
-            if row["reason"] is None:
-                print(f"== in the store: {row['num_examples']:,} example(s), {row['num_tokens']:,} tokens")
-            else:
-                print(f"== not in the store: {row['reason']}: {row['detail']}")
+        print("\n".join(_show_record(record)))
+        for trace in wanted:
+            if len(traces) > 1:
+                print(f"== conversation {trace.number} of {len(traces)}: {trace.parsed.id}")
+            print("\n".join(_show_stages(trace, sources, job)))
+            for row in rows or ():
+                if (row["file"], row["offset"], row["conversation"]) != (record.file, record.offset, trace.number):
+                    continue
+                if row["reason"] is None:
+                    print(f"== in the store: {row['num_examples']:,} example(s), {row['num_tokens']:,} tokens")
+                else:
+                    print(f"== not in the store: {row['reason']}: {row['detail']}")
     if not found:
         if part := re.fullmatch(r"(.*)#\d+", id, re.DOTALL):  # an example's name in the store
             return explain_record(recipe, part[1])
@@ -71,7 +76,9 @@ def _find_records(job: Job, id: str, rows: list[dict[str, Any]] | None) -> Itera
             continue
         for task in read_tasks([file], sources):
             for record in task.chunk.records():
-                if (record.file, record.offset) in wanted if wanted is not None else id_of(record) == id:
+                own = id_of(record)
+                is_named = own == id or id.startswith(f"{own}/")
+                if (record.file, record.offset) in wanted if wanted is not None else is_named:
                     yield record, sources
 
 
@@ -87,7 +94,9 @@ def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterato
     """What each stage made of the record, up to the one that dropped it."""
     parsed, cleaned, filtered = trace.parsed, trace.cleaned, trace.filtered
     used = {name for source in sources for name in (*source.where, *source.where_not)}
-    unread = Counter(item for item in parsed.unread if item[0] != "record field" or item[1] not in used)
+    unread = Counter(
+        item for item in parsed.unread if not item[0].startswith(("record", "answer")) or item[1] not in used
+    )
     for (kind, name), count in sorted(unread.items()):
         yield f"-- not read: {kind} {name!r}{f', {count} times' if count > 1 else ''}"
     if isinstance(parsed, Drop):

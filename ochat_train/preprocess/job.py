@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -21,11 +21,12 @@ from ochat_train.conversations.dedupe import needs_minhash
 from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
-from ochat_train.conversations.records import TURN_LISTS, list_files, read_chunks
-from ochat_train.conversations.sources import Source
+from ochat_train.conversations.forms import COLUMNS
+from ochat_train.conversations.records import list_files, read_chunks
+from ochat_train.conversations.sources import Range, Source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.preprocess.shard import ShardSettings, Task
-from ochat_train.recipe import DataSection, Recipe, SourceSection
+from ochat_train.recipe import DataSection, RangeSection, Recipe, SourceSection
 from ochat_train.tokens.store import check_store_path
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 
@@ -139,18 +140,27 @@ def _make_source(section: SourceSection, data: DataSection) -> Source:
         section.name,
         section.condition,
         section.weight,
-        section.where,
-        section.where_not,
+        _wanted(section.where),
+        _wanted(section.where_not),
         section.html,
         None if codecs.lookup(section.encoding or "utf-8").name == "utf-8" else section.encoding,
-        Reading(section.fields.model_dump(exclude_none=True), section.roles, section.weight_field, data.media),
+        Reading(
+            section.fields.model_dump(exclude_none=True), section.roles, section.weight_field, data.media, section.tree
+        ),
     )
+
+
+def _wanted(where: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        name: Range(wanted.min, wanted.max) if isinstance(wanted, RangeSection) else wanted
+        for name, wanted in where.items()
+    }
 
 
 def read_tasks(files: Sequence[str], sources: tuple[Source, ...]) -> Iterator[Task]:
     """The chunks of files that these sources name."""
     named = (name for source in sources for name in source.reading.fields.values())
-    columns = [*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *TURN_LISTS]
+    columns = [*chain.from_iterable([name] if isinstance(name, str) else name for name in named), *COLUMNS]
     for chunk in read_chunks(files, chunk_bytes=CHUNK_BYTES, encoding=sources[0].encoding, columns=columns):
         yield Task(chunk, sources)
 

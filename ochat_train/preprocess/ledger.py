@@ -1,4 +1,4 @@
-"""The ledger of a preprocess run: a row for every record, saying what happened to it and why."""
+"""The ledger of a preprocess run: what happened to every record and why, a row for each of its conversations."""
 
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 NUM_EXAMPLES = 3  # ids shown for each reason and action
 
+# conversation counts those of one record from 1; what has none, such as a line that is no JSON, is one.
 # outcome is "kept" or "dropped"; reason and detail are null for a kept record. actions: what was done, in order.
 # offset counts bytes, or rows of a table file. The numbers are of its examples: 0 for a dropped record.
 LEDGER_SCHEMA = pa.schema(
@@ -20,6 +21,7 @@ LEDGER_SCHEMA = pa.schema(
         "id": pa.string(),
         "file": pa.string(),
         "offset": pa.int64(),
+        "conversation": pa.int32(),
         "source": pa.string(),
         "outcome": pa.string(),
         "reason": pa.string(),
@@ -36,7 +38,7 @@ _NUMBERS = ("num_examples", "num_tokens", "num_supervised_tokens", "weight_sum")
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """What happened to one record; `reason` None means that it was kept."""
+    """What happened to one conversation; `reason` None means that it was kept."""
 
     id: str
     file: str
@@ -49,6 +51,7 @@ class LedgerRow:
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     weight_sum: float = 0.0
+    conversation: int = 1
 
     @property
     def outcome(self) -> str:
@@ -94,9 +97,13 @@ class Tally:
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of one source's records; `actions` counts each record that was changed, dropped ones too."""
+    """What became of one source's conversations; `actions` counts each that was changed, dropped ones too.
+
+    num_records: of how many records it has the first conversation.
+    """
 
     num_in: int = 0
+    num_records: int = 0
     num_kept: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)
     actions: dict[str, Tally] = field(default_factory=dict)
@@ -113,6 +120,8 @@ class SourceCounts:
     def add(self, table: pa.Table) -> None:
         """Count the rows of a ledger table that are all of this source."""
         self.num_in += table.num_rows
+        if "conversation" in table.column_names:  # not in ledgers of older stores
+            self.num_records += pc.sum(pc.equal(table["conversation"], 1)).as_py() or 0
         # A kept row without an example counts as neither kept nor dropped, so that `check` reports it.
         is_kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.greater(table["num_examples"], 0))
         self.num_kept += pc.sum(is_kept).as_py() or 0
@@ -149,14 +158,21 @@ class Ledger:
             self._file.write_table(table)
 
     def check(self, num_records: int) -> None:
-        """Raise RuntimeError, a bug of ours, unless the records read are those kept and dropped, also by source."""
-        by_source = [(name, counts.num_in, counts) for name, counts in self.counts.items()]
-        for name, num_in, counts in [*by_source, ("total", num_records, self.total())]:
-            if num_in != counts.num_kept + counts.num_dropped:
+        """Raise RuntimeError, a bug of ours, unless every conversation is kept or dropped, by source too, and those
+        that are the first of a record are as many as the `num_records` that were read.
+        """
+        total = self.total()
+        for name, counts in [*self.counts.items(), ("total", total)]:
+            if counts.num_in != counts.num_kept + counts.num_dropped:
                 raise RuntimeError(
-                    f"{name}: {num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} dropped; "
-                    "this is a bug in preprocessing, please report it"
+                    f"{name}: {counts.num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} "
+                    "dropped; this is a bug in preprocessing, please report it"
                 )
+        if total.num_records != num_records:
+            raise RuntimeError(
+                f"total: {num_records:,} records in, but {total.num_records:,} in the ledger; "
+                "this is a bug in preprocessing, please report it"
+            )
 
     def check_examples(self, splits: Collection[Mapping[str, float]]) -> None:
         """Raise RuntimeError, a bug of ours, unless the examples of a store's splits are those of the kept records."""
@@ -173,6 +189,7 @@ class Ledger:
         total = SourceCounts()
         for counts in self.counts.values():
             total.num_in += counts.num_in
+            total.num_records += counts.num_records
             total.num_kept += counts.num_kept
             for name in _NUMBERS:
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
@@ -225,8 +242,13 @@ class Ledger:
 
 
 def read_rows(path: str, id: str) -> list[dict[str, Any]]:
-    """The rows of a ledger file for the records of this id; a file's records need not have different ids."""
+    """The rows of a ledger file for the conversations, or all those of records, of this id; it need not be unique."""
     rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "==", id)]).to_pylist()
+    if not rows:
+        table = pq.read_table(path, columns=["id"])
+        is_of_record = pc.starts_with(table["id"], f"{id}/")
+        if pc.any(is_of_record).as_py():
+            rows = pq.read_table(path).filter(is_of_record).to_pylist()
     return rows
 
 

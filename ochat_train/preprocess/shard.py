@@ -15,13 +15,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.chats import Chat
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.fields import Reading, own_id
 from ochat_train.conversations.filters import Filtered, FilterRules, filter_conversations
 from ochat_train.conversations.records import Chunk, Record
 from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
-from ochat_train.conversations.sharegpt import parse_record
-from ochat_train.conversations.sources import Source, assign_source, match_source
+from ochat_train.conversations.sharegpt import chats_of, parse_record
+from ochat_train.conversations.sources import Source, assign_source, match_source, takes
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import ChatTemplate
 from ochat_train.conversations.text_keys import TextKeys, text_keys
@@ -80,12 +81,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What became of a chunk of R records, of which N were kept and became E >= N examples.
+    """What became of a chunk's R conversations, of which N were kept and became E >= N examples.
 
     rows: E rows of ROW_SCHEMA. records: R rows of LEDGER_SCHEMA. keys: of the N conversations, in their order.
     overlong: i64[R, len(OVERLONG_COLUMNS)], 0 where a conversation was not above max_tokens. dialects: how many records
-    of which (file, form, dialect). unread: how often which (file, "record field" | "turn field" | "role", name) was met
-    and not read, and under "hint" which line of a recipe would have read records that were dropped. The file is "" for
+    of which (file, form, dialect). unread: how often which (file, kind, name) as in Unread was met and not read,
+    and under "hint" which line of a recipe would have read records that were dropped. The file is "" for
     saved pages.
     """
 
@@ -98,20 +99,22 @@ class Shard:
 
     @property
     def kept(self) -> npt.NDArray[np.int64]:
-        """i64[N]: the positions among the R records of those that are kept."""
+        """i64[N]: the positions among the R conversations of those that are kept."""
         return np.flatnonzero(self.records["reason"].is_null())
 
 
 @dataclass(slots=True)
 class Trace:
-    """What each stage made of one record; None for a stage that it did not reach.
+    """What each stage made of one conversation; None for a stage that it did not reach.
 
-    source: None for a record that is no object where several sources name its file. conversation: as its source weighs
+    number: which of the record's conversations it is, from 1. source: None for a record that is no object
+    where several sources name its file. conversation: as its source weighs
     it, and after filtering, as it is encoded. reason: why it was dropped, None while it is kept; detail: the same for
     a person.
     """
 
     record: Record
+    number: int
     source: Source | None
     parsed: ParsedRecord | Drop
     cleaned: ParsedRecord | Drop
@@ -123,7 +126,7 @@ class Trace:
     detail: str | None = None
 
     def drop(self, reason: str, detail: str) -> None:
-        """No later stage gets the record."""
+        """No later stage gets the conversation."""
         self.reason, self.detail, self.conversation = reason, detail, None
 
 
@@ -135,9 +138,11 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
     unread: Counter[tuple[str, str, str]] = Counter()
     for trace in traces:
         file, parsed = "" if trace.record.is_page else trace.record.file, trace.parsed
-        dialects[file, task.chunk.form, parsed.dialect if isinstance(parsed, ParsedRecord) else "not read"] += 1
+        if trace.number == 1:
+            dialects[file, task.chunk.form, parsed.dialect if isinstance(parsed, ParsedRecord) else "not read"] += 1
         for kind, name in parsed.unread:
-            count_unread(unread, (file, kind, name))
+            if trace.number == 1 or kind != "record field":
+                count_unread(unread, (file, kind, name))
         if isinstance(parsed, Drop) and parsed.hint:
             count_unread(unread, (file, "hint", parsed.hint))
     return Shard(
@@ -154,8 +159,8 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
 
 
 def follow(records: Iterable[Record], sources: Sequence[Source], settings: ShardSettings) -> list[Trace]:
-    """Each record through all stages. Raises ValueError for a record of no source or of two."""
-    traces = [_read(record, sources, settings) for record in records]
+    """Each conversation of the records through all stages. Raises ValueError for one of no source or of two."""
+    traces = [trace for record in records for trace in _read(record, sources, settings)]
     _filter(traces, settings)
     reached = [(trace, conversation) for trace in traces if (conversation := trace.conversation)]
     for start in range(0, len(reached), _BATCH_CONVERSATIONS):
@@ -183,25 +188,63 @@ def id_of(record: Record) -> str:
     return own or f"{record.file}:{record.offset}"
 
 
-def _read(record: Record, sources: Sequence[Source], settings: ShardSettings) -> Trace:
-    """The record's source, its turns as they are and cleaned, and the conversation that they are in the source."""
+def _read(record: Record, sources: Sequence[Source], settings: ShardSettings) -> list[Trace]:
+    """The record's conversations: the source of each, its turns as they are and cleaned, what it is in the source."""
     id = id_of(record)
-    source = match_source(record.fields, sources, file=record.file, offset=record.offset, id=id)
-    parsed = parse_record(record, default_id=id, reading=source.reading if source is not None else Reading())
-    trace = Trace(record, source, parsed, cleaned=parsed)
-    if isinstance(parsed, ParsedRecord):
-        assert source is not None  # only a record that is no object, which is a Drop, belongs to none
-        trace.cleaned = clean_turns(
-            parsed, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers
-        )
-        if isinstance(trace.cleaned, ParsedRecord):
-            try:
-                trace.conversation = assign_source(trace.cleaned, source)
-            except ValueError as error:  # a weight that is too large
-                trace.drop("bad_weight", str(error))
-    if isinstance(trace.cleaned, Drop):
-        trace.drop(trace.cleaned.reason, trace.cleaned.detail)
-    return trace
+    traces = []
+    found = _split(record, sources, id)
+    for number, (chat, source) in enumerate(found, start=1):
+        reading = source.reading if source is not None else Reading()
+        parsed = parse_record(record, default_id=id, reading=reading, chat=chat)
+        trace = Trace(record, number, source, parsed, cleaned=parsed)
+        traces.append(trace)
+        if isinstance(parsed, ParsedRecord):
+            assert source is not None  # only a record that is no object, which is a Drop, belongs to none
+            trace.cleaned = clean_turns(
+                parsed, html=source.html, spelling=settings.spelling, leading_answers=settings.leading_answers
+            )
+            if isinstance(trace.cleaned, ParsedRecord):
+                try:
+                    conversation = assign_source(trace.cleaned, source)
+                    place = f"{record.file}:{record.offset}" if len(found) > 1 else ""
+                    trace.conversation = replace(conversation, record=place) if place else conversation
+                except ValueError as error:  # a weight that is too large
+                    trace.drop("bad_weight", str(error))
+        if isinstance(trace.cleaned, Drop):
+            trace.drop(trace.cleaned.reason, trace.cleaned.detail)
+    return traces
+
+
+def _split(record: Record, sources: Sequence[Source], id: str) -> list[tuple[Chat, Source | None]]:
+    """The conversations of a record, each with its source, under the names of fields that its sources have."""
+    file, offset = record.file, record.offset
+    found = [(chats_of(record, sources[0].reading), list(sources))]
+    if any(_names_in(source) != _names_in(sources[0]) for source in sources[1:]):
+        alike = [[other for other in sources if _names_in(other) == _names_in(source)] for source in sources]
+        groups = [group for place, group in enumerate(alike) if group not in alike[:place]]
+        readings = [(chats_of(record, group[0].reading), group) for group in groups]
+        taken = [
+            (chats, group)
+            for chats, group in readings
+            if isinstance(record.fields, dict) and any(takes(source, chat.fields) for chat in chats for source in group)
+        ]
+        if len(taken) > 1:
+            names = ", ".join(source.name for _, group in taken for source in group)
+            raise ValueError(
+                f"{file}, byte {offset}: record {id!r} is taken by sources that read it in different ways ({names}); "
+                "narrow their where / where_not until only one of them takes it"
+            )
+        found = taken or [([Chat(record.fields)], list(sources))]
+    ((chats, candidates),) = found
+    return [
+        (chat, match_source(chat.fields, candidates, file=file, offset=offset, id=f"{id}{chat.suffix}"))
+        for chat in chats
+    ]
+
+
+def _names_in(source: Source) -> tuple[object, ...]:
+    """What of a source decides which conversations a record has."""
+    return source.reading.fields, source.reading.roles, source.reading.tree
 
 
 def _filter(traces: Sequence[Trace], settings: ShardSettings) -> None:
@@ -245,6 +288,7 @@ def _ledger_row(trace: Trace) -> LedgerRow:
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(int(np.count_nonzero(example.loss_weights)) for example in examples),
         weight_sum=sum(example.weight_sum for example in examples),
+        conversation=trace.number,
     )
 
 

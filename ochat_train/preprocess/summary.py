@@ -17,6 +17,7 @@ def make_table(job: Job, ledger: Ledger, summary: InputSummary) -> str:
     lines = [
         *_input_lines(summary, job.left_out),
         *_unread_lines(summary, job.data),
+        *_several_lines(ledger),
         ledger.table(),
         *_overlong_lines(summary.overlong, job.data),
         *_warning_lines(summary, ledger, job.data),
@@ -43,11 +44,11 @@ def _input_lines(summary: InputSummary, left_out: Counter[str]) -> list[str]:
 
 def _unread_lines(summary: InputSummary, data: DataSection) -> list[str]:
     """What was met and not read, a line for each file and kind, or for each kind if these are many."""
-    used = {name for source in data.sources for name in (*source.where, *source.where_not)}
+    used = _used_fields(data)
     by_file: dict[tuple[str, str], Counter[str]] = {}
     by_kind: dict[tuple[str, str], Counter[str]] = {}
     for (file, kind, name), count in summary.unread.items():
-        if kind != "hint" and not (kind == "record field" and name in used):
+        if kind != "hint" and not (kind in ("record field", "answer field") and name in used):
             by_file.setdefault((file, kind), Counter())[name] += count
             by_kind.setdefault(("", kind), Counter())[name] += count
     lines = []
@@ -57,6 +58,21 @@ def _unread_lines(summary: InputSummary, data: DataSection) -> list[str]:
         more = f", and {len(names) - _MAX_LINES:,} more" if len(names) > _MAX_LINES else ""
         lines.append(f"  {f'{file}: ' if file else ''}{kind}s {shown}{more}")
     return ["met and not read:", *lines, ""] if lines else []
+
+
+def _used_fields(data: DataSection) -> set[str | None]:
+    """The fields that the sources of the recipe test or weigh by."""
+    tested = {name for source in data.sources for name in (*source.where, *source.where_not)}
+    return tested | {source.weight_field for source in data.sources}
+
+
+def _several_lines(ledger: Ledger) -> list[str]:
+    """How many conversations the records are, where these are more."""
+    total = ledger.total()
+    if total.num_in == total.num_records:
+        return []
+    line = f"{total.num_records:,} records are {total.num_in:,} conversations, which are counted here"
+    return [line, ""]
 
 
 def _show_name(name: str, max_chars: int = 80) -> str:
@@ -89,6 +105,12 @@ def _warning_lines(summary: InputSummary, ledger: Ledger, data: DataSection) -> 
         for source in data.sources
         if not ledger.counts[source.name].num_in
     ]
+    alike = [file for file, kind, name in summary.unread if (kind, name) == ("answer field", "preference")]
+    if alike and "preference" not in _used_fields(data):
+        lines.append(
+            f"WARNING: {alike[0] or 'saved pages'}: chosen and rejected answers are trained alike; give each a source, "
+            "with where: {preference: chosen} and where: {preference: rejected}"
+        )
     reasons: dict[str, Counter[str]] = {}
     for (file, reason), count in summary.outcomes.items():
         reasons.setdefault(file, Counter())[reason] += count

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ochat_train.conversations.chats import Chat
 from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.forms import find_turns
 from ochat_train.conversations.records import Record, list_files, read_chunks
 from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop
-from ochat_train.conversations.sharegpt import parse_record
+from ochat_train.conversations.schema import Drop, ParsedRecord
+from ochat_train.conversations.sharegpt import chats_of, parse_record
 
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted
@@ -67,24 +67,34 @@ class _Contents:
         self._num_chars: Counter[int] = Counter()
 
     def add(self, record: Record, form: str) -> None:
-        parsed = parse_record(record, default_id="")
-        if isinstance(parsed, Drop):
-            self._dialects[f"{form}, not read"] += 1
-            self._drops[parsed.reason] += 1
-            if parsed.hint:
-                _count(self._hints, parsed.hint)
-        else:
-            self._dialects[f"{form}, {parsed.dialect}"] += 1
-            self._num_chars.update(_round(len(message.text)) for message in parsed.messages)
+        chats = chats_of(record, Reading())
+        parsed = [parse_record(record, default_id="", chat=chat) for chat in chats]
+        dialect = parsed[0].dialect if isinstance(parsed[0], ParsedRecord) else "not read"
+        several = f", {len(chats)} conversations in each" if len(chats) > 1 else ""
+        self._dialects[f"{form}, {dialect}{several}"] += 1
+        for one in parsed:
+            if isinstance(one, Drop):
+                self._drops[one.reason] += 1
+                if one.hint:
+                    _count(self._hints, one.hint)
+            else:
+                self._num_chars.update(_round(len(message.text)) for message in one.messages)
         if not isinstance(record.fields, dict):
             return
-        list_name, turns = find_turns(record.fields, Reading())
-        if turns:
-            self._num_turns[len(turns)] += 1
         for name, value in record.fields.items():
-            if value is not None and _count(self._fields, name) and name != list_name:
+            if value is not None and _count(self._fields, name) and (name not in chats[0].read or chats[0].form):
                 _count(self._values.setdefault(name, Counter()), _show(value), _MAX_VALUES)
-        for turn in turns:
+        for chat in chats:
+            if chat.turns:
+                self._num_turns[len(chat.turns)] += 1
+            for name in sorted(chat.own):
+                shown = f"{name} (of an answer)"
+                if chat.fields[name] is not None and _count(self._fields, shown):
+                    _count(self._values.setdefault(shown, Counter()), _show(chat.fields[name]), _MAX_VALUES)
+            self._add_turns(chat)
+
+    def _add_turns(self, chat: Chat) -> None:
+        for turn in chat.turns:
             if not isinstance(turn, dict):
                 continue
             for name, value in turn.items():
@@ -109,7 +119,7 @@ class _Contents:
             yield f"    {name:<{width}}  {count:>10,}  {self._describe(name)}"
         if self._num_turns:
             yield f"  fields of turns: {_show_counts(self._turn_fields)}"
-            yield f"  turns a record: {_spread(self._num_turns)}"
+            yield f"  turns a conversation: {_spread(self._num_turns)}"
         roles = [f"{name} {count:,} ({find_role(name) or 'not known'})" for name, count in self._roles.most_common(20)]
         if roles:
             yield f"  roles: {', '.join(roles)}"

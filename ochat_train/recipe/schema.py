@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Scalar = str | int | float | bool | None
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -38,15 +38,55 @@ class FieldsSection(Section):
         None, description="Field of the record that holds the user's text; of several, a blank line between."
     )
     answer: str | None = Field(None, description="Field of the record that holds the answer; the record has no turns.")
+    answers: str | tuple[str, ...] | None = Field(
+        None, description="Field of the record that holds a list of answers, or several that hold one each."
+    )
+    chosen: str | None = Field(None, description="Field of the record that holds the better one of two answers.")
+    rejected: str | None = Field(None, description="Field of the record that holds the worse one of two answers.")
+    history: str | None = Field(None, description="Field of the record that holds the turns before the question.")
     system: str | None = Field(None, description="Field of the record that holds the system text.")
 
     @model_validator(mode="after")
-    def _turns_or_an_answer(self) -> Self:
-        if self.question and not self.answer:
-            raise ValueError("question needs answer: the field that holds what is trained")
+    def _parts_fit_together(self) -> Self:
+        answers = [name for name in ("answer", "answers", "chosen", "rejected") if getattr(self, name)]
+        if (self.question or self.history) and not answers:
+            raise ValueError("question needs answer (or answers, or chosen and rejected): what is trained")
+        if len(answers) > 1 and answers != ["chosen", "rejected"]:
+            raise ValueError(f"give only one of {' and '.join(answers)}: a record has one answer, a list or a pair")
         if self.answer and (self.turns or self.role or self.text):
             raise ValueError("give either turns, role and text (a list of turns) or question and answer, not both")
+        if self.question and self.turns:
+            raise ValueError("give either turns or question: what stands before the answers")
         return self
+
+
+class RangeSection(Section):
+    """Numbers from `min` on and below `max`."""
+
+    min: float | None = Field(None, allow_inf_nan=False, description="The least number.")
+    max: float | None = Field(None, allow_inf_nan=False, description="The number below which they are.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_only_bounds(cls, bounds: dict[str, Any]) -> dict[str, Any]:
+        if not bounds or bounds.keys() - {"min", "max"}:
+            raise ValueError(f"a range has min, max or both, as in {{min: 0.8}} (value {bounds})")
+        return bounds
+
+    @model_validator(mode="after")
+    def _holds_a_number(self) -> Self:
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f"no number is at least min {self.min:g} and below max {self.max:g}; max is not included")
+        if self.min is None and self.max is None:
+            raise ValueError("a range has min, max or both, as in {min: 0.8}; an empty value is null")
+        return self
+
+
+# What a field of a record is compared with: a value, any of several, or a range.
+Wanted = Annotated[
+    Annotated[Scalar | tuple[Scalar, ...], Tag("value")] | Annotated[RangeSection, Tag("range")],
+    Discriminator(lambda wanted: "range" if isinstance(wanted, dict | RangeSection) else "value"),
+]
 
 
 class SourceSection(Section):
@@ -59,11 +99,13 @@ class SourceSection(Section):
     epochs: float = Field(
         1.0, gt=0, le=1000, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
     )
-    where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
-        default_factory=dict, description="Record fields that must equal the value (or one of the list)."
+    where: dict[str, Wanted] = Field(
+        default_factory=dict,
+        description="Record fields that must equal the value (or one of the list), or be in the range {min:, max:}.",
     )
-    where_not: dict[str, Scalar | tuple[Scalar, ...]] = Field(
-        default_factory=dict, description="Record fields that must not equal the value (or any of the list)."
+    where_not: dict[str, Wanted] = Field(
+        default_factory=dict,
+        description="Record fields that must not equal the value (or any of the list), nor be in the range.",
     )
 
     html: Literal["auto", "always", "never"] = Field(
@@ -74,6 +116,9 @@ class SourceSection(Section):
     fields: FieldsSection = Field(FieldsSection(), description="Other names of the parts of a record.")
     roles: dict[str, Literal["user", "assistant", "system", "tool"]] = Field(
         default_factory=dict, description="Names of roles besides those that are known: {agent: assistant}."
+    )
+    tree: Literal["best", "all"] = Field(
+        "best", description="A tree of messages is one conversation, its best path; or each of its answers is one."
     )
     weight_field: str | None = Field(
         "weight", description="Record field that holds the record's own weight, which multiplies; null: none."
