@@ -10,7 +10,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Protocol
@@ -25,7 +25,16 @@ from ochat_train.conversations.containers import (
     unreadable,
 )
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
-from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array
+from ochat_train.conversations.json_scan import (
+    SPACE,
+    NotUtf8,
+    find_layout,
+    not_valid,
+    parse_json,
+    scan_array,
+    scan_objects,
+    scan_wrapped,
+)
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -220,15 +229,32 @@ def _recognise(
         first = _skip_space(stream)
         stream = check_utf8(stream)
     if first == b"[":
-        return f"JSON array{stream.packing}", _read_array(stream, chunk_bytes)
+        values = scan_array(stream, max_bytes=MAX_RECORD_BYTES)
+        return f"JSON array{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
     if first == b"{":
-        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
+        return _recognise_objects(stream, chunk_bytes, columns)
     if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
     found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow stream"
     raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
+
+
+def _recognise_objects(
+    stream: ByteStream, chunk_bytes: int, columns: Sequence[str] | None
+) -> tuple[str, Iterator[_Part]]:
+    """The form of a file that begins with an object, and its parts."""
+    turn_lists = {*TURN_LISTS, *(columns or ())}
+    key = find_layout(stream, turn_lists)
+    if key is None:
+        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
+    if not key:
+        values = scan_objects(stream, max_bytes=MAX_RECORD_BYTES)
+        return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
+    values = scan_wrapped(stream, key, turn_lists, max_bytes=MAX_RECORD_BYTES)
+    parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows")
+    return f"JSON object with records in {key!r}{stream.packing}", parts
 
 
 def _skip_space(stream: ByteStream) -> bytes:
@@ -318,7 +344,12 @@ def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
         yield _Lines(stream.name, offset, rest)
     if not has_object:
         remedy = "put each record on one line of its own, or all of them into one JSON array"
-        raise unreadable(stream.name, first_offset, "no line of the file is a JSON object", remedy)
+        raise unreadable(
+            stream.name,
+            first_offset,
+            "no line of the file is a JSON object, nor does it begin with a whole one",
+            remedy,
+        )
 
 
 def _skip_line(stream: ByteStream) -> int:
@@ -333,17 +364,21 @@ def _skip_line(stream: ByteStream) -> int:
     return num_bytes
 
 
-# ---- JSON arrays ----
+# ---- JSON arrays, rows of objects, wrappers ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Values of an array: `data` is one after the other, without the commas and spaces between them."""
+    """Values of an array or a row: `data` is one after the other, without the commas and spaces between them.
+
+    `in_rows` is whether each record is the field `row` of its value, as the hub's viewer gives rows.
+    """
 
     file: str
     offsets: "array[int]"
     lengths: "array[int]"
     data: bytes
+    in_rows: bool = False
 
     def records(self) -> Iterator[Record]:
         at = 0
@@ -355,23 +390,27 @@ class _Values:
             except ValueError as error:
                 raise not_valid(self.file, offset, error) from None
             else:
+                if self.in_rows and isinstance(fields, dict) and isinstance(fields.get("row"), dict):
+                    fields = fields["row"]
                 yield Record(self.file, offset, offset + length, fields, None, repairs)
             at += length
 
 
-def _read_array(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
+def _pack_values(
+    file: str, scanned: Iterable[tuple[int, bytes]], chunk_bytes: int, *, in_rows: bool = False
+) -> Iterator[_Part]:
     offsets, lengths = array("q"), array("q")
     values: list[bytes] = []
     num_bytes = 0
-    for offset, value in scan_array(stream, max_bytes=MAX_RECORD_BYTES):
+    for offset, value in scanned:
         if values and num_bytes + len(value) > chunk_bytes:
-            yield _Values(stream.name, offsets, lengths, b"".join(values))
+            yield _Values(file, offsets, lengths, b"".join(values), in_rows)
             offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
         offsets.append(offset)
         lengths.append(len(value))
         values.append(value)
         num_bytes += len(value)
-    yield _Values(stream.name, offsets, lengths, b"".join(values))
+    yield _Values(file, offsets, lengths, b"".join(values), in_rows)
 
 
 # ---- Saved ShareGPT pages ----
