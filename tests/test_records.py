@@ -1,5 +1,6 @@
 """Every form of input is read whole, exactly and in bounded memory; nothing bad passes without its name."""
 
+import csv
 import gzip
 import io
 import json
@@ -620,6 +621,52 @@ def test_a_folder_of_pretty_printed_objects_shares_chunks(tmp_path: Path) -> Non
     chunks = list(read_chunks(list_files(str(tmp_path))))
     assert [chunk.form for chunk in chunks] == ["JSON objects"]
     assert [record.fields for record in chunks[0].records()] == ROWS * 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), min_size=2, max_size=2), min_size=1
+    ),
+    st.sampled_from([("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")]),
+    st.sampled_from([1, 20, MIB]),
+)
+def test_csv_and_tsv_read_back_equal_at_exact_bytes(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], kind: tuple[str, str], chunk_bytes: int
+) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=kind[1], quoting=csv.QUOTE_ALL).writerows([["human", "gpt"], *rows])
+    raw = b"\xef\xbb\xbf" + text.getvalue().encode()
+    path = tmp_path_factory.getbasetemp() / kind[0]
+    path.write_bytes(raw)
+    got = read(str(path), chunk_bytes=chunk_bytes)
+    assert [record.fields for record in got] == [dict(zip(("human", "gpt"), row, strict=True)) for row in rows]
+    for record, row in zip(got, rows, strict=True):
+        place = io.StringIO(raw[record.offset : record.end].decode(), newline="")
+        assert list(csv.reader(place, delimiter=kind[1])) == [row]
+
+
+def test_a_bad_row_of_a_csv_costs_only_itself_and_an_open_quotation_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"q,a\r\n1,2\n\n1,2,3\n\xff,4\n5,6")
+    assert [(record.damage, record.offset) for record in read(str(path))] == [
+        (None, 5),
+        ("bad_row", 10),
+        ("not_utf8", 16),
+        (None, 20),
+    ]
+    path.write_bytes(b'q,a\n1,"2\n3,4\n')
+    assert error_of(str(path)).startswith(f"{path}, byte 4: the row that starts here")
+    path.write_bytes(b"q,q\n1,2\n")
+    assert "a name twice: q, q" in error_of(str(path))
+    path.write_bytes(b"q,a\n")
+    assert "the table has no rows" in error_of(str(path))
+
+
+def test_plain_text_with_speakers_is_refused_with_what_to_write(write: Write) -> None:
+    assert 'write a JSON line for each conversation, as in {"conversations"' in error_of(
+        write(b"User: Hi\nthere\n\nAssistant: Hello\n")
+    )
 
 
 # ---- Limits ----

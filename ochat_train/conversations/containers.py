@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
-_TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson")
+_TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (
     *_TEXT_SUFFIXES,
     *(".parquet", ".arrow", ".zip", ".tar", ".tgz"),

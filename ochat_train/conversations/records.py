@@ -11,6 +11,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from ochat_train.conversations.containers import (
     open_streams,
     unreadable,
 )
+from ochat_train.conversations.delimited import delimiters_of, parse_row, scan_rows
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
 from ochat_train.conversations.json_scan import (
     SPACE,
@@ -49,10 +51,10 @@ class Record:
     `file` is the path, followed by the name of an archive's member: "dump.zip/pages/a.html", with each byte that is not
     UTF-8 escaped. In a compressed file offsets count decompressed bytes; in a table `offset` is the row's number.
     `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop: "not_json",
-    "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was
-    changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is the
-    beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a row of a
-    table, whose missing fields are null. The last two are left out of comparisons.
+    "not_utf8", "truncated_record", "record_too_large", "bad_row", "no_next_data" or "no_page_content". `repairs`
+    names what was changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page.
+    `raw` is the beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a
+    row of a table, whose missing fields are null. The last two are left out of comparisons.
     """
 
     file: str
@@ -222,12 +224,12 @@ def _recognise(
         found = "an Arrow IPC file (Feather); of Arrow only streams are read, as datasets writes them"
         raise unreadable(stream.name, 0, found, "write it as parquet")
     if encoding:
-        stream = decode(stream, encoding)
+        unchecked = stream = decode(stream, encoding)
         first = _skip_space(stream)
     else:
         refuse_wide(stream)
         first = _skip_space(stream)
-        stream = check_utf8(stream)
+        unchecked, stream = stream, check_utf8(stream)
     if first == b"[":
         values = scan_array(stream, max_bytes=MAX_RECORD_BYTES)
         return f"JSON array{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
@@ -237,8 +239,28 @@ def _recognise(
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
-    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow stream"
-    raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
+    if delimiters := delimiters_of(stream.name):
+        form = "tsv" if delimiters == "\t" else "csv"
+        return f"{form}{stream.packing}", _read_delimited(stream, delimiters, chunk_bytes)
+    if _SPEAKERS.search(unchecked.peek(1 << 16)):
+        found = "plain text with the names of speakers; what a turn is cannot be told from a text that names them"
+        raise unreadable(stream.name, stream.offset, found, _CONVERT)
+    found = (
+        f"it starts with {head[:4]!r}: no JSON array ('['), JSON objects ('{{'), page ('<'), parquet or Arrow stream"
+    )
+    remedy = "decompress or unpack it, name it .csv or .tsv if it is a table with column names, or leave it out"
+    raise unreadable(stream.name, stream.offset, found, remedy)
+
+
+_SPEAKERS = re.compile(
+    rb"^\W*(?:user|human|q|question|### instruction)\W*:[^\0]*?^\W*(?:assistant|gpt|ai|bot|a|answer|"
+    rb"### response)\W*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CONVERT = (
+    'write a JSON line for each conversation, as in {"conversations": [{"from": "human", "value": "Hi"}, '
+    '{"from": "gpt", "value": "Hello"}]}'
+)
 
 
 def _recognise_objects(
@@ -411,6 +433,52 @@ def _pack_values(
         values.append(value)
         num_bytes += len(value)
     yield _Values(file, offsets, lengths, b"".join(values), in_rows)
+
+
+# ---- csv and tsv ----
+
+
+@dataclass(frozen=True, slots=True)
+class _TextRows:
+    """Rows of a csv or tsv file: `data` is one after the other, with their line ends and blank lines."""
+
+    file: str
+    delimiter: str
+    columns: tuple[str, ...]
+    offsets: "array[int]"
+    lengths: "array[int]"
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        at = 0
+        for offset, length in zip(self.offsets, self.lengths, strict=True):
+            raw = self.data[at : at + length]
+            end = offset + len(raw.rstrip(b"\r\n"))
+            fields: dict[str, Any] | None = None
+            damage: str | None = "not_utf8"
+            with suppress(UnicodeDecodeError):
+                fields = parse_row(raw, self.delimiter, self.columns, MAX_RECORD_BYTES)
+                damage = "bad_row" if fields is None else None
+            yield Record(self.file, offset, end, fields, damage)
+            at += length
+
+
+def _read_delimited(stream: ByteStream, delimiters: str, chunk_bytes: int) -> Iterator[_Part]:
+    offsets, lengths = array("q"), array("q")
+    rows: list[bytes] = []
+    num_bytes = 0
+    start = stream.offset
+    for offset, raw, delimiter, columns in scan_rows(stream, delimiters, MAX_RECORD_BYTES):
+        if rows and num_bytes + len(raw) > chunk_bytes:
+            yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
+            offsets, lengths, rows, num_bytes = array("q"), array("q"), [], 0
+        offsets.append(offset)
+        lengths.append(len(raw))
+        rows.append(raw)
+        num_bytes += len(raw)
+    if not rows:
+        raise unreadable(stream.name, start, "the table has no rows", "remove it, or fetch it again")
+    yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
 
 
 # ---- Saved ShareGPT pages ----
