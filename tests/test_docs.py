@@ -68,6 +68,7 @@ REASONS = {
     "not_utf8",
     "truncated_record",
     "record_too_large",
+    "bad_row",
     "no_next_data",
     "no_page_content",
     "not_an_object",

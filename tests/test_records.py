@@ -1,5 +1,6 @@
 """Every form of input is read whole, exactly and in bounded memory; nothing bad passes without its name."""
 
+import csv
 import gzip
 import io
 import json
@@ -177,6 +178,15 @@ NUM_HALF = len(LINES) // 2
 FORMS: dict[str, tuple[bytes, str]] = {
     "lines": (LINES, "JSON lines"),
     "array": (ARRAY, "JSON array"),
+    "objects": (
+        b"".join(json.dumps(row, indent=n % 3 or None).encode() + b"\n" * (n % 2) for n, row in enumerate(ROWS)),
+        "JSON objects",
+    ),
+    "wrapper": (b'{"v": [1], "data": ' + ARRAY + b', "n": {}}\n', "JSON object with records in 'data'"),
+    "rows of the hub's viewer": (
+        json.dumps({"features": [{"i": 0}], "rows": [{"row": row} for row in ROWS]}).encode(),
+        "JSON object with records in 'rows'",
+    ),
     "gzip": (gzip_of(LINES), "JSON lines, gzip"),
     "gzip of many members": (
         gzip_of(ARRAY[:99]) + gzip_of(b"") + gzip_of(ARRAY[99:]) + gzip_of(b""),
@@ -229,10 +239,11 @@ def size_of(chunk: Chunk) -> int:
 @pytest.mark.parametrize("name", FORMS)
 def test_offsets_are_in_the_decompressed_text_and_rows_are_numbered(write: Write, name: str) -> None:
     data, form = FORMS[name]
-    text = ARRAY if "array" in form else LINES
+    text = data if "obj" in form else ARRAY if "array" in form else LINES
     for number, record in enumerate(read(write(data), chunk_bytes=500)):
         if form.startswith("JSON"):
-            assert json.loads(text[record.offset : record.end]) == record.fields
+            value = json.loads(text[record.offset : record.end])
+            assert value.get("row", value) == record.fields
         else:
             assert (record.offset, record.end) == (number, number + 1)
 
@@ -512,8 +523,13 @@ def test_deep_nesting_is_bad_syntax(write: Write) -> None:
         (b"\x1f\x8b\x08", 0, "Truncated compressed stream"),
         (gzip_of(gzip_of(b"{}")), 0, "decompress"),
         (b'\xff\xfe[\x00"', 0, "UTF-8"),
-        (b'{"a": \n1}\n', 0, "no line"),
-        (b'{\n  "a": [\n    "x"\n  ]\n}\n', 0, "no line"),
+        (b'{"a": \n1 2}\n', 0, "no line"),
+        (b'{\n  "a": [\n    "x"\n  ]\n', 0, "no line"),
+        (b'{"a": 1}{"b"', 8, "ends inside the object"),
+        (b'{"a": 1}{"b": 1} 7', 17, "where an object should start"),
+        (b'{"a": \n1}{"b" 1}', 9, "not valid JSON"),
+        (b'{"train": [{"q": 1}], "test": [{"q": 2}]}', 30, "a second list of records, 'test', beside 'train'"),
+        (b'{"data": [{"q": 1}]', 19, "the object around the records breaks here"),
         (b'{"a', 0, "no line"),
         (b'[{"a": 1}', 9, "ends inside"),
         (b'[{"a": 1},', 10, "ends inside"),
@@ -576,6 +592,81 @@ def test_lines_cut_at_any_byte_never_give_a_wrong_record(write: Write, chunk_byt
         good = [record.fields for record in got if record.damage is None]
         assert good == whole[: len(good)]
         assert [record.damage for record in got[len(good) :]] in ([], ["truncated_record"])
+
+
+@pytest.mark.parametrize(
+    ("raw", "form", "num_records"),
+    [
+        (b'{"conversations": [{"from": "human", "value": "x"}]}', "JSON lines", 1),
+        (b'{"conversations": [{"human": "x", "gpt": "y"}]}', "JSON lines", 1),
+        (b'{"data": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}', "JSON lines", 1),
+        (b'{"data": [{"q": 1}, {"q": 2}]}\n{"data": [{"q": 1}]}\n', "JSON lines", 2),
+        (b'{"conversations": [{"messages": []}, {"messages": []}]}', "JSON object with records in 'conversations'", 2),
+        (b'{"a": \n{"b": 1}\n', "JSON lines", 2),
+        (b'{"a": [\n{"b": 1}\n]}', "JSON objects", 1),
+        (b'{"a": 1}, {"b": 1}\n{}\n', "JSON lines", 2),
+    ],
+)
+def test_lines_rows_of_objects_and_wrappers_are_told_apart(
+    write: Write, raw: bytes, form: str, num_records: int
+) -> None:
+    chunks = list(read_chunks([write(raw)]))
+    assert [chunk.form for chunk in chunks] == [form]
+    assert sum(1 for chunk in chunks for _ in chunk.records()) == num_records
+
+
+def test_a_folder_of_pretty_printed_objects_shares_chunks(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03}.json").write_text(json.dumps(ROWS[number % 60], indent=2))
+    chunks = list(read_chunks(list_files(str(tmp_path))))
+    assert [chunk.form for chunk in chunks] == ["JSON objects"]
+    assert [record.fields for record in chunks[0].records()] == ROWS * 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), min_size=2, max_size=2), min_size=1
+    ),
+    st.sampled_from([("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")]),
+    st.sampled_from([1, 20, MIB]),
+)
+def test_csv_and_tsv_read_back_equal_at_exact_bytes(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], kind: tuple[str, str], chunk_bytes: int
+) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=kind[1], quoting=csv.QUOTE_ALL).writerows([["human", "gpt"], *rows])
+    raw = b"\xef\xbb\xbf" + text.getvalue().encode()
+    path = tmp_path_factory.getbasetemp() / kind[0]
+    path.write_bytes(raw)
+    got = read(str(path), chunk_bytes=chunk_bytes)
+    assert [record.fields for record in got] == [dict(zip(("human", "gpt"), row, strict=True)) for row in rows]
+    for record, row in zip(got, rows, strict=True):
+        place = io.StringIO(raw[record.offset : record.end].decode(), newline="")
+        assert list(csv.reader(place, delimiter=kind[1])) == [row]
+
+
+def test_a_bad_row_of_a_csv_costs_only_itself_and_an_open_quotation_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"q,a\r\n1,2\n\n1,2,3\n\xff,4\n5,6")
+    assert [(record.damage, record.offset) for record in read(str(path))] == [
+        (None, 5),
+        ("bad_row", 10),
+        ("not_utf8", 16),
+        (None, 20),
+    ]
+    path.write_bytes(b'q,a\n1,"2\n3,4\n')
+    assert error_of(str(path)).startswith(f"{path}, byte 4: the row that starts here")
+    path.write_bytes(b"q,q\n1,2\n")
+    assert "a name twice: q, q" in error_of(str(path))
+    path.write_bytes(b"q,a\n")
+    assert "the table has no rows" in error_of(str(path))
+
+
+def test_plain_text_with_speakers_is_refused_with_what_to_write(write: Write) -> None:
+    assert 'write a JSON line for each conversation, as in {"conversations"' in error_of(
+        write(b"User: Hi\nthere\n\nAssistant: Hello\n")
+    )
 
 
 # ---- Limits ----

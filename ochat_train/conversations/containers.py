@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
-_TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson")
+_TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (
     *_TEXT_SUFFIXES,
     *(".parquet", ".arrow", ".zip", ".tar", ".tgz"),
@@ -107,8 +107,12 @@ class ByteStream:
 
     def peek(self, num_bytes: int) -> bytes:
         """The next `num_bytes`, fewer only at the end; they are not given out yet."""
-        while len(self._ahead) < num_bytes and (piece := self._pull(num_bytes - len(self._ahead))):
-            self._ahead += piece
+        pieces = [self._ahead]
+        num_missing = num_bytes - len(self._ahead)
+        while num_missing > 0 and (piece := self._pull(num_missing)):
+            pieces.append(piece)
+            num_missing -= len(piece)
+        self._ahead = b"".join(pieces) if len(pieces) > 1 else self._ahead
         return self._ahead[:num_bytes]
 
     def read(self, num_bytes: int) -> bytes:

@@ -1,8 +1,9 @@
-"""JSON in bytes: where the values of an array begin and end, without parsing them, and the parser of one value."""
+"""JSON in bytes: where values begin and end, in arrays, rows and wrappers, without parsing them; the parser of one."""
 
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ SPACE = b" \t\r\n"  # JSON's own white space, no other
 
 _WINDOW_BYTES = 1 << 20
 _MAX_DEPTH = 1024  # orjson's own limit
-_REMEDY = "fetch the file again, or cut it after its last whole record and close it with ']'"
+_REMEDY = "fetch the file again, or cut it after its last whole record and close what is open"
 
 
 def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -28,33 +29,169 @@ def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, byt
     Worked example: `[{"a": 1},\\n 7]` gives (1, b'{"a": 1}') and (12, b"7").
     """
     window = _Window(stream, max_bytes)
+    yield from _scan_elements(window)
+    if window.next_byte():
+        remedy = "keep one array in a file, or write one record a line"
+        raise unreadable(stream.name, window.offset, "something follows the array's ']'", remedy)
+
+
+def _scan_elements(window: "_Window") -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of every value of the array at the window; afterwards the window is after its ']'."""
     window.next_byte()
     opening = window.offset
-    window.at += 1  # the "[" by which the form was recognised
+    window.at += 1  # the "["
     if window.next_byte() == b"]":
-        raise unreadable(stream.name, opening, "the array is empty", "remove the file, or fetch it again")
+        raise unreadable(window.name, opening, "the array is empty", "remove the file, or fetch it again")
     more = True
     while more:
         window.next_byte()
         offset = window.offset
-        try:
-            value = window.take_value()
-        except Unreadable:
-            raise
-        except EOFError:
-            raise unreadable(stream.name, offset, "the file ends inside the array", _REMEDY) from None
-        except ValueError as error:
-            raise not_valid(stream.name, offset, error) from None
-        yield offset, value
+        yield offset, window.take_whole("the file ends inside the array")
         following = window.next_byte()
         if following not in (b",", b"]"):
             found = f"{following!r} instead of ','" if following else "the file ends inside the array"
-            raise unreadable(stream.name, window.offset, found, _REMEDY)
+            raise unreadable(window.name, window.offset, found, _REMEDY)
         window.at += 1
         more = following == b","
+
+
+# ---- Objects that are no lines ----
+
+# Keys under which dumps keep their list of records. Under another key a list is one of turns, unless its objects have
+# turns themselves.
+WRAPPERS = ("data", "train", "rows", "examples", "records", "instances", "samples", "test", "validation", "dev", "eval")
+_HEAD_BYTES = 1 << 16
+_MOST_AHEAD = 4 << 20  # of the first object, to see whether it is whole
+_OF_TURNS = frozenset(("from", "role", "value", "content"))
+
+
+def find_layout(stream: ByteStream, turn_lists: Collection[str]) -> str | None:
+    """How the objects stand in a file that begins with one: a wrapper's key, "" for a row of objects, None for lines.
+
+    A wrapper is one object with a list of records under one of WRAPPERS, or under any key if the list's first object
+    has a list of turns itself; it is alone in the file, or does not end in the first 64 KiB. A record has its turns in
+    one of `turn_lists`, so it is none.
+
+    Objects are a row if the first one is whole JSON and does not stand alone on one line: it spans several, or another
+    object follows it on its line; and it ends in the first 4 MiB. All else is lines, of which a bad one costs
+    only itself.
+    """
+    num_bytes = _HEAD_BYTES
+    while True:
+        head = stream.peek(num_bytes)
+        window = _Window(stream.through(io.BytesIO(head).read), _MOST_AHEAD)
+        window.next_byte()
+        start = window.at
+        try:
+            first = window.take_value()
+            break
+        except EOFError:
+            if num_bytes == _HEAD_BYTES and (key := _find_wrapper(stream, head, turn_lists)):
+                return key
+            if len(head) < num_bytes or num_bytes >= _MOST_AHEAD:
+                return None
+            num_bytes *= 4
+        except ValueError:
+            return None
+    rest = head[start + len(first) :]
+    line, _, _ = rest.partition(b"\n")
+    follows = (line if line.strip(SPACE) else rest).lstrip(SPACE)
+    if not follows and len(head) < num_bytes and (key := _find_wrapper(stream, head, turn_lists)):
+        return key
+    is_row = b"\n" in first or line.lstrip(SPACE).startswith(b"{")
+    try:
+        return "" if is_row and isinstance(parse_json(first)[0], dict) else None
+    except ValueError:
+        return None
+
+
+def _find_wrapper(stream: ByteStream, head: bytes, turn_lists: Collection[str]) -> str | None:
+    """The key of the list of records in the object that the file begins with, or None."""
+    window = _Window(stream.through(io.BytesIO(head).read), len(head))
+    try:
+        for key in _keys(window):
+            if window.next_byte() == b"[":
+                copy = _Window(stream.through(io.BytesIO(window.data[window.at :]).read), len(head))
+                _, first = next(_scan_elements(copy))
+                if _is_record(key, parse_json(first)[0], turn_lists):
+                    return key
+            window.take_value()
+    except (ValueError, EOFError):
+        pass  # what is broken is found by the reader of lines
+    return None
+
+
+def _is_record(key: str, value: object, turn_lists: Collection[str]) -> bool:
+    if not isinstance(value, dict):
+        return False
+    inner = value.get("row") if key == "rows" and isinstance(value.get("row"), dict) else value
+    if any(isinstance(inner.get(name), list) for name in turn_lists):
+        return True
+    return key in WRAPPERS and key not in turn_lists and not _OF_TURNS & set(inner)
+
+
+def _keys(window: "_Window") -> Iterator[str]:
+    """The keys of the object at the window, which is at the value of each; whoever asks for the next has taken it."""
+    window.next_byte()
+    window.at += 1  # the "{"
+    following = window.next_byte()
+    while following != b"}":
+        key = parse_json(window.take_value())[0]
+        if not isinstance(key, str) or window.next_byte() != b":":
+            raise ValueError("no key where one should be")
+        window.at += 1
+        yield key
+        following = window.next_byte()
+        if following not in (b",", b"}"):
+            raise ValueError(f"{following!r} instead of ','")
+        window.at += following == b","
+        following = window.next_byte() if following == b"," else following
+    window.at += 1
+
+
+def scan_objects(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of objects one behind the other, with any or no white space between them, as `scan_array`.
+
+    Raises ValueError where no object begins, and for one that the file ends inside: what would follow is unknown.
+    """
+    window = _Window(stream, max_bytes)
+    while following := window.next_byte():
+        offset = window.offset
+        if following != b"{":
+            found = f"{following!r} where an object should start"
+            raise unreadable(window.name, offset, found, "put each record on one line of its own")
+        yield offset, window.take_whole("the file ends inside the object that starts here")
+
+
+def scan_wrapped(
+    stream: ByteStream, key: str, turn_lists: Collection[str], *, max_bytes: int
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of the records in the list under `key` of the object that the file is, as `scan_array`.
+
+    Raises ValueError for a second list of records beside it, and for what follows the object.
+    """
+    window = _Window(stream, max_bytes)
+    try:
+        for name in _keys(window):
+            window.next_byte()
+            if name == key:
+                yield from _scan_elements(window)
+                continue
+            offset = window.offset
+            value = window.take_whole("the file ends inside the object")
+            if value.startswith(b"["):
+                others = parse_json(value)[0]
+                if others and _is_record(name, others[0], turn_lists):
+                    found = f"a second list of records, {name!r}, beside {key!r}"
+                    raise unreadable(window.name, offset, found, "write each list into a file of its own")
+    except Unreadable:
+        raise
+    except (ValueError, EOFError) as error:
+        found = f"the object around the records breaks here ({error or 'the file ends'})"
+        raise unreadable(window.name, window.offset, found, "fetch the file again") from None
     if window.next_byte():
-        remedy = "keep one array in a file, or write one record a line"
-        raise unreadable(stream.name, window.offset, "something follows the array's ']'", remedy)
+        found = "something follows the object with the list of records"
+        raise unreadable(window.name, window.offset, found, "keep one such object in a file")
 
 
 def not_valid(name: str, offset: int, error: ValueError) -> ValueError:
@@ -86,6 +223,7 @@ class _Window:
         self.at = 0
         # `data` with each escaped backslash and quote made `__`, so that every quote left bounds a string
         self._masked = b""
+        self.name = stream.name
         self._stream = stream
         self._max_bytes = max_bytes
         self._data_offset = stream.offset
@@ -134,6 +272,18 @@ class _Window:
             self._check_size(len(self.data) - self.at)
             if not self._grow():
                 raise EOFError
+
+    def take_whole(self, at_end: str) -> bytes:
+        """As `take_value`, but what is wrong names the file and the byte; `at_end` says what it is if the file ends."""
+        offset = self.offset
+        try:
+            return self.take_value()
+        except Unreadable:
+            raise
+        except EOFError:
+            raise unreadable(self.name, offset, at_end, _REMEDY) from None
+        except ValueError as error:
+            raise not_valid(self.name, offset, error) from None
 
     def _take(self, end: int) -> bytes:
         self._check_size(end - self.at)

@@ -10,7 +10,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Protocol
@@ -24,8 +25,18 @@ from ochat_train.conversations.containers import (
     open_streams,
     unreadable,
 )
+from ochat_train.conversations.delimited import delimiters_of, parse_row, scan_rows
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
-from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json, scan_array
+from ochat_train.conversations.json_scan import (
+    SPACE,
+    NotUtf8,
+    find_layout,
+    not_valid,
+    parse_json,
+    scan_array,
+    scan_objects,
+    scan_wrapped,
+)
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -40,10 +51,10 @@ class Record:
     `file` is the path, followed by the name of an archive's member: "dump.zip/pages/a.html", with each byte that is not
     UTF-8 escaped. In a compressed file offsets count decompressed bytes; in a table `offset` is the row's number.
     `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop: "not_json",
-    "not_utf8", "truncated_record", "record_too_large", "no_next_data" or "no_page_content". `repairs` names what was
-    changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page. `raw` is the
-    beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a row of a
-    table, whose missing fields are null. The last two are left out of comparisons.
+    "not_utf8", "truncated_record", "record_too_large", "bad_row", "no_next_data" or "no_page_content". `repairs`
+    names what was changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page.
+    `raw` is the beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a
+    row of a table, whose missing fields are null. The last two are left out of comparisons.
     """
 
     file: str
@@ -213,22 +224,59 @@ def _recognise(
         found = "an Arrow IPC file (Feather); of Arrow only streams are read, as datasets writes them"
         raise unreadable(stream.name, 0, found, "write it as parquet")
     if encoding:
-        stream = decode(stream, encoding)
+        unchecked = stream = decode(stream, encoding)
         first = _skip_space(stream)
     else:
         refuse_wide(stream)
         first = _skip_space(stream)
-        stream = check_utf8(stream)
+        unchecked, stream = stream, check_utf8(stream)
     if first == b"[":
-        return f"JSON array{stream.packing}", _read_array(stream, chunk_bytes)
+        values = scan_array(stream, max_bytes=MAX_RECORD_BYTES)
+        return f"JSON array{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
     if first == b"{":
-        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
+        return _recognise_objects(stream, chunk_bytes, columns)
     if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
-    found = f"it starts with {head[:4]!r}: no JSON array ('['), JSON lines ('{{'), page ('<'), parquet or Arrow stream"
-    raise unreadable(stream.name, stream.offset, found, "decompress or unpack it, or leave it out")
+    if delimiters := delimiters_of(stream.name):
+        form = "tsv" if delimiters == "\t" else "csv"
+        return f"{form}{stream.packing}", _read_delimited(stream, delimiters, chunk_bytes)
+    if _SPEAKERS.search(unchecked.peek(1 << 16)):
+        found = "plain text with the names of speakers; what a turn is cannot be told from a text that names them"
+        raise unreadable(stream.name, stream.offset, found, _CONVERT)
+    found = (
+        f"it starts with {head[:4]!r}: no JSON array ('['), JSON objects ('{{'), page ('<'), parquet or Arrow stream"
+    )
+    remedy = "decompress or unpack it, name it .csv or .tsv if it is a table with column names, or leave it out"
+    raise unreadable(stream.name, stream.offset, found, remedy)
+
+
+_SPEAKERS = re.compile(
+    rb"^\W*(?:user|human|q|question|### instruction)\W*:[^\0]*?^\W*(?:assistant|gpt|ai|bot|a|answer|"
+    rb"### response)\W*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CONVERT = (
+    'write a JSON line for each conversation, as in {"conversations": [{"from": "human", "value": "Hi"}, '
+    '{"from": "gpt", "value": "Hello"}]}'
+)
+
+
+def _recognise_objects(
+    stream: ByteStream, chunk_bytes: int, columns: Sequence[str] | None
+) -> tuple[str, Iterator[_Part]]:
+    """The form of a file that begins with an object, and its parts."""
+    turn_lists = {*TURN_LISTS, *(columns or ())}
+    key = find_layout(stream, turn_lists)
+    if key is None:
+        return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
+    if not key:
+        values = scan_objects(stream, max_bytes=MAX_RECORD_BYTES)
+        return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
+    values = scan_wrapped(stream, key, turn_lists, max_bytes=MAX_RECORD_BYTES)
+    parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows")
+    return f"JSON object with records in {key!r}{stream.packing}", parts
 
 
 def _skip_space(stream: ByteStream) -> bytes:
@@ -318,7 +366,12 @@ def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
         yield _Lines(stream.name, offset, rest)
     if not has_object:
         remedy = "put each record on one line of its own, or all of them into one JSON array"
-        raise unreadable(stream.name, first_offset, "no line of the file is a JSON object", remedy)
+        raise unreadable(
+            stream.name,
+            first_offset,
+            "no line of the file is a JSON object, nor does it begin with a whole one",
+            remedy,
+        )
 
 
 def _skip_line(stream: ByteStream) -> int:
@@ -333,17 +386,21 @@ def _skip_line(stream: ByteStream) -> int:
     return num_bytes
 
 
-# ---- JSON arrays ----
+# ---- JSON arrays, rows of objects, wrappers ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Values of an array: `data` is one after the other, without the commas and spaces between them."""
+    """Values of an array or a row: `data` is one after the other, without the commas and spaces between them.
+
+    `in_rows` is whether each record is the field `row` of its value, as the hub's viewer gives rows.
+    """
 
     file: str
     offsets: "array[int]"
     lengths: "array[int]"
     data: bytes
+    in_rows: bool = False
 
     def records(self) -> Iterator[Record]:
         at = 0
@@ -355,23 +412,73 @@ class _Values:
             except ValueError as error:
                 raise not_valid(self.file, offset, error) from None
             else:
+                if self.in_rows and isinstance(fields, dict) and isinstance(fields.get("row"), dict):
+                    fields = fields["row"]
                 yield Record(self.file, offset, offset + length, fields, None, repairs)
             at += length
 
 
-def _read_array(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
+def _pack_values(
+    file: str, scanned: Iterable[tuple[int, bytes]], chunk_bytes: int, *, in_rows: bool = False
+) -> Iterator[_Part]:
     offsets, lengths = array("q"), array("q")
     values: list[bytes] = []
     num_bytes = 0
-    for offset, value in scan_array(stream, max_bytes=MAX_RECORD_BYTES):
+    for offset, value in scanned:
         if values and num_bytes + len(value) > chunk_bytes:
-            yield _Values(stream.name, offsets, lengths, b"".join(values))
+            yield _Values(file, offsets, lengths, b"".join(values), in_rows)
             offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
         offsets.append(offset)
         lengths.append(len(value))
         values.append(value)
         num_bytes += len(value)
-    yield _Values(stream.name, offsets, lengths, b"".join(values))
+    yield _Values(file, offsets, lengths, b"".join(values), in_rows)
+
+
+# ---- csv and tsv ----
+
+
+@dataclass(frozen=True, slots=True)
+class _TextRows:
+    """Rows of a csv or tsv file: `data` is one after the other, with their line ends and blank lines."""
+
+    file: str
+    delimiter: str
+    columns: tuple[str, ...]
+    offsets: "array[int]"
+    lengths: "array[int]"
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        at = 0
+        for offset, length in zip(self.offsets, self.lengths, strict=True):
+            raw = self.data[at : at + length]
+            end = offset + len(raw.rstrip(b"\r\n"))
+            fields: dict[str, Any] | None = None
+            damage: str | None = "not_utf8"
+            with suppress(UnicodeDecodeError):
+                fields = parse_row(raw, self.delimiter, self.columns, MAX_RECORD_BYTES)
+                damage = "bad_row" if fields is None else None
+            yield Record(self.file, offset, end, fields, damage)
+            at += length
+
+
+def _read_delimited(stream: ByteStream, delimiters: str, chunk_bytes: int) -> Iterator[_Part]:
+    offsets, lengths = array("q"), array("q")
+    rows: list[bytes] = []
+    num_bytes = 0
+    start = stream.offset
+    for offset, raw, delimiter, columns in scan_rows(stream, delimiters, MAX_RECORD_BYTES):
+        if rows and num_bytes + len(raw) > chunk_bytes:
+            yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
+            offsets, lengths, rows, num_bytes = array("q"), array("q"), [], 0
+        offsets.append(offset)
+        lengths.append(len(raw))
+        rows.append(raw)
+        num_bytes += len(raw)
+    if not rows:
+        raise unreadable(stream.name, start, "the table has no rows", "remove it, or fetch it again")
+    yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
 
 
 # ---- Saved ShareGPT pages ----

@@ -63,6 +63,7 @@ _DAMAGES = {
     "not_utf8": "it is not UTF-8",
     "truncated_record": "it is not one JSON value; it is the last line, and may have been cut off",
     "record_too_large": f"it is above {MAX_RECORD_BYTES:,} bytes",
+    "bad_row": "its row has another number of cells than the header has names",
     "no_next_data": "the page has no script __NEXT_DATA__",
     "no_page_content": "the page's data has no props.pageProps.content",
 }
