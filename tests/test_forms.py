@@ -117,11 +117,10 @@ SINGLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
         HI,
     ),
     ("messages, then an answer", {"messages": [u("Hi")], "response": "Hello"}, "messages / response, role/content", HI),
-    ("SQuAD", {"context": "C", "question": "Hi", "answers": {"text": ["Hello"], "answer_start": [0]}}, "", []),
 ]
 
 
-@pytest.mark.parametrize(("name", "fields", "dialect", "turns"), SINGLE[:-1], ids=[row[0] for row in SINGLE[:-1]])
+@pytest.mark.parametrize(("name", "fields", "dialect", "turns"), SINGLE, ids=[row[0] for row in SINGLE])
 def test_a_record_with_one_answer_is_one_conversation(
     name: str, fields: dict[str, Any], dialect: str, turns: list[str]
 ) -> None:
@@ -137,6 +136,12 @@ PAIR: Several = [
     ("/rejected", REJECTED, ["user: Hi", "assistant: No"]),
 ]
 SEVERAL: list[tuple[str, dict[str, Any], str, Several]] = [
+    (
+        "SQuAD",
+        {"question": "Hi", "answers": {"text": ["Hello"], "answer_start": [0]}},
+        "question / answers",
+        [("/1", {"number": 1, "answer_start": 0}, HI)],
+    ),
     ("DPO", {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "prompt / chosen + rejected", PAIR),
     (
         "TRL, implicit prompt",
