@@ -74,12 +74,6 @@ def preprocess(recipe: Path, *overrides: str) -> None:
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
 
 
-def train_command(recipe: Path, *overrides: str) -> list[str]:
-    """The deepspeed command line of a training run in two processes."""
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    return [sys.executable, "-m", *launcher, "--module", "ochat_train.train", str(recipe), *overrides]
-
-
 def train(recipe: Path, *overrides: str, num_processes: int = 2) -> str:
     """Run training to its end, without the launcher's seconds; returns what it printed."""
     return _finish(start_ranks("ochat_train.train", str(recipe), *overrides, folders=[ROOT] * num_processes))

@@ -18,7 +18,7 @@ from tests.e2e.harness import (
     preprocess,
     start_launch,
     tiny_recipe,
-    train,
+    train_several,
     weights,
     write_dump,
 )
@@ -26,9 +26,13 @@ from tests.e2e.harness import (
 
 @dataclass(frozen=True, slots=True)
 class Disturbed:
-    """A run whose main process was killed, which was then asked to stop, and launched again."""
+    """A run whose main process was killed, which was then asked to stop, and trained to its end.
+
+    undisturbed: the folder of a run that nothing happened to.
+    """
 
     run: Path
+    undisturbed: Path
     stopped_code: int
     stopped_output: str
     stopped_checkpoint: str  # the newest one when it had stopped
@@ -47,7 +51,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def disturbed(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
-    run = tmp_path_factory.mktemp("disturbed")
+    run, undisturbed = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("undisturbed")
     options = ["checkpoint.every_steps=1", f"checkpoint.dir={run}"]  # so that a step takes its time, too
     process = start_launch(recipe_path, *options, environment=launch_environment(MAX_RESTARTS="2"))
     await_steps(run, 3, process)
@@ -56,10 +60,8 @@ def disturbed(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Di
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=200)[0]
     checkpoint, step = find_checkpoints(run)[-1].name, events(run, "step")[-1]["step"]
-    again = start_launch(recipe_path, *options, environment=launch_environment())
-    last_output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, last_output
-    return Disturbed(run, process.returncode, output, checkpoint, step, last_output)
+    last_output = train_several(recipe_path, options, [f"checkpoint.dir={undisturbed}"])
+    return Disturbed(run, undisturbed, process.returncode, output, checkpoint, step, last_output)
 
 
 def test_a_killed_run_is_started_again_from_its_newest_checkpoint(disturbed: Disturbed) -> None:
@@ -76,11 +78,10 @@ def test_ctrl_c_saves_the_step_and_ends_with_75(disturbed: Disturbed) -> None:
     assert "continuing" in disturbed.last_output
 
 
-def test_the_model_is_that_of_an_undisturbed_run(disturbed: Disturbed, recipe_path: Path, tmp_path: Path) -> None:
+def test_the_model_is_that_of_an_undisturbed_run(disturbed: Disturbed) -> None:
     """Bitwise, and each step was reported once."""
-    train(recipe_path, f"checkpoint.dir={tmp_path}")
-    steps, others = events(disturbed.run, "step"), events(tmp_path, "step")
+    steps, others = events(disturbed.run, "step"), events(disturbed.undisturbed, "step")
     assert [(step["step"], step["loss"]) for step in steps] == [(step["step"], step["loss"]) for step in others]
-    ours, theirs = weights(disturbed.run), weights(tmp_path)
+    ours, theirs = weights(disturbed.run), weights(disturbed.undisturbed)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

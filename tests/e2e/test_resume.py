@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +24,12 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from tests.e2e.harness import (
-    ENVIRONMENT,
     ROOT,
     events,
     preprocess,
     start_ranks,
     tiny_recipe,
     train,
-    train_command,
     train_several,
     weights,
     write_dump,
@@ -136,22 +132,16 @@ def test_a_run_killed_while_it_saves_continues_from_the_checkpoint_before(
     recipe_path: Path, unbroken: dict[int, Path], tmp_path: Path
 ) -> None:
     options = ["zero.stage=1", "train.max_steps=6", "checkpoint.every_steps=1", f"checkpoint.dir={tmp_path}"]
-    process = subprocess.Popen(
-        train_command(recipe_path, *options),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    ranks = start_ranks("ochat_train.train", str(recipe_path), *options)
     saving = tmp_path / "step-00000003.partial"
     deadline = time.monotonic() + 120
     # Into the middle of the save: the folder is there and DeepSpeed has begun to write into it.
     while not (saving / "deepspeed").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its third save"
+        assert time.monotonic() < deadline, "the run ended before its third save"
         time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for rank in range(2):
+        ranks.signal(rank, signal.SIGKILL)
+    assert [code for code, _ in ranks.end()] == [-signal.SIGKILL] * 2
     assert saving.is_dir(), "the save was over before the kill"
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
     output = train(recipe_path, *options)
@@ -171,12 +161,12 @@ def test_a_finished_run_is_left_as_it_is(recipe_path: Path, unbroken: dict[int, 
 
 def test_a_mistake_is_told_once_by_all_ranks_together(recipe_path: Path, unbroken: dict[int, Path]) -> None:
     overrides = ["zero.stage=1", "optim.warmup=0.5", f"checkpoint.dir={unbroken[1]}"]
-    command = train_command(recipe_path, *overrides)
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert done.stderr.count("error: cannot continue") == 1
-    assert "optim.warmup: 0.05 -> 0.5" in done.stderr
-    assert "Traceback" not in done.stderr
+    ended = start_ranks("ochat_train.train", str(recipe_path), *overrides).end()
+    assert [code for code, _ in ended] == [1, 1]
+    output = "".join(output for _, output in ended)
+    assert output.count("error: cannot continue") == 1
+    assert "optim.warmup: 0.05 -> 0.5" in output
+    assert "Traceback" not in output
 
 
 def test_a_checkpoint_tells_where_the_run_is(unbroken: dict[int, Path]) -> None:
@@ -194,8 +184,8 @@ def test_the_export_command_gives_the_model_of_the_run_again(
 ) -> None:
     """From the files of both ranks, at ZeRO 3 each with a part of every weight."""
     checkpoint = find_checkpoints(unbroken[stage])[-1]
-    command = [sys.executable, "-m", "ochat_train.export", str(checkpoint), str(tmp_path / "model")]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    ended = start_ranks("ochat_train.export", str(checkpoint), str(tmp_path / "model"), folders=[ROOT]).end()
+    assert [code for code, _ in ended] == [0], ended
     ours, theirs = weights(tmp_path), weights(unbroken[stage])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
