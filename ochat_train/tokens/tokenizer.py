@@ -250,7 +250,7 @@ def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
     A base's tokenizer.json is taken as it is; AutoTokenizer would make parts of it anew for many classes, and encode
     `Hi` and ` Hi` alike for Llama 2. A base without one is what transformers converts it to. Raises ValueError.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import; processes that encode do without
+    from transformers import PreTrainedTokenizerFast  # slow to import; processes that encode do without
 
     files = locate_base(name)
     files.require("tokenizer", _TOKENIZER_FILES)
@@ -260,6 +260,8 @@ def load_tokenizer(name: str, template: ChatTemplate) -> ChatTokenizer:
         if _has_tokenizer_json(files):
             pretrained = PreTrainedTokenizerFast.from_pretrained(files.name)
         else:
+            from transformers import AutoTokenizer  # imports torch
+
             pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
     except Exception as error:  # of many kinds: tokenizers itself raises nothing narrower
         raise ValueError(f"no tokenizer could be loaded from {name}: {files.why_not(error)}") from error

@@ -15,7 +15,7 @@ A word that did not come before, such as `self.rows[index]`, is mostly made of p
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, filterfalse
 from typing import Any
@@ -230,28 +230,34 @@ class WordCache:
         if len(self._ids) > MAX_WORDS or self._num_chars > MAX_CHARS:
             self._ids.clear()
             self._num_chars = 0
-        words = [self._cuts.find_words(text) for text in texts]
-        learned = self._learn(words)
+        return [np.frombuffer(self._encode(text), np.int32) for text in texts]  # one by one: its words are at hand
+
+    def _encode(self, text: str) -> bytes:
+        words = self._cuts.find_words(text)
         look_up = self._ids.__getitem__
-        found = [np.frombuffer(b"".join(map(look_up, own)), np.int32) for own in words]
+        try:
+            return b"".join(map(look_up, words))
+        except KeyError:
+            learned = self._learn(words)
+        ids = b"".join(map(look_up, words))
         self._num_chars += sum(map(len, learned))
         for piece in learned:
             if len(piece) > MAX_WORD_CHARS:
                 self._num_chars -= len(piece)
-                self._ids.pop(piece, None)
-        return found
+                del self._ids[piece]
+        return ids
 
-    def _learn(self, words: Sequence[Sequence[str]]) -> list[str]:
+    def _learn(self, words: Sequence[str]) -> list[str]:
         """Find the ids of the words that are not known; the words and parts that are known now."""
         new = self._find_new(words)
         parts = [self._cuts.find_parts(word) for word in new]
-        unknown = self._find_new(parts)
+        unknown = self._find_new(chain.from_iterable(parts))
         encodings = self._tokenizer.encode_batch_fast(unknown, add_special_tokens=False)
         self._ids.update(zip(unknown, (array("i", encoding.ids).tobytes() for encoding in encodings), strict=True))
         look_up = self._ids.__getitem__
         self._ids.update((word, b"".join(map(look_up, own))) for word, own in zip(new, parts, strict=True))
         return list(dict.fromkeys([*new, *unknown]))
 
-    def _find_new(self, pieces: Sequence[Sequence[str]]) -> list[str]:
+    def _find_new(self, pieces: Iterable[str]) -> list[str]:
         """Each of the pieces that are not known yet, once."""
-        return list(dict.fromkeys(filterfalse(self._ids.__contains__, chain.from_iterable(pieces))))
+        return list(dict.fromkeys(filterfalse(self._ids.__contains__, pieces)))
