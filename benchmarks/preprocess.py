@@ -1,6 +1,7 @@
 """How fast preprocessing is and how much memory it takes, beside the ceiling that its tokenizer sets.
 
     python benchmarks/preprocess.py [--conversations 20000 200000] [--dir DIR] [--repeats 3 1] [--tokenizer NAME]
+        [--template NAME] [--brief]
 
 Measured on generated dumps (see dumps.py):
 
@@ -9,7 +10,10 @@ Measured on generated dumps (see dumps.py):
   the tokenizer's threads, and with a process of one thread for each core. The faster of the two is the ceiling.
 - `python -m ochat_train.preprocess` as a whole process, in turns with the ceiling, since a machine is not equally fast
   all the time. Tokens are those that the tokenizer saw, so that dropped duplicates are neither credit nor penalty.
+- What OpenChat's own preprocessing does (see openchat_steps.py), in turns with both.
 - Peak memory, in runs of their own, since looking slows them down.
+
+`--brief` leaves out the stages, near-duplicates and memory, and the slower ceiling.
 
 The table is printed, and all numbers are written to benchmarks/results/. Needs markdownify and psutil.
 """
@@ -82,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, nargs="+", default=[3, 1], help="of each size; the last for the others")
     parser.add_argument("--dir", type=Path, help="folder for dumps and stores, about 6 KB and 25 KB a conversation")
     parser.add_argument("--tokenizer", default=str(ROOT.parent / "shared/fixtures/llama2-tokenizer"))
+    parser.add_argument("--template", default="openchat_v3.2")
+    parser.add_argument("--brief", action="store_true", help="only whole runs, one ceiling and OpenChat's steps")
     options = parser.parse_args(arguments)
     sizes = sorted(options.conversations)
     repeats = dict(zip(sizes, options.repeats + options.repeats[-1:] * len(sizes), strict=False))
@@ -89,13 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         results = describe_machine(PACKAGES)
         print(orjson.dumps(results, option=orjson.OPT_INDENT_2).decode())
-        dumps = [make_dump(folder, size, options.tokenizer) for size in sizes]
-        stages = measure_stages(dumps[0], repeats[sizes[0]])
-        show_stages(stages)
-        show_budget(stages)
-        html = measure_html(repeats[sizes[0]])
-        show_stages(html)
+        dumps = [make_dump(folder, size, options.tokenizer, options.template) for size in sizes]
+        stages = [] if options.brief else measure_stages(dumps[0], repeats[sizes[0]])
+        html = [] if options.brief else measure_html(repeats[sizes[0]])
+        if not options.brief:
+            show_stages(stages)
+            show_budget(stages)
+            show_stages(html)
         results |= {
+            "tokenizer": Path(options.tokenizer).name,
             "dumps": [
                 {"conversations": dump.num_conversations, "bytes": dump.num_bytes, "kinds": dump.kinds}
                 for dump in dumps
@@ -104,19 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "html": [asdict(stage) for stage in html],
             "sizes": [],
         }
-        tiny = make_dump(folder, TINY, options.tokenizer)
+        tiny = make_dump(folder, TINY, options.tokenizer, options.template)
         start_up = [run_preprocess(tiny).seconds for _ in range(1 + repeats[sizes[0]])][1:]
         print(f"\nstart-up, with {TINY} conversations: {median(start_up):.2f} s")
         results["start_up_seconds"] = start_up
         peaks = []
         for dump in dumps:
-            measured = measure_whole(dump, repeats[dump.num_conversations])
+            measured = measure_whole(dump, repeats[dump.num_conversations], is_brief=options.brief)
             show_whole(dump, measured, median(start_up))
             results["sizes"].append({name: [asdict(run) for run in runs] for name, runs in measured.items()})
             peaks.append([run.peak_pss for run in measured["memory"]])
-        for way, first, last in zip(("off", NEAR), peaks[0], peaks[-1], strict=True):
+        for way, first, last in zip(("off", NEAR) if not options.brief else (), peaks[0], peaks[-1], strict=True):
             print(f"peak memory from {sizes[0]:,} to {sizes[-1]:,}, near {way}: {100 * (last / first - 1):+.1f} %")
-    write_results("preprocess", results)
+    write_results(f"preprocess-{Path(options.template).name}", results)
 
 
 # ---- The dumps, and the texts in them that are tokenized ----
@@ -157,7 +165,7 @@ class Dump:
             yield from read_tasks([file], sources)
 
 
-def make_dump(folder: Path, num_conversations: int, tokenizer: str) -> Dump:
+def make_dump(folder: Path, num_conversations: int, tokenizer: str, template: str = "openchat_v3.2") -> Dump:
     """Write a dump below `folder`, its recipe, and the texts that preprocessing tokenizes of it."""
     folder = folder / str(num_conversations)
     folder.mkdir()
@@ -178,7 +186,7 @@ def make_dump(folder: Path, num_conversations: int, tokenizer: str) -> Dump:
             ],
             "filters": {"languages": ["en"]},
         },
-        "template": "openchat_v3.2",
+        "template": template,
         "tokenizer": tokenizer,
         "model": {"config": {"model_type": "llama"}},
         "packing": {"tokens_per_gpu": 4096},
@@ -546,14 +554,45 @@ def _tree(pid: int) -> list[int]:
     return pids
 
 
-def measure_whole(dump: Dump, repeats: int) -> dict[str, list[Any]]:
-    """Ceilings and runs in turns, then one run with near-duplicates, and both ways again for their memory."""
-    measured: dict[str, list[Any]] = {"ceilings": [], "runs": [], "near": [], "memory": []}
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """One run of OpenChat's steps on the same dump."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def run_openchat_steps(dump: Dump) -> Baseline:
+    """The steps of OpenChat's own preprocessing, in a new process with one process for each core."""
+    file, output = next(iter(dump.job().files)), dump.folder / "openchat.parquet"
+    tokenizer = orjson.loads(dump.recipe.read_bytes())["tokenizer"]
+    command = [sys.executable, str(ROOT / "benchmarks/openchat_steps.py"), file, tokenizer, str(output)]
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, str(num_cores())], env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    watcher = Watcher(process.pid, watch_memory=False)
+    code = process.wait()
+    seconds = time.perf_counter() - started
+    watcher.stop()
+    if code:
+        raise RuntimeError("OpenChat's steps failed: see above")
+    output.unlink()
+    return Baseline(seconds, watcher.cpu_seconds)
+
+
+def measure_whole(dump: Dump, repeats: int, *, is_brief: bool) -> dict[str, list[Any]]:
+    """Ceilings, runs and OpenChat's steps in turns.
+
+    Unless `is_brief`, then one run with near-duplicates, and both ways again for their memory.
+    """
+    measured: dict[str, list[Any]] = {"ceilings": [], "runs": [], "openchat": [], "near": [], "memory": []}
     for _ in range(repeats):
-        measured["ceilings"] += [ceiling_by_threads(dump), ceiling_by_processes(dump)]
+        measured["ceilings"] += [] if is_brief else [ceiling_by_threads(dump)]
+        measured["ceilings"].append(ceiling_by_processes(dump))
         measured["runs"].append(run_preprocess(dump))
-    measured["near"].append(run_preprocess(dump, near=NEAR))
-    measured["memory"] += [run_preprocess(dump, near=near, watch_memory=True) for near in (None, NEAR)]
+        measured["openchat"].append(run_openchat_steps(dump))
+    if not is_brief:
+        measured["near"].append(run_preprocess(dump, near=NEAR))
+        measured["memory"] += [run_preprocess(dump, near=near, watch_memory=True) for near in (None, NEAR)]
     return measured
 
 
@@ -586,13 +625,16 @@ def show_budget(stages: Sequence[Stage]) -> None:
 def show_whole(dump: Dump, measured: dict[str, list[Any]], start_up: float) -> None:
     """A line for each way to use all cores, then the shares and the memory."""
     by_way = {way: [c for c in measured["ceilings"] if c.way == way] for way in ("threads", "processes")}
-    best = max(by_way.values(), key=lambda ceilings: median(c.tokens_per_s for c in ceilings))
+    best = max(filter(None, by_way.values()), key=lambda ceilings: median(c.tokens_per_s for c in ceilings))
     num_tokens = best[0].num_tokens
     print(f"\n{dump.num_conversations:,} conversations, {dump.megabytes:,.1f} MB, {num_tokens:,} tokens tokenized")
     print(f"{'':28} {'seconds':>9} {'CPU s':>9} {'conv./s':>9} {'tokens/s':>11} {'MB/s':>9}   seconds of all")
     rows = [(f"ceiling, {way}", ceilings) for way, ceilings in by_way.items()]
     rows += [("preprocess", measured["runs"]), (f"preprocess, near {NEAR}", measured["near"])]
+    rows.append(("OpenChat's steps", measured["openchat"]))
     for name, runs in rows:
+        if not runs:
+            continue
         seconds, cpu = median(run.seconds for run in runs), median(run.cpu_seconds for run in runs)
         rates = f"{dump.num_conversations / seconds:9,.0f} {num_tokens / seconds:11,.0f}"
         spread = " ".join(f"{run.seconds:.2f}" for run in runs)
@@ -604,6 +646,10 @@ def show_whole(dump: Dump, measured: dict[str, list[Any]], start_up: float) -> N
         "by CPU seconds": median(ceiling.cpu_seconds / run.cpu_seconds for ceiling, run in pairs),
     }
     print(f"share of the ceiling: {', '.join(f'{share:.3f} {what}' for what, share in shares.items())}")
+    cpu_of_openchat = [
+        run.cpu_seconds / own.cpu_seconds for run, own in zip(measured["runs"], measured["openchat"], strict=True)
+    ]
+    print(f"CPU seconds beside OpenChat's: {median(cpu_of_openchat):.3f}")
     run = measured["runs"][0]
     print(
         f"stored: {run.num_examples:,} examples, {run.num_tokens:,} tokens, {run.num_supervised_tokens:,} supervised: "

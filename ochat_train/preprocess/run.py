@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -34,8 +35,6 @@ def preprocess(
 ) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
     job = make_job(recipe)
-    if note := compare_with_auto(recipe.tokenizer_name, job.tokenizer):
-        print(f"tokenizer {recipe.tokenizer_name}: {note}")
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
             num_shards = _make_missing_shards(job, work, executor, num_workers)
@@ -139,9 +138,15 @@ def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_wor
                     yield number, task
 
     total = sum(os.stat(file).st_size for file in job.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar,
+    ):
+        note = pool.submit(compare_with_auto, job.recipe.tokenizer_name, job.tokenizer)  # 2 s of imports, meanwhile
         for number in make_shards(missing(), job.settings, work, executor=executor, num_workers=num_workers):
             bar.update(sizes[number])
+    if text := note.result():
+        print(f"tokenizer {job.recipe.tokenizer_name}: {text}")
     if num_done:
         print(f"{num_done:,} of {len(sizes):,} shards were done before")
     return len(sizes)

@@ -13,6 +13,7 @@
 `datasets.load_from_disk(STORE)` opens it too.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,15 @@ _INDEX = {
     "source_ids": np.int32,
 }
 _ARROW_FILE = "data-00000-of-00001.arrow"
-# What `Dataset.save_to_disk` writes. It is written here, because that function would copy all rows once more.
+# What `Dataset.save_to_disk` writes. It is written here, because that function would copy all rows once more, and
+# `datasets` takes a second to import.
+_VALUES = {"id": "string", "source": "string", "condition": "string"}
+_LISTS = {"input_ids": "int32", "loss_weights": "float32", "answer_lengths": "int32"}
+_DATASET_INFO = {
+    **dict.fromkeys(("description", "citation", "homepage", "license"), ""),
+    "features": {name: {"dtype": dtype, "_type": "Value"} for name, dtype in _VALUES.items()}
+    | {name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"} for name, dtype in _LISTS.items()},
+}
 _DATASET_STATE: dict[str, Any] = {
     "_data_files": [{"filename": _ARROW_FILE}],
     "_fingerprint": "ochat_train",
@@ -342,9 +351,7 @@ class _SplitWriter:
         if not self.totals["num_examples"]:
             (self.folder / _ARROW_FILE).unlink()
             return
-        from datasets import DatasetInfo, Features  # slow to import
-
-        DatasetInfo(features=Features.from_arrow_schema(_SCHEMA)).write_to_directory(str(self.folder))
+        (self.folder / "dataset_info.json").write_text(json.dumps(_DATASET_INFO))
         (self.folder / "state.json").write_bytes(orjson.dumps(_DATASET_STATE))
 
 

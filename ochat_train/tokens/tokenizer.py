@@ -11,12 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer
 
 from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.described import Template
 from ochat_train.files import require_packages
 from ochat_train.tokens.strings import StringEncoder
+from ochat_train.tokens.word_cache import WordCache, find_cuts
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -112,15 +113,6 @@ def require_model(base: str) -> None:
     files.require("weights", _WEIGHT_FILES)
 
 
-_MARK_SPACES = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "\u2581"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-    ],
-}
-
-
 def _load_for_text(tokenizer_json: str) -> Tokenizer:
     """The tokenizer without truncation and padding, to which text that spells a special token is text."""
     tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -140,13 +132,8 @@ class TextEncoder:
         self.special_ids = special_ids
         self._json = tokenizer_json
         self._tokenizer = _load_for_text(tokenizer_json)
-        parts = json.loads(tokenizer_json)
-        # Llama 2's and Mistral's normalizer. Python's replace takes 15 % off the time of encoding. Where text may hold
-        # an added token, the normalizer sees the text between such tokens, and is left as it is.
-        are_special = all(token["special"] for token in parts["added_tokens"])
-        self._marks_spaces = parts["normalizer"] == _MARK_SPACES and are_special
-        if self._marks_spaces:
-            self._tokenizer.normalizer = normalizers.Sequence([])
+        cuts = find_cuts(json.loads(tokenizer_json))
+        self._words = WordCache(self._tokenizer, cuts) if cuts is not None else None
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int]]]:
         return type(self), (self._json, self.special_ids)
@@ -170,8 +157,8 @@ class TextEncoder:
 
     def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """The ids of each text alone, on all cores. No text yields a special token."""
-        if self._marks_spaces:
-            texts = [text and "\u2581" + text.replace(" ", "\u2581") for text in texts]
+        if self._words is not None:
+            return self._words.encode_texts(texts)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
@@ -280,7 +267,7 @@ def load_tokenizer(name: str, template: Template) -> ChatTokenizer:
     A base's tokenizer.json is taken as it is; AutoTokenizer would make parts of it anew for many classes, and encode
     `Hi` and ` Hi` alike for Llama 2. A base without one is what transformers converts it to. Raises ValueError.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import; processes that encode do without
+    from transformers import PreTrainedTokenizerFast  # slow to import; processes that encode do without
 
     files = locate_base(name)
     files.require("tokenizer", _TOKENIZER_FILES)
@@ -290,6 +277,8 @@ def load_tokenizer(name: str, template: Template) -> ChatTokenizer:
         if _has_tokenizer_json(files):
             pretrained = PreTrainedTokenizerFast.from_pretrained(files.name)
         else:
+            from transformers import AutoTokenizer  # imports torch
+
             pretrained = AutoTokenizer.from_pretrained(files.name, **files.options)
     except Exception as error:  # of many kinds: tokenizers itself raises nothing narrower
         raise ValueError(f"no tokenizer could be loaded from {name}: {files.why_not(error)}") from error
