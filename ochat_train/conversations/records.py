@@ -37,6 +37,7 @@ from ochat_train.conversations.json_scan import (
     scan_objects,
     scan_wrapped,
 )
+from ochat_train.conversations.remote import is_remote, list_remote
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -81,6 +82,14 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     `left_out`, if given, counts the suffixes of the files that are left out. Raises ValueError if nothing is found, or
     if a folder cannot be listed.
     """
+    if is_remote(path):
+        found_there, folder = list_remote(path)
+        known = [file for file in found_there if folder is None or has_known_suffix(file[len(folder) :])]
+        if left_out is not None:
+            left_out.update(PurePath(file).suffix or "without a suffix" for file in set(found_there) - set(known))
+        if not known:
+            raise ValueError(f"no file to read in {path!r}: known suffixes are {' '.join(SUFFIXES)}")
+        return known
     matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     found: dict[str, None] = {}
     num_left_out = 0
