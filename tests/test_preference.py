@@ -90,7 +90,7 @@ def test_near_copies_are_dropped_in_other_records_only() -> None:
 
     def said(id: str, more: str, record: str) -> Conversation:
         messages = (Message("user", "Say it.", 0.0), Message("assistant", f"{text} {more}", 1.0))
-        return Conversation(id, "s", "", "", messages, record)
+        return Conversation(id, "s", "", "", messages, record=record)
 
     for records, num_kept in ((("r", "r"), 2), (("r", "other"), 1), (("", ""), 1)):
         keys = text_keys([said("a", "one", records[0]), said("b", "two", records[1])], minhash=True)

@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
+from ochat_train.conversations.remote import RemoteFile, is_remote
+
 _TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (
     *_TEXT_SUFFIXES,
@@ -86,7 +88,7 @@ class ByteStream:
 
     closed = False  # Arrow reads it
 
-    def __init__(self, name: str, packing: str, read: Callable[[int], bytes], disk: DiskFile) -> None:
+    def __init__(self, name: str, packing: str, read: Callable[[int], bytes], disk: DiskFile | RemoteFile) -> None:
         self.name = name
         self.packing = packing
         self.offset = 0
@@ -158,7 +160,7 @@ def open_streams(path: str) -> Iterator[ByteStream]:
     """
     name = escape_name(path)
     try:
-        disk = DiskFile(path)
+        disk = RemoteFile(path) if is_remote(path) else DiskFile(path)
     except OSError as error:
         raise Unreadable(f"{name} cannot be read: {error.strerror}; fix that, or leave it out") from None
     with disk:
@@ -197,9 +199,9 @@ def _decompress(stream: ByteStream) -> ByteStream:
     return ByteStream(stream.name, f", {codec}{stream.packing}", source.read, stream.disk)
 
 
-def _open_zip(disk: DiskFile, path: str) -> Iterator[tuple[str, Callable[[int], bytes]]]:
+def _open_zip(disk: DiskFile | RemoteFile, path: str) -> Iterator[tuple[str, Callable[[int], bytes]]]:
     try:
-        archive = zipfile.ZipFile(disk)
+        archive = zipfile.ZipFile(cast(Any, disk))
     except Exception as error:  # as in ByteStream
         raise unreadable(path, 0, f"not a whole zip file ({explain(error)})", _FETCH_AGAIN) from error
     for info in archive.infolist():

@@ -124,7 +124,8 @@ def _find_wrapper(stream: ByteStream, head: bytes, turn_lists: Collection[str]) 
 def _is_record(key: str, value: object, turn_lists: Collection[str]) -> bool:
     if not isinstance(value, dict):
         return False
-    inner: dict[str, Any] = value["row"] if key == "rows" and isinstance(value.get("row"), dict) else value
+    row = value.get("row")
+    inner = row if key == "rows" and isinstance(row, dict) else value
     if any(isinstance(inner.get(name), list) for name in turn_lists):
         return True
     return key in WRAPPERS and key not in turn_lists and not _OF_TURNS & set(inner)

@@ -37,6 +37,7 @@ from ochat_train.conversations.json_scan import (
     scan_objects,
     scan_wrapped,
 )
+from ochat_train.conversations.remote import is_remote, list_remote
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -81,6 +82,14 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     `left_out`, if given, counts the suffixes of the files that are left out. Raises ValueError if nothing is found, or
     if a folder cannot be listed.
     """
+    if is_remote(path):
+        found_there, folder = list_remote(path)
+        known = [file for file in found_there if folder is None or has_known_suffix(file[len(folder) :])]
+        if left_out is not None:
+            left_out.update(PurePath(file).suffix or "without a suffix" for file in set(found_there) - set(known))
+        if not known:
+            raise ValueError(f"no file to read in {path!r}: known suffixes are {' '.join(SUFFIXES)}")
+        return known
     matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     found: dict[str, None] = {}
     num_left_out = 0
@@ -234,7 +243,7 @@ def _recognise(
         values = scan_array(stream, max_bytes=MAX_RECORD_BYTES)
         return f"JSON array{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
     if first == b"{":
-        return _recognise_objects(stream, chunk_bytes, columns)
+        return _recognise_objects(stream, chunk_bytes)
     if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
         return f"{_PAGE}{stream.packing}", _read_page(stream)
     if not first:
@@ -263,18 +272,15 @@ _CONVERT = (
 )
 
 
-def _recognise_objects(
-    stream: ByteStream, chunk_bytes: int, columns: Sequence[str] | None
-) -> tuple[str, Iterator[_Part]]:
+def _recognise_objects(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Part]]:
     """The form of a file that begins with an object, and its parts."""
-    turn_lists = {*TURN_LISTS, *(columns or ())}
-    key = find_layout(stream, turn_lists)
+    key = find_layout(stream, TURN_LISTS)
     if key is None:
         return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
     if not key:
         values = scan_objects(stream, max_bytes=MAX_RECORD_BYTES)
         return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
-    values = scan_wrapped(stream, key, turn_lists, max_bytes=MAX_RECORD_BYTES)
+    values = scan_wrapped(stream, key, TURN_LISTS, max_bytes=MAX_RECORD_BYTES)
     parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows")
     return f"JSON object with records in {key!r}{stream.packing}", parts
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
+from ochat_train.conversations.remote import RemoteFile
 
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
 
@@ -64,7 +65,10 @@ def _read_parquet(stream: ByteStream, columns: Sequence[str] | None) -> Iterator
 
     disk = stream.disk
     # not the defaults, which hold all columns of a row group
-    source = pyarrow.OSFile(os.fsencode(disk.path))  # as text, Arrow would take no name that is not UTF-8
+    if isinstance(disk, RemoteFile):
+        source = pyarrow.PythonFile(disk, mode="r")
+    else:
+        source = pyarrow.OSFile(os.fsencode(disk.path))  # as text, Arrow would take no name that is not UTF-8
     file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
     _check_columns(stream, file.schema_arrow, columns)
     num_rows = 0

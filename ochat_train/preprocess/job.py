@@ -23,6 +23,7 @@ from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.forms import COLUMNS
 from ochat_train.conversations.records import list_files, read_chunks
+from ochat_train.conversations.remote import identify, is_remote
 from ochat_train.conversations.sources import Range, Source
 from ochat_train.conversations.spell_out import Spelling
 from ochat_train.preprocess.shard import ShardSettings, Task
@@ -117,7 +118,7 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
             except ValueError as error:
                 raise ValueError(f"data.sources.{position}.path: {error}") from None
             for file in found:
-                real = os.path.realpath(file)
+                real = file if is_remote(file) else os.path.realpath(file)
                 if real.startswith((f"{store}/", f"{store}.partial-")):  # the folder that WorkFolder.beside makes
                     raise ValueError(
                         f"data.sources.{position}.path: {file} lies in data.store {data.store}, so the store would be "
@@ -165,6 +166,14 @@ def read_tasks(files: Sequence[str], sources: tuple[Source, ...]) -> Iterator[Ta
         yield Task(chunk, sources)
 
 
+def stamp_of(file: str) -> tuple[int, str]:
+    """Size in bytes of an input file, and what changes when it does: its time of change, or a server's tag."""
+    if is_remote(file):
+        return identify(file)
+    stat = os.stat(file)
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
 def fingerprint_of(made_from: dict[str, Any]) -> str:
     """The fingerprint of a store made from these things."""
     return hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
@@ -186,11 +195,14 @@ def describe_origin(job: Job) -> dict[str, Any]:
 def _inputs_digest(files: Iterable[str]) -> str:
     """One digest over all names and contents: a dump may be a hundred thousand pages."""
     digest = hashlib.blake2b(digest_size=32)
-    total = sum(os.stat(file).st_size for file in files)
+    total = sum(stamp_of(file)[0] for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking inputs", delay=5) as bar:
         for file in files:
             name = os.fsencode(file)
             digest.update(len(name).to_bytes(4) + name)
+            if is_remote(file):
+                digest.update(repr(identify(file)).encode())
+                continue
             try:
                 with open(file, "rb") as stream:
                     digest.update(hashlib.file_digest(stream, "blake2b").digest())

@@ -1,6 +1,5 @@
 """One pass over the input: shards, the decisions over all of them, and the store."""
 
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from ochat_train.conversations.dedupe import find_duplicates
 from ochat_train.conversations.described import Template, describe_template
 from ochat_train.preprocess.assemble import InputSummary, assemble
-from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
+from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks, stamp_of
 from ochat_train.preprocess.ledger import Ledger
 from ochat_train.preprocess.shard import Task
 from ochat_train.preprocess.shard_files import WorkFolder, find_leftovers
@@ -27,7 +26,7 @@ from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, read_manifes
 from ochat_train.tokens.store_files import StoreDamaged, check_blocks, check_sizes
 from ochat_train.tokens.tokenizer import compare_with_auto
 
-Stamps = dict[str, tuple[int, int]]
+Stamps = dict[str, tuple[int, str]]
 
 
 def preprocess(
@@ -104,8 +103,7 @@ def _require_writable(store: Path) -> None:
 
 def _stamp(files: Iterable[str]) -> Stamps:
     """Size and time of change of each file."""
-    stats = {file: os.stat(file) for file in files}
-    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+    return {file: stamp_of(file) for file in files}
 
 
 def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -137,7 +135,7 @@ def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_wor
                 else:
                     yield number, task
 
-    total = sum(os.stat(file).st_size for file in job.files)
+    total = sum(stamp_of(file)[0] for file in job.files)
     with (
         ThreadPoolExecutor(1) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar,

@@ -1,7 +1,6 @@
 """What dumps hold, to write a recipe by: `python -m ochat_train.preprocess --fields PATH ...`."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from ochat_train.conversations.records import Record, list_files, read_chunks
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Drop, ParsedRecord
 from ochat_train.conversations.sharegpt import chats_of, parse_record
+from ochat_train.preprocess.job import stamp_of
 
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted
@@ -35,7 +35,9 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
         others = f"; left out, hidden or of other suffixes: {_show_counts(left_out)}" if left_out else ""
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
         held = _Contents()
-        with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="reading", delay=2) as bar:
+        with tqdm(
+            total=sum(stamp_of(file)[0] for file in files), unit="B", unit_scale=True, desc="reading", delay=2
+        ) as bar:
             num_before = 0.0
             for file in files:
                 try:
