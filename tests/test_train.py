@@ -1110,9 +1110,9 @@ def test_a_wandb_server_that_does_not_answer_neither_stops_nor_delays_a_run(
     waited: list[float] = []
     original = ochat_train.training.metrics.open_sinks
 
-    def open_sinks(*arguments: Any) -> Any:
+    def open_sinks(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
-        opened = original(*arguments)
+        opened = original(*arguments, **options)
         waited.append(time.perf_counter() - started)
         return opened
 
