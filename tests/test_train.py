@@ -675,7 +675,7 @@ def test_a_resume_under_another_order_of_the_examples_is_refused(
 
 def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:
     mamba = "model.config={model_type: mamba, hidden_size: 16, num_hidden_layers: 1}"
-    with pytest.raises(ValueError, match="mamba cannot be trained on packed sequences: .* sequences see each other"):
+    with pytest.raises(ValueError, match=r"mamba cannot be trained on packed sequences: .* sequences see each other"):
         prepare(recipe_for(recipe_path, tmp_path, mamba), ALONE)
 
 
