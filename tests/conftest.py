@@ -9,9 +9,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no file fails at once
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+
+# A busy machine draws and runs examples slowly, which says nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parents[1]
 

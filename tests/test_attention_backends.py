@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import ochat_train.model.attention
 from ochat_train.model.attention import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend, register
+from ochat_train.model.masks import packed_eager_mask, packed_mask
 from ochat_train.recipe import ModelSection
 from tests.flash_stand_ins import (
     PACKAGES,
@@ -153,7 +154,7 @@ def test_a_backend_that_cannot_is_refused_with_the_remedy(
     assert reason in str(error.value) and str(error.value).endswith("; set model.attention: auto")
 
 
-@pytest.mark.parametrize("wanted", [backend for backend in BACKENDS if backend not in ("torch", "sdpa")])
+@pytest.mark.parametrize("wanted", [backend for backend in BACKENDS if backend not in ("torch", "sdpa", "eager")])
 def test_a_package_that_is_not_there_is_refused_with_what_to_install(
     packages_are: Callable[..., None], wanted: Backend
 ) -> None:
@@ -272,14 +273,14 @@ def test_the_kernels_of_flash_attention_3_are_put_into_torch_and_taken_out(monke
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_transformers_builds_no_mask_for_us_and_takes_our_name_for_none_of_its_own(
+def test_transformers_asks_us_for_masks_and_takes_our_name_for_none_of_its_own(
     packages_are: Callable[..., None], monkeypatch: pytest.MonkeyPatch, backend: Backend
 ) -> None:
     packages_are(*ALL)
     monkeypatch.setattr(ochat_train.model.attention, "activate_flash_attention_impl", lambda _: None)
     name = register(backend)
     assert name in AttentionInterface()
-    assert name not in ALL_MASK_ATTENTION_FUNCTIONS
+    assert ALL_MASK_ATTENTION_FUNCTIONS[name] in (packed_mask, packed_eager_mask)
     assert not any(own in name for own in ("flash", "sdpa", "flex", "eager", "paged"))
 
 

@@ -20,7 +20,7 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.doctor import checks, rows, trials
 from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.files import free_port
-from ochat_train.model.attention import AttentionOptions
+from ochat_train.model.attention import AttentionOptions, BackendChoice
 from ochat_train.model.memory import measure_size
 from ochat_train.recipe import LoraSection, Recipe, load_recipe, to_json
 from ochat_train.tokens.plan import make_table
@@ -63,6 +63,7 @@ def case_of(recipe: Recipe, *, machine: AvailableMemory = HERE, num_gpus: int = 
     """The case with what the quick checks find, on a machine like this."""
     case = Case(recipe, "", is_quick=is_quick, num_gpus=num_gpus)
     case.machine, case.num_processes = machine, num_gpus
+    case.attention = BackendChoice("sdpa", "what any machine has")
     for check in (checks.check_special_tokens, checks.check_model, checks.check_kernels, checks.check_token_store):
         check(case)
     return case
@@ -112,7 +113,7 @@ def test_a_good_recipe_ends_with_ok(recipe_path: Path, capsys: pytest.CaptureFix
     assert "[" in next(line for line in text.splitlines() if re.match(r" +2 .*\+", line))  # the recipe's own cell
 
 
-def test_the_quick_part_runs_no_model_and_makes_no_plan(
+def test_the_quick_part_runs_only_a_small_copy_and_makes_no_plan(
     recipe_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("shrink_config", "find_fullest", "_pack_as_in_a_run"):
@@ -174,7 +175,9 @@ def test_an_attention_that_cannot_be_had_is_a_problem(recipe_path: Path) -> None
     assert not found.keys() & {"isolation", "fullest micro-batch"}  # which need it
     assert found["memory"].state == found["disk"].state == "ok"
     shown = checks.check_attention(case_of(load_recipe(recipe_path))).detail
-    assert shown == "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device)"
+    assert shown.startswith(
+        "sdpa (flash_attn_4, flash_attn_3, flash_attn, torch: needs a CUDA device); packed sequences equal"
+    )
 
 
 # ---- Kernels ----
@@ -606,7 +609,7 @@ def test_a_mistake_in_the_micro_batch_is_not_taken_for_lack_of_memory(
 def test_a_check_that_raises_is_a_problem_and_the_others_go_on(
     recipe: Recipe, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *_: {}["key"])
+    monkeypatch.setattr(trials, "_pack_as_in_a_run", lambda *_, **__: {}["key"])
     findings = examine(recipe, recipe_path)
     assert findings["isolation"].state == "problem" and findings["isolation"].remedy
     assert findings["isolation"].detail == "the check raised KeyError('key')"

@@ -7,9 +7,9 @@ special tokens, the token store, memory for each ZeRO stage and number of GPUs, 
 fullest micro-batch once, and predicts steps and hours. Ends with OK, or with each problem and its remedy and exit
 code 1.
 
---quick leaves out what takes long: no model is run and no plan is made. --gpus: the number of processes; else what
-launch.sh would start, by HOSTFILE, NUM_GPUS and the GPUs that are here. --gpu-gib: memory of each GPU, for those that
-are not in this machine.
+--quick leaves out what takes long: only a small copy of the model is run, and no plan is made. --gpus: the number of
+processes; else what launch.sh would start, by HOSTFILE, NUM_GPUS and the GPUs that are here. --gpu-gib: memory of each
+GPU, for those that are not in this machine.
 """
 
 import argparse

@@ -26,8 +26,7 @@ from ochat_train.doctor.rows import check_rows
 from ochat_train.doctor.trials import check_fullest, check_isolation
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
-from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.pretrained import DTYPES, load_config, meta_model
+from ochat_train.model.pretrained import DTYPES, load_config
 from ochat_train.recipe import to_json
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import SPLITS, TokenStore
@@ -47,7 +46,7 @@ from ochat_train.training.resources import (
     show_bytes,
     size_of,
 )
-from ochat_train.training.setup import check_options, deepspeed_configuration, peak_learning_rate
+from ochat_train.training.setup import attention_of, check_options, deepspeed_configuration, peak_learning_rate
 from ochat_train.training.sinks import check_sinks
 from ochat_train.training.speed import measured_rate
 
@@ -213,16 +212,12 @@ def check_model(case: Case) -> None:
 
 
 def check_attention(case: Case) -> Finding:
-    """Which attention backend a run here would use, and whether the model can be run on packed batches at all."""
-    packed = PackedCausalLM(
-        meta_model(case.config, DTYPES[case.recipe.model.dtype]),
-        attention=case.recipe.model.attention,
-        device_type=case.device.type,
-        checkpointing="none",
-        num_conditions=1,
-    )
-    case.attention = packed.attention
-    return Finding("ok", f"{case.attention.backend} ({case.attention.reason})")
+    """Which attention a run here would use, and whether a small copy of the model is exact on packed batches."""
+    case.attention, agreement = attention_of(case.recipe, case.config, case.device.type)
+    detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}"
+    if agreement.why_eager is None:
+        return Finding("ok", detail)
+    return Finding("warning", detail, "keep packing.tokens_per_gpu small: each head has scores of [tokens, tokens]")
 
 
 def check_kernels(case: Case) -> Finding:

@@ -174,7 +174,7 @@ def _pack_as_in_a_run(case: Case, lm: PreTrainedModel, *, checkpointing: str, nu
     use_kernels(lm, case.kernels.kernels)
     packed = PackedCausalLM(
         lm,
-        attention=case.recipe.model.attention,
+        attention=case.attention.backend,
         device_type=case.device.type,
         checkpointing=checkpointing,
         num_conditions=num_conditions,

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from ochat_train.model.exported import read_export
-from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_model, max_positions_of
+from ochat_train.model.probe import choose_attention
 from ochat_train.serve.served import find_served
 from ochat_train.tokens.loss_forms import LossForm
 from ochat_train.tokens.plan import PlanShape
@@ -47,9 +48,11 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     name = next((name for name, known in DTYPES.items() if known == dtype), "float32")
     lm = load_model(str(served.folder.absolute()), None, dtype=name, num_ids=tokenizer.num_ids, added_ids=(), seed=0)
     conditions = examples.manifest.conditions
+    needs = attention_needs(lm.config.get_text_config(), lm.dtype, world.device.type)
+    attention, _ = choose_attention("auto", lm.config, needs, longest=capacity, checkpointing="none")
     packed = PackedCausalLM(
         lm,
-        attention="auto",
+        attention=attention.backend,
         device_type=world.device.type,
         checkpointing="none",
         num_conditions=len(conditions),

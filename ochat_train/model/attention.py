@@ -6,6 +6,7 @@ Registered with transformers under names of our own, so that any of its models r
 
 import importlib
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
-Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa"]
+from ochat_train.model.masks import PackedMask, packed_eager_mask, packed_mask
+
+Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "eager"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # What we pass by name beside q, k and v; the order of the other arguments differs between the versions.
@@ -78,6 +81,8 @@ TABLE: tuple[Support, ...] = (
     # two results where that has returned four or five since 4.0.0b24, so it is not offered.
     Support("torch_fa3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=False, is_automatic=False),
     Support("sdpa", *_TORCH, majors=None, head_dims=None, has_softcap=True, is_automatic=True),
+    # The model's own attention and masks, [T, T] for each head: chosen by probe.py for models that no other row suits.
+    Support("eager", None, "part of transformers", majors=None, head_dims=None, has_softcap=True, is_automatic=False),
 )
 
 
@@ -369,12 +374,13 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
 
 
 def register(backend: Backend) -> str:
-    """Register varlen attention with transformers; returns the name for `attn_implementation`.
-
-    The name is not among transformers' mask functions, so its models build no mask.
-    """
+    """Register varlen attention and its masks with transformers; returns the name for `attn_implementation`."""
     # transformers takes names with sdpa or flash in them for its own and asks whether the model has those.
     name = f"ochat_train_varlen_{BACKENDS.index(backend)}"
+    if backend == "eager":
+        AttentionInterface.register(name, _call_eager)
+        AttentionMaskInterface.register(name, packed_eager_mask)
+        return name
     kernel = _load_kernel(backend)
 
     def attend(
@@ -382,17 +388,20 @@ def register(backend: Backend) -> str:
         query: Tensor,  # [1, Hq, T, D]
         key: Tensor,  # [1, Hkv, T, D]
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: PackedMask | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         cu_seqlens, max_seqlen = options.get("cu_seqlens"), options.get("max_seqlen")
         # Each of these would mix sequences or change the result without a word.
         if cu_seqlens is None or max_seqlen is None:
             raise ValueError("packed attention was called without cu_seqlens; run the model through PackedCausalLM")
-        if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-            raise ValueError("packed attention takes one row, no mask and no cache")
+        mask = PackedMask(options.get("sliding_window")) if attention_mask is None else attention_mask
+        if not isinstance(mask, PackedMask) or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+            raise ValueError("packed attention takes one row, no mask of the model's own and no cache")
+        if mask.chunk is not None and max_seqlen > mask.chunk:
+            raise ValueError(f"sequences of more than its chunk of {mask.chunk:,} tokens are not supported yet")
         if dropout := options.get("dropout", 0.0):
-            raise ValueError(f"attention dropout {dropout} is not supported; set model.config.attention_dropout: 0")
+            raise ValueError(f"attention dropout of {dropout} is not supported; set it to 0 in the model's config")
         if getattr(module, "is_causal", True) is False:
             raise ValueError(f"{type(module).__name__} attends in both directions; a causal model is needed")
         for unsupported in _UNSUPPORTED:
@@ -408,7 +417,7 @@ def register(backend: Backend) -> str:
                 cu_seqlens,
                 max_seqlen,
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                window=options.get("sliding_window"),
+                window=mask.window,
                 softcap=options.get("softcap"),
             ),
         )
@@ -417,4 +426,10 @@ def register(backend: Backend) -> str:
     attend_function: Callable[..., tuple[Tensor, None]] = attend
     # Else one break in the graph of a layer, and nothing of a backend compiled that cannot be.
     AttentionInterface.register(name, attend_function if _is_traceable(backend) else torch.compiler.disable(attend))
+    AttentionMaskInterface.register(name, packed_mask)
     return name
+
+
+def _call_eager(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    """The eager attention of the module's own architecture, with the mask that it gets."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **options)

@@ -45,6 +45,8 @@ def enable_checkpointing(lm: PreTrainedModel, policy: str) -> None:
     options = {"use_reentrant": False}
     if lm.device.type == "meta":
         options["preserve_rng_state"] = False  # the meta device has no random numbers
+    if not lm.supports_gradient_checkpointing:
+        raise ValueError(f"{type(lm).__name__} has no activation checkpointing; set model.checkpointing: none")
     # The first name replaces the second in the course of transformers 5.
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
     enable(options)

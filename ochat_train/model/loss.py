@@ -100,13 +100,14 @@ class LossHead(nn.Module):
 
     row_ids: Tensor | None
 
-    def __init__(self, head: nn.Linear, *, softcap: float | None, num_conditions: int) -> None:
+    def __init__(self, head: nn.Linear, *, softcap: float | None, num_conditions: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = head.weight  # [V, C]
         self.bias = head.bias
         self.rows = head.rows if isinstance(head, HeadWithRows) else None  # [n, C]
         self.register_buffer("row_ids", head.row_ids if isinstance(head, HeadWithRows) else None, persistent=False)
         self.softcap = softcap
+        self.scale = scale
         self.num_conditions = num_conditions
         self._score: Callable[..., Scores] = score
 
@@ -120,7 +121,7 @@ class LossHead(nn.Module):
         """The sums for hidden [T, C], labels i64[T], loss_weights f32[T], condition_ids i32[T].
 
         loss_positions: where loss_weights is not 0, i64[S]; only these go through the head. Equal to, with
-        logits = softcapped(hidden @ weight.T + bias), in fp32:
+        logits = softcapped(scale * (hidden @ weight.T + bias)), in fp32:
 
             nll = cross_entropy(logits, labels, reduction="none");  sum(loss_weights * nll)
 
@@ -128,7 +129,7 @@ class LossHead(nn.Module):
         logits are rounded to it. Nothing here waits for the device.
         """
         labels, loss_weights = labels[loss_positions], loss_weights[loss_positions]  # [S]
-        options = _Options(self._score, self.softcap, torch.is_grad_enabled(), not self.training)
+        options = _Options(self._score, self.softcap, self.scale, torch.is_grad_enabled(), not self.training)
         nll_sum, nll, is_correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # of torch
             hidden, self.weight, self.bias, self.rows, self.row_ids, labels, loss_weights, loss_positions, options
         )
@@ -170,10 +171,11 @@ def score(
 
 
 class _Options(NamedTuple):
-    """has_gradients: whether to compute gradients. is_judged: whether to compute Scores.is_correct."""
+    """scale: of the logits. has_gradients: whether to compute gradients. is_judged: whether Scores.is_correct is."""
 
     score: Callable[..., Scores]
     softcap: float | None
+    scale: float
     has_gradients: bool
     is_judged: bool
 
@@ -214,22 +216,27 @@ class _HeadLoss(torch.autograd.Function):
         gradients = _Gradients(needed, hidden, num_supervised) if any(needed) else None
         nll = torch.zeros(num_supervised, dtype=torch.float32, device=hidden.device)
         is_correct = torch.zeros_like(nll)
+        factors = loss_weights * options.scale  # of the gradients by what the head returns
         # Without a weighted token there is one empty chunk: the sum is 0, and gradients of 0 still reach every rank's
         # reduction.
         for start in range(0, max(1, num_supervised), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
             states = hidden[loss_positions[chunk]]  # [t, C]
             scores = options.score(
-                _logits(states, head), labels[chunk], options.softcap, gradients and hidden.dtype, options.is_judged
+                _logits(states, head, options.scale),
+                labels[chunk],
+                options.softcap,
+                gradients and hidden.dtype,
+                options.is_judged,
             )
             nll[chunk] = scores.nll
             if scores.is_correct is not None:
                 is_correct[chunk] = scores.is_correct
             if gradients is not None and scores.gradient is not None:
-                gradients.add(chunk, scores.gradient, states, loss_weights[chunk], head)
+                gradients.add(chunk, scores.gradient, states, factors[chunk], head)
             del scores
         ctx.hidden_shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.save_for_backward(loss_weights, loss_positions, *(gradients.all if gradients is not None else ()))
+        ctx.save_for_backward(factors, loss_positions, *(gradients.all if gradients is not None else ()))
         ctx.mark_non_differentiable(nll, is_correct)
         return (nll * loss_weights).sum(), nll, is_correct
 
@@ -237,9 +244,9 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The saved gradients times the incoming one, each rounded once to the dtype of the hidden states."""
-        loss_weights, loss_positions, of_hidden, *of_parameters = ctx.saved_tensors
+        factors, loss_positions, of_hidden, *of_parameters = ctx.saved_tensors
         if of_hidden is not None:
-            scaled = _scaled(of_hidden, (scale * loss_weights)[:, None], ctx.dtype)
+            scaled = _scaled(of_hidden, (scale * factors)[:, None], ctx.dtype)
             of_hidden = scaled.new_zeros(ctx.hidden_shape).index_copy_(0, loss_positions, scaled)
         of_parameters = [None if part is None else _scaled(part, scale, ctx.dtype) for part in of_parameters]
         return of_hidden, *of_parameters, None, None, None, None, None
@@ -248,9 +255,9 @@ class _HeadLoss(torch.autograd.Function):
 class _Gradients:
     """Gradients of hidden states, weight, bias and rows over the chunks so far; None where none is needed.
 
-    A token's loss weight is not in the gradient of the logits [t, V]: it multiplies the hidden states [t, C] that go
-    into the weight's gradient here, and the gradient of the hidden states [S, C] in the backward pass, together with
-    the incoming gradient. The sums over tokens are fp32.
+    A token's factor, its loss weight times the scale of the logits, is not in the gradient of the logits [t, V]: it
+    multiplies the hidden states [t, C] that go into the weight's gradient here, and the gradient of the hidden states
+    [S, C] in the backward pass, together with the incoming gradient. The sums over tokens are fp32.
     """
 
     def __init__(self, needed: list[bool], hidden: Tensor, num_supervised: int) -> None:
@@ -264,11 +271,11 @@ class _Gradients:
     def all(self) -> tuple[Tensor | None, ...]:
         return self.hidden, self.weight, self.bias, self.rows
 
-    def add(self, chunk: slice, by_logits: Tensor, states: Tensor, loss_weights: Tensor, head: _Head) -> None:
-        """Add a chunk's: by_logits [t, V], which is overwritten, states [t, C], loss_weights f32[t]."""
+    def add(self, chunk: slice, by_logits: Tensor, states: Tensor, factors: Tensor, head: _Head) -> None:
+        """Add a chunk's: by_logits [t, V], which is overwritten, states [t, C], factors f32[t]."""
         _, of_weight, of_bias, of_rows = self.needed
         if of_bias:
-            by_bias = loss_weights @ by_logits.float()
+            by_bias = factors @ by_logits.float()
             self.bias = by_bias if self.bias is None else self.bias + by_bias
         by_row_logits = None
         if head.row_ids is not None:
@@ -278,21 +285,21 @@ class _Gradients:
             torch.mm(by_logits, head.weight, out=self.hidden[chunk])
             if by_row_logits is not None and head.rows is not None:
                 self.hidden[chunk].addmm_(by_row_logits, head.rows)
-        weighted = (loss_weights[:, None] * states).to(states.dtype)
+        weighted = (factors[:, None] * states).to(states.dtype)
         if of_weight:
             self.weight = _add_product(self.weight, by_logits, weighted)
         if of_rows and by_row_logits is not None:
             self.rows = _add_product(self.rows, by_row_logits, weighted)
 
 
-def _logits(states: Tensor, head: _Head) -> Tensor:
+def _logits(states: Tensor, head: _Head, scale: float) -> Tensor:
     """f32[t, V] of hidden states [t, C]."""
     logits = _product(states, head.weight.T)
     if head.rows is not None and head.row_ids is not None:
         logits.index_copy_(1, head.row_ids, _product(states, head.rows.T))
     if head.bias is not None:
         logits += head.bias
-    return logits
+    return logits if scale == 1 else logits.mul_(scale)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ from transformers import PreTrainedModel
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
+from ochat_train.model.logits import base_of, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
+from ochat_train.model.masks import masks_for
+from ochat_train.model.pretrained import head_dim_of
+from ochat_train.model.rope import rotate_each_alone
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -18,8 +22,8 @@ class PackedCausalLM(nn.Module):
     """A causal LM whose forward takes a PackedBatch and returns LossSums.
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
-    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Raises ValueError
-    for models whose logits we would compute wrongly, or in which sequences of a batch would see each other.
+    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Whether logits and
+    gradients are those of the model is for `probe` to say.
 
     The state of the module leaves frozen parameters out: they are the base's. Loading raises for a state with other
     names, and beside another base.
@@ -30,19 +34,21 @@ class PackedCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
-        _refuse_leaking_layers(lm, config)
-        _refuse_unknown_logits(config)
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
-        lm.set_attn_implementation(register(self.attention.backend))
+        name = register(self.attention.backend)
+        lm.set_attn_implementation(name)
+        if self.attention.backend == "eager":
+            lm.config.get_text_config()._attn_implementation = name  # for the masks, where attention is a class's own
+        rotate_each_alone(lm)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")
-        _refuse_layers_before_head(lm, head)
+        self.logits_form = measure_logits(lm)
         self.loss_head = LossHead(
-            head, softcap=getattr(config, "final_logit_softcapping", None), num_conditions=num_conditions
+            head, softcap=self.logits_form.softcap, scale=self.logits_form.scale, num_conditions=num_conditions
         )
         self.register_state_dict_post_hook(_leave_frozen_out)  # type: ignore[no-untyped-call]  # of torch
         self.register_load_state_dict_pre_hook(_refuse_another_base)  # type: ignore[no-untyped-call]  # of torch
@@ -62,21 +68,23 @@ class PackedCausalLM(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states, [T, C]."""
-        output = self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        )
+        position_ids = batch.position_ids[None]
+        with masks_for(position_ids):
+            output = base_of(self.lm)(
+                input_ids=batch.input_ids[None],
+                position_ids=position_ids,
+                # Without it transformers looks for sequences in the positions, and waits for the device.
+                attention_mask=torch.ones_like(position_ids, dtype=torch.bool),
+                use_cache=False,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+            )
         states: Tensor = output.last_hidden_state
         return states[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """f32[T, V], all at once: for tests and small batches."""
-        logits = self.lm.get_output_embeddings()(self.hidden(batch)).float()
-        softcap = self.loss_head.softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return self.logits_form(self.lm.get_output_embeddings()(self.hidden(batch)).float())
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
@@ -104,40 +112,9 @@ def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 def attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:
     """What a model of this text configuration needs of its attention; models without heads are refused elsewhere."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     return AttentionNeeds(
         capability=torch.cuda.get_device_capability() if device_type == "cuda" else None,
         dtype=dtype,
-        head_dim=head_dim,
+        head_dim=head_dim_of(config),
         has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
     )
-
-
-def _refuse_leaking_layers(lm: PreTrainedModel, config: Any) -> None:
-    """Refuse attention that is not ours, recurrences and convolutions: they cross the borders of packed sequences."""
-    if not lm.is_backend_compatible():
-        raise ValueError(f"{type(lm).__name__} does not take its attention from us, so packed sequences would mix")
-    # Older configurations call it layers_block_type, and their attention just attention.
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    other = set(kinds) - {"full_attention", "sliding_attention", "attention"}
-    if other:
-        raise ValueError(
-            f"{type(lm).__name__} has layers of type {', '.join(sorted(other))}, which are not supported yet: "
-            "packed sequences might mix"
-        )
-
-
-def _refuse_layers_before_head(lm: PreTrainedModel, head: nn.Module) -> None:
-    """Refuse models like BERT, which transform hidden states again before the head; the loss head would not."""
-    known = {id(parameter) for module in (lm.base_model, head) for parameter in module.parameters()}
-    if between := [name for name, parameter in lm.named_parameters() if id(parameter) not in known]:
-        raise ValueError(f"{type(lm).__name__} has layers between its model and its head ({between[0]}): not supported")
-
-
-def _refuse_unknown_logits(config: Any) -> None:
-    """Refuse models that scale their logits after the head; the loss head would leave that out."""
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"models with {name} ({config.model_type}) are not supported yet")
-    if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"attention_dropout {config.attention_dropout} is not supported; set it to 0 in the config")

@@ -100,9 +100,16 @@ def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
     config = config.get_text_config()
     # Without heads there is no attention that we could run; PackedCausalLM says so.
     num_heads = getattr(config, "num_attention_heads", 0)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else 0)
+    head_dim = head_dim_of(config) if num_heads else 0
     num_full = sum(window is None or window >= max_tokens for window in _attention_windows(config))
     return quadratic_length(num_weights=matrix_weights_of(config), attention_width=num_full * num_heads * head_dim)
+
+
+def head_dim_of(config: Any) -> int:
+    """The size of a head of a text configuration's attention; the largest, where layers differ (Gemma 4)."""
+    if vars(config).get("_heterogeneity_spec"):
+        return max(head_dim_of(layer) for layer in config.per_layer_config)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1))
 
 
 def max_positions_of(config: Any) -> int:

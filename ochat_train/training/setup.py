@@ -11,13 +11,14 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from ochat_train.conversations.described import read_template
-from ochat_train.model.attention import BackendChoice, choose_backend
+from ochat_train.model.attention import BackendChoice
 from ochat_train.model.checkpointing import check_policy, share_of
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
+from ochat_train.model.probe import Agreement, choose_attention
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
@@ -73,6 +74,7 @@ class Resolved:
 
     peak_lr: PeakRate
     attention: BackendChoice
+    agreement: Agreement
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
 
@@ -83,6 +85,7 @@ class Resolved:
             *([f"WARNING: {self.checkpointing.warning}"] if self.checkpointing.warning else []),
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
+            str(self.agreement),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
@@ -174,6 +177,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_options(recipe, text_config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
+    attention, agreement = attention_of(recipe, config, world.device.type)
     run = Run(
         recipe=recipe,
         store=store,
@@ -182,9 +186,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
         plan=plan,
         resolved=Resolved(
             peak_lr=peak_learning_rate(recipe, text_config, store.manifest, world.size),
-            attention=choose_backend(
-                recipe.model.attention, attention_needs(text_config, DTYPES[recipe.model.dtype], world.device.type)
-            ),
+            attention=attention,
+            agreement=agreement,
             kernels=choose_kernels(
                 recipe.model.kernels,
                 config,
@@ -198,6 +201,17 @@ def prepare(recipe: Recipe, world: World) -> Run:
     )
     check_continues(run, world)
     return run
+
+
+def attention_of(recipe: Recipe, config: Any, device_type: str) -> tuple[BackendChoice, Agreement]:
+    """The attention of the recipe's run, and how exact the model is with it; see `choose_attention`."""
+    return choose_attention(
+        recipe.model.attention,
+        config,
+        attention_needs(config.get_text_config(), DTYPES[recipe.model.dtype], device_type),
+        longest=recipe.data.max_tokens,
+        checkpointing=recipe.model.checkpointing,
+    )
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:

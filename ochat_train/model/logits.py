@@ -1,0 +1,83 @@
+"""What a model of transformers does to hidden states and logits around its head, measured."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class LogitsForm(NamedTuple):
+    """logits = scale * head(hidden), and then, with a softcap, softcap * tanh(logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The logits of what the head returned."""
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def measure_logits(lm: PreTrainedModel) -> LogitsForm:
+    """What the forward of `lm` does beside its layers and its head, in float32.
+
+    Its forward runs with a few numbers in place of hidden states and a head that returns what it is given; no weight
+    is read. Names of settings would not do: Granite divides by logits_scaling, and HyperCLOVA X multiplies by it. What
+    is no LogitsForm is returned as the plain one: `probe` compares the model's logits.
+    """
+    head = lm.get_output_embeddings()
+    numbers = torch.tensor([[[0.0, 0.25, 1.0, -2.0, 2.0**100]]])  # the last one is at the softcap, if there is one
+    try:
+        with torch.no_grad(), _Stubs({base_of(lm): lambda *_, **__: _Output(numbers), head: _same}):
+            made = lm(input_ids=torch.zeros(1, numbers.shape[-1], dtype=torch.long), use_cache=False).logits[0, 0]
+    except Exception:  # of any kind: a forward that needs more than this is compared by the probe
+        return LogitsForm()
+    if made.shape != numbers[0, 0].shape:
+        return LogitsForm()
+    at_quarter, highest = float(made[1]), float(made[-1])
+    softcap = highest if 0 < highest < 2.0**50 else None
+    scale = at_quarter / 0.25 if softcap is None else 4 * softcap * math.atanh(at_quarter / softcap)
+    form = LogitsForm(1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale, softcap)
+    return form if torch.allclose(form(numbers[0, 0]), made.float(), rtol=1e-5) else LogitsForm()
+
+
+def base_of(lm: PreTrainedModel) -> nn.Module:
+    """The model without its head."""
+    if lm.base_model is not lm:
+        return lm.base_model
+    return next(part for part in lm.children() if isinstance(part, PreTrainedModel))  # Llama 4 names another
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+class _Output(tuple[Tensor]):
+    """What a base model returns: a tuple of hidden states, with names too; what it lacks is None."""
+
+    def __new__(cls, hidden: Tensor) -> "_Output":
+        return super().__new__(cls, (hidden,))
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _Stubs:
+    """Other functions in place of modules' forwards, for a while."""
+
+    def __init__(self, forwards: dict[nn.Module, Any]) -> None:
+        self.forwards = forwards
+        self.before = {module: vars(module).get("forward") for module in forwards}
+
+    def __enter__(self) -> None:
+        for module, forward in self.forwards.items():
+            vars(module)["forward"] = forward
+
+    def __exit__(self, *_: object) -> None:
+        for module, forward in self.before.items():
+            if forward is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward

@@ -1,0 +1,247 @@
+"""Whether a model is trained exactly: a small copy of it, packed, against each sequence alone in transformers' own."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
+from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.small import FIRST_ID, one_line, small_model, without_dropout
+from ochat_train.tokens.batch import PackedBatch, collate
+from ochat_train.tokens.encode import Example
+
+# Of the sequences: some below and some above the windows and lengths of a small copy, short after long and long after
+# short, and one token.
+_LENGTHS = (5, 37, 1, 20, 29)
+
+# Up to eight layers have some hundred operations in a row, each of 6e-8 in float32, and as many backwards. What is
+# computed in another way than transformers does is off by more than 1e-3.
+_LOGITS_TOLERANCE = 2e-5
+_GRADIENT_TOLERANCE = 1e-4
+# Gradients much smaller than the largest are rounding: of a bias of keys, which moves all scores of a query alike.
+_SMALLEST_GRADIENT = 1e-2
+
+_REMEDY = "take another model"
+
+
+class Agreement(NamedTuple):
+    """How far packed sequences are from each alone, relative to the size of what is compared.
+
+    gradients: the largest over the parameters. why_eager: why the model needs its own attention on whole batches; None
+    where packed attention is exact.
+    """
+
+    logits: float
+    gradients: float
+    seconds: float
+    why_eager: str | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"packed sequences equal each alone in transformers' own model: logits differ by {self.logits:.0e}, "
+            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s)"
+        )
+
+
+def choose_attention(
+    wanted: Literal["auto"] | Backend, config: Any, needs: AttentionNeeds, *, longest: int, checkpointing: str
+) -> tuple[BackendChoice, Agreement]:
+    """The attention of a run, and how exact the model is with it; see `choose_backend` and `probe`.
+
+    config: of transformers. checkpointing: the recipe's. Raises ValueError when the model cannot be trained with it.
+    """
+    policy = "none" if checkpointing == "none" else "full"
+    agreement = probe(config, wanted, longest=longest, checkpointing=policy)
+    if agreement.why_eager is None:
+        return choose_backend(wanted, needs), agreement
+    return BackendChoice("eager", f"the others: {agreement.why_eager}"), agreement
+
+
+def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: int, checkpointing: str) -> Agreement:
+    """How well packed batches agree with transformers' own model of this configuration, in seconds on a CPU.
+
+    config: of transformers. wanted: the attention; all but eager compute the same. longest: the longest sequence of the
+    run; windows beyond it do not matter. checkpointing: full or none. Raises ValueError with one line when the model
+    cannot be trained on packed sequences, or when their results differ from transformers'.
+    """
+    name = config.model_type
+    with torch.random.fork_rng([]), _one_thread():
+        torch.manual_seed(0)
+        try:
+            if repr(without_dropout(config)) != repr(config):
+                _try_dropout(config, wanted, longest)
+            small = small_model(config, longest=longest)
+        except Exception as error:  # of any kind: whatever a model's code says
+            raise ValueError(f"{name} cannot be trained: {_reason(error)}; {_REMEDY}") from error
+        try:
+            return _probe_with("eager" if wanted == "eager" else "sdpa", small, checkpointing)
+        except ValueError as error:
+            why = str(error)
+        if wanted == "auto":
+            try:
+                return _probe_with("eager", small, checkpointing)._replace(why_eager=why)
+            except ValueError:
+                pass
+    raise ValueError(f"{name} cannot be trained on packed sequences: {why}; {_REMEDY}")
+
+
+def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) -> Agreement:
+    """The agreement of a small model with this attention. Raises ValueError with the reason when there is none."""
+    started = time.perf_counter()
+    try:
+        pair = _make_pair(small, attention, checkpointing)
+        logits, gradients = _compare(pair)
+    except Exception as error:  # of any kind: whatever a model's code says about packed batches
+        raise ValueError(_reason(error)) from error
+    if logits.size <= _LOGITS_TOLERANCE and gradients.size <= _GRADIENT_TOLERANCE:
+        return Agreement(logits.size, gradients.size, time.perf_counter() - started)
+    raise ValueError(gradients.what if logits.size <= _LOGITS_TOLERANCE else logits.what + _where_it_begins(pair))
+
+
+def _try_dropout(config: Any, wanted: Literal["auto"] | Backend, longest: int) -> None:
+    """Run packed sequences through a small copy with the configured dropout, which attention may refuse."""
+    lm = small_model(config, longest=longest, has_dropout=True)
+    pair = _make_pair(lm, "eager" if wanted == "eager" else "sdpa", "none")
+    with torch.no_grad():
+        pair.packed(_pack(pair.examples))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if type(error) is ValueError and str(error) else one_line(error)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations as small as these are slower on many threads, and much slower where these are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Pair(NamedTuple):
+    """A small model of transformers, the same one packed, and sequences for both, by length."""
+
+    stock: PreTrainedModel
+    packed: PackedCausalLM
+    examples: list[Example]
+
+
+def _make_pair(small: PreTrainedModel, attention: Backend, checkpointing: str) -> _Pair:
+    stock = copy.deepcopy(small)
+    packed = PackedCausalLM(
+        copy.deepcopy(small), attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
+    )
+    random = np.random.default_rng(0)
+    vocabulary = small.config.get_text_config().vocab_size
+    examples = [
+        Example(random.integers(FIRST_ID, vocabulary, length).astype(np.int32), np.ones(length, np.float32))
+        for length in _LENGTHS
+    ]
+    return _Pair(stock, packed.train(), examples)
+
+
+class _Difference(NamedTuple):
+    """size: relative. what: differs, by how much and where, in words."""
+
+    size: float
+    what: str
+
+
+def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
+    """How far the logits are from each other, and the gradients of the sum of all losses."""
+    batch = _pack(pair.examples)
+    pair.packed(batch).nll.backward()
+    with torch.no_grad():
+        packed = pair.packed.logits(batch).split(_LENGTHS)
+    alone = dict.fromkeys(_LENGTHS, torch.empty(0))
+    # By length: a model with dynamic RoPE keeps the frequencies of the longest sequence so far.
+    for example in sorted(pair.examples, key=lambda example: len(example.input_ids)):
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))
+        logits = pair.stock(ids[None], use_cache=False).logits[0].float()
+        F.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
+        alone[len(ids)] = logits.detach()
+    of_logits = [_compare_logits(mine, alone[len(mine)]) for mine in packed]
+    return max(of_logits, key=_size), _compare_gradients(pair)
+
+
+def _compare_logits(packed: Tensor, alone: Tensor) -> _Difference:
+    """Of one sequence, [T, V] each."""
+    errors = (packed - alone).norm(dim=-1) / alone.norm(dim=-1)
+    wrong = (~(errors <= _LOGITS_TOLERANCE)).nonzero().flatten().tolist()
+    place = f"from token {wrong[0]} of a sequence of {len(alone)} on" if wrong else "nowhere"
+    size = float(errors.max())
+    return _Difference(size, f"logits differ from those of each sequence alone by {size:.0e}, {place}")
+
+
+def _compare_gradients(pair: _Pair) -> _Difference:
+    """The largest difference over the parameters."""
+    zero = torch.zeros(())
+    of_packed = {name: zero if p.grad is None else p.grad for name, p in pair.packed.lm.named_parameters()}
+    of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.named_parameters()}
+    smallest = _SMALLEST_GRADIENT * max(float(gradient.norm()) for gradient in of_stock.values())
+    sizes = {
+        name: float((of_packed[name] - gradient).norm()) / max(float(gradient.norm()), smallest)
+        for name, gradient in of_stock.items()
+    }
+    name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])
+    return _Difference(
+        sizes[name], f"the gradient of {name} differs from that of each sequence alone by {sizes[name]:.0e}"
+    )
+
+
+def _size(difference: _Difference) -> float:
+    return math.inf if math.isnan(difference.size) else difference.size
+
+
+def _pack(examples: Sequence[Example]) -> PackedBatch:
+    return collate(examples, [0] * len(examples))
+
+
+def _where_it_begins(pair: _Pair) -> str:
+    """The first layer that differs, and whether sequences see each other: in words, to follow those of a difference."""
+    longest = max(pair.examples, key=lambda example: len(example.input_ids))
+    ids = torch.from_numpy(longest.input_ids.astype(np.int64))
+    with torch.no_grad():
+        stock = _outputs_of_layers(pair.stock, lambda: pair.stock(ids[None], use_cache=False))
+        alone = _outputs_of_layers(pair.packed.lm, lambda: pair.packed.hidden(_pack([longest])))
+        logits = pair.packed.logits(_pack([longest]))
+        differs_alone = _compare_logits(logits, pair.stock(ids[None], use_cache=False).logits[0].float()).size
+    if differs_alone <= _LOGITS_TOLERANCE:
+        own = "" if pair.packed.lm.is_backend_compatible() else ", in an attention of the model's own"
+        return f", and not in a batch of one sequence: sequences see each other{own}"
+    types = getattr(pair.stock.config.get_text_config(), "layer_types", None) or []
+    for number, (mine, theirs) in enumerate(zip(alone, stock, strict=False)):
+        if not float((mine - theirs).norm()) <= _LOGITS_TOLERANCE * float(theirs.norm()):
+            kind = f" ({types[number]})" if number < len(types) else ""
+            return f", in layer {number}{kind}"
+    return ", after the layers" if stock else ""
+
+
+def _outputs_of_layers(lm: PreTrainedModel, run: Callable[[], Any]) -> list[Tensor]:
+    """What the layers return while `run` runs, in order."""
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs

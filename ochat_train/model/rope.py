@@ -1,0 +1,43 @@
+"""Rotary embeddings whose frequencies depend on a sequence's length, for packed sequences."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def rotate_each_alone(lm: nn.Module) -> None:
+    """Let the rotary embeddings of `lm` see one sequence at a time, in place, where their frequencies need that.
+
+    LongRoPE has one set of frequencies for short sequences and another for long ones, dynamic NTK scaling has one for
+    each length. transformers' modules choose by the largest position of the row, so that in a packed row a sequence's
+    result would depend on its neighbours. All others are left as they are.
+    """
+    for module in lm.modules():
+        kinds = getattr(module, "rope_type", None)  # by kind of layer, where these differ
+        names = kinds.values() if isinstance(kinds, dict) else [kinds]
+        if any(name is not None and (name == "longrope" or "dynamic" in name) for name in names):
+            module.forward = _OneByOne(module.forward)
+
+
+class _OneByOne:
+    """A rotary embedding's forward on each of the packed sequences, joined.
+
+    It waits for the device, to read where the sequences begin.
+    """
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> Any:
+        """cos and sin, [1, T, D] each, or what else the module returns, for position_ids i64[1, T]."""
+        starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], position_ids.shape[1]]
+        outputs = []
+        for start, end in zip(starts, ends, strict=True):
+            # A single position sets frequencies back that an earlier sequence has left.
+            self.forward(x, position_ids[:, start : start + 1], *args, **options)
+            outputs.append(self.forward(x, position_ids[:, start:end], *args, **options))
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+        return torch.cat(outputs, dim=1)

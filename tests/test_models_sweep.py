@@ -1,0 +1,120 @@
+"""All causal families of the installed transformers through the probe. It writes docs/models.md:
+
+python -m pytest -m sweep tests/test_models_sweep.py
+"""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ochat_train.model.probe import probe
+from ochat_train.model.small import without_dropout
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
+SECONDS = 120
+ANY_LENGTH = 1 << 30
+
+# Of these the default is an encoder, or a decoder beside one.
+ENCODERS = (
+    *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
+    *("data2vec-text", "electra", "ernie", "mbart", "marian", "megatron-bert", "mvp", "pegasus", "plbart"),
+    *("prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+    "xlm-roberta-xl",
+)
+# What a family's own defaults leave open.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64, "n_shared_experts": 2, "topk_method": "greedy"},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8, "num_experts": 64, "moe_topk": 8},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 16},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 24},
+    "reformer": {"is_decoder": True},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    **{family: {"is_decoder": True} for family in ENCODERS},
+}
+
+HEAD = """# Models
+
+Which families of transformers {version} are trained exactly. Of each, a small copy with random weights, in float32 and
+with layers of all its kinds, is run on packed sequences and, by transformers' own eager attention, on each sequence
+alone; windows, chunks, and lengths at which rotary embeddings change are scaled down, so that the sequences cross them.
+The numbers are the largest differences: of a token's logits, and of a parameter's gradient, relative to their norms.
+Configurations are the families' defaults; dropout is off.
+
+What counts for a run is its own configuration: training and `doctor`, also with `--quick`, probe a small copy of it
+before anything is loaded, and refuse it in one line when it differs. This page is written by
+`python -m pytest -m sweep tests/test_models_sweep.py`.
+
+{num_exact} of {num_all} families are trained exactly, {num_eager} of them by their own attention (`eager`), which makes
+[T, T] scores for each head and suits small batches; the reason is what packed attention lacks.
+
+| family | trained | logits | gradients | reason |
+| --- | --- | --- | --- | --- |
+"""
+
+
+Row = tuple[str, str, str, str]  # trained, logits, gradients, reason
+
+
+class TooLong(BaseException):
+    """No Exception, which the probe would take for what a model's code says."""
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[dict[str, Row]]:
+    """The rows so far; when all families are there, the page is written."""
+    found: dict[str, Row] = {}
+    yield found
+    if found.keys() != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
+        return
+    trained = [row[0] for row in found.values()]
+    head = HEAD.format(
+        version=transformers.__version__,
+        num_exact=len(trained) - trained.count("no"),
+        num_all=len(trained),
+        num_eager=trained.count("eager"),
+    )
+    lines = [f"| `{family}` | {' | '.join(row)} |\n" for family, row in found.items()]
+    PAGE.write_text(head + "".join(lines), encoding="utf-8")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_a_family_is_exact_or_refused_in_one_line(family: str, rows: dict[str, Row]) -> None:
+    def stop(*_: object) -> NoReturn:
+        raise TooLong(f"{family} takes more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        rows[family] = row_of(family)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "\n" not in rows[family][-1]
+
+
+def row_of(family: str) -> Row:
+    try:
+        config = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        return ("no", "", "", f"its default configuration is none: {reason}")
+    try:
+        found = probe(without_dropout(config), longest=ANY_LENGTH, checkpointing="none")
+    except ValueError as error:  # anything else fails the test
+        reason = str(error).partition(": ")[2]
+        return ("no", "", "", reason.removesuffix("; take another model").replace("|", "\\|"))
+    trained = "yes" if found.why_eager is None else "eager"
+    return (trained, f"{found.logits:.0e}", f"{found.gradients:.0e}", found.why_eager or "")

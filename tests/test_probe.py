@@ -1,0 +1,127 @@
+"""The probe: which models are trained exactly on packed sequences, and which are refused, in one line."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import ochat_train.model.attention
+import ochat_train.model.packed_lm
+from ochat_train.model.attention import AttentionNeeds, AttentionOptions
+from ochat_train.model.probe import Agreement, choose_attention, probe
+from ochat_train.model.small import BORDER, small_model
+
+ANY_LENGTH = 1 << 30
+ROPE = {"rope_theta": 1e4}
+LONG_ROPE = ROPE | {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 48,
+    "long_factor": [float(4 + i) for i in range(48)],
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3.1": ("llama", {"num_key_value_heads": 8, "max_position_embeddings": 131_072}),
+    "a window in every second layer, softcaps": ("gemma2", {}),
+    "a window in five of six layers": ("gemma3_text", {}),
+    "a window that its attention does not pass on": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "max_window_layers": 24},
+    ),
+    "LongRoPE": ("phi3", {"max_position_embeddings": 131_072, "rope_parameters": LONG_ROPE}),
+    "dynamic RoPE": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}),
+    "logits that are divided": ("granite", {"logits_scaling": 8.0}),
+    "logits that are multiplied by a setting of the same name": ("hyperclovax", {"logits_scaling": 8.0}),
+    "parallel layers, scaled logits": ("cohere", {}),
+    "dense layers, then experts in groups": ("deepseek_v3", {}),
+    "heads of several sizes, shared keys": ("gemma4_text", {}),
+    "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
+}
+# With attention of their own, or one that ours cannot do.
+EAGER: dict[str, tuple[str, dict[str, Any], str]] = {
+    "sinks": ("gpt_oss", {}, "s_aux"),
+    "alibi": ("bloom", {"attention_dropout": 0.0}, "an attention of the model's own"),
+    "an attention that takes no arguments of ours": ("nemotron", {"num_key_value_heads": 8}, "without cu_seqlens"),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a recurrence": ("mamba", {}, "sequences see each other"),
+    "convolutions": ("lfm2", {"layer_types": ["conv"] * 31 + ["full_attention"]}, "keep packed sequences apart"),
+    "both directions": ("bert", {}, "bidirectional"),
+    "layers before the head": ("bert", {"is_decoder": True}, "after the layers"),
+    "chunks": ("llama4_text", {}, "sequences of more than its chunk of"),
+    "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
+    "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
+}
+
+
+def probe_of(model_type: str, settings: dict[str, Any], *, longest: int = ANY_LENGTH, **options: Any) -> Agreement:
+    config = AutoConfig.for_model(model_type, **settings)
+    return probe(config, longest=longest, checkpointing="full", **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_packed_attention_suits_is_exact(name: str) -> None:
+    found = probe_of(*MODELS[name])
+    assert found.why_eager is None
+    assert found.logits < 1e-5 and found.gradients < 2e-5
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_other_models_take_their_own_attention_where_that_is_exact(name: str) -> None:
+    model_type, settings, reason = EAGER[name]
+    config = AutoConfig.for_model(model_type, **settings)
+    needs = AttentionNeeds(capability=None, dtype=torch.float32, head_dim=64, has_softcap=False)
+    choice, found = choose_attention("auto", config, needs, longest=ANY_LENGTH, checkpointing="none")
+    assert choice.backend == "eager" and reason in choice.reason
+    assert found.logits < 1e-5 and found.gradients < 2e-5
+    with pytest.raises(ValueError, match=reason):
+        choose_attention("sdpa", config, needs, longest=ANY_LENGTH, checkpointing="none")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_would_be_trained_wrongly_is_refused_in_one_line(name: str) -> None:
+    model_type, settings, reason = REFUSED[name]
+    with pytest.raises(ValueError, match=reason) as caught:
+        probe_of(model_type, settings)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{model_type} cannot be trained")
+
+
+def test_borders_that_no_sequence_reaches_do_not_matter() -> None:
+    probe_of("llama4_text", {"attention_chunk_size": 8192}, longest=8192)
+    small = small_model(AutoConfig.for_model("mistral", sliding_window=4096), longest=4096)
+    assert small.config.sliding_window == 4096
+    assert (
+        small_model(AutoConfig.for_model("mistral", sliding_window=4096), longest=4097).config.sliding_window == BORDER
+    )
+
+
+def test_a_difference_is_reported_with_its_size_and_where_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ochat_train.model.attention._sdpa
+
+    def without_window(*args: Any) -> Any:
+        *tensors, options = args
+        return original(*tensors, AttentionOptions(*options)._replace(window=None))
+
+    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", without_window)
+    with pytest.raises(ValueError, match=rf"by \de-\d\d, from token {BORDER} of .* in layer 0 \(sliding_attention\)"):
+        probe_of("gemma2", {}, wanted="sdpa")
+
+
+@pytest.mark.parametrize("name", ["LongRoPE", "dynamic RoPE"])
+def test_frequencies_of_a_neighbour_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ochat_train.model.packed_lm, "rotate_each_alone", lambda _: None)
+    with pytest.raises(ValueError, match="sequences see each other"):
+        probe_of(*MODELS[name])
+
+
+def test_a_small_copy_has_layers_of_all_kinds() -> None:
+    gemma = small_model(AutoConfig.for_model("gemma3_text"), longest=ANY_LENGTH).config
+    assert gemma.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    deepseek = small_model(AutoConfig.for_model("deepseek_v3"), longest=ANY_LENGTH)
+    kinds = [type(layer.mlp).__name__ for layer in deepseek.base_model.layers]
+    assert kinds == ["DeepseekV3MLP"] * 3 + ["DeepseekV3MoE"]
+    # The only sliding layers are the last of many.
+    types = ["full_attention"] * 28 + ["sliding_attention"] * 4
+    qwen = AutoConfig.for_model("qwen2", use_sliding_window=True, layer_types=types, num_hidden_layers=32)
+    assert small_model(qwen, longest=ANY_LENGTH).config.layer_types == ["full_attention", "sliding_attention"]
