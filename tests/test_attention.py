@@ -288,7 +288,7 @@ def test_the_registered_function_equals_varlen_attention() -> None:
         ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "no mask"),
         ({"query": torch.zeros(2, 4, 7, 16)}, "one row"),
         ({"key": torch.zeros(1, 2, 9, 16)}, "no cache"),
-        ({"dropout": 0.1}, "attention dropout 0.1"),
+        ({"dropout": 0.1}, "attention dropout of 0.1"),
         ({"s_aux": torch.zeros(4)}, "needs s_aux"),  # GPT-OSS's sinks
     ],
 )

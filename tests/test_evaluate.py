@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 import pytest
 
+import ochat_train.tokens.store
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.evaluate.__main__ import main
 from ochat_train.evaluate.held_out import measure_held_out
@@ -170,9 +171,12 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
     )
     assert "export the merged model" in refusal("held-out", adapters, recipe.data.store)
     manifest = tmp_path / "store/manifest.json"
-    manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | {"template": "chatml"}))
+    whole = manifest.read_bytes()
+    fields = orjson.loads(whole) | {"template": "chatml"}
+    del fields["digest"]
+    manifest.write_bytes(orjson.dumps(fields | {"digest": ochat_train.tokens.store._digest(fields)}))
     assert "has the template chatml" in refusal("held-out", tmp_path / "run", recipe.data.store)
-    manifest.write_bytes(orjson.dumps(orjson.loads(manifest.read_bytes()) | {"template": recipe.template}))
+    manifest.write_bytes(whole)
     with pytest.raises(ValueError, match=r"packing.tokens_per_gpu 8"):
         measure_held_out(str(tmp_path / "run"), recipe.data.store, split="eval", tokens_per_batch=8)
 

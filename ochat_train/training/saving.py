@@ -305,13 +305,14 @@ def _publish(partial: Path, final: Path) -> None:
 def _prune(saves: list[Path]) -> None:
     """Remove older saves. One that cannot be removed takes room, but does not undo the newer one."""
     for old in saves:
-        pruned = old.with_name(
-            f"{old.name}.pruned"
-        )  # what a crash leaves is no checkpoint, and the next run removes it
+        # What a crash leaves under this name is no checkpoint, and the next run removes it.
+        pruned = old.with_name(f"{old.name}.pruned")
         try:
             remove_folder(pruned)
             old.rename(pruned)
             remove_folder(pruned)
+            if pruned.exists():
+                raise OSError(f"{pruned.name} is left")
         except OSError as error:
             print(f"WARNING: the older {old} was not removed: {error}", flush=True)
 
