@@ -151,7 +151,7 @@ def _keys(window: "_Window") -> Iterator[str]:
 
 
 def scan_objects(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of objects one behind the other, with any or no white space between them, as `scan_array`.
+    """(offset, bytes) of objects one after the other, with any or no white space between them, as `scan_array`.
 
     Raises ValueError where no object begins, and for one that the file ends inside: what would follow is unknown.
     """

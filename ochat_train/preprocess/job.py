@@ -201,7 +201,10 @@ def _inputs_digest(files: Iterable[str]) -> str:
             name = os.fsencode(file)
             digest.update(len(name).to_bytes(4) + name)
             if is_remote(file):
-                digest.update(repr(identify(file)).encode())
+                size, tag = identify(file)
+                if not tag:
+                    print(f"WARNING: the server of {file} gives no tag or date, so changes of equal size go unseen")
+                digest.update(repr((size, tag)).encode())
                 continue
             try:
                 with open(file, "rb") as stream:

@@ -132,8 +132,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         files = {name: FileMark(**mark) for name, mark in fields["files"].items()}
         checkpoint = Checkpoint(**fields | {"path": Path(path), "state": state, "files": files})
     except TypeError as error:
-        told = f"{file} has other fields than this version knows ({error}); {_other_version(fields)}"
-        raise ValueError(told) from None
+        found = f"{file} has other fields than this version knows ({error})"
+        raise ValueError(f"{found}; {_other_version(fields)}") from None
     if lora := state.recipe["model"].get("lora"):  # before this key existed: rows of added tokens only
         lora.setdefault("train_template_tokens", False)
     return checkpoint
