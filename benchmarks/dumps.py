@@ -1,7 +1,8 @@
 """Dumps to measure with: invented ShareGPT conversations of any number, the same ones for the same seed and Python.
 
 The words are real: sentences of Python's own manual and docstrings, and functions of its standard library, which every
-Python brings along. They are cut and put together anew, so that no text comes twice unless it is meant to.
+Python brings along. They are cut and put together anew, so that no text comes twice unless it is meant to. As in
+real texts, one word in six is new: an identifier, a path, a number, a name or a quotation that did not come before.
 """
 
 import ast
@@ -36,6 +37,7 @@ MEDIAN_CHARS, SIGMA, MAX_CHARS = 2_900, 0.95, 70_000  # of a conversation: logno
 QUESTION_SHARE = 0.2  # of the characters
 NUM_REMEMBERED = 4096  # earlier conversations that may come again
 CHANGED_WORDS = 0.01  # of a near-duplicate
+NEW_WORDS = 0.2  # of the words of a text; those of copies came before, so that 16 % of all words are new
 
 Message = tuple[str, str]  # role, text
 
@@ -49,10 +51,11 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """English sentences, and Python functions."""
+    """English sentences, Python functions, and the words of letters in the sentences."""
 
     sentences: list[str]
     functions: list[str]
+    words: list[str]
 
 
 def write_dump(path: Path, num_conversations: int, *, seed: int = 0) -> Counter[str]:
@@ -126,7 +129,8 @@ def read_material() -> Material:
         for sentence in _SENTENCE_END.split(" ".join(paragraph.split()))
         if sentence.count(" ") > 6 and len(sentence) <= 300
     ]
-    return Material(sentences + _cross(sentences), functions)
+    words = sorted({word for sentence in sentences for word in sentence.split() if word.isalpha()})
+    return Material(sentences + _cross(sentences), functions, words)
 
 
 def _cross(sentences: list[str]) -> list[str]:
@@ -138,6 +142,10 @@ def _cross(sentences: list[str]) -> list[str]:
         crossed.append(" ".join(first[: 1 + dice.below(len(first))] + second[dice.below(len(second)) :]))
     return crossed
 
+
+_SYLLABLES = tuple(
+    first + vowel + last for first in "bdfgklmnprstvz" for vowel in "aeiou" for last in ("", "n", "r", "l")
+)
 
 # ---- Texts ----
 
@@ -276,8 +284,38 @@ def _draw_conversation(dice: _Dice) -> list[Message]:
     for _ in range(num_exchanges):
         for role, share in (("human", QUESTION_SHARE), ("gpt", 1 - QUESTION_SHARE)):
             size = int(num_chars * share / num_exchanges * (0.4 + 1.2 * dice.uniform()))
-            messages.append((role, _to_markdown(_draw_blocks(dice, max(1, size)))))
+            messages.append((role, _add_new_words(dice, _to_markdown(_draw_blocks(dice, max(1, size))))))
     return messages
+
+
+def _add_new_words(dice: _Dice, text: str) -> str:
+    """The text with new words in place of NEW_WORDS of its own; its lines stay."""
+    words = text.split(" ")
+    places = [place for place, word in enumerate(words) if word.isalpha()]  # marks of lists, fences, line ends stay
+    for _ in range(min(round(NEW_WORDS * len(words)), len(places))):
+        place = places.pop(dice.below(len(places)))
+        words[place] = _invent_word(dice, words[place])
+    return " ".join(words)
+
+
+def _invent_word(dice: _Dice, word: str) -> str:
+    """What hardly came before: half of the time made of known words, as identifiers and paths are."""
+    known = [word, *(dice.pick(read_material().words) for _ in range(2))]
+    number = dice.below(10 ** (1 + dice.below(7)))
+    forms = (
+        lambda: "_".join(known[: 2 + dice.below(2)]),
+        lambda: f"`{known[0]}.{known[1]}({number})`",
+        lambda: "/".join(["", *known]),
+        lambda: known[0] + known[1].title() + dice.pick(("", "s", "()", ",", ".")),
+        lambda: f"{number:,}{dice.pick(('', '.', ',', ' %', ')', 'px'))}",
+        lambda: f"{dice.below(100)}.{number}",
+        lambda: (
+            "".join(dice.pick(_SYLLABLES) for _ in range(2 + dice.below(3))).title() + dice.pick(("", ",", "'s", "."))
+        ),
+        lambda: f"{dice.pick(('“', '(', '**', chr(34)))}{known[0]}-{known[1]}{dice.pick(('”', ')', '**', chr(34)))}",
+    )
+    invented: str = dice.pick(forms)()
+    return invented
 
 
 def _draw_chars(dice: _Dice) -> int:

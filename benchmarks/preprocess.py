@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,6 +67,7 @@ from ochat_train.tokens.store import StoreWriter, read_manifest
 from ochat_train.tokens.tokenizer import TextEncoder
 
 BATCH = 512  # conversations that preprocessing tokenizes at once
+NEW_WORD_CHUNKS = 8  # in which new words are counted
 STAGE_CHUNKS = 3  # on which the stages are measured, of CHUNK_BYTES each
 HTML_BYTES = 1_000_000
 TINY = 20  # conversations, which take no time beside the start of the processes
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tokenizer": Path(options.tokenizer).name,
             "dumps": [
                 {"conversations": dump.num_conversations, "bytes": dump.num_bytes, "kinds": dump.kinds}
+                | {"new_words": dump.new_words}
                 for dump in dumps
             ],
             "stages": [asdict(stage) for stage in stages],
@@ -139,6 +141,7 @@ class Dump:
     num_bytes: int
     kinds: dict[str, int]
     seconds: float
+    new_words: float  # the share of the words of its first texts that did not come before
 
     @property
     def recipe(self) -> Path:
@@ -172,7 +175,8 @@ def make_dump(folder: Path, num_conversations: int, tokenizer: str, template: st
     file = folder / "dump.json"
     started = time.perf_counter()
     kinds = write_dump(file, num_conversations)
-    dump = Dump(folder, num_conversations, file.stat().st_size, dict(kinds), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    dump = Dump(folder, num_conversations, file.stat().st_size, dict(kinds), seconds, 0.0)
     recipe = {
         "name": "benchmark",
         "data": {
@@ -197,14 +201,21 @@ def make_dump(folder: Path, num_conversations: int, tokenizer: str, template: st
     (folder / "texts").mkdir()
     listener = Listener(*dump.job().settings.encoder.__reduce__()[1])
     settings = replace(dump.job().settings, encoder=listener)
+    num_words, seen = 0, set[str]()
     for number, task in enumerate(dump.tasks()):
         make_shard(settings, task)
+        if number < NEW_WORD_CHUNKS:
+            for word in chain.from_iterable(text.split() for texts in listener.heard for text in texts):
+                num_words += 1
+                seen.add(word)
         for position, texts in enumerate(listener.heard):
             (folder / "texts" / f"{number:06}-{position:03}").write_bytes(pickle.dumps(texts))
         listener.heard.clear()
+    dump = replace(dump, new_words=len(seen) / num_words)
     print(
         f"generated {num_conversations:,} conversations, {dump.megabytes:,.1f} MB, "
         f"{dump.megabytes / dump.seconds:,.0f} MB/s: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}"
+        f"; {100 * dump.new_words:.1f} % of the words of its first {NEW_WORD_CHUNKS} chunks are new"
     )
     return dump
 
