@@ -216,6 +216,13 @@ def test_ray_makes_the_same_bytes(varied: Path, alone: Path, tmp_path: Path, ray
     assert contents(store) == contents(alone)
 
 
+def test_ray_is_given_the_records_of_urls(tmp_path: Path, ray: None) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", *(chat(str(number), prose(number, 20), "Yes.") for number in range(40)))
+    recipe = write_recipe(tmp_path, [source("all", f"file://{dump}")])
+    here = contents(make(recipe, f"data.store={tmp_path / 'here'}", num_workers=1))
+    assert contents(make(recipe, executor="ray")) == here
+
+
 def test_mistakes_in_the_input_are_reported_by_ray_as_by_one_process(tmp_path: Path, ray: None) -> None:
     for write in (of_no_source, broken_array):
         recipe = write_recipe(tmp_path, [source("strong", write(tmp_path), where={"model": "strong"})])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
+from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.remote import RemoteFile
 
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
@@ -43,7 +44,7 @@ def scan_table(
                         writer.write_batch(rows)
                 yield row, sink.getvalue().to_pybytes() or None
                 row += rows.num_rows
-    except Unreadable:
+    except (Unreadable, Unreachable):
         raise
     except Exception as error:  # what Arrow makes of a damaged file is in no list
         remedy = "the file is damaged: fetch it again"

@@ -14,7 +14,7 @@ from ochat_train.conversations.containers import escape_name
 from ochat_train.conversations.records import Record
 from ochat_train.conversations.schema import Drop, Message
 from ochat_train.conversations.sources import Source
-from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
+from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks, stamps_of
 from ochat_train.preprocess.ledger import read_rows
 from ochat_train.preprocess.shard import Trace, follow, id_of
 from ochat_train.recipe import Recipe
@@ -61,7 +61,7 @@ def _ledger_rows(job: Job, id: str) -> list[dict[str, Any]] | None:
     """The ledger's rows of this id; None if there is no store, or one made from something else."""
     store = Path(job.data.store)
     manifest = read_manifest(store)
-    if manifest is None or manifest.fingerprint != fingerprint_of(describe_origin(job)):
+    if manifest is None or manifest.fingerprint != fingerprint_of(describe_origin(job, stamps_of(job.files))):
         return None
     return read_rows(str(store / "ledger.parquet"), id)
 

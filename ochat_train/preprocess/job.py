@@ -22,6 +22,7 @@ from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.filters import FilterRules, check_languages
 from ochat_train.conversations.forms import COLUMNS
+from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.remote import identify, is_remote
 from ochat_train.conversations.sources import Range, Source
@@ -38,6 +39,7 @@ _AFTER_THE_STORE = (
     *(f"tokens/{name}.py" for name in ("batch", "compiled", "order", "packing", "plan", "prefetch")),
     *(f"preprocess/{name}.py" for name in ("__main__", "explain", "summary", "survey", "workers")),
 )
+Stamps = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,15 @@ class Job:
         return self.recipe.data
 
 
-def make_job(recipe: Recipe) -> Job:
-    """The recipe's job. Raises ValueError for a mistake in it, or for files that are not there."""
+def make_job(recipe: Recipe, *, with_files: bool = True) -> Job:
+    """The recipe's job. Raises ValueError for a mistake in it, or for files that are not there (Unreachable)."""
     from ochat_train.tokens.chat_template import chat_template  # slow to import, like transformers
 
     data = recipe.data
     check_store_path(Path(data.store))
     if data.filters.languages is not None:
         check_languages(data.filters.languages)
-    files, left_out = _find_files(data)
+    files, left_out = _find_files(data) if with_files else ({}, Counter())
     tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     if recipe.model.base is not None:  # nothing could be trained
         require_model(recipe.model.base)
@@ -116,7 +118,8 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
             try:
                 found = list_once(path)
             except ValueError as error:
-                raise ValueError(f"data.sources.{position}.path: {error}") from None
+                kind = Unreachable if isinstance(error, Unreachable) else ValueError
+                raise kind(f"data.sources.{position}.path: {error}") from None
             for file in found:
                 real = file if is_remote(file) else os.path.realpath(file)
                 if real.startswith((f"{store}/", f"{store}.partial-")):  # the folder that WorkFolder.beside makes
@@ -174,13 +177,18 @@ def stamp_of(file: str) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
+def stamps_of(files: Iterable[str]) -> Stamps:
+    """The stamp of each file."""
+    return {file: stamp_of(file) for file in files}
+
+
 def fingerprint_of(made_from: dict[str, Any]) -> str:
     """The fingerprint of a store made from these things."""
     return hashlib.sha256(orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def describe_origin(job: Job) -> dict[str, Any]:
-    """Everything that decides a store's content, as JSON. Reads all input files."""
+def describe_origin(job: Job, stamps: Stamps) -> dict[str, Any]:
+    """Everything that decides a store's content, as JSON. Reads all input files on disk; `stamps` are of all files."""
     return {
         "tokenizer": job.tokenizer.digest,
         "template": describe_template(job.settings.template),
@@ -188,20 +196,20 @@ def describe_origin(job: Job) -> dict[str, Any]:
         "base_chat_template": hashlib.sha256(repr(job.settings.spelling.chat_template).encode()).hexdigest(),
         "code": _code_digest(),
         "libraries": {name: version(name) for name in _DECIDING_LIBRARIES},
-        "inputs": {"num_files": len(job.files), "digest": _inputs_digest(job.files)},
+        "inputs": {"num_files": len(job.files), "digest": _inputs_digest(job.files, stamps)},
     }
 
 
-def _inputs_digest(files: Iterable[str]) -> str:
+def _inputs_digest(files: Iterable[str], stamps: Stamps) -> str:
     """One digest over all names and contents: a dump may be a hundred thousand pages."""
     digest = hashlib.blake2b(digest_size=32)
-    total = sum(stamp_of(file)[0] for file in files)
+    total = sum(size for file, (size, _) in stamps.items() if not is_remote(file))
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking inputs", delay=5) as bar:
         for file in files:
             name = os.fsencode(file)
             digest.update(len(name).to_bytes(4) + name)
             if is_remote(file):
-                size, tag = identify(file)
+                size, tag = stamps[file]
                 if not tag:
                     print(f"WARNING: the server of {file} gives no tag or date, so changes of equal size go unseen")
                 digest.update(repr((size, tag)).encode())

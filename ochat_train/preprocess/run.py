@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ochat_train.conversations.dedupe import find_duplicates
 from ochat_train.conversations.described import Template, describe_template
+from ochat_train.conversations.hub import Unreachable
 from ochat_train.preprocess.assemble import InputSummary, assemble
-from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks, stamp_of
+from ochat_train.preprocess.job import Job, Stamps, describe_origin, fingerprint_of, make_job, read_tasks, stamps_of
 from ochat_train.preprocess.ledger import Ledger
 from ochat_train.preprocess.shard import Task
 from ochat_train.preprocess.shard_files import WorkFolder, find_leftovers
@@ -26,28 +27,33 @@ from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, read_manifes
 from ochat_train.tokens.store_files import StoreDamaged, check_blocks, check_sizes
 from ochat_train.tokens.tokenizer import compare_with_auto
 
-Stamps = dict[str, tuple[int, str]]
-
 
 def preprocess(
     recipe: Recipe, *, dry_run: bool = False, executor: Executor = "local", num_workers: int | None = None
 ) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
-    job = make_job(recipe)
+    store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
+    try:
+        job = make_job(recipe)
+        stamps = stamps_of(job.files)
+    except Unreachable as error:
+        if dry_run or not _is_of(recipe, store):
+            raise
+        print(f"WARNING: {error}")
+        print(f"token store {store} stays as it is: of the same recipe, and whether its files changed was not seen")
+        return
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
-            num_shards = _make_missing_shards(job, work, executor, num_workers)
+            num_shards = _make_missing_shards(job, stamps, work, executor, num_workers)
             ledger, summary = _decide(job, work, num_shards, None)
         print(make_table(job, ledger, summary) + "\ndry run: nothing was written")
         if not ledger.total().num_kept:
             raise ValueError("no conversation is kept: see above")
         return
-    store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     manifest = _read_whole(store, verify=recipe.data.verify)
     if manifest is None:
         _require_writable(store)  # before all files are read for the fingerprint
-    stamps = _stamp(job.files)
-    made_from = describe_origin(job)
+    made_from = describe_origin(job, stamps)
     fingerprint = fingerprint_of(made_from)
     is_up_to_date = manifest is not None and manifest.fingerprint == fingerprint
     with suppress(FileNotFoundError):
@@ -62,7 +68,7 @@ def preprocess(
         _require_writable(store)
     started = time.perf_counter()
     with WorkFolder.beside(store, fingerprint) as work:
-        num_shards = _make_missing_shards(job, work, executor, num_workers)
+        num_shards = _make_missing_shards(job, stamps, work, executor, num_workers)
         splits = _write_store(job, work, num_shards, store, made_from, stamps)
         work.remove()
     num_tokens = sum(split["num_tokens"] for split in splits.values())
@@ -72,6 +78,15 @@ def preprocess(
         f"token store {store}: {num_train:,} examples to train on, {num_eval:,} held out ({share}); "
         f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s; {fingerprint[:12]}"
     )
+
+
+def _is_of(recipe: Recipe, store: Path) -> bool:
+    """Whether the store is whole and made of all that the recipe says, whatever the dumps hold by now."""
+    manifest = _read_whole(store, verify=False)
+    if manifest is None:
+        return False
+    made_from = describe_origin(make_job(recipe, with_files=False), {})
+    return all(manifest.made_from.get(part) == made_from[part] for part in made_from if part != "inputs")
 
 
 def _read_whole(store: Path, *, verify: bool) -> Manifest | None:
@@ -101,11 +116,6 @@ def _require_writable(store: Path) -> None:
         ) from None
 
 
-def _stamp(files: Iterable[str]) -> Stamps:
-    """Size and time of change of each file."""
-    return {file: stamp_of(file) for file in files}
-
-
 def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     names = {
         "base_chat_template": "the base's chat template",
@@ -116,7 +126,9 @@ def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(names.get(part, f"the {part}") for part in new if old.get(part) != new[part])
 
 
-def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_workers: int | None) -> int:
+def _make_missing_shards(
+    job: Job, stamps: Stamps, work: WorkFolder, executor: Executor, num_workers: int | None
+) -> int:
     """Make the shards that are not in the work folder yet; the number of all shards."""
     sizes: list[int] = []  # of the input files on disk, the bytes that were read for each shard
     num_done = 0
@@ -135,7 +147,7 @@ def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_wor
                 else:
                     yield number, task
 
-    total = sum(stamp_of(file)[0] for file in job.files)
+    total = sum(max(0, size) for size, _ in stamps.values())
     with (
         ThreadPoolExecutor(1) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar,
@@ -182,7 +194,7 @@ def _write_store(
         why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
         print(make_table(job, ledger, summary))
         raise ValueError(f"no conversation is left to train on: {why}")
-    if changed := [file for file, stamp in _stamp(job.files).items() if stamp != stamps[file]]:
+    if changed := [file for file, stamp in stamps_of(job.files).items() if stamp != stamps[file]]:
         work.remove()  # its shards are of what the file was between
         raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")
     manifest = Manifest(

@@ -36,7 +36,7 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
         held = _Contents()
         with tqdm(
-            total=sum(stamp_of(file)[0] for file in files), unit="B", unit_scale=True, desc="reading", delay=2
+            total=sum(max(0, stamp_of(file)[0]) for file in files), unit="B", unit_scale=True, desc="reading", delay=2
         ) as bar:
             num_before = 0.0
             for file in files:

@@ -93,7 +93,7 @@ class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
-    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, or a list of them.")
+    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, URL, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     epochs: float = Field(
