@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from huggingface_hub import constants, snapshot_download
 
 from ochat_train.conversations import remote
@@ -101,6 +102,26 @@ def test_what_is_not_there_or_must_be_named_is_one_line(hub: Hub, path: str, wor
         list_files(path)
     message = str(error.value)
     assert "\n" not in message and not [word for word in words if word not in message], message
+
+
+def test_a_saved_data_set_is_its_own_files_of_one_split(tmp_path: Path) -> None:
+    rows = Dataset.from_list(RECORDS)
+    folder = tmp_path / "saved"
+    DatasetDict({"train": rows.select(range(30)), "test": rows.select(range(30, 40))}).save_to_disk(folder)
+    assert read(f"{folder}:train") == read(f"{folder}/train") == RECORDS[:30]
+    for path in (str(folder), f"{folder}:dev", str(tmp_path), f"file://{folder}"):
+        with pytest.raises(ValueError, match=r"it has train, test"):
+            list_files(path)
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    rows.select([3]).save_to_disk(tmp_path / "other")
+    (tmp_path / "other/data-00000-of-00001.arrow").rename(tmp_path / "one/data-of-before.arrow")
+    assert read(str(tmp_path / "one")) == read(f"file://{tmp_path}/one") == RECORDS
+    with pytest.raises(ValueError, match=r"data-00000-of-00001\.arrow of the data set is not there"):
+        list_files(str(tmp_path / "other"))
+    state = tmp_path / "one/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_indices_data_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(ValueError, match="an index chooses the rows"):
+        list_files(str(tmp_path / "one"))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

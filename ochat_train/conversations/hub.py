@@ -58,7 +58,7 @@ def list_data_set(url: str, ask: Callable[[str, Callable[[], Any]], Any]) -> dic
     def fetch_card(name: str) -> str:
         from huggingface_hub import hf_hub_download
 
-        return ask_hub(lambda: str(hf_hub_download(repo, name, repo_type="dataset", revision=commit)))
+        return str(ask_hub(lambda: hf_hub_download(repo, name, repo_type="dataset", revision=commit)))
 
     splits, name = _resolve(url, repo, found["config"], sizes, fetch_card)
     split = found["split"] or (next(iter(splits)) if len(splits) == 1 else None)

@@ -37,7 +37,8 @@ from ochat_train.conversations.json_scan import (
     scan_objects,
     scan_wrapped,
 )
-from ochat_train.conversations.remote import is_remote, list_remote
+from ochat_train.conversations.remote import is_remote, list_remote, read_remote
+from ochat_train.conversations.saved import leave_out, named_split, read_file
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
@@ -75,9 +76,9 @@ class Record:
 def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     """The input files at `path`, which is a file, a folder or a glob (with `**` too).
 
-    A folder stands for the files below it, sorted, that have a known suffix and are not hidden. Next to Arrow and
-    parquet files, the small JSON files in which `datasets` describes them are left out. A glob takes files whatever
-    their suffix, and folders as above.
+    A folder stands for the files below it, sorted, that have a known suffix and are not hidden. Of a folder that
+    `datasets` saved it is the data set's own files; FOLDER:SPLIT names one of several splits. A glob takes files
+    whatever their suffix, and folders as above.
 
     `left_out`, if given, counts the suffixes of the files that are left out. Raises ValueError if nothing is found, or
     if a folder cannot be listed.
@@ -85,12 +86,13 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     if is_remote(path):
         found_there, folder = list_remote(path)
         known = [file for file in found_there if folder is None or has_known_suffix(file[len(folder) :])]
+        known = leave_out(found_there, known, read_remote) if folder else known
         if left_out is not None:
             left_out.update(PurePath(file).suffix or "without a suffix" for file in set(found_there) - set(known))
         if not known:
             raise ValueError(f"no file to read in {path!r}: known suffixes are {' '.join(SUFFIXES)}")
         return known
-    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or named_split(path)
     found: dict[str, None] = {}
     num_left_out = 0
     for match in matches:
@@ -112,9 +114,6 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     )
 
 
-_DATASETS_OWN = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
-
-
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     """The files to read below `folder`, sorted, and the others."""
     files: list[str] = []
@@ -126,8 +125,7 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     for place, _, names in os.walk(folder, onerror=fail):
         files += (os.path.join(place, name) for name in names)
     known = sorted(f for f in files if has_known_suffix(os.path.relpath(f, folder)) and os.path.isfile(f))
-    if any(file.lower().endswith((".arrow", ".parquet")) for file in known):
-        known = [file for file in known if os.path.basename(file) not in _DATASETS_OWN]
+    known = leave_out(files, known, read_file)
     return known, sorted(set(files) - set(known))
 
 

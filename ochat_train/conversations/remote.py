@@ -55,6 +55,12 @@ def list_remote(url: str) -> tuple[list[str], str | None]:
     return list(files), folder
 
 
+def read_remote(url: str) -> bytes:
+    """The bytes of a small file."""
+    fs, path = _open_system(url)
+    return bytes(_try(url, lambda: fs.cat_file(path)))
+
+
 def identify(url: str) -> tuple[int, str]:
     """Size in bytes, -1 where the server does not say it, and what changes when the file does.
 
