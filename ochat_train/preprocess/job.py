@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import ochat_train
 from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.dataset_list import expand
 from ochat_train.conversations.dedupe import needs_minhash
 from ochat_train.conversations.described import describe_template, read_template
 from ochat_train.conversations.fields import Reading
@@ -113,14 +114,18 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
     files: dict[str, list[Source]] = {}
     names: dict[str, str] = {}  # of each file that sources name in several ways, the first
     for position, section in enumerate(data.sources):
-        source = _make_source(section, data)
+        of_section = _make_source(section, data)
         for path in section.paths:
             try:
-                found = list_once(path)
+                found = [
+                    (file, replace(of_section, reading=reading))
+                    for place, reading in expand(path, of_section.reading)
+                    for file in list_once(place)
+                ]
             except ValueError as error:
                 kind = Unreachable if isinstance(error, Unreachable) else ValueError
                 raise kind(f"data.sources.{position}.path: {error}") from None
-            for file in found:
+            for file, source in found:
                 real = file if is_remote(file) else os.path.realpath(file)
                 if real.startswith((f"{store}/", f"{store}.partial-")):  # the folder that WorkFolder.beside makes
                     raise ValueError(
@@ -200,14 +205,14 @@ def describe_origin(job: Job, stamps: Stamps) -> dict[str, Any]:
     }
 
 
-def _inputs_digest(files: Iterable[str], stamps: Stamps) -> str:
+def _inputs_digest(files: Mapping[str, tuple[Source, ...]], stamps: Stamps) -> str:
     """One digest over all names and contents: a dump may be a hundred thousand pages."""
     digest = hashlib.blake2b(digest_size=32)
     total = sum(size for file, (size, _) in stamps.items() if not is_remote(file))
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking inputs", delay=5) as bar:
         for file in files:
             name = os.fsencode(file)
-            digest.update(len(name).to_bytes(4) + name)
+            digest.update(len(name).to_bytes(4) + name + repr([source.reading for source in files[file]]).encode())
             if is_remote(file):
                 size, tag = stamps[file]
                 if not tag:
