@@ -21,7 +21,7 @@ def leave_out(files: Iterable[str], known: list[str], read: Callable[[str], byte
         known = [file for file in known if os.path.basename(file) not in DESCRIPTIONS]
     for file in sorted(there):
         folder, name = os.path.split(file)
-        if name == "dataset_dict.json" and len(splits := _read(file, read).get("splits") or ()) > 1:
+        if name == "dataset_dict.json" and len(splits := _read(file, read).get("splits") or []) > 1:
             remedy = f"name one, as in {folder}{'/' if '://' in folder else ':'}{splits[0]}"
             raise ValueError(f"{folder}: several splits and none named; it has {', '.join(splits)}: {remedy}")
         if name == "state.json" and f"{folder}/dataset_info.json" in there:
@@ -44,7 +44,7 @@ def named_split(path: str) -> list[str]:
     folder, _, split = path.rpartition(":")
     if not os.path.isfile(f"{folder}/dataset_dict.json"):
         return []
-    splits = _read(f"{folder}/dataset_dict.json", read_file).get("splits") or ()
+    splits = _read(f"{folder}/dataset_dict.json", read_file).get("splits") or []
     if split not in splits:
         raise ValueError(f"{path}: no split {split}; it has {', '.join(splits)}")
     return [f"{folder}/{split}"]

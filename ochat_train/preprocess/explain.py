@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ochat_train.conversations.containers import escape_name
-from ochat_train.conversations.records import Record
-from ochat_train.conversations.schema import Drop, Message
+from ochat_train.conversations.schema import Drop, Message, Record
 from ochat_train.conversations.sources import Source
 from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks, stamps_of
 from ochat_train.preprocess.ledger import read_rows

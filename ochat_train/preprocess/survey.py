@@ -12,9 +12,9 @@ from tqdm import tqdm
 from ochat_train.conversations.chats import Chat
 from ochat_train.conversations.dataset_list import expand
 from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.records import Record, list_files, read_chunks
+from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop, ParsedRecord
+from ochat_train.conversations.schema import Drop, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import chats_of, parse_record
 from ochat_train.preprocess.job import stamp_of
 
