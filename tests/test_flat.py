@@ -13,6 +13,7 @@ from ochat_train.conversations.chats import find_chats
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.records import read_chunks
 from ochat_train.conversations.schema import Record
+from ochat_train.conversations.sharegpt import parse_record
 
 
 def message(id: str, parent: str | None, text: str, rank: int | None = None, **own: Any) -> dict[str, Any]:
@@ -73,6 +74,9 @@ def test_what_is_of_no_tree_is_named_row_by_row(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"message_id": nope}\n{"id": "other", "messages": []}\n')
     records = read(path)
+    assert [parse_record(record, default_id="").reason for record in records[2:7]] == [
+        record.damage for record in records[2:7]
+    ]
     lines = path.read_bytes().splitlines()
     assert [(record.damage, path.read_bytes()[record.offset : record.end]) for record in records] == [
         (None, lines[1]),

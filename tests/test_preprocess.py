@@ -189,7 +189,9 @@ def test_every_record_is_kept_or_dropped_under_the_name_of_its_reason(messy: Mes
     assert found == REASONS - of_the_bases_own_template - {
         "equal_answer",
         "bad_row",
-    }  # test_preference.py, test_records.py
+        "no_parent",
+        "repeated_message",
+    }  # test_preference.py, test_records.py, test_flat.py
     assert all(row["outcome"] == ("dropped" if row["reason"] else "kept") for row in rows)
     assert all(row["detail"] for row in rows if row["reason"])
     assert {row["id"]: row["detail"] for row in rows if row["id"] in DUPLICATE_OF} == DUPLICATE_OF
