@@ -31,9 +31,7 @@ def explain_record(recipe: Recipe, id: str) -> None:
     job = make_job(recipe)
     rows = _ledger_rows(job, id)
     if rows is None:
-        print(
-            "no store is made from this recipe and these files by these names yet, so they are searched for the record;"
-        )
+        print("no store is made from this recipe and these files yet, by these names, so they are searched;")
         print("whether it is a duplicate, and of what, is decided only when the store is made\n")
     found = False
     for record, sources in _find_records(job, id, rows):

@@ -66,7 +66,7 @@ def preprocess(
     fingerprint = fingerprint_of(made_from)
     work_name = digest_of(made_from)  # whose shards name the files as they are named now
     is_up_to_date = manifest is not None and manifest.fingerprint == fingerprint
-    with suppress(FileNotFoundError, PermissionError):  # beside a store that is only read
+    with suppress(OSError):  # beside a store that is only read
         for leftover in find_leftovers(store):
             if is_up_to_date or not leftover.name.endswith(work_name[:12]):
                 shutil.rmtree(leftover)
