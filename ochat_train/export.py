@@ -38,22 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
+    parser.add_argument("--base", help="where the base of the adapters of model.lora is now; default: where it was")
     options = parser.parse_args(arguments)
     try:
-        export(options.checkpoint, options.out, adapter=options.adapter)
+        export(options.checkpoint, options.out, adapter=options.adapter, base=options.base)
     except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
 
 
-def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
+def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False, base: str | None = None) -> None:
     """Write the checkpoint's model to the folder `out` in the recipe's dtype, see `write_model`.
 
     An earlier export there stays until the new one is whole. Adapters of model.lora are merged into their base, which
-    is loaded again; with `adapter` they alone are written, for peft. The model's prompts are compared with those of its
-    training; what differs is printed and recorded in the metadata, but does not stop the export. Raises ValueError for
-    an incomplete checkpoint, a base that is not what it was, adapters where there are none, a disk without room, or
-    when `out` holds something that is not an earlier export.
+    is loaded again, from `base` if it lies elsewhere now; with `adapter` they alone are written, for peft. The model's
+    prompts are compared with those of its training; what differs is printed and recorded in the metadata, but does not
+    stop the export. Raises ValueError for an incomplete checkpoint, a base that is not what it was, adapters where
+    there are none, a disk without room, or when `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -62,19 +63,27 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
         require_peft()
         if _lora(checkpoint) is None:
             raise ValueError(f"{checkpoint.path} has no adapters, since its model.lora was null; leave --adapter out")
+    if base is not None and _lora(checkpoint) is None:
+        raise ValueError(f"{checkpoint.path} has no adapters, so no base is read; leave --base out")
     tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), read_template(checkpoint.template))
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
     generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
     metadata, dtype = metadata_of(checkpoint), _dtype(checkpoint)
     trained = _read_trained(checkpoint)
-    weights = trained if adapter else _merge(trained, checkpoint, tokenizer)
+    was = checkpoint.state.recipe["model"]["base"]
+    if base not in (None, was):
+        print(f"moved, and compared by what it holds: model.base: {was} -> {base}", flush=True)
+    weights = trained
+    if _lora(checkpoint) is not None and (not adapter or base not in (None, was)):
+        loaded = _load_base(base or was, trained, checkpoint, tokenizer)
+        weights = trained if adapter else _merge(trained, loaded, checkpoint)
     # Weights that are read lazily have no size yet.
     sized = weights.values() if adapter else _empty_model(config, dtype).parameters()
     with publish_folder(out) as folder, room_for(sum(weight.nbytes for weight in sized), folder):
         if adapter:
             recipe = checkpoint.state.recipe["model"]
             rank, alpha = recipe["lora"]["rank"], recipe["lora"]["alpha"]
-            save_adapter(folder, weights, _empty_model(config, dtype), base=recipe["base"], rank=rank, alpha=alpha)
+            save_adapter(folder, weights, _empty_model(config, dtype), base=base or was, rank=rank, alpha=alpha)
             _write_companions(folder, generation_config, tokenizer, metadata)
         else:
             write_model(
@@ -208,25 +217,29 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[checkpoint.state.recipe["model"]["dtype"]]
 
 
-def _merge(trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer) -> dict[str, Tensor]:
-    """The language model's weights by transformers' names: what was trained, in its base if it was adapters."""
-    lora = _lora(checkpoint)
-    if lora is None:
-        return trained
-    model = checkpoint.state.recipe["model"]
-    base = load_model(
-        model["base"],
-        None,
-        dtype=model["dtype"],
-        num_ids=tokenizer.num_ids,
-        added_ids=row_ids_of(trained),
-        seed=0,
-    )
-    if int(checksum(base)) != int(trained[CHECKSUM]):
+def _load_base(
+    base: str, trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer
+) -> PreTrainedModel:
+    """The base of the checkpoint's adapters. Raises ValueError unless it holds what it held in training."""
+    dtype = checkpoint.state.recipe["model"]["dtype"]
+    try:
+        lm = load_model(base, None, dtype=dtype, num_ids=tokenizer.num_ids, added_ids=row_ids_of(trained), seed=0)
+    except ValueError as error:
         raise ValueError(
-            f"model.base {model['base']} holds other weights than those beside which {checkpoint.path} was trained; "
-            "put those back"
+            f"the base of the adapters: {error}; if it lies elsewhere now, name its place with --base"
+        ) from None
+    if int(checksum(lm)) != int(trained[CHECKSUM]):
+        raise ValueError(
+            f"model.base {base} holds other weights than those beside which {checkpoint.path} was trained; put those "
+            "back, or name their place with --base"
         )
+    return lm
+
+
+def _merge(trained: dict[str, Tensor], base: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The language model's weights by transformers' names: the adapters in their base."""
+    lora = _lora(checkpoint)
+    assert lora is not None
     return merge_adapters(base.state_dict() | trained, scaling=lora["alpha"] / lora["rank"])
 
 

@@ -24,14 +24,22 @@ from ochat_train.files import step_name
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
-from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe import (
+    CheckpointSection,
+    ModelsSection,
+    load_recipe,
+    moved_places,
+    parse_arguments,
+    recipe_arguments,
+    to_json,
+)
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.loss_forms import LOSS_FORMS
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
 from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
-from ochat_train.training.data import make_batches, source_weights
+from ochat_train.training.data import make_batches, source_weights, verify_store
 from ochat_train.training.engine import (
     Failed,
     OutOfMemory,
@@ -59,7 +67,6 @@ from ochat_train.training.setup import (
     agree_on_steps,
     prepare,
     ready_engine,
-    verify_store,
 )
 from ochat_train.training.speed import find_utilisation
 from ochat_train.training.stopping import STOPPED, StopRequest, Watchdog
@@ -78,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with Watchdog(world) as watchdog:
             recipe = together(lambda: load_recipe(options.recipe, options.overrides))
-            together(partial(verify_store, recipe, world, watchdog.progress))
+            verify_store(recipe, world, watchdog.progress)
             run = together(partial(prepare, recipe, world))
+            together(partial(check_dumps, run, world))
             end = train(run, world, watchdog)
     except (Refused, Failed) as error:  # the same on every rank: one of them prints it
         sys.exit(f"error: {error}" if world.is_main else 1)
@@ -94,6 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export_model(run, end.checkpoint)
         except (ValueError, OSError) as error:
             sys.exit(f"error: training has ended, but {run.dir / 'model'} was not written: {error}")
+
+
+def check_dumps(run: Run, world: World) -> None:
+    """Raise ValueError on the main rank when dumps at new paths of the recipe are not those of its store."""
+    if world.is_main:
+        from ochat_train.preprocess.job import check_moved  # slow to import
+
+        check_moved(run.recipe, run.store.manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +130,9 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     run = agree(run)
     with open_run_folder(run.dir, world) as folder:
         run = agree_on_resume(run, folder, world)
+        was = run.store.manifest.places if run.resumed is None else run.resumed.state.recipe
+        for line in moved_places(was, to_json(run.recipe)):
+            say(world, f"moved, and compared by what it holds: {line}")
         if run.resumed is not None and run.is_finished(run.resumed.state):
             say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
             return RunEnd(run.resumed.path, is_finished=True)
@@ -126,7 +145,7 @@ def export_model(run: Run, checkpoint: Path) -> None:
     """Export the checkpoint to checkpoint.dir/model, unless it is there already."""
     out = run.dir / "model"
     if not is_export_of(out, checkpoint):
-        export(checkpoint, out)
+        export(checkpoint, out, base=run.recipe.model.base if run.recipe.model.lora else None)
         print(f"exported {checkpoint} to {out}", flush=True)
 
 
@@ -160,7 +179,7 @@ class Trainer:
             world.size,
             attention=run.resolved.attention.backend,
             checkpointing=run.resolved.checkpointing.policy,
-        ) | {"began_from": run.began_from}
+        ) | {"began_from": run.began_from, "base_digest": self.engine.module.base_digest}
         self.metrics = Metrics(self.outline(), is_main=world.is_main)
         self.skipped = SkippedSteps(recipe.train.max_skipped, run.dir, run.store, world)
         self.saver = Saver(self.engine, folder, world, watchdog.progress)

@@ -23,12 +23,12 @@ MAY_IMPORT = {
     "model": {"files", "conversations", "tokens", "model"},
     "training": BELOW | {"files"},
     "export": BELOW | {"files"},
-    "train": BELOW | {"files", "export"},
+    "train": BELOW | {"files", "preprocess", "export"},
     "launch": {"recipe", "files", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "evaluate"},
     "report": BELOW | {"files", "preprocess", "report"},
-    "doctor": BELOW | {"files", "doctor"},
+    "doctor": BELOW | {"files", "preprocess", "doctor"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.

@@ -148,7 +148,7 @@ def test_a_store_of_a_url_is_that_of_the_file_and_outlives_the_server(
     server.server_close()
     make(recipe)
     said = capsys.readouterr().out
-    assert "WARNING: http://" in said and "cannot be reached" in said and "stays as it is" in said
+    assert "cannot be reached" in said and "is complete and is used as it is" in said
     assert contents(store).keys() == made.keys()
     with pytest.raises(ValueError, match="cannot be reached"):
         make(recipe, "data.max_tokens=400")

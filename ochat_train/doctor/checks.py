@@ -27,7 +27,8 @@ from ochat_train.doctor.trials import check_fullest, check_isolation
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_config
-from ochat_train.recipe import to_json
+from ochat_train.preprocess.job import check_moved
+from ochat_train.recipe import moved_places, to_json
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
@@ -243,6 +244,8 @@ def check_token_store(case: Case) -> Finding:
         if case.recipe.data.verify and not case.is_quick:
             check_blocks(path, train.manifest.files)
         check_store(case.recipe, train.manifest, case.tokenizer)
+        if not case.is_quick:  # launch.sh has just done it
+            check_moved(case.recipe, train.manifest)
         plan = make_run_plan(case.recipe, train, case.config.get_text_config(), case.num_processes)
         for split in (train, held_out):
             if len(split):
@@ -375,7 +378,9 @@ def check_earlier_run(case: Case) -> Finding | None:
         order=case.plan.order.digest,
         world_size=case.num_processes,
     )
-    return Finding("ok", f"training goes on from {newest.path}")
+    moved = moved_places(newest.state.recipe, to_json(case.recipe))
+    compared = f"; moved, and compared by what it holds: {'; '.join(moved)}" if moved else ""
+    return Finding("ok", f"training goes on from {newest.path}{compared}")
 
 
 def check_disk(case: Case) -> Finding:

@@ -75,12 +75,8 @@ def check_goes_on(recipe: Recipe) -> None:
         was = orjson.loads(newest.read_bytes())["state"]["recipe"]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):  # training knows what to do about a damaged one
         return
-    # What a store is made of; dumps that lie elsewhere may be the same, and training compares what they hold.
-    wrong = [
-        line
-        for line in refused_differences(was, to_json(recipe))
-        if line.startswith(("data.", "template:")) and not line.partition(":")[0].endswith(".path")
-    ]
+    # What a store is made of.
+    wrong = [line for line in refused_differences(was, to_json(recipe)) if line.startswith(("data.", "template:"))]
     if wrong:
         raise ValueError(
             f"cannot continue {newest.parent}, because this differs (was -> is):\n  "

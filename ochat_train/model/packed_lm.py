@@ -25,9 +25,13 @@ class PackedCausalLM(nn.Module):
     device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Whether logits and
     gradients are those of the model is for `probe` to say.
 
+    base_digest: of `digest_base` where the model has a base and this is the first rank of its node.
+
     The state of the module leaves frozen parameters out: they are the base's. Loading raises for a state with other
     names, and beside another base.
     """
+
+    base_digest: str | None = None
 
     def __init__(
         self, lm: PreTrainedModel, *, attention: Any, device_type: str, checkpointing: str, num_conditions: int

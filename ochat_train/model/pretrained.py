@@ -1,11 +1,13 @@
 """The model that training starts from: pretrained or from a config, with the template's special tokens in it."""
 
 import copy
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
@@ -171,6 +173,22 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
     for weight in {id(module.weight): module.weight for module in embeddings}.values():
         with torch.no_grad():
             weight[new] = weight[known].float().mean(dim=0).to(weight.dtype)
+
+
+def digest_base(model: PreTrainedModel, num_rows: int) -> str:
+    """XXH3 of what a base holds, its configuration and weights: the same wherever it lies, and in whatever files.
+
+    num_rows: how many rows of embedding and head are the base's own; the means after them may round differently.
+    """
+    own = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # of files and libraries
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in own}
+    digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(module.weight) for module in embeddings}
+    for parameter in model.parameters():
+        known = parameter.detach()[:num_rows] if id(parameter) in tables else parameter.detach()
+        digest.update(known.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def new_rows(num_rows: int, num_ids: int, added_ids: Iterable[int]) -> list[int]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.pretrained import load_config
+from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.packing import cost_of
 from ochat_train.tokens.plan import PlanTable, RunPlan, StepPlan, make_table
@@ -207,6 +208,7 @@ def _read_plan(request: Request) -> PlanReport:
     store = TokenStore(recipe.data.store, loss=recipe.train.loss)
     tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     check_store(_with_weights_of(recipe, store.manifest), store.manifest, tokenizer)
+    check_moved(recipe, store.manifest)
     scaled = _changed_weights(recipe, store.manifest)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
     plan = _scale(make_run_plan(recipe, store, config, request.num_gpus), store, scaled)

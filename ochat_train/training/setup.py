@@ -1,6 +1,5 @@
 """Everything before the first step: cheap checks, agreement among the ranks, the engine with its states."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
@@ -17,12 +17,11 @@ from ochat_train.model.kernels import KernelChoice, choose_kernels, require_comp
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
-from ochat_train.model.pretrained import DTYPES, load_config, load_model
+from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
-from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
-from ochat_train.tokens.store_files import check_blocks
+from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
     MANIFEST,
@@ -142,18 +141,6 @@ class Run:
     def is_epoch_end(self, state: TrainState) -> bool:
         """Whether an epoch ends at this position."""
         return state.step > 0 and self.plan.order.seek(state.examples_consumed)[1] == 0
-
-
-def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> None:
-    """Compare the store's files with their checksums; the ranks of a node share the reading.
-
-    Nothing is read of a store that is not there, or where data.verify is false. progress: called after each block.
-    Raises StoreDamaged.
-    """
-    store = Path(recipe.data.store)
-    manifest = read_manifest(store) if recipe.data.verify else None
-    if manifest is not None:
-        check_blocks(store, manifest.files, part=world.local_rank, parts=world.local_size, progress=progress)
 
 
 def prepare(recipe: Recipe, world: World) -> Run:
@@ -427,6 +414,7 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         added_ids=run.store.manifest.added_tokens.values(),
         seed=recipe.train.seed,
     )
+    base_digest = _digest_base(run, lm) if world.local_rank == 0 else None
     if lora is not None:
         add_adapters(
             lm,
@@ -444,6 +432,23 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
     )
+    packed.base_digest = base_digest
     if recipe.model.compile:
         packed.compile_parts()
     return packed
+
+
+def _digest_base(run: Run, lm: PreTrainedModel) -> str | None:
+    """What the base in `lm` holds. Raises ValueError if it is another than that of a checkpoint made elsewhere."""
+    base, resumed = run.recipe.model.base, run.resumed
+    if base is None:
+        return None
+    num_rows = load_config(base, None, 0).get_text_config().vocab_size
+    digest = digest_base(lm, min([num_rows, *run.store.manifest.added_tokens.values()]))
+    was = base if resumed is None else resumed.state.recipe["model"]["base"]
+    if resumed is not None and base != was and digest != resumed.run["base_digest"]:
+        raise ValueError(
+            f"cannot continue {resumed.path}: model.base {base} holds other weights, or another configuration, than "
+            f"{was}, with which it was begun; name the same base"
+        )
+    return digest

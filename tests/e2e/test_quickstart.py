@@ -1,5 +1,6 @@
 """`./launch.sh recipes/quickstart.yaml`, cut to 20 steps: from the dump to replies, as a user runs it."""
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ GOLDEN = ROOT / "tests/golden/quickstart_losses.json"
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A finished launch: its folders, and what its first and its second call printed."""
+    """A finished launch: its folders, and what its two calls printed, the second without dumps, with the rest moved."""
 
     run: Path
     store: Path
@@ -27,9 +28,16 @@ class Launched:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("quickstart")
-    overrides = [f"data.store={folder / 'store'}", f"checkpoint.dir={folder / 'run'}", "train.max_steps=20"]
+    dump = Path(shutil.copy(ROOT / "data/quickstart.json", folder))
+    overrides = [f"data.sources.{number}.path={dump}" for number in (0, 1)]
+    overrides += [f"checkpoint.dir={folder / 'run'}", "train.max_steps=20"]
     overrides += ["log.wandb.project=quickstart", "log.wandb.mode=offline"]
-    return Launched(folder / "run", folder / "store", _launch(*overrides), _launch(*overrides))
+    first = _launch(*overrides, f"data.store={folder / 'made'}")
+    dump.unlink()
+    (folder / "made").rename(folder / "store")
+    shutil.copytree(ROOT / "data/quickstart_tokenizer", folder / "tokenizer")
+    moved = [f"data.store={folder / 'store'}", f"tokenizer={folder / 'tokenizer'}"]
+    return Launched(folder / "run", folder / "store", first, _launch(*overrides, *moved))
 
 
 def _launch(*overrides: str) -> str:
@@ -64,8 +72,11 @@ def test_it_ends_with_the_model_the_losses_a_reply_per_condition_and_a_page(quic
     assert '<section id="replies">' in (quickstart.run / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_second_launch_reuses_everything_and_says_so(quickstart: Launched) -> None:
-    assert "is up to date" in quickstart.second
+def test_a_second_launch_needs_no_dumps_finds_all_that_moved_and_says_so(quickstart: Launched) -> None:
+    store = f"the dumps are out of reach; token store {quickstart.store} ("
+    assert quickstart.second.count(store) == 1 and "is complete and is used as it is\n" in quickstart.second
+    moved = f"tokenizer: data/quickstart_tokenizer -> {quickstart.store.with_name('tokenizer')}\n"
+    assert f"moved, and compared by what it holds: {moved}" in quickstart.second
     assert "the run is complete at step 20" in quickstart.second
     assert quickstart.second.splitlines()[-11:] == quickstart.first.splitlines()[-11:]
 
