@@ -24,6 +24,7 @@ from tests.e2e.harness import (
     weights,
     write_dump,
 )
+from tests.waiting import HANG_S
 
 # Addresses of a test network that no real one uses (RFC 5737), and the interface that both hosts see.
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
@@ -111,7 +112,7 @@ def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.Te
     process = start_launch(recipe_path, *overrides, environment=environment)
     await_steps(run, 2, process)
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 75, output
     return Stopped(run, events(run, "step")[-1]["step"], output)
 
@@ -172,7 +173,7 @@ def test_nodes_that_are_started_by_hand_continue_as_one_host_does(
         )
         for number, host in enumerate(hosts)
     ]
-    first, second = (process.communicate(timeout=200)[0] for process in processes)
+    first, second = (process.communicate(timeout=HANG_S)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "continuing" in first and "question: " in first
     assert "waiting until the first node" in second and "question: " not in second
