@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import datasets  # noqa: F401  # as the next one: what training imports late, an
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy as np
 import orjson
+from tqdm import tqdm
 
 from ochat_train.files import free_port
 from ochat_train.train import Trainer
@@ -120,6 +122,8 @@ class Ranks:
         log = os.open(self._logs[rank], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        # tqdm's own is shared by forks: a rank that is killed while it holds it would hold up all others.
+        tqdm.set_lock(threading.RLock())
         code: Any = 1
         try:
             os.environ |= world | {"RANK": str(rank)} | enter(rank)
