@@ -32,6 +32,7 @@ from ochat_train.training.resources import AvailableMemory, size_of
 from ochat_train.training.setup import build_model, prepare
 from ochat_train.training.speed import Rate
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
+from tests.waiting import HANG_S
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 HERE = AvailableMemory(None, 8 * GIB, is_here=True)
@@ -557,7 +558,7 @@ def test_hosts_that_are_started_by_hand_need_an_address_and_no_ssh(
 def test_hosts_are_tried_at_the_same_time(
     check_hosts: Callable[[dict[str, int]], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    all_there = threading.Barrier(8, timeout=10)
+    all_there = threading.Barrier(8, timeout=HANG_S)
     monkeypatch.setattr(checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")
     assert check_hosts({f"host-{number}": 1 for number in range(8)}).state == "ok"
 

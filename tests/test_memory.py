@@ -45,6 +45,7 @@ from tests.activation_grid import (
 )
 from tests.e2e.engine_bytes import engine_bytes, small_config
 from tests.e2e.harness import ROOT
+from tests.waiting import HANG_S
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 NOTHING = Activations(0, 0, 0)
@@ -302,7 +303,7 @@ def run_engines(kinds: list[dict[str, Any]]) -> list[dict[str, int]]:
         )
         for rank in ("0", "1")
     ]
-    first, second = (rank.communicate(timeout=300)[0] for rank in ranks)
+    first, second = (rank.communicate(timeout=HANG_S)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], first[-3000:] + second[-3000:]
     lines = [line.removeprefix("BYTES ") for line in first.splitlines() if line.startswith("BYTES ")]
     assert len(lines) == len(kinds)

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from ochat_train.conversations import containers, records
 from ochat_train.conversations.records import Chunk, list_files, read_chunks
 from ochat_train.conversations.schema import Record
+from tests.waiting import HANG_S
 
 SHARED_DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 MIB = 1 << 20
@@ -1172,9 +1173,9 @@ def test_a_record_of_many_windows_costs_linear_time(write: Write) -> None:
     for value in ({"conversations": [turn] * 100}, {"value": "y" * 10_000_000}):
         for raw in (b"[1, " + orjson.dumps(value) + b", 2]", b"{}\n" + orjson.dumps(value) + b"\n"):
             path = write(raw)
-            start = time.perf_counter()
+            start = time.process_time()
             fields = fields_of(path, chunk_bytes=4096)
-            assert time.perf_counter() - start < 5
+            assert time.process_time() - start < 10
             assert value in fields
 
 
@@ -1249,7 +1250,7 @@ def test_a_bomb_is_refused_in_bounded_memory_and_time(tmp_path: Path, name: str)
     make, found = BOMBS[name]
     path = tmp_path / "bomb"
     make(path)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=HANG_S)
     path.unlink()
     message, peak_kib, cpu_s = result.stdout.splitlines()
     assert found in message

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from tests.dumps import (
     write_lines,
     write_recipe,
 )
+from tests.waiting import HANG_S, wait_until
 
 CHUNK_BYTES = 8_000
 
@@ -278,10 +278,7 @@ def test_a_mistake_in_the_input_stops_all_processes_with_the_message_of_one(
     assert message.startswith(f"error: {dump}, byte ") and not [word for word in words if word not in message]
     assert message == failure(recipe, "--workers", "1")
     assert not (tmp_path / "store").exists()
-    deadline = time.monotonic() + 5
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not multiprocessing.active_children()
+    wait_until(lambda: not multiprocessing.active_children())
 
 
 # ---- Memory ----
@@ -350,7 +347,7 @@ class Running:
 
     def end(self) -> tuple[int, str]:
         """The exit status, and what it printed to stderr."""
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=HANG_S)
         return self.process.returncode, err
 
 
@@ -372,12 +369,15 @@ def running(recipe: Path) -> Iterator[Running]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 60
-        while len(found := list(recipe.parent.glob("store.partial-*/shards/??????"))) < 4:
+        shards: list[Path] = []
+
+        def has_begun() -> bool:
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield Running(process, found[0].parents[1], pause)
+            shards[:] = recipe.parent.glob("store.partial-*/shards/??????")
+            return len(shards) >= 4
+
+        wait_until(has_begun)
+        yield Running(process, shards[0].parents[1], pause)
     finally:
         script.unlink()
         pause.unlink(missing_ok=True)
@@ -393,14 +393,6 @@ def in_folder(varied: Path, tmp_path: Path) -> Path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(varied.read_text().replace(f"{varied.parent}/store", f"{tmp_path}/store"))
     return recipe
-
-
-def are_gone(processes: list[psutil.Process]) -> bool:
-    """Whether all of them end within a few seconds."""
-    deadline = time.monotonic() + 5
-    while any(map(is_alive, processes)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(is_alive, processes))
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -465,7 +457,7 @@ def test_a_run_that_is_interrupted_leaves_its_shards_and_the_store_that_was_ther
                 "interrupted; the store was not touched, and the same command goes on from the shards that are done"
             )
             assert "Traceback" not in err
-        assert are_gone(workers)
+        wait_until(lambda: not any(map(is_alive, workers)))
         done = run.done()
     assert done
     assert contents(store) == before
@@ -504,7 +496,7 @@ def test_a_worker_that_dies_ends_the_run_by_the_name_of_its_file(
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "a worker process died" in line and f"while working on {varied.parent}/in/" in line
         assert "Traceback" not in err
-        assert are_gone(workers)
+        wait_until(lambda: not any(map(is_alive, workers)))
         done = run.done()
     assert done and not (in_folder.parent / "store").exists()
     check_the_next_run_goes_on(in_folder, done, alone, capsys, monkeypatch)

@@ -50,8 +50,8 @@ class Job:
 
     files: each input file in the order of the recipe, those of one path sorted, with the sources that name it.
     stamps: of each file, see `stamp_of`, before any is read. left_out: how many files of which suffix were not read in
-    folders. gone: a line for each path of the recipe at which nothing is left, or which cannot be reached. settings: what
-    decides a shard besides its chunk.
+    folders. gone: a line for each path of the recipe at which nothing is left, or which cannot be reached.
+    settings: what decides a shard besides its chunk.
     """
 
     recipe: Recipe
