@@ -77,6 +77,7 @@ def count_activations(
         device_type="meta",
         checkpointing=checkpointing,
         num_conditions=1,
+        router_coefficient=float(lora_rank is None),
     )
     model.lm.set_attn_implementation(register_sized_attention())
     try:
@@ -101,15 +102,16 @@ def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
             cu_seqlens=torch.zeros(2, dtype=torch.int32),
             max_seqlen=num_tokens,
             condition_ids=tokens.int(),
+            num_tokens=num_tokens,
         )
     with live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
-        hidden = model.hidden(batch)
+        hidden, router = model.run_layers(batch)
         kept = live.now
         at_hidden: list[int] = []
         hidden.register_hook(lambda _: at_hidden.append(live.restart()))
         sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
-        sums.nll.backward()
+        (sums.nll if router is None or not router.loss.requires_grad else sums.nll + router.loss).backward()
     return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)
 
 

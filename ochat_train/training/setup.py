@@ -19,6 +19,7 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.router import RouterChoice, choose_router_loss
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
@@ -77,6 +78,7 @@ class Resolved:
     agreement: Agreement
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
+    router: RouterChoice | None
 
     def describe(self) -> str:
         """The choices with their reasons, a line each."""
@@ -86,6 +88,7 @@ class Resolved:
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
             str(self.agreement),
+            *([str(self.router)] if self.router else []),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
@@ -196,6 +199,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 is_compiled=recipe.model.compile,
             ),
             checkpointing=_choose_checkpointing(recipe, text_config, size, world),
+            router=choose_router_loss(
+                recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
+            ),
         ),
         resumed=resumed,
     )
@@ -443,6 +449,7 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         device_type=world.device.type,
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
+        router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
     )
     if recipe.model.compile:
         packed.compile_parts()
