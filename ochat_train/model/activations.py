@@ -63,8 +63,9 @@ def count_activations(
     head has, for a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
     gradients by its weight in fp32 and by the hidden states.
 
-    Raises ValueError for a model that cannot run without values, such as one that routes tokens to experts, and for
-    adapters without the package peft.
+    Experts of a mixture run as grouped products over the tokens that choose them, as on a GPU; torch has them without
+    values in bfloat16 alone. Raises ValueError for a model that cannot run without values, and for adapters without the
+    package peft.
     """
     lm = meta_model(config, DTYPES[dtype])
     if lora_rank is not None:
@@ -127,11 +128,11 @@ def register_sized_attention() -> str:
 
 
 class _SizedAttention(torch.autograd.Function):
-    """Tensors of flash attention's sizes: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+    """Tensors of flash attention's sizes: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, E] -> [T, Hq, E]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
         log_sums = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, log_sums)
         return out
