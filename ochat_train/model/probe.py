@@ -38,18 +38,20 @@ class Agreement(NamedTuple):
     """How far packed sequences are from each alone, relative to the size of what is compared.
 
     gradients: the largest over the parameters. why_eager: why the model needs its own attention on whole batches; None
-    where packed attention is exact.
+    where packed attention is exact. exported: how far the logits of the exported copy are, see `check_round_trip`.
     """
 
     logits: float
     gradients: float
     seconds: float
     why_eager: str | None = None
+    exported: float | None = None
 
     def __str__(self) -> str:
+        exported = "" if self.exported is None else f"; exported and loaded again, logits by {self.exported:.0e}"
         return (
             f"packed sequences equal each alone in transformers' own model: logits differ by {self.logits:.0e}, "
-            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s)"
+            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s){exported}"
         )
 
 

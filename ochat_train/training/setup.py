@@ -19,6 +19,7 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
@@ -180,7 +181,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_options(recipe, text_config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
-    attention, agreement = attention_of(recipe, config, world.device.type)
+    attention, agreement = attention_of(recipe, config, world.device.type, is_exported=world.is_main)
     run = Run(
         recipe=recipe,
         store=store,
@@ -209,15 +210,26 @@ def prepare(recipe: Recipe, world: World) -> Run:
     return run
 
 
-def attention_of(recipe: Recipe, config: Any, device_type: str) -> tuple[BackendChoice, Agreement]:
-    """The attention of the recipe's run, and how exact the model is with it; see `choose_attention`."""
-    return choose_attention(
+def attention_of(
+    recipe: Recipe, config: Any, device_type: str, *, is_exported: bool = True
+) -> tuple[BackendChoice, Agreement]:
+    """The attention of the recipe's run, and how exact the model is with it and, is_exported, after its export.
+
+    See `choose_attention` and `check_round_trip`. Raises ValueError as they do.
+    """
+    longest, lora = recipe.data.max_tokens, recipe.model.lora
+    attention, agreement = choose_attention(
         recipe.model.attention,
         config,
         attention_needs(config.get_text_config(), DTYPES[recipe.model.dtype], device_type),
-        longest=recipe.data.max_tokens,
+        longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
+    if is_exported:
+        is_eager, targets = attention.backend == "eager", lora and lora.targets
+        exported = check_round_trip(config, longest=longest, is_eager=is_eager, lora_targets=targets)
+        agreement = agreement._replace(exported=exported)
+    return attention, agreement
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
