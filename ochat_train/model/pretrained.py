@@ -94,9 +94,9 @@ def matrix_weights_of(config: Any) -> int:
     """
     model = meta_model(config, torch.bfloat16)
     num_weights: int = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
-    for module in model.modules():
-        of_experts = expert_weights(module)
-        if of_experts:
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if of_experts := expert_weights(module):
             num_weights -= of_experts - of_experts * experts_of_a_token(model.config) // module.num_experts
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()

@@ -226,7 +226,7 @@ def attention_of(
         checkpointing=recipe.model.checkpointing,
     )
     if is_exported:
-        is_eager, targets = attention.backend == "eager", lora and lora.targets
+        is_eager, targets = attention.backend == "eager", lora.targets if lora else None
         exported = check_round_trip(config, longest=longest, is_eager=is_eager, lora_targets=targets)
         agreement = agreement._replace(exported=exported)
     return attention, agreement
