@@ -22,8 +22,9 @@ from torch import Tensor
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.files import step_name
 from ochat_train.model.lora import merge_adapters
-from ochat_train.model.loss import ConditionSums, zero_sums
+from ochat_train.model.loss import LossSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
+from ochat_train.model.router import add_router_sums
 from ochat_train.recipe import (
     CheckpointSection,
     ModelsSection,
@@ -250,7 +251,7 @@ class Trainer:
 
     def train_one_step(
         self, ready: Ready[StepPlan, list[PackedBatch]], started: float
-    ) -> tuple[StepReport, list[ConditionSums]]:
+    ) -> tuple[StepReport, list[LossSums]]:
         """Train one step of the plan; returns its report, and the loss sums of each of this rank's micro-batches."""
         run, plan, world = self.run, ready.item, self.world
         run.store.check_unchanged()
@@ -260,14 +261,21 @@ class Trainer:
         lr = learning_rate(progress, peak=run.resolved.peak_lr.value, warmup=optim.warmup, min_ratio=optim.min_lr)
         mark = partial(self.watchdog.mark, self.state.step + 1)
         parts, grad_norm = train_step(
-            self.engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
+            self.engine,
+            ready.made,
+            weight_sum=plan.weight_sum,
+            num_tokens=plan.num_tokens,
+            world_size=world.size,
+            lr=lr,
+            mark=mark,
         )
         mine = zero_sums(len(run.store.manifest.conditions), world.device)
         for part in parts:
-            mine.add(part)
+            mine.add(part.by_condition)
+        router = add_router_sums([part.router for part in parts if part.router is not None])
         memory = peak_memory_bytes(world.device)
         of_rank = RankReport(grad_norm, ready.waited_s, memory, self.stop.is_made, self.saver.is_writing)
-        sums, of_ranks = reduce_over_ranks(mine, of_rank, world)
+        sums, router, of_ranks = reduce_over_ranks(mine, router, of_rank, world)
         self.is_stopping, self.is_writing = of_ranks.is_asked_to_stop, of_ranks.is_writing
         self.state = replace(
             self.state,
@@ -292,10 +300,11 @@ class Trainer:
             seconds=time.perf_counter() - started,
             data_wait_s=of_ranks.data_wait_s,
             peak_memory_bytes=int(of_ranks.peak_memory_bytes),
+            router=router,
         )
         return report, parts
 
-    def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[ConditionSums]) -> None:
+    def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[LossSums]) -> None:
         """End the run when too many steps in a row were skipped, or all that it has."""
         try:
             self.skipped.add(report.step, plan, parts, is_skipped=report.is_skipped)

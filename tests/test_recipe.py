@@ -119,6 +119,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.checkpointing": ("every_12", "every_12", ()),
     "model.kernels": ("none", "none", ()),
     "model.compile": ("true", True, ()),
+    "model.router_aux_loss_coef": ("0.01", 0.01, ()),
     "model.lora": (
         "{rank: 8}",
         {"rank": 8, "alpha": 32.0, "targets": "all-linear", "train_template_tokens": True},

@@ -27,6 +27,7 @@ from ochat_train.doctor.trials import check_fullest, check_isolation
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_config
+from ochat_train.model.router import choose_router_loss
 from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import moved_places, to_json
 from ochat_train.tokens.plan import PlanTable, make_table
@@ -215,7 +216,9 @@ def check_model(case: Case) -> None:
 def check_attention(case: Case) -> Finding:
     """Which attention a run here would use, and whether a small copy of the model is exact on packed batches."""
     case.attention, agreement = attention_of(case.recipe, case.config, case.device.type)
-    detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}"
+    model = case.recipe.model
+    router = choose_router_loss(model.router_aux_loss_coef, case.config, is_frozen=model.lora is not None)
+    detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}{f'; {router}' if router else ''}"
     if agreement.why_eager is None:
         return Finding("ok", detail)
     return Finding("warning", detail, "keep packing.tokens_per_gpu small: each head has scores of [tokens, tokens]")

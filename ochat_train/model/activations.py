@@ -63,8 +63,9 @@ def count_activations(
     head has, for a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
     gradients by its weight in fp32 and by the hidden states.
 
-    Raises ValueError for a model that cannot run without values, such as one that routes tokens to experts, and for
-    adapters without the package peft.
+    Experts of a mixture run as grouped products over the tokens that choose them, as on a GPU; torch has them without
+    values in bfloat16 alone. Raises ValueError for a model that cannot run without values, and for adapters without the
+    package peft.
     """
     lm = meta_model(config, DTYPES[dtype])
     if lora_rank is not None:
@@ -77,6 +78,7 @@ def count_activations(
         device_type="meta",
         checkpointing=checkpointing,
         num_conditions=1,
+        router_coefficient=float(lora_rank is None),
     )
     model.lm.set_attn_implementation(register_sized_attention())
     try:
@@ -101,15 +103,16 @@ def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
             cu_seqlens=torch.zeros(2, dtype=torch.int32),
             max_seqlen=num_tokens,
             condition_ids=tokens.int(),
+            num_tokens=num_tokens,
         )
     with live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
-        hidden = model.hidden(batch)
+        hidden, router = model.run_layers(batch)
         kept = live.now
         at_hidden: list[int] = []
         hidden.register_hook(lambda _: at_hidden.append(live.restart()))
         sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
-        sums.nll.backward()
+        (sums.nll if router is None or not router.loss.requires_grad else sums.nll + router.loss).backward()
     return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)
 
 
@@ -125,11 +128,11 @@ def register_sized_attention() -> str:
 
 
 class _SizedAttention(torch.autograd.Function):
-    """Tensors of flash attention's sizes: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+    """Tensors of flash attention's sizes: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, E] -> [T, Hq, E]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
         log_sums = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, log_sums)
         return out

@@ -31,13 +31,15 @@ class ModelSize:
     """Elements of a model's parameters; a shared one counts once.
 
     num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter.
-    num_rows: tokens whose rows are trained beside adapters.
+    num_rows: tokens whose rows are trained beside adapters. largest_module: of the parameters of one module itself,
+    such as the experts of a layer, which are gathered together.
     """
 
     num_weights: int
     num_trained: int
     largest: int
     num_rows: int = 0
+    largest_module: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,14 @@ def measure_size(
     """
     model = meta_model(config, torch.bfloat16)
     sizes = [parameter.numel() for parameter in model.parameters()]
+    module = max(sum(weight.numel() for weight in part.parameters(recurse=False)) for part in model.modules())
     if lora_rank is None:
-        return ModelSize(sum(sizes), sum(sizes), max(sizes))
+        return ModelSize(sum(sizes), sum(sizes), max(sizes), largest_module=module)
     parts = [lora_rank * size for layer in target_layers(model, lora_targets).values() for size in layer.weight.shape]
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     parts += [num_rows * weight.shape[1] for weight in weights.values()]
-    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), num_rows)
+    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), num_rows, module)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed
@@ -135,7 +138,8 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         reduction        4 b      (4 + 2) b     -             -            -
 
     B: reduce_bucket_size, allocated whole; two of them with overlap_comm. b: the smaller of Q and 5e8. g: gathered
-    weights, the smaller of P and 1e9, none in one process; two processes were measured to have 1.7 to 1.9 times w g.
+    weights, the smaller of P and 1e9, or those of the largest module if they are more, none in one process; two
+    processes were measured to have 1.7 to 1.9 times w g.
     While the engine is made, stages 1 and 2 have the weights twice; stage 3 has the whole model on each GPU.
     """
     n, stage, element = setting.num_processes, setting.stage, DTYPES[setting.dtype].itemsize
@@ -195,7 +199,7 @@ def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _Gradie
     if stage == 2 and setting.num_processes == 1 and accumulates:
         held += element * trained
     if stage == 3 and setting.num_processes > 1:
-        buffers += 2 * element * min(size.num_weights, _GATHERED)
+        buffers += 2 * element * min(size.num_weights, max(_GATHERED, size.largest_module))
     return _GradientNeeds(total, held, buffers, reduction=0)
 
 

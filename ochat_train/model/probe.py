@@ -38,18 +38,20 @@ class Agreement(NamedTuple):
     """How far packed sequences are from each alone, relative to the size of what is compared.
 
     gradients: the largest over the parameters. why_eager: why the model needs its own attention on whole batches; None
-    where packed attention is exact.
+    where packed attention is exact. exported: how far the logits of the exported copy are, see `check_round_trip`.
     """
 
     logits: float
     gradients: float
     seconds: float
     why_eager: str | None = None
+    exported: float | None = None
 
     def __str__(self) -> str:
+        exported = "" if self.exported is None else f"; exported and loaded again, logits by {self.exported:.0e}"
         return (
             f"packed sequences equal each alone in transformers' own model: logits differ by {self.logits:.0e}, "
-            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s)"
+            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s){exported}"
         )
 
 
@@ -101,6 +103,7 @@ def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) 
     try:
         pair = _make_pair(small, attention, checkpointing)
         logits, gradients = _compare(pair)
+        _compare_router_loss(pair)
     except Exception as error:  # of any kind: whatever a model's code says about packed batches
         raise ValueError(_reason(error)) from error
     if logits.size <= _LOGITS_TOLERANCE and gradients.size <= _GRADIENT_TOLERANCE:
@@ -200,6 +203,18 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     return _Difference(
         sizes[name], f"the gradient of {name} differs from that of each sequence alone by {sizes[name]:.0e}"
     )
+
+
+def _compare_router_loss(pair: _Pair) -> None:
+    """Raise ValueError when the loss that balances a mixture's experts is not transformers', on one sequence."""
+    example = pair.examples[1]
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))
+    with torch.no_grad():
+        if (router := pair.packed(_pack([example])).router) is None:
+            return
+        stock = float(pair.stock(ids[None], use_cache=False, output_router_logits=True).aux_loss)
+    if not abs(mine := float(router.loss) / len(ids) - stock) <= _LOGITS_TOLERANCE * stock:
+        raise ValueError(f"the router loss differs from that of transformers, {stock:.4g}, by {mine:.1g}")
 
 
 def _size(difference: _Difference) -> float:

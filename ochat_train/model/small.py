@@ -20,7 +20,7 @@ _MOST_WEIGHTS = 60_000_000  # of a small copy: some seconds on two cores
 # Sizes are recognised by what transformers calls them in all of its families.
 _BORDERS = ("window", "chunk_size", "chunk_length", "index_topk", "floor_scale")
 _WIDTHS = ("intermediate", "ffn", "mlp_hidden")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def small_model(config: Any, *, longest: int, has_dropout: bool = False) -> PreTrainedModel:
@@ -121,9 +121,14 @@ def _narrow_more(settings: dict[str, Any]) -> None:
             continue
         if any(word in name for word in _WIDTHS):
             settings[name] = min(value, _WIDTH)
-        elif name in _EXPERTS:
-            groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
-            settings[name] = min(value, max(8, 2 * groups, 2 * chosen))
+        elif name in EXPERTS:
+            settings[name] = min(value, most_experts(settings))
+
+
+def most_experts(settings: dict[str, Any]) -> int:
+    """How many experts a small copy has at most: more than a token chooses, and some in each group."""
+    groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
+    return max(8, 2 * groups, 2 * chosen)
 
 
 def _parts(config: Any) -> Iterator[Any]:

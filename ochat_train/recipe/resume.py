@@ -19,6 +19,7 @@ FREE_AT_RESUME = (
     "model.checkpointing",
     "model.kernels",
     "model.compile",
+    "model.router_aux_loss_coef",
     "packing",
     "optim.lr",
     "optim.min_lr",

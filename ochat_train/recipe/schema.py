@@ -252,6 +252,9 @@ class ModelSection(Section):
     )
     kernels: Literal["auto", "liger", "none"] = Field("auto", description="Fused kernels of a layer.")
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    router_aux_loss_coef: Weight | Literal["auto"] = Field(
+        "auto", description="Coefficient of a mixture's balancing loss; auto: the configuration's."
+    )
     lora: LoraSection | None = Field(None, description="null: all weights are trained.")
 
     @field_validator("checkpointing", mode="before")

@@ -19,6 +19,8 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.round_trip import check_round_trip
+from ochat_train.model.router import RouterChoice, choose_router_loss
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
@@ -76,6 +78,7 @@ class Resolved:
     agreement: Agreement
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
+    router: RouterChoice | None
 
     def describe(self) -> str:
         """The choices with their reasons, a line each."""
@@ -85,6 +88,7 @@ class Resolved:
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
             str(self.agreement),
+            *([str(self.router)] if self.router else []),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
@@ -164,7 +168,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_options(recipe, text_config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
-    attention, agreement = attention_of(recipe, config, world.device.type)
+    attention, agreement = attention_of(recipe, config, world.device.type, is_exported=world.is_main)
     run = Run(
         recipe=recipe,
         store=store,
@@ -183,6 +187,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 is_compiled=recipe.model.compile,
             ),
             checkpointing=_choose_checkpointing(recipe, text_config, size, world),
+            router=choose_router_loss(
+                recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
+            ),
         ),
         resumed=resumed,
     )
@@ -190,15 +197,26 @@ def prepare(recipe: Recipe, world: World) -> Run:
     return run
 
 
-def attention_of(recipe: Recipe, config: Any, device_type: str) -> tuple[BackendChoice, Agreement]:
-    """The attention of the recipe's run, and how exact the model is with it; see `choose_attention`."""
-    return choose_attention(
+def attention_of(
+    recipe: Recipe, config: Any, device_type: str, *, is_exported: bool = True
+) -> tuple[BackendChoice, Agreement]:
+    """The attention of the recipe's run, and how exact the model is with it and, is_exported, after its export.
+
+    See `choose_attention` and `check_round_trip`. Raises ValueError as they do.
+    """
+    longest, lora = recipe.data.max_tokens, recipe.model.lora
+    attention, agreement = choose_attention(
         recipe.model.attention,
         config,
         attention_needs(config.get_text_config(), DTYPES[recipe.model.dtype], device_type),
-        longest=recipe.data.max_tokens,
+        longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
+    if is_exported:
+        is_eager, targets = attention.backend == "eager", lora.targets if lora else None
+        exported = check_round_trip(config, longest=longest, is_eager=is_eager, lora_targets=targets)
+        agreement = agreement._replace(exported=exported)
+    return attention, agreement
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
@@ -431,6 +449,7 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         device_type=world.device.type,
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
+        router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
     )
     packed.base_digest = base_digest
     if recipe.model.compile:
