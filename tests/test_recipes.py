@@ -1,7 +1,9 @@
 """The recipes for known bases: memory, plan and time at the base's own sizes, and two steps of its small copy."""
 
+import copy
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,11 +170,28 @@ def config_of(name: str) -> Any:
 
 @cache
 def memory_of(name: str) -> MemoryPlan:
-    """The memory plan on the GPUs in the name."""
+    """The memory plan on the GPUs in the name.
+
+    Activations are counted on four layers, and each further one adds as much as the last two did: the whole model would
+    take seconds.
+    """
+    recipe, config, short = load_recipe(ROOT / f"recipes/{name}.yaml"), config_of(name), {}
+    for number in (2, 4):
+        short[number] = plan_of(name, recipe, copy.deepcopy(config), num_layers=number)
+    kept = {number: plan.activations.kept for number, plan in short.items()}
+    kept_by_all = kept[4] + (kept[4] - kept[2]) // 2 * (config.num_hidden_layers - 4)
+    return replace(short[4], config=config, activations=replace(short[4].activations, kept=kept_by_all))
+
+
+def plan_of(name: str, recipe: Recipe, config: Any, *, num_layers: int | None = None) -> MemoryPlan:
+    """The memory plan whose activations are those of a model with so many layers; None: all."""
     num_gpus, gigabytes = gpus_of(name)
-    recipe, config = load_recipe(ROOT / f"recipes/{name}.yaml"), config_of(name)
     size = size_of(recipe, config, 0 if recipe.model.lora is None else 3)
     check_options(recipe, config, size, num_gpus)
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = (list(dict.fromkeys(config.layer_types)) * num_layers)[:num_layers]
     gpus = AvailableMemory(int(GPU_GIB[gigabytes] * 2**30), 2**50, is_here=False)
     return plan_memory(recipe, gpus, config, size, num_gpus)
 
@@ -193,6 +212,12 @@ def test_its_memory_fits_its_gpus_as_the_table_says(name: str) -> None:
     plan = memory_of(name)
     assert plan.fits(plan.own)
     assert row_of(name) in (ROOT / "docs/recipes.md").read_text().splitlines()
+
+
+def test_four_layers_plan_what_all_do() -> None:
+    name = "smollm3_3b_1x80gb"
+    whole = plan_of(name, load_recipe(ROOT / f"recipes/{name}.yaml"), config_of(name))
+    assert memory_of(name).activations == whole.activations
 
 
 def row_of(name: str) -> str:
