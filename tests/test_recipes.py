@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ochat_train.doctor.case import Case
+from ochat_train.doctor.checks import examine
 from ochat_train.model.pretrained import load_config, max_positions_of, quadratic_length_of
 from ochat_train.model.small import small_model
 from ochat_train.preprocess.run import preprocess
@@ -319,3 +321,16 @@ def test_two_steps_of_its_small_copy_are_trained(name: str, dump: Path, tmp_path
     assert all(step["loss"] > 0 and step["grad_norm"] > 0 and not step["skipped"] for step in steps)
     assert all(loss is not None for loss in steps[0]["loss_by_condition"].values())
     assert json.loads((base / "config.json").read_text())["model_type"] == BASES[name]["model_type"]
+
+
+def test_a_base_without_its_weights_is_planned_all_the_same(tmp_path: Path) -> None:
+    """Before they are fetched: configuration and tokenizer are small."""
+    name = "olmo2_7b_4x80gb"
+    base = write_base(tmp_path / "base", "gpt4")
+    (base / "config.json").write_text(json.dumps(BASES[name]))
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", [f"model.base={base}"])
+    found = {each.name: each for each in examine(Case(recipe, f"recipes/{name}.yaml", True, 4, GPU_GIB["80"]))}
+    assert found["model"].state == "problem" and "holds no weights" in found["model"].detail
+    assert "holds no weights" in found["template rows"].detail
+    assert found["memory"].detail.startswith(show_bytes(memory_of(name).total(memory_of(name).own)))
+    assert found["attention"].state == found["settings"].state == "ok"
