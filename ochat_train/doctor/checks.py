@@ -204,13 +204,16 @@ def check_special_tokens(case: Case) -> Finding:
 
 
 def check_model(case: Case) -> None:
-    """That there is a model, and that its size is known; this is a finding only if it is not so."""
+    """That its size is known, and that there is a model; this is a finding only if it is not so.
+
+    Without the weights, which take long to fetch, all that follows from the size is checked all the same.
+    """
     model = case.recipe.model
-    if model.base is not None:
-        require_model(model.base)
     case.config = load_config(model.base, model.config, case.tokenizer.num_ids)
     case.row_ids = trained_rows(case.recipe, case.tokenizer)
     case.size = size_of(case.recipe, case.config.get_text_config(), len(case.row_ids))
+    if model.base is not None:
+        require_model(model.base)
 
 
 def check_attention(case: Case) -> Finding:
