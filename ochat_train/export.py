@@ -53,10 +53,10 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
 
     An earlier export there stays until the new one is whole. Adapters of model.lora are merged into their base, which
     is loaded again, from `base` if it lies elsewhere now; with `adapter` they alone are written, for peft. transformers
-    loads the model, whose weights must be the checkpoint's, see `compare_weights`. Its prompts are compared with those of
-    its training; what differs there is printed and recorded in the metadata, but does not stop the export. Raises
-    ValueError for an incomplete checkpoint, other weights, a base that is not what it was, adapters where there are none,
-    a disk without room, or when `out` holds something that is not an earlier export.
+    loads the model, whose weights must be the checkpoint's, see `compare_weights`. Its prompts are compared with those
+    of its training; what differs there is printed and recorded in the metadata, but does not stop the export. Raises
+    ValueError for an incomplete checkpoint, other weights, a base that is not what it was, adapters where there are
+    none, a disk without room, or when `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
