@@ -88,10 +88,22 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
     return Nodes("slurm", tuple(listed.stdout.split()))
 
 
-def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str]) -> TrainingCommand:
-    """DeepSpeed's launcher on all nodes, with NUM_GPUS processes on each, or one for each GPU, or two on a CPU."""
-    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # torch would stay in our memory
-    num_devices = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
+def count_gpus() -> int:
+    """How many GPUs torch can use here. Raises ValueError, with the remedy, where there are GPUs that it cannot use."""
+    count = [sys.executable, "-c", "from ochat_train import gpus; gpus.main()"]  # torch would stay in our memory
+    counted = subprocess.run(count, capture_output=True, text=True)
+    if counted.returncode:
+        raise ValueError(counted.stderr.strip().splitlines()[-1])  # after warnings of torch
+    return int(counted.stdout)
+
+
+def training_command(
+    nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str], num_devices: int
+) -> TrainingCommand:
+    """DeepSpeed's launcher on all nodes, with NUM_GPUS processes on each, or one for each GPU, or two on a CPU.
+
+    num_devices: what `count_gpus` has found here.
+    """
     num_gpus = environment.get("NUM_GPUS")
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if num_devices == 0:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from ochat_train.files import STEP_FOLDERS, step_name
+from ochat_train.gpus import usable_gpus
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.memory import (
@@ -49,7 +50,7 @@ class AvailableMemory:
 
 def find_memory() -> AvailableMemory:
     """The memory of this machine, by its smallest GPU."""
-    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(usable_gpus())]
     return AvailableMemory(min(gpus, default=None), free_host_bytes(), is_here=True)
 
 
