@@ -105,6 +105,15 @@ def _remedy(driver: Driver, root: Path) -> str:
     return f"install a build of torch for CUDA {cuda} ({sys.executable} -m pip install {wheel}){newer}"
 
 
+def use_expandable_segments() -> None:
+    """Let torch's allocator grow its segments on a GPU, unless the environment says how it allocates.
+
+    The batches of each step have other sizes; blocks of fixed segments would leave gaps that no later one fits.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main() -> None:
     """Print how many GPUs torch can use; exits with the remedy where it cannot use those of the machine."""
     try:

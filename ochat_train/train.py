@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.files import step_name
-from ochat_train.gpus import check_gpus
+from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import ConditionSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_gpus()
     except ValueError as error:  # the same on every rank of a node
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    use_expandable_segments()  # before anything is allocated
     world = read_world()
     _use_own_share_of_cores(world)
     join_process_group(world)

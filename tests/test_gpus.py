@@ -4,6 +4,7 @@ No GPU is here: /proc and /dev are files of the test, NVML is a stand-in for the
 """
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_the_remedy_is_the_build_that_fits_the_driver(
         with monkeypatch.context() as told_to:
             told_to.setenv(name, value)
             check_gpus(root)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_segments_are_expandable_unless_the_environment_says_how_to_allocate(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    gpus.use_expandable_segments()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 def test_the_launcher_doctor_and_training_stop_there(

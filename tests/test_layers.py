@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": BELOW | {"files", "gpus"},
     "export": BELOW | {"files"},
     "train": BELOW | {"files", "gpus", "export"},
-    "launch": {"recipe", "files", "launch"},
+    "launch": {"recipe", "files", "gpus", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "evaluate"},
     "report": BELOW | {"files", "gpus", "preprocess", "report"},

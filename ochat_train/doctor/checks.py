@@ -321,9 +321,7 @@ def _memory_by_part(plan: MemoryPlan) -> list[str]:
     lines.append("the larger of layer and logits counts; with one micro-batch a step gradients come as activations go")
     if setting.offload or plan.is_on_gpu:
         offloaded = f", offloaded {show_bytes(needs.host)} a process" if setting.offload else ""
-        lines.append(
-            f"host memory: {show_bytes(plan.host_needs(setting))}, the model loaded by each process{offloaded}"
-        )
+        lines.append(f"host memory: {show_bytes(plan.host_needs(setting))}, where the model is loaded once{offloaded}")
     return lines
 
 

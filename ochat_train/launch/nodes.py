@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ochat_train.files import free_port
+from ochat_train.gpus import use_expandable_segments
 
 _RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 _PORT_BY_HAND = 29500  # nodes that do not communicate yet cannot agree on a free one
@@ -106,6 +107,7 @@ def training_command(
     """
     num_gpus = environment.get("NUM_GPUS")
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    use_expandable_segments()
     if num_devices == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"  # no search for accelerators, no warning about it
         num_devices = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ochat_train.training.engine import World, gather_objects, say, together
@@ -53,7 +53,8 @@ def load_once(load: Callable[[], PreTrainedModel], world: World) -> PreTrainedMo
         of_ranks = gather_objects(shared)
         if reasons := [found for found in of_ranks if isinstance(found, str)]:
             say(world, f"each process loads the model for itself: {reasons[0]}")
-            return together(load) if model is None else together(lambda: model)
+            own = model
+            return together(lambda: load() if own is None else own)
         if model is None:
             of_node = of_ranks[world.rank - world.local_rank]
             assert isinstance(of_node, _Shared)
@@ -81,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.parameters = parameters
 
-    def persistent_load(self, number: Any) -> nn.Parameter:
+    def persistent_load(self, number: int) -> nn.Parameter:
         return self.parameters[number]
 
 
@@ -99,25 +100,28 @@ def _share(model: PreTrainedModel, file: int) -> _Shared:
         pickler.parameters = {id(parameter): parameter for parameter in model.parameters()}
         pickler.dump(model)
         assert len(pickler.parameters) == len(weights)
-    memory = torch.UntypedStorage.from_file(shared.path, shared=True, nbytes=size)
-    for weight, parameter in zip(weights, model.parameters(), strict=True):
-        parameter.data = _view(memory, weight).copy_(parameter.data)  # one after the other: the old one is freed
-    memory = torch.UntypedStorage.from_file(shared.path, shared=False, nbytes=size)
-    for weight, parameter in zip(weights, model.parameters(), strict=True):
-        parameter.data = _view(memory, weight)  # what this rank writes is from now on its own
+    for parameter, view in zip(model.parameters(), _views(shared, is_private=False), strict=True):
+        parameter.data = view.copy_(parameter.data)  # one after the other: the old one is freed
+    for parameter, view in zip(model.parameters(), _views(shared, is_private=True), strict=True):
+        parameter.data = view  # what this rank writes is from now on its own
     return shared
 
 
 def _map(shared: _Shared) -> PreTrainedModel:
     """The model in the shared memory of another rank, in pages that are copied when they are written to."""
-    memory = torch.UntypedStorage.from_file(shared.path, shared=False, nbytes=shared.size)
-    parameters = [nn.Parameter(_view(memory, weight), weight.requires_grad) for weight in shared.weights]
+    views = zip(_views(shared, is_private=True), shared.weights, strict=True)
+    parameters = [nn.Parameter(view, weight.requires_grad) for view, weight in views]
     with Path(shared.path).open("rb") as file:
         file.seek(shared.size)
         model: PreTrainedModel = _Unpickler(file, parameters).load()
     return model
 
 
-def _view(memory: torch.UntypedStorage, weight: _Weight) -> torch.Tensor:
-    whole = torch.empty(0, dtype=weight.dtype).set_(memory, weight.offset // weight.dtype.itemsize, weight.shape)
-    return whole
+def _views(shared: _Shared, *, is_private: bool) -> list[Tensor]:
+    """The weights in the shared memory; is_private: a page is copied when it is written to."""
+    memory = torch.from_file(shared.path, shared=not is_private, size=shared.size, dtype=torch.uint8)
+    views = []
+    for weight in shared.weights:
+        num_bytes = weight.shape.numel() * weight.dtype.itemsize
+        views.append(memory[weight.offset : weight.offset + num_bytes].view(weight.dtype).view(weight.shape))
+    return views
