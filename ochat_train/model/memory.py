@@ -141,8 +141,8 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         gradients        4 Q      4 Q + 2 Q     4 Q + 4 Q/n   4 Q / n      4 Q / n
         fp32 master      -        4 Q / n       4 Q / n       4 Q / n      4 Q / n     (also of fp32 weights)
         Adam             8 Q      8 Q / n       8 Q / n       8 Q / n      8 Q / n     (8 bits: 2.03 Q)
-        buffers          -        -             4 B + 4 c     w B + w c    w B + 2 w g
-        reduction        4 b      (4 + 2) b     -             -            -
+        buffers          -        -             4 B           w B + w c    w B + 2 w g
+        reduction        4 b      (4 + 2) b     4 B + 4 c     -            -
 
     B: reduce_bucket_size, allocated whole; two of them with overlap_comm. c: what is in a bucket, the smaller of Q and
     B, which is copied to be reduced. b: the smaller of Q and 5e8. g: gathered weights, the smaller of P and 1e9, none
@@ -225,9 +225,10 @@ def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _Gradie
     if stage == 1:
         total = _FP32 * (trained + part)
         held = total if setting.offload else _FP32 * trained if accumulates else 0
-        # The copy of a bucket is reduced in the weights' dtype.
-        buffers = _FP32 * (setting.num_buckets * setting.bucket + copied) + (element if element < _FP32 else 0) * copied
-        return _GradientNeeds(total, held, buffers, reduction=0)
+        # The bucket is reduced after the backward pass; its copy in the weights' dtype.
+        buffers = _FP32 * setting.num_buckets * setting.bucket
+        copies = (_FP32 + (element if element < _FP32 else 0)) * copied
+        return _GradientNeeds(total, held, buffers, reduction=buffers + copies)
     total = held = _FP32 * part
     buffers = element * (setting.num_buckets * setting.bucket + (copied if stage == 2 else 0))
     if stage == 2 and setting.num_processes == 1 and accumulates:
