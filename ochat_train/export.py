@@ -15,7 +15,7 @@ import orjson
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.files import flush_tree, publish_folder

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.files import step_name
+from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import LossSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
@@ -80,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     recipe_arguments(parser)
     options = parse_arguments(parser, arguments)
+    try:
+        check_gpus()
+    except ValueError as error:  # the same on every rank of a node
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    use_expandable_segments()  # before anything is allocated
     world = read_world()
     _use_own_share_of_cores(world)
     join_process_group(world)

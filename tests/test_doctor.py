@@ -29,7 +29,7 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, TrainState, manifest_of
 from ochat_train.training.engine import World
 from ochat_train.training.resources import AvailableMemory, size_of
-from ochat_train.training.setup import build_model, prepare
+from ochat_train.training.setup import build_model, load_base, prepare
 from ochat_train.training.speed import Rate
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
 from tests.waiting import HANG_S
@@ -652,7 +652,7 @@ def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_
     assert (outcome.code, outcome.text.splitlines()[-1]) == (0, "OK"), outcome.text
     assert "forward and backward in" in outcome.text and "the model in full" in outcome.text
     recipe = load_recipe(path, [f"model.lora={lora}"])
-    model = build_model(prepare(recipe, ALONE), ALONE)
+    model = (lambda run: build_model(run, ALONE, load_base(run)))(prepare(recipe, ALONE))
     num_weights, num_trained = (
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or is_any)
         for is_any in (True, False)

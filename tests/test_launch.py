@@ -32,7 +32,7 @@ case "$*" in "-m ochat_train.launch"*) exec "$REAL_PYTHON" "$HERE/launch.py" "$0
 printf '%s\\n' "$*" >>"$HERE/calls"
 case "$*" in
   *importlib.metadata*) [[ $* =~ \\'(.*)\\' ]]; grep -qx -- "${BASH_REMATCH[1]}" "$HERE/installed" ;;
-  *torch.cuda*) echo 0 ;;
+  *"import gpus"*) [ ! -e "$HERE/gpus" ] || { cat "$HERE/gpus" >&2; exit 1; }; echo 0 ;;
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m ochat_train.preprocess "*) exec bash "$HERE/preprocess" ;;
   "-m deepspeed.launcher.runner "*) exec bash "$HERE/train" "$@" ;;
@@ -194,6 +194,28 @@ def test_the_extras_that_a_recipe_needs_are_installed_together(
     assert process.returncode == 0
     (install,) = (call for call in bench.calls() if call.startswith("pip install"))
     assert install.endswith(f"-e {root}{extras}")
+
+
+def test_the_extra_gpu_is_installed_with_an_nvidia_gpu_into_an_environment_that_is_made_here(bench: Bench) -> None:
+    bench.command("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA A100'\n")
+    assert "it lacks liger-kernel" in bench.launch()[1]
+    assert "using the current environment" in bench.launch(DS_ACCELERATOR="cpu")[1]
+    (bench.here / "installed").write_text("")
+    root = bench.here / "clone"
+    root.mkdir()
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, root / name)
+    assert (
+        "installing ochat_train[lora,gpu] into"
+        in bench.start("model.lora.rank=8", script=root / "launch.sh").communicate(timeout=60)[0]
+    )
+
+
+def test_gpus_that_torch_cannot_use_end_the_launch_before_it_preprocesses(bench: Bench) -> None:
+    (bench.here / "gpus").write_text("this machine has 8 NVIDIA GPU(s), update the driver\n")
+    code, output = bench.launch()
+    assert code == 1 and output.endswith("launch: this machine has 8 NVIDIA GPU(s), update the driver\n")
+    assert bench.calls() == []
 
 
 def test_an_environment_that_has_the_extras_is_left_as_it_is(bench: Bench) -> None:

@@ -19,18 +19,19 @@ BELOW = {"recipe", "conversations", "tokens", "model", "training"}
 MAY_IMPORT = {
     "recipe": {"recipe"},
     "files": set(),
+    "gpus": set(),
     "conversations": {"files", "conversations"},
     "tokens": {"files", "conversations", "tokens"},
     "preprocess": {"recipe", "files", "conversations", "tokens", "preprocess"},
     "model": {"files", "conversations", "tokens", "model"},
-    "training": BELOW | {"files"},
+    "training": BELOW | {"files", "gpus"},
     "export": BELOW | {"files"},
-    "train": BELOW | {"files", "preprocess", "export"},
-    "launch": {"recipe", "files", "launch"},
+    "train": BELOW | {"files", "gpus", "preprocess", "export"},
+    "launch": {"recipe", "files", "gpus", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "evaluate"},
-    "report": BELOW | {"files", "preprocess", "report"},
-    "doctor": BELOW | {"files", "preprocess", "doctor"},
+    "report": BELOW | {"files", "gpus", "preprocess", "report"},
+    "doctor": BELOW | {"files", "gpus", "preprocess", "doctor"},
 }
 TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.

@@ -270,27 +270,33 @@ def test_an_engine_has_the_planned_bytes_in_memory_and_in_its_checkpoint(
 
 def test_two_processes_have_the_planned_bytes_each() -> None:
     engines: list[tuple[int, Dtype]] = [(2, "bfloat16"), (3, "float32")]
-    peaks: list[tuple[int, Dtype, str, int]] = [
-        (2, "bfloat16", "none", 1),
-        (1, "bfloat16", "every_2", 1),
-        (3, "bfloat16", "none", 2),
-        (0, "float32", "none", 1),
-        (1, "float32", "none", 2),
+    quarter, default = 500_000, 500_000_000  # elements: a quarter of the weights, DeepSpeed's own
+    # stage, dtype, policy, grad_accum, bucket, lora_rank, algorithm
+    peaks: list[tuple[int, Dtype, str, int, int, int | None, Any]] = [
+        (2, "bfloat16", "full", 1, quarter, None, "sgd"),
+        (2, "bfloat16", "none", 1, default, 16, "adamw"),
+        (1, "bfloat16", "every_2", 1, quarter, None, "adamw"),
+        (3, "bfloat16", "none", 2, 1000, None, "adamw"),
+        (0, "float32", "none", 1, quarter, None, "adamw"),
+        (1, "float32", "none", 2, quarter, None, "adamw"),
     ]
     kinds: list[dict[str, Any]] = [{"stage": stage, "dtype": dtype} for stage, dtype in engines]
     kinds += [
-        {"stage": stage, "dtype": dtype, "policy": policy, "grad_accum": grad_accum}
-        for stage, dtype, policy, grad_accum in peaks
+        {"stage": stage, "dtype": dtype, "policy": policy, "grad_accum": accum, "bucket": bucket}
+        | {"lora_rank": rank, "algorithm": algorithm}
+        for stage, dtype, policy, accum, bucket, rank, algorithm in peaks
     ]
     found = run_engines(kinds)
     for (stage, dtype), one in zip(engines, found, strict=False):
         check_engine(one, stage, dtype, 2)
-    size = measure_size(small_config(2), lora_rank=None, lora_targets="all-linear")
-    for (stage, dtype, policy, grad_accum), one in zip(peaks, found[len(engines) :], strict=True):
-        activations = count_activations(small_config(2), num_tokens=128, dtype=dtype, checkpointing=policy)
-        setting = ZeroSetting(stage, False, 2, dtype, bucket=1000, grad_accum=grad_accum)
+    for (stage, dtype, policy, accum, bucket, rank, algorithm), one in zip(peaks, found[len(engines) :], strict=True):
+        size = measure_size(small_config(2), lora_rank=rank)
+        activations = count_activations(
+            small_config(2), num_tokens=128, dtype=dtype, checkpointing=policy, lora_rank=rank
+        )
+        setting = ZeroSetting(stage, False, 2, dtype, algorithm=algorithm, bucket=bucket, grad_accum=accum)
         needs = memory_needs(size, activations, setting, on_gpu=False)
-        assert max(one["backward"], one["step"]) == pytest.approx(needs.total, rel=0.05), (stage, dtype, policy)
+        assert max(one["backward"], one["step"]) == pytest.approx(needs.total, rel=0.05), (stage, dtype, policy, rank)
 
 
 def run_engines(kinds: list[dict[str, Any]]) -> list[dict[str, int]]:
@@ -338,8 +344,8 @@ def test_llama_2_13b_with_zero_2_on_eight_gpus_is_what_a_hand_computes() -> None
     assert needs.weights == 26_031_728_640
     assert needs.gradients == needs.master == 6_507_932_160
     assert needs.optimizer == 13_015_864_320
-    assert needs.buffers == 1_000_000_000
-    assert needs.total == needs.fixed + needs.gradients + activations.peak + 1_000_000_000
+    assert needs.buffers == 2_000_000_000  # a bucket, and its copy that is reduced
+    assert needs.total == needs.fixed + needs.gradients + activations.peak + 2_000_000_000
     # The published run had 80 GB each.
     assert 70e9 < needs.total < 80e9
     assert memory_needs(size, activations, ZeroSetting(2, False, 1, "bfloat16"), on_gpu=True).total > 200e9
@@ -355,6 +361,18 @@ def test_an_offloaded_optimizer_is_in_host_memory() -> None:
     assert (offloaded.master, offloaded.optimizer, on_gpu.host) == (0, 0, 0)
     assert offloaded.host == pytest.approx((4 + 4 + 8 + 2) * part + 2 * size.largest, rel=1e-3)
     assert offloaded.total < on_gpu.total
+
+
+def test_making_the_engine_takes_the_weights_once_and_under_stage_3_a_part_and_the_largest() -> None:
+    """DeepSpeed flattens the trained weights on the GPU if there is room for both, else through host memory."""
+    whole, adapters = (measure_size(llama(), lora_rank=rank) for rank in (None, 8))
+
+    def start(size: Any, stage: int, dtype: Dtype = "bfloat16") -> int:
+        return memory_needs(size, NOTHING, ZeroSetting(stage, False, 4, dtype, bucket=1000), on_gpu=True).start
+
+    assert start(adapters, 2) == 2 * adapters.num_weights and start(whole, 2) == 2 * whole.num_weights
+    assert start(whole, 1) == 4 * whole.num_weights  # BF16_Optimizer always flattens on the GPU
+    assert start(adapters, 3) == 2 * (-(-adapters.num_weights // 4) + 512 * WIDTH)
 
 
 def test_frozen_weights_have_neither_gradients_nor_states() -> None:

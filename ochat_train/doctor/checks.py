@@ -24,6 +24,7 @@ from ochat_train.conversations.described import read_template
 from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.doctor.rows import check_rows
 from ochat_train.doctor.trials import check_fullest, check_isolation
+from ochat_train.gpus import check_gpus, usable_gpus
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_config
@@ -69,7 +70,7 @@ def check_versions(_: Case) -> Finding:
         return Finding("warning", "ochat_train is not installed, so its tested ranges are unknown", install)
     shown, wrong = [f"python {platform.python_version()}"], []
     for requirement in map(Requirement, stated):
-        # gpu: an attention kernel of another version is a problem, a missing one is not.
+        # gpu: a package of another version is a problem, a missing one is not.
         is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         is_used = is_needed or (requirement.marker is not None and requirement.marker.evaluate({"extra": "gpu"}))
         if not is_used:
@@ -80,7 +81,7 @@ def check_versions(_: Case) -> Finding:
             if is_needed:
                 wrong.append(f"{requirement.name} is not installed, tested with {requirement.specifier}")
             continue
-        if requirement.name in ("torch", "deepspeed", "transformers", "flash-attn"):
+        if requirement.name in ("torch", "deepspeed", "transformers", "liger-kernel"):
             shown.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not in {requirement.specifier}")
@@ -96,7 +97,9 @@ def check_accelerators(case: Case) -> Finding:
         machine = AvailableMemory(int(case.gpu_gib * GIB), machine.host_bytes, is_here=False)
     case.machine = machine
     here = f"{len(os.sched_getaffinity(0))} CPU cores, {show_bytes(machine.host_bytes)} of host memory free"
-    if torch.cuda.is_available():
+    if case.gpu_gib is None:
+        check_gpus()
+    if usable_gpus():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         here = f"{kinds}, {show_bytes(machine.gpu_bytes or 0)} each; {here}"
@@ -114,7 +117,7 @@ def check_hosts(case: Case) -> Finding | None:
     """Whether each host of HOSTFILE has an address and, if ssh starts it, answers where ssh listens."""
     stated = os.environ.get("NUM_GPUS", "")
     per_host = int(stated) if stated.isdecimal() else None
-    case.num_processes = case.num_gpus or per_host or torch.cuda.device_count() or _CPU_PROCESSES
+    case.num_processes = case.num_gpus or per_host or usable_gpus() or _CPU_PROCESSES
     if not (hostfile := os.environ.get("HOSTFILE")):
         return None
     hosts = {host: min(slots, per_host or slots) for host, slots in read_hosts(hostfile).items()}
@@ -327,9 +330,7 @@ def _memory_by_part(plan: MemoryPlan) -> list[str]:
     lines.append("the larger of layer and logits counts; with one micro-batch a step gradients come as activations go")
     if setting.offload or plan.is_on_gpu:
         offloaded = f", offloaded {show_bytes(needs.host)} a process" if setting.offload else ""
-        lines.append(
-            f"host memory: {show_bytes(plan.host_needs(setting))}, the model loaded by each process{offloaded}"
-        )
+        lines.append(f"host memory: {show_bytes(plan.host_needs(setting))}, where the model is loaded once{offloaded}")
     return lines
 
 
@@ -428,7 +429,7 @@ _RUNS = ("attention", "kernels")
 
 CHECKS = (
     Check("versions", check_versions),
-    Check("accelerators", check_accelerators),
+    Check("accelerators", check_accelerators, "install what the message names, or plan for other GPUs with --gpu-gib"),
     Check("hosts", check_hosts, "correct HOSTFILE, or leave it out on one machine"),
     Check("port", check_port),
     Check("special tokens", check_special_tokens, _TOKENIZER),

@@ -60,8 +60,8 @@ class Support:
 
 
 _FA4 = ("flash_attn.cute", "pip install flash-attn-4")
-_FA3 = ("flash_attn_interface", "build folder hopper of github.com/Dao-AILab/flash-attention")
-_FA2 = ("flash_attn", "pip install 'ochat_train[gpu]'")
+_FA3 = ("flash_attn_interface", "flash-attn-3 from PyTorch's own package index")
+_FA2 = ("flash_attn", "pip install --no-build-isolation flash-attn")
 _TORCH = (None, "part of torch")
 
 # In the order in which `auto` tries them: the fastest by its makers' figures first (docs/design.md, Decisions).

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ochat_train.conversations.described import read_template
+from ochat_train.gpus import usable_gpus
 from ochat_train.model.pretrained import load_config
 from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import Recipe, load_recipe
@@ -64,7 +65,7 @@ def read_requests(recipe: str, words: Sequence[str], versus: Sequence[str] | Non
     launch.sh would start here. versus: the second plan's. A first word without "=" is another recipe; else it is the
     first recipe with the first's overrides and these on top. Raises ValueError for what cannot be.
     """
-    num_gpus = torch.cuda.device_count() or _CPU_PROCESSES
+    num_gpus = usable_gpus() or _CPU_PROCESSES
     first = _add_words(Request(recipe, (), num_gpus, None), words)
     if versus is None:
         return [first]

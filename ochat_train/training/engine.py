@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -170,12 +170,34 @@ def check_adam8bit(size: ModelSize, *, stage: int, num_processes: int) -> None:
 def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
     """The DeepSpeed engine around the model, in training mode."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if config["zero_optimization"]["stage"] == 3:
+        split_weights(model, config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by whole positions.
     for name, buffer in engine.module.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
+        buffer.data = buffers[name].to(engine.device)
     engine.train()  # transformers loads pretrained models in eval mode, where they skip checkpointing
     return engine
+
+
+def split_weights(model: nn.Module, config: dict[str, Any]) -> None:
+    """Split the weights among the ranks, as stage 3 has them: one after the other goes to the device and is split.
+
+    `deepspeed.initialize` alone would first move all of them to the device.
+    """
+
+    def one_by_one(recurse: bool = True) -> Iterator[nn.Parameter]:
+        for parameter in nn.Module.parameters(model, recurse):
+            if get_accelerator().device_name() == "cpu":  # a copy, as on a device: DeepSpeed writes to it
+                parameter.data = parameter.data.clone()
+            yield parameter
+
+    model.parameters = one_by_one  # type: ignore[method-assign]
+    try:
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
+    finally:
+        del model.parameters
 
 
 class OutOfMemory(MemoryError):

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from ochat_train.files import STEP_FOLDERS, step_name
+from ochat_train.gpus import usable_gpus
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.memory import (
@@ -20,6 +21,7 @@ from ochat_train.model.memory import (
     ModelSize,
     ZeroSetting,
     checkpoint_bytes,
+    flat_copies,
     measure_size,
     memory_needs,
     run_bytes,
@@ -27,7 +29,9 @@ from ochat_train.model.memory import (
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe
 
-# The share of a GPU's memory for CUDA itself, its libraries, and the gaps between allocated blocks.
+# The share of a GPU's memory for CUDA itself and its libraries (about 1.5 GB: context, workspaces of cuBLAS, buffers of
+# NCCL), and for the gaps between allocated blocks. With expandable segments a gap is at most the rest of two pages of
+# 20 MiB (kLargeBuffer of torch's allocator); the others are mapped anew. Chosen so, not measured on a GPU.
 RESERVED = 0.06
 _MOST_LOCAL = 8  # GPUs of a host, where the number is not known
 
@@ -49,7 +53,7 @@ class AvailableMemory:
 
 def find_memory() -> AvailableMemory:
     """The memory of this machine, by its smallest GPU."""
-    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(usable_gpus())]
     return AvailableMemory(min(gpus, default=None), free_host_bytes(), is_here=True)
 
 
@@ -101,7 +105,7 @@ class MemoryPlan:
     def setting(self, stage: int, *, offload: bool, num_processes: int, algorithm: Any = None) -> ZeroSetting:
         """The recipe's setting with another stage, offload, number of processes and, if given, optimizer."""
         zero = self.recipe.deepspeed.get("zero_optimization", {})
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) * (2 if zero.get("overlap_comm") else 1)
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000))
         if not self.is_on_gpu:  # host memory that is never written is never allocated
             bucket = min(bucket, self.size.num_trained)
         return ZeroSetting(
@@ -112,6 +116,7 @@ class MemoryPlan:
             algorithm=algorithm or self.recipe.optim.algorithm,
             bucket=bucket,
             grad_accum=self.recipe.packing.grad_accum,
+            num_buckets=2 if stage in (1, 2) and zero.get("overlap_comm") else 1,
         )
 
     @property
@@ -151,10 +156,15 @@ class MemoryPlan:
         return is_in_host and self.fits_device(setting, activations)
 
     def host_needs(self, setting: ZeroSetting) -> int:
-        """Bytes of host memory beside GPUs: the whole model, which each process loads, or what is offloaded."""
+        """Bytes of host memory beside GPUs at most: the model, which a node loads once, then what its processes have.
+
+        These are offloaded states, or copies of trained weights for which a GPU lacks room while the engine is made.
+        """
         num_local = self.num_local or min(setting.num_processes, _MOST_LOCAL)
-        loaded = DTYPES[setting.dtype].itemsize * self.size.num_weights
-        return num_local * max(loaded, self.needs(setting).host)
+        element = DTYPES[setting.dtype].itemsize
+        lacks_room = element * (self.size.num_weights + self.size.num_trained) > self.limit(setting)
+        copies = flat_copies(self.size, setting) if lacks_room else 0
+        return max(element * self.size.num_weights, num_local * max(copies, self.needs(setting).host))
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""

@@ -54,6 +54,7 @@ from ochat_train.training.engine import (
     say,
     together,
 )
+from ochat_train.training.loading import load_once
 from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
@@ -413,7 +414,8 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     is_shared: whether all nodes see the checkpoints. loads_universal: whether the run begins with converted states.
     """
     recipe = run.recipe
-    model = together(lambda: build_model(run, world))
+    lm = load_once(partial(load_base, run), world)
+    model = together(lambda: build_model(run, world, lm))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
     optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr.value)
     configuration = deepspeed_configuration(recipe)
@@ -421,10 +423,10 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     return make_engine(model, optimizer, configuration)
 
 
-def build_model(run: Run, world: World) -> PackedCausalLM:
-    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or cannot take packed batches."""
-    recipe, lora = run.recipe, run.recipe.model.lora
-    lm = load_model(
+def load_base(run: Run) -> PreTrainedModel:
+    """The model that the recipe starts from, on the CPU. Raises ValueError when it cannot be loaded."""
+    recipe = run.recipe
+    return load_model(
         recipe.model.base,
         recipe.model.config,
         dtype=recipe.model.dtype,
@@ -432,6 +434,11 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         added_ids=run.store.manifest.added_tokens.values(),
         seed=recipe.train.seed,
     )
+
+
+def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
+    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches."""
+    recipe, lora = run.recipe, run.recipe.model.lora
     base_digest = _digest_base(run, lm) if world.local_rank == 0 else None
     if lora is not None:
         add_adapters(
