@@ -73,6 +73,7 @@ def ask(server: Server, *texts: str, condition: str | None = None, **options: An
     roles = ("user", "assistant")
     messages: Any = [{"role": roles[position % 2], "content": text} for position, text in enumerate(texts)]
     extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
+    extra |= options.pop("extra_body", {})
     options = {"temperature": 0, "max_tokens": 12} | options
     return server.client.chat.completions.create(model="tiny-chat", messages=messages, extra_body=extra, **options)
 
