@@ -43,7 +43,9 @@ class Server:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
 
     def lines(self) -> list[dict[str, Any]]:
-        return [orjson.loads(line) for line in self.log.read_bytes().splitlines()]
+        """The lines of requests."""
+        lines = [orjson.loads(line) for line in self.log.read_bytes().splitlines()]
+        return [line for line in lines if "engine" not in line]
 
     def send(self, request: bytes) -> bytes:
         """The answer to raw bytes."""

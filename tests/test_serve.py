@@ -76,7 +76,7 @@ def test_mistakes_are_refused_before_anything_is_loaded(
     assert "--log-file" in refusal(capsys, model, "--log-file", tmp_path / "nowhere/log")
     assert "API key" in refusal(capsys, model, "--api-keys", "with space")
     assert "trained with the template openchat_v3.2" in refusal(capsys, model, "--model-type", "chatml")
-    assert "name the model once" in refusal(capsys, model, "--model", model)
+    assert "named twice" in refusal(capsys, model, "--model", model)
     assert "no MODEL" in refusal(capsys, "--api-keys", "sk-1", "sk-2")
     (taken,) = bind("127.0.0.1", free_port())
     taken.listen()

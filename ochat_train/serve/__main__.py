@@ -12,27 +12,30 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ochat_train.conversations.described import read_template
 from ochat_train.files import require_packages
 from ochat_train.serve import chat_page
 from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
 from ochat_train.serve.process import allow_origins, end_by_signal, watch_parent
-from ochat_train.serve.request_log import open_log
-from ochat_train.serve.served import Served, find_served
+from ochat_train.serve.request_log import log_engine, open_log
 from ochat_train.serve.side_by_side import ChatPage
+
+if TYPE_CHECKING:
+    from ochat_train.serve.served import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(
         prog="python -m ochat_train.serve",
-        description="Serve a trained model on an OpenAI-compatible API. Flags that are not listed go to the engine.",
+        usage="%(prog)s MODEL [options] [flags of the engine]",
+        description="Serve MODEL, an exported model, the folder of a run, or exported adapters, on an "
+        "OpenAI-compatible API. Flags that are not listed go to the engine.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="an exported model, the folder of a run, or exported adapters")
-    add("--model", dest="model_flag", metavar="MODEL", help="the same, as OpenChat's server takes it")
+    add("--model", metavar="MODEL", help="the same as MODEL, as OpenChat's server takes it")
     add("--model-type", metavar="TEMPLATE", help="the template, checked against the one of the model's training")
     add("--served-model-name", nargs="+", default=[], metavar="NAME", help="more names that requests may call it")
     add("--host", default="localhost", help="address to listen on (localhost)")
@@ -51,22 +54,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(flag, action="store_true", help="taken, without a meaning here")
     options, flags = parser.parse_known_args(arguments)
     try:
-        start(options, flags)
+        start(options, take_model(options, flags))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:  # such as of a torchvision that was built for another torch
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        remedy = "install versions that fit together; torchvision, where nothing needs it, may be removed"
+        sys.exit(f"error: a package cannot be loaded ({type(cause).__name__}: {cause}); {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def take_model(options: argparse.Namespace, flags: list[str]) -> list[str]:
+    """Put MODEL into the options where --model does not name it, and return the flags without it. Raises ValueError."""
+    words = [word for word in flags if not word.startswith("-")]  # MODEL, and values of an engine's flags
+    folders = [word for word in words if Path(word).is_dir()]
+    if options.model is not None:
+        if flags[:1] == words[:1] and words:
+            raise ValueError(f"the model is named twice, as {words[0]} and by --model {options.model}")
+        return flags
+    for several in (options.api_keys, options.served_model_name, options.allowed_origins):
+        if not folders and len(several) > 1 and Path(several[-1]).is_dir():
+            options.model = several.pop()  # --api-keys K1 K2 MODEL
+            return flags
+    found = folders or words
+    if not found:
+        raise ValueError("no MODEL; name an exported model, or the folder of a run")
+    options.model, place = found[0], flags.index(found[0])
+    return flags[:place] + flags[place + 1 :]
+
+
 def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
     """Check everything that can be wrong, then load the model and serve. Raises ValueError."""
-    if options.model_flag is not None and options.model is not None:
-        raise ValueError("name the model once, as MODEL or by --model")
-    model = options.model or options.model_flag
-    if model is None and len(options.api_keys) > 1 and Path(options.api_keys[-1]).is_dir():
-        model = options.api_keys.pop()  # --api-keys K1 K2 MODEL
-    if model is None:
-        raise ValueError("no MODEL; name an exported model, or the folder of a run")
+    from ochat_train.conversations.described import read_template
+    from ochat_train.serve.served import find_served  # imports transformers
+
     engine, reason = choose_engine(options.engine)
     if options.tensor_parallel_size < 1:
         raise ValueError(f"--tensor-parallel-size {options.tensor_parallel_size} is below 1")
@@ -77,7 +101,7 @@ def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
     if options.ui:
         check_page(options)
     keys = read_keys(options.api_keys)
-    served = find_served(model, options.condition, options.max_model_len, options.served_model_name)
+    served = find_served(options.model, options.condition, options.max_model_len, options.served_model_name)
     if options.model_type is not None and options.model_type not in served.names:
         name = read_template(served.template).name
         raise ValueError(f"--model-type {options.model_type}: the model was trained with the template {name}")
@@ -152,7 +176,7 @@ def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
     return sockets
 
 
-def _serve_with_vllm(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
+def _serve_with_vllm(served: "Served", options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
     from ochat_train.serve.vllm_engine import make_command, run
 
     words, environment = make_command(served, options, flags, keys)
@@ -167,30 +191,36 @@ def _serve_with_vllm(served: Served, options: argparse.Namespace, flags: Sequenc
 
 
 def _serve_with_transformers(
-    served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]
+    served: "Served", options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]
 ) -> None:
     from ochat_train.serve.transformers_engine import parse_flags, serve
 
     engine_options, without_meaning = parse_flags(flags)
     for flag in without_meaning:
         print(f"{flag} has no meaning with the engine transformers")
-    log = None if options.disable_log_requests else open_log(options.log_file)
+    log = open_log(options.log_file)
     sockets = bind(options.host, options.port)
     if options.ui:
         _start_page(served, options, keys)
     watch_parent(end_by_signal)
+
+    def ready() -> None:
+        print(_describe(served, options), flush=True)
+        if options.log_file is not None:
+            log_engine(log, _describe(served, options))
+
     serve(
         served,
         engine_options,
         sockets,
         keys=ApiKeys(keys),
-        log=log,
+        log=None if options.disable_log_requests else log,
         wrap=partial(allow_origins, origins=options.allowed_origins),
-        ready=lambda: print(_describe(served, options), flush=True),
+        ready=ready,
     )
 
 
-def _start_page(served: Served, options: argparse.Namespace, keys: Sequence[str]) -> None:
+def _start_page(served: "Served", options: argparse.Namespace, keys: Sequence[str]) -> None:
     page = ChatPage(
         api=f"{_url(_reached(options.host), options.port)}/v1",
         address=_url(options.host, options.ui_port),
@@ -211,7 +241,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _describe(served: Served, options: argparse.Namespace) -> str:
+def _describe(served: "Served", options: argparse.Namespace) -> str:
     also = "".join(f", also {name}" for name in served.names[1:])
     return f"serving {served.name}{also}, condition {served.condition!r}, on {_url(options.host, options.port)}/v1"
 

@@ -30,6 +30,7 @@ from ochat_train.tokens.chat_template import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
+_STOPPING = Refusal(503, "the server is stopping; ask again")
 _OTHER_APIS = ("/v1/completions", "/v1/responses")  # which clients try, some of them by default
 BODY_TIMEOUT_S = 30.0
 CLIENT_GONE = 499  # nginx's status for a client that did not wait for its answer
@@ -71,6 +72,7 @@ class Gate:
         self._spelling = served.spelling(tokenizer)
         self._control = ControlText(tokenizer) if engine.renders_text else None
         self._created = int(time.time())
+        self.is_stopping = False  # then new requests are refused
         self._named: set[str] = set()  # ignored fields that the log has named
         # A token is rarely more than 16 bytes of JSON; no more is read than a prompt could need.
         self.max_body_bytes = min(2**16 + 16 * served.num_positions, 2**24)
@@ -94,6 +96,8 @@ class Gate:
         # With "app" in the scope the router raises HTTPException for unknown paths and methods.
         scope = {**scope, "app": self, "state": {"client": client}}
         try:
+            if self.is_stopping:
+                raise _STOPPING
             self._check_path_and_key(Request(scope))
             await self._router(scope, client.receive, client.send)
         except Refusal as refusal:
@@ -108,7 +112,7 @@ class Gate:
             client.is_gone = True
         except asyncio.CancelledError:  # the server ends, and this answer has had its time
             client.record.error = "the server ended"
-            await client.refuse(Refusal(503, "the server is stopping; ask again"))
+            await client.refuse(_STOPPING)
         except Exception as error:  # whatever an engine's code raises
             # Where it was raised, never its message, which may quote what a user wrote.
             frame = traceback.extract_tb(error.__traceback__)[-1]

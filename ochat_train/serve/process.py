@@ -7,9 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp
+if TYPE_CHECKING:  # `evaluate` imports this module without the extra
+    from starlette.types import ASGIApp
 
 DRAIN_S = 20  # for answers that are under way when a signal comes
 HEADER_TIMEOUT_S = 30.0
@@ -29,7 +30,7 @@ def watch_parent(stop: Callable[[], None]) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+def allow_origins(app: "ASGIApp", origins: Sequence[str]) -> "ASGIApp":
     """The application, which lets the scripts of pages from these origins ask; "*" is all."""
     from starlette.middleware.cors import CORSMiddleware
 
@@ -45,7 +46,7 @@ def end_by_signal() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def listen(app: ASGIApp, sockets: list[socket.socket], ready: Callable[[], None]) -> None:
+def listen(app: "ASGIApp", sockets: list[socket.socket], ready: Callable[[], None]) -> None:
     """Serve on bound sockets until a signal comes. ready: is called once they listen.
 
     Answers that are under way then have DRAIN_S seconds to end; the gate cuts the others. Raises ValueError when

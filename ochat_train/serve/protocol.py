@@ -129,7 +129,12 @@ def _read_whole(value: Any) -> Any:
 
 
 def _read_stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list):
+        short = [stop for stop in stops if isinstance(stop, str) and 0 < len(stop) <= 256]
+        if len(short) < len(stops) or len(stops) > 4:
+            raise ValueError("at most 4 texts, each of 1 to 256 characters")
+    return stops
 
 
 Whole = Annotated[int, BeforeValidator(_read_whole)]
@@ -165,9 +170,6 @@ class StreamOptions(_Fields):
     include_usage: bool | None = None
 
 
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
 class ChatRequest(_Fields):
     """The body of POST /v1/chat/completions. Engines get it again, with spelled out messages, from `for_engine`."""
 
@@ -189,7 +191,7 @@ class ChatRequest(_Fields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     seed: Whole | None = Field(None, ge=0, lt=_INT64)
-    stop: Annotated[list[_Stop] | None, BeforeValidator(_read_stops)] = Field(None, max_length=4)
+    stop: Annotated[list[str] | None, BeforeValidator(_read_stops)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     ignore_eos: bool | None = None
     n: Whole | None = Field(None, ge=1, le=16)

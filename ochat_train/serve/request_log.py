@@ -30,7 +30,7 @@ class RequestRecord:
     def to_json(self) -> str:
         """The line. `time` is the end in UTC, `seconds` the duration."""
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": _now(),
             "id": self.id,
             "route": self.route,
             "model": self.model,
@@ -63,3 +63,12 @@ def open_log(file: Path | None) -> logging.Logger:
         raise ValueError(f"--log-file {file} cannot be written to: {error.strerror}") from error
     log.handlers = [handler]
     return log
+
+
+def log_engine(log: logging.Logger, line: str) -> None:
+    """Write a line that an engine printed."""
+    log.info(orjson.dumps({"time": _now(), "engine": line}).decode())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ochat_train.serve.gate import EngineTraits, Gate
 from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
 from ochat_train.serve.process import DRAIN_S, PARENT_VARIABLE, allow_origins, end_by_signal, watch_parent
-from ochat_train.serve.request_log import open_log
+from ochat_train.serve.request_log import log_engine, open_log
 from ochat_train.serve.served import Served, find_served
 from ochat_train.tokens.tokenizer import locate_base
 
@@ -44,6 +44,7 @@ _REFUSED_FLAGS = {
     "--grpc-port": "it would be a way around the gate",
     "--config": "give flags",
 }
+_END_S = 10  # for vLLM to end by itself once it was asked to; loading a model it may not
 _ERROR_LINE = re.compile(r"((?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt): .*)")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
@@ -117,9 +118,9 @@ def run(
     vllm = subprocess.Popen(
         words, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    show = print if log is None else partial(_log_line, log)
+    show = print if log is None else partial(log_engine, log)
     held: list[str] = []  # from the first traceback on, until it listens
-    is_ready = threading.Event()
+    is_ready, was_stopped = threading.Event(), threading.Event()
 
     def relay() -> None:
         assert vllm.stdout is not None
@@ -132,6 +133,10 @@ def run(
     def stop(*_: Any) -> None:
         # The gate ends vLLM after the answers that are under way; before it listens, there are none.
         vllm.send_signal(signal.SIGUSR1 if is_ready.is_set() else signal.SIGTERM)
+        was_stopped.set()
+        late = threading.Timer(_END_S + DRAIN_S * is_ready.is_set(), os.killpg, (vllm.pid, signal.SIGKILL))
+        late.daemon = True
+        late.start()
 
     for signal_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_, stop)
@@ -141,22 +146,24 @@ def run(
         try:
             with urllib.request.urlopen(health, timeout=5):
                 is_ready.set()
-                show(ready)
+                print(ready, flush=True)
+                if log is not None:
+                    log_engine(log, ready)
         except OSError:
             time.sleep(0.2)
     code = vllm.wait()
     reader.join(timeout=5)
-    if is_ready.is_set() or code == -signal.SIGTERM:
-        return 0 if code == -signal.SIGTERM else code
-    with tempfile.NamedTemporaryFile("w", prefix="vllm-", suffix=".log", delete=False) as file:
-        file.writelines(held)
+    if was_stopped.is_set():
+        return 0
+    if is_ready.is_set():
+        return code
     errors = [found[1] for line in held if (found := _ERROR_LINE.search(line))]
     said = errors[-1] if errors else f"exit code {code}"
-    raise ValueError(f"vLLM did not start: {said}; the rest stands in {file.name}")
-
-
-def _log_line(log: logging.Logger, line: str) -> None:
-    log.info(orjson.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "engine": line}).decode())
+    if held:
+        with tempfile.NamedTemporaryFile("w", prefix="vllm-", suffix=".log", delete=False) as file:
+            file.writelines(held)
+        said += f"; the rest stands in {file.name}"
+    raise ValueError(f"vLLM did not start: {said}")
 
 
 class VllmGate:
@@ -168,12 +175,11 @@ class VllmGate:
         log_file = Path(settings["log_file"]) if settings["log_file"] else None
         log = open_log(log_file) if settings["is_logging"] else None
         traits = EngineTraits("vLLM", can_force_a_form=True, renders_text=True, fills_room=False)
-        gate = Gate(
+        self._gate = Gate(
             app, served=served, tokenizer=served.load_tokenizer(), engine=traits, keys=ApiKeys(read_keys([])), log=log
         )
-        self._app = allow_origins(gate, settings["origins"])
+        self._app = allow_origins(self._gate, settings["origins"])
         self._running: set[asyncio.Task[Any]] = set()
-        self._is_stopping = False
         watch_parent(end_by_signal)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._begin_to_stop)
 
@@ -187,8 +193,8 @@ class VllmGate:
         await self._app(scope, receive, send)
 
     def _begin_to_stop(self) -> None:
-        if not self._is_stopping:
-            self._is_stopping = True
+        if not self._gate.is_stopping:
+            self._gate.is_stopping = True
             self._stopping = asyncio.ensure_future(self._stop())
 
     async def _stop(self) -> None:
