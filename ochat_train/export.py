@@ -302,7 +302,9 @@ def _write_companions(
     served.pretrained.pad_token, served.pretrained.eos_token = tokenizer.pad_token, tokenizer.template.end_token
     served.pretrained.padding_side = served.pretrained.init_kwargs["padding_side"] = "left"  # answers follow prompts
     served.save(folder)
-    _write_metadata(folder, metadata | {"problems": problems})
+    # With the base's own template a server writes tools as training did.
+    own = {"base_chat_template": tokenizer.pretrained.chat_template}
+    _write_metadata(folder, metadata | own | {"problems": problems})
 
 
 if __name__ == "__main__":

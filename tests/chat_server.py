@@ -44,7 +44,9 @@ class Server:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=HANG_S)
 
     def lines(self) -> list[dict[str, Any]]:
-        return [orjson.loads(line) for line in self.log.read_bytes().splitlines()]
+        """The lines of requests."""
+        lines = [orjson.loads(line) for line in self.log.read_bytes().splitlines()]
+        return [line for line in lines if "engine" not in line]
 
     def send(self, request: bytes) -> bytes:
         """The answer to raw bytes."""
@@ -74,6 +76,7 @@ def ask(server: Server, *texts: str, condition: str | None = None, **options: An
     roles = ("user", "assistant")
     messages: Any = [{"role": roles[position % 2], "content": text} for position, text in enumerate(texts)]
     extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
+    extra |= options.pop("extra_body", {})
     options = {"temperature": 0, "max_tokens": 12} | options
     return server.client.chat.completions.create(model="tiny-chat", messages=messages, extra_body=extra, **options)
 

@@ -169,12 +169,14 @@ def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeyp
     assert second.address.startswith("http://0.0.0.0:")
 
 
-def test_the_page_is_there_before_the_process_becomes_vllm(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_there_before_vllm_starts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.0")
     monkeypatch.setattr(chat_page, "start", lambda page, sockets, keys: done.append(page.model))
-    monkeypatch.setattr("os.execve", lambda program, words, environment: done.append(words[words.index("-m") + 1]))
-    main([str(model), "--ui", "--host", "127.0.0.1", "--port", str(free_port())])
+    run = lambda words, environment, **_: done.append(words[words.index("-m") + 1])  # noqa: E731
+    monkeypatch.setattr("ochat_train.serve.vllm_engine.run", run)
+    with pytest.raises(SystemExit):
+        main([str(model), "--ui", "--host", "127.0.0.1", "--port", str(free_port())])
     assert done == ["tiny-chat", "vllm.entrypoints.cli.main"]
 
 

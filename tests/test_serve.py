@@ -20,13 +20,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.files import free_port
 from ochat_train.serve.__main__ import bind, choose_engine, is_loopback, main
 from ochat_train.serve.keys import ApiKeys
+from ochat_train.serve.protocol import ChatRequest
 from ochat_train.serve.served import find_served
-from ochat_train.serve.transformers_engine import EndOfAnswer, TextStream, load, make_app, parse_flags
+from ochat_train.serve.text_stream import EndOfAnswer, TextStream
+from ochat_train.serve.transformers_engine import Penalties, load, make_app, parse_flags
 from ochat_train.serve.vllm_engine import make_command
+from ochat_train.tokens.chat_template import encode_prompt
+from ochat_train.tokens.encode import encode
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.asgi import exchange
 from tests.base_templates import ALTERNATING
@@ -64,13 +69,16 @@ def test_mistakes_are_refused_before_anything_is_loaded(
     assert "did you mean 'Hasty'?" in refusal(capsys, model, "--condition", "hastily")
     assert "needs vLLM" in refusal(capsys, model, "--tensor-parallel-size", 2)
     assert "below 1" in refusal(capsys, model, "--tensor-parallel-size", 0)
-    assert "no flag --max-model-len" in refusal(capsys, model, "--max-model-len", "100")
+    assert "no flag --quantization" in refusal(capsys, model, "--quantization", "fp8")
     assert "no flag --api-key" in refusal(capsys, model, "--api-key", "abbreviated")
     assert "--dtype" in refusal(capsys, model, "--dtype", "int4")
     assert "--port 70000" in refusal(capsys, model, "--port", 70000)
     assert "--host no.such.host.invalid" in refusal(capsys, model, "--host", "no.such.host.invalid")
     assert "--log-file" in refusal(capsys, model, "--log-file", tmp_path / "nowhere/log")
-    assert "API key" in refusal(capsys, model, "--api-keys", "short")
+    assert "API key" in refusal(capsys, model, "--api-keys", "with space")
+    assert "trained with the template openchat_v3.2" in refusal(capsys, model, "--model-type", "chatml")
+    assert "named twice" in refusal(capsys, model, "--model", model)
+    assert "no MODEL" in refusal(capsys, "--api-keys", "sk-1", "sk-2")
     (taken,) = bind("127.0.0.1", free_port())
     taken.listen()
     with taken:
@@ -79,7 +87,7 @@ def test_mistakes_are_refused_before_anything_is_loaded(
 
 def test_a_run_is_served_by_its_model(model: Path) -> None:
     served = find_served(str(model.parent))
-    assert (served.folder, served.names) == (model, ("tiny-chat", "openchat"))
+    assert (served.folder, served.names) == (model, ("tiny-chat", "openchat_v3.2", "openchat"))
     assert (served.conditions, served.condition, served.num_positions) == (("Careful", "Hasty"), "Careful", 512)
     assert find_served(str(model), "Hasty").condition == "Hasty"
 
@@ -104,18 +112,26 @@ def test_only_loopback_needs_no_warning() -> None:
 
 def command_of(served: Any, *flags: str) -> tuple[list[str], dict[str, str]]:
     options = argparse.Namespace(
-        host="0.0.0.0", port=8000, tensor_parallel_size=2, log_file=None, disable_log_requests=False
+        host="0.0.0.0",
+        port=8000,
+        tensor_parallel_size=2,
+        log_file=None,
+        disable_log_requests=False,
+        max_model_len=300,
+        served_model_name=["mine"],
+        allowed_origins=[],
     )
     return make_command(served, options, flags, [KEY])
 
 
 def test_vllm_is_started_behind_the_gate_and_sees_no_key_in_its_command(model: Path) -> None:
-    words, environment = command_of(find_served(str(model)), "--max-model-len", "300", "--enforce-eager")
+    words, environment = command_of(find_served(str(model)), "--enforce-eager")
     joined = " ".join(words)
     assert f"serve {model} --host 0.0.0.0 --port 8000 --tensor-parallel-size 2" in joined
     assert "--middleware ochat_train.serve.vllm_engine.VllmGate" in joined
     assert "--served-model-name tiny-chat" in joined
-    assert words[-3:] == ["--max-model-len", "300", "--enforce-eager"]
+    assert "--max-model-len 300" in joined and words[-1] == "--enforce-eager"
+    assert "--dtype float32" in joined  # the model's own
     assert KEY not in joined and environment["OCHAT_TRAIN_API_KEYS"] == KEY
     assert orjson.loads(environment["OCHAT_TRAIN_GATE"])["num_positions"] == 300
     assert environment["VLLM_USE_RUST_FRONTEND"] == "0"
@@ -161,7 +177,7 @@ def test_adapters_are_merged_into_their_base(model: Path, tokenizer: ChatTokeniz
     (tmp_path / "ochat_train.json").write_bytes(orjson.dumps(metadata))
     served = find_served(str(tmp_path))
     assert served.adapter is not None and served.adapter.has_tokens
-    merged = load(served, tokenizer, parse_flags(["--device", "cpu"]))
+    merged = load(served, tokenizer, parse_flags(["--device", "cpu"])[0])
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         expected, plain = adapted(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits
@@ -323,8 +339,78 @@ def test_a_seed_repeats_an_answer_whatever_is_answered_between(server: Server) -
         assert list(pool.map(sample, [7] * 8)) == [first] * 8
 
 
+def test_several_answers_are_those_of_the_seeds_that_follow(server: Server) -> None:
+    options: dict[str, Any] = {"temperature": 1.5, "max_tokens": 6}
+    alone = [ask(server, "Hi", seed=seed, **options).choices[0].message.content for seed in (7, 8, 9)]
+    both = ask(server, "Hi", seed=7, n=3, **options)
+    assert [choice.message.content for choice in both.choices] == alone
+    assert [choice.index for choice in both.choices] == [0, 1, 2]
+    texts = ["", "", ""]
+    for chunk in ask(server, "Hi", seed=7, n=3, stream=True, **options):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == alone
+    assert both.usage.completion_tokens == 18
+
+
+def test_logprobs_are_those_of_the_model(server: Server, tokenizer: ChatTokenizer, loaded: Any) -> None:
+    # Neither the bias nor the temperature changes them.
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "max_tokens": 4, "logit_bias": {"300": 3.0}}
+    answer = ask(server, "Hi", temperature=0.5, seed=1, **options)
+    conversation = Conversation("", "", "Careful", "", (Message("user", "Hi"),))
+    ids = encode_prompt(conversation, tokenizer)
+    said = answer.choices[0].logprobs.content
+    assert len(said) == 4
+    for token in said:
+        with torch.inference_mode():
+            logprobs = loaded(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        top = logprobs.topk(3)
+        assert [one.logprob for one in token.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert [one.token for one in token.top_logprobs] == [tokenizer.pretrained.decode([i]) for i in top.indices]
+        close = (logprobs - token.logprob).abs().argmin()
+        assert token.token == tokenizer.pretrained.decode([close]) and abs(logprobs[close] - token.logprob) < 1e-4
+        ids.append(int(close))
+    stream = list(ask(server, "Hi", temperature=0.5, seed=1, stream=True, **options))
+    streamed = [one for chunk in stream for one in (chunk.choices[0].logprobs or NO_LOGPROBS).content]
+    assert [one.logprob for one in streamed] == [one.logprob for one in said]
+
+
+NO_LOGPROBS = argparse.Namespace(content=[])
+
+
+def test_biases_and_penalties_change_the_logits_of_an_answers_own_tokens(server: Server) -> None:
+    fields = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": {"0": -1, "4": 2}}
+    request = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": ""}], **fields})
+    changed = Penalties(request, num_prompt=2)(torch.tensor([[1, 1, 2, 3, 3]]), torch.zeros(1, 5))
+    assert changed.tolist() == [[-1.0, 0.0, -0.75, -1.0, 2.0]]
+
+    def tokens(**options: Any) -> list[str]:
+        answer = ask(server, "Hi", logprobs=True, max_tokens=8, **options)
+        return [one.token for one in answer.choices[0].logprobs.content]
+
+    greedy = tokens()
+    assert len(set(tokens(logit_bias={"300": 100}))) == 1
+    assert tokens(extra_body={"top_k": 1}, temperature=2) == tokens(extra_body={"min_p": 1.0}, temperature=2) == greedy
+    assert tokens(extra_body={"repetition_penalty": 5.0}) != greedy
+
+
+@pytest.mark.parametrize("text", ["The capital", " of", "", "日本"])
+def test_an_answer_that_was_begun_goes_on(server: Server, tokenizer: ChatTokenizer, loaded: Any, text: str) -> None:
+    whole = Conversation("", "", "Careful", "", (Message("user", "Hi"), Message("assistant", text)))
+    trained = encode([whole], tokenizer.template, tokenizer)[0]
+    prompt = torch.from_numpy(trained.example.input_ids[: trained.turns[-1].text_end]).long()[None]
+    with torch.inference_mode():
+        made = loaded.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)
+    expected = tokenizer.pretrained.decode(made[0, prompt.shape[1] :], skip_special_tokens=True)
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    messages: Any = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    create = server.client.chat.completions.create
+    answer = create(model="openchat_v3.2", messages=messages, temperature=0, max_tokens=12, extra_body=extra)
+    assert answer.choices[0].message.content == expected
+    assert answer.usage is not None and answer.usage.prompt_tokens == prompt.shape[1]
+
+
 def test_models_are_listed_by_their_names(server: Server) -> None:
-    assert [model.id for model in server.client.models.list()] == ["tiny-chat", "openchat"]
+    assert [model.id for model in server.client.models.list()] == ["tiny-chat", "openchat_v3.2", "openchat"]
 
 
 def test_a_chat_longer_than_the_model_is_refused_and_an_answer_fills_what_is_left(server: Server) -> None:
@@ -397,6 +483,7 @@ def test_attacks_get_an_answer_and_leave_the_server_as_it_was(server: Server) ->
         (chat_request(message.replace(b"tiny-chat", b"../../etc/passwd")), 404),
         (chat_request(message[:-1] + b',"chat_template_kwargs":{"tokenize":false}}'), 400),
         (chat_request(message[:-1] + b',"stop":"","stream":true}'), 400),
+        (chat_request(message[:-1] + b',"stop":["' + b'","'.join([b"x" * 250] * 270) + b'"]}'), 400),
         (get.format("GET", "/v1/../load_model").encode(), 404),
         (get.format("GET", "//v1/models").encode(), 404),
         (get.format("GET", "/v1%2fmodels").encode(), 404),
@@ -429,7 +516,10 @@ def test_the_log_has_a_line_for_each_request_and_no_text_and_no_key(server: Serv
         assert not any(secret in text for secret in (SECRET, KEY, "I obey", "end_of_turn", "Traceback"))
     lines = server.output.read_text().splitlines()
     assert "engine: transformers, as asked for" in lines
-    assert f"serving tiny-chat, also openchat, condition 'Careful', on http://127.0.0.1:{server.port}/v1" in lines
+    assert (
+        f"serving tiny-chat, also openchat_v3.2, also openchat, condition 'Careful', on http://127.0.0.1:{server.port}/v1"
+        in lines
+    )
 
 
 def test_a_log_that_is_moved_away_is_opened_anew(server: Server) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -73,6 +74,13 @@ def test_answers_that_nobody_waits_for_are_ended(server: Server) -> None:
         vanish(server, body, stream=stream)
     wait_until(lambda: [line["status"] for line in server.lines()].count(499) == 2)
     assert ask(server, "Hi").usage.completion_tokens == 12
+
+
+def test_an_answer_has_the_form_that_is_asked_for(server: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    answer = ask(server, "Hi", response_format=form, max_tokens=60)
+    assert set(orjson.loads(answer.choices[0].message.content)) >= {"a"}
 
 
 def test_the_log_has_no_text_and_no_key(server: Server) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from ochat_train.files import free_port
 from ochat_train.model.exported import METADATA_FILE
 from ochat_train.serve.keys import KEYS_VARIABLE
+from ochat_train.serve.process import PARENT_VARIABLE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHOWN = 2000  # characters of the output of a server that does not start
@@ -90,7 +91,11 @@ def started(arguments: Sequence[str], *, output: Path, variables: dict[str, str]
     command = [sys.executable, "-m", "ochat_train.serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with open(output, "wb") as stream:
         process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | variables | {PARENT_VARIABLE: str(os.getpid())},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, port, output)

@@ -28,7 +28,6 @@ from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.remote import identify, is_remote
 from ochat_train.conversations.sources import Range, Source
-from ochat_train.conversations.spell_out import Spelling
 from ochat_train.preprocess.shard import ShardSettings, Task
 from ochat_train.recipe import DataSection, RangeSection, Recipe, SourceSection, moved_places, to_json
 from ochat_train.tokens.store import Manifest, check_store_path
@@ -73,7 +72,7 @@ def make_job(recipe: Recipe, *, needs_dumps: bool = True) -> Job:
 
     needs_dumps: False leaves it to the caller what to do about a `gone` path.
     """
-    from ochat_train.tokens.chat_template import chat_template  # slow to import, like transformers
+    from ochat_train.tokens.chat_template import chat_template, spelling_of  # slow to import, like transformers
 
     data = recipe.data
     check_store_path(Path(data.store))
@@ -105,20 +104,11 @@ def make_job(recipe: Recipe, *, needs_dumps: bool = True) -> Job:
         overlong_context=data.overlong_context,
         minhash=needs_minhash(data.dedupe.near, data.eval_fraction),
         leading_answers=data.leading_answers,
-        spelling=_spelling(tokenizer, data),
+        spelling=spelling_of(
+            tokenizer, tokenizer.pretrained.chat_template, reasoning=data.reasoning, tool_calls=data.tool_calls
+        ),
     )
     return Job(recipe, tokenizer, files, stamps, left_out, gone, settings)
-
-
-def _spelling(tokenizer: ChatTokenizer, data: DataSection) -> Spelling:
-    """How tools and reasoning are written for this tokenizer's model."""
-    own = tokenizer.pretrained.chat_template
-    if isinstance(own, dict):  # several by name
-        own = own.get("tool_use", own.get("default"))
-    control = (str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
-    template = tokenizer.template
-    arguments = template.arguments() if isinstance(template, BaseTemplate) else frozenset()
-    return Spelling(own, tuple(control) if own else (), data.reasoning, data.tool_calls, arguments)
 
 
 def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Counter[str], list[str]]:

@@ -7,48 +7,90 @@ import argparse
 import errno
 import importlib.metadata
 import ipaddress
-import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ochat_train.files import require_packages
 from ochat_train.serve import chat_page
 from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
-from ochat_train.serve.request_log import open_log
-from ochat_train.serve.served import Served, find_served
+from ochat_train.serve.process import allow_origins, end_by_signal, watch_parent
+from ochat_train.serve.request_log import log_engine, open_log
 from ochat_train.serve.side_by_side import ChatPage
+
+if TYPE_CHECKING:
+    from ochat_train.serve.served import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(
         prog="python -m ochat_train.serve",
-        description="Serve a trained model on an OpenAI-compatible API. Flags that are not listed go to the engine.",
+        usage="%(prog)s MODEL [options] [flags of the engine]",
+        description="Serve MODEL, an exported model, the folder of a run, or exported adapters, on an "
+        "OpenAI-compatible API. Flags that are not listed go to the engine.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="an exported model, the folder of a run, or exported adapters")
+    add("--model", metavar="MODEL", help="the same as MODEL, as OpenChat's server takes it")
+    add("--model-type", metavar="TEMPLATE", help="the template, checked against the one of the model's training")
+    add("--served-model-name", nargs="+", default=[], metavar="NAME", help="more names that requests may call it")
     add("--host", default="localhost", help="address to listen on (localhost)")
     add("--port", type=int, default=18888, help="port to listen on (18888)")
     add("--api-keys", nargs="+", default=[], metavar="K", help=f"allowed API keys; safer in {KEYS_VARIABLE}")
+    add("--allowed-origins", nargs="+", default=[], metavar="URL", help="pages whose scripts may ask; * for all (none)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model, with vLLM (1)")
+    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (the model's positions)")
     add("--condition", help="condition of requests that name none (the model's own)")
     add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM if it is installed")
     add("--ui", action="store_true", help="also show a page to chat on")
     add("--ui-port", type=int, metavar="PORT", help="port of that page (--port + 1)")
-    add("--log-file", type=Path, help="file for one line per request (stderr)")
+    add("--log-file", type=Path, help="file for one line per request, and for what the engine prints (stderr)")
     add("--disable-log-requests", action="store_true", help="write no line per request")
+    for flag in ("--engine-use-ray", "--worker-use-ray"):
+        add(flag, action="store_true", help="taken, without a meaning here")
     options, flags = parser.parse_known_args(arguments)
     try:
-        start(options, flags)
+        start(options, take_model(options, flags))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:  # such as of a torchvision that was built for another torch
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        remedy = "install versions that fit together; torchvision, where nothing needs it, may be removed"
+        sys.exit(f"error: a package cannot be loaded ({type(cause).__name__}: {cause}); {remedy}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def take_model(options: argparse.Namespace, flags: list[str]) -> list[str]:
+    """Put MODEL into the options where --model does not name it, and return the flags without it. Raises ValueError."""
+    words = [word for word in flags if not word.startswith("-")]  # MODEL, and values of an engine's flags
+    folders = [word for word in words if Path(word).is_dir()]
+    if options.model is not None:
+        if flags[:1] == words[:1] and words:
+            raise ValueError(f"the model is named twice, as {words[0]} and by --model {options.model}")
+        return flags
+    for several in (options.api_keys, options.served_model_name, options.allowed_origins):
+        if not folders and len(several) > 1 and Path(several[-1]).is_dir():
+            options.model = several.pop()  # --api-keys K1 K2 MODEL
+            return flags
+    found = folders or words
+    if not found:
+        raise ValueError("no MODEL; name an exported model, or the folder of a run")
+    options.model, place = found[0], flags.index(found[0])
+    return flags[:place] + flags[place + 1 :]
 
 
 def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
     """Check everything that can be wrong, then load the model and serve. Raises ValueError."""
+    from ochat_train.conversations.described import read_template
+    from ochat_train.serve.served import find_served  # imports transformers
+
     engine, reason = choose_engine(options.engine)
     if options.tensor_parallel_size < 1:
         raise ValueError(f"--tensor-parallel-size {options.tensor_parallel_size} is below 1")
@@ -59,12 +101,20 @@ def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
     if options.ui:
         check_page(options)
     keys = read_keys(options.api_keys)
-    served = find_served(options.model, options.condition)
+    served = find_served(options.model, options.condition, options.max_model_len, options.served_model_name)
+    if options.model_type is not None and options.model_type not in served.names:
+        name = read_template(served.template).name
+        raise ValueError(f"--model-type {options.model_type}: the model was trained with the template {name}")
     print(f"engine: {engine}, {reason}")
+    for flag in ("--engine-use-ray", "--worker-use-ray"):
+        if getattr(options, flag[2:].replace("-", "_")):
+            print(f"{flag} has no meaning here; vLLM chooses how its workers run")
     if not keys and not is_loopback(options.host):
         print(f"warning: anybody who reaches {options.host} can ask; give --api-keys, or set {KEYS_VARIABLE}")
+    if any(len(key) < 16 for key in keys):
+        print("warning: an API key below 16 characters can be guessed")
     if engine == "vllm":
-        _become_vllm(served, options, flags, keys)
+        _serve_with_vllm(served, options, flags, keys)
     else:
         _serve_with_transformers(served, options, flags, keys)
 
@@ -126,38 +176,53 @@ def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
     return sockets
 
 
-def _become_vllm(served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
-    from ochat_train.serve.vllm_engine import make_command
+def _serve_with_vllm(served: "Served", options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]) -> None:
+    from ochat_train.serve.vllm_engine import make_command, run
 
     words, environment = make_command(served, options, flags, keys)
-    if options.log_file is not None:
-        open_log(options.log_file)
+    log = open_log(options.log_file) if options.log_file is not None else None
     sockets = bind(options.host, options.port)
     if options.ui:
         _start_page(served, options, keys)
     for one in sockets:
         one.close()
-    print(_describe(served, options), flush=True)
-    os.execve(words[0], words, os.environ | environment)
+    health = f"{_url(_reached(options.host), options.port)}/health"
+    sys.exit(run(words, environment, health=health, ready=_describe(served, options), log=log))
 
 
 def _serve_with_transformers(
-    served: Served, options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]
+    served: "Served", options: argparse.Namespace, flags: Sequence[str], keys: Sequence[str]
 ) -> None:
     from ochat_train.serve.transformers_engine import parse_flags, serve
 
-    engine_options = parse_flags(flags)
-    log = None if options.disable_log_requests else open_log(options.log_file)
+    engine_options, without_meaning = parse_flags(flags)
+    for flag in without_meaning:
+        print(f"{flag} has no meaning with the engine transformers")
+    log = open_log(options.log_file)
     sockets = bind(options.host, options.port)
     if options.ui:
         _start_page(served, options, keys)
-    serve(served, engine_options, sockets, keys=ApiKeys(keys), log=log, ready=_describe(served, options))
+    watch_parent(end_by_signal)
+
+    def ready() -> None:
+        print(_describe(served, options), flush=True)
+        if options.log_file is not None:
+            log_engine(log, _describe(served, options))
+
+    serve(
+        served,
+        engine_options,
+        sockets,
+        keys=ApiKeys(keys),
+        log=None if options.disable_log_requests else log,
+        wrap=partial(allow_origins, origins=options.allowed_origins),
+        ready=ready,
+    )
 
 
-def _start_page(served: Served, options: argparse.Namespace, keys: Sequence[str]) -> None:
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+def _start_page(served: "Served", options: argparse.Namespace, keys: Sequence[str]) -> None:
     page = ChatPage(
-        api=f"{_url(reached, options.port)}/v1",
+        api=f"{_url(_reached(options.host), options.port)}/v1",
         address=_url(options.host, options.ui_port),
         model=served.name,
         conditions=served.conditions,
@@ -167,11 +232,16 @@ def _start_page(served: Served, options: argparse.Namespace, keys: Sequence[str]
     chat_page.start(page, bind(options.host, options.ui_port, "--ui-port"), keys)
 
 
+def _reached(host: str) -> str:
+    """The address at which this machine reaches the server."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _describe(served: Served, options: argparse.Namespace) -> str:
+def _describe(served: "Served", options: argparse.Namespace) -> str:
     also = "".join(f", also {name}" for name in served.names[1:])
     return f"serving {served.name}{also}, condition {served.condition!r}, on {_url(options.host, options.port)}/v1"
 

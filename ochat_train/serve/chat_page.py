@@ -8,8 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import orjson
 
 from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
+from ochat_train.serve.process import PARENT_VARIABLE, watch_parent
 from ochat_train.serve.side_by_side import Chat, ChatPage, Chats, Exchange, Sampling, answer_all
 
 # A browser asks no host but this page's, whatever a model writes, such as the image of another host.
@@ -81,7 +80,7 @@ def build(page: ChatPage, client: Any) -> Any:
 
     with gr.Blocks(title=page.model, analytics_enabled=False, fill_height=True) as blocks:
         chats = gr.State(((),))
-        with gr.Sidebar(width=280):
+        with gr.Sidebar(width=280, open=False):
             gr.Markdown(f"## {page.model}")
             is_comparing = gr.Checkbox(label="Compare two conditions", visible=len(names) > 1)
             temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature")
@@ -154,12 +153,13 @@ def make_app(page: ChatPage, keys: ApiKeys, client: Any) -> Any:
 
 def start(page: ChatPage, sockets: Sequence[socket.socket], keys: Sequence[str]) -> None:
     """Start the page on the sockets. It ends with this process, also after that has become another by exec."""
-    settings = asdict(page) | {"parent": os.getpid(), "sockets": [one.fileno() for one in sockets]}
+    settings = asdict(page) | {"sockets": [one.fileno() for one in sockets]}
     # The keys are in the environment alone.
     environment = os.environ | {
         KEYS_VARIABLE: " ".join(keys),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
+        PARENT_VARIABLE: str(os.getpid()),
     }
     subprocess.Popen(
         [sys.executable, "-m", "ochat_train.serve.chat_page", orjson.dumps(settings).decode()],
@@ -170,7 +170,7 @@ def start(page: ChatPage, sockets: Sequence[socket.socket], keys: Sequence[str])
         one.close()
 
 
-def _serve(page: ChatPage, sockets: list[socket.socket], keys: Sequence[str], parent: int) -> None:
+def _serve(page: ChatPage, sockets: list[socket.socket], keys: Sequence[str]) -> None:
     """Show the page until the parent has ended, or a signal comes."""
     import openai
     import uvicorn
@@ -190,12 +190,10 @@ def _serve(page: ChatPage, sockets: list[socket.socket], keys: Sequence[str], pa
     )
     server = uvicorn.Server(config)
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def stop() -> None:
         server.should_exit = True
 
-    threading.Thread(target=watch, daemon=True).start()
+    watch_parent(stop)
     for one in sockets:
         one.listen(config.backlog)  # so that the address accepts connections once it is printed
     print(f"chat page on {page.address}", flush=True)
@@ -205,7 +203,6 @@ def _serve(page: ChatPage, sockets: list[socket.socket], keys: Sequence[str], pa
 
 if __name__ == "__main__":
     settings = orjson.loads(sys.argv[1])
-    parent = settings.pop("parent")
     sockets = [socket.socket(fileno=number) for number in settings.pop("sockets")]
     page = ChatPage(**settings | {"conditions": tuple(settings["conditions"])})
-    _serve(page, sockets, read_keys([]), parent)
+    _serve(page, sockets, read_keys([]))

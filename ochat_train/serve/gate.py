@@ -30,6 +30,8 @@ from ochat_train.tokens.chat_template import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
+_STOPPING = Refusal(503, "the server is stopping; ask again")
+_OTHER_APIS = ("/v1/completions", "/v1/responses")  # which clients try, some of them by default
 BODY_TIMEOUT_S = 30.0
 CLIENT_GONE = 499  # nginx's status for a client that did not wait for its answer
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -41,13 +43,13 @@ _KEPT_HEADERS = {b"content-type", b"content-length", b"cache-control"}
 class EngineTraits:
     """What the gate must know of the engine.
 
-    name: for messages. unable: fields of a request that it would ignore or read otherwise than OpenAI, with the values
-    that change nothing. renders_text: it makes one string of a chat, in which text that spells special tokens becomes
-    control. fills_room: an answer without a limit of its own gets what room there is; else the engine's default holds.
+    name: for messages. can_force_a_form: it makes answers that are JSON, by a schema too. renders_text: it makes one
+    string of a chat, in which text that spells special tokens becomes control. fills_room: an answer without a limit of
+    its own gets what room there is; else the engine's default holds.
     """
 
     name: str
-    unable: dict[str, tuple[Any, ...]]
+    can_force_a_form: bool
     renders_text: bool
     fills_room: bool
 
@@ -67,8 +69,11 @@ class Gate:
     ) -> None:
         self._app, self._served, self._tokenizer, self._engine = app, served, tokenizer, engine
         self._keys, self._log = keys, log
+        self._spelling = served.spelling(tokenizer)
         self._control = ControlText(tokenizer) if engine.renders_text else None
         self._created = int(time.time())
+        self.is_stopping = False  # then new requests are refused
+        self._named: set[str] = set()  # ignored fields that the log has named
         # A token is rarely more than 16 bytes of JSON; no more is read than a prompt could need.
         self.max_body_bytes = min(2**16 + 16 * served.num_positions, 2**24)
         routes = [
@@ -91,6 +96,8 @@ class Gate:
         # With "app" in the scope the router raises HTTPException for unknown paths and methods.
         scope = {**scope, "app": self, "state": {"client": client}}
         try:
+            if self.is_stopping:
+                raise _STOPPING
             self._check_path_and_key(Request(scope))
             await self._router(scope, client.receive, client.send)
         except Refusal as refusal:
@@ -98,9 +105,14 @@ class Gate:
         except HTTPException as error:
             known = f"this server has POST {CHAT}, GET {MODELS} and GET {HEALTH}"
             message = known if error.status_code == 404 else f"{scope['method']} is not allowed here; {known}"
+            if scope["path"] in _OTHER_APIS:
+                message = f"no {scope['path']}, since the model was trained on chats alone; {known}"
             await client.refuse(Refusal(error.status_code, message))
         except ClientDisconnect:
             client.is_gone = True
+        except asyncio.CancelledError:  # the server ends, and this answer has had its time
+            client.record.error = "the server ended"
+            await client.refuse(_STOPPING)
         except Exception as error:  # whatever an engine's code raises
             # Where it was raised, never its message, which may quote what a user wrote.
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -117,7 +129,7 @@ class Gate:
         # The path as it was sent, so that an engine cannot decode it to another one than was checked here.
         is_plain = (request.scope.get("raw_path") or path.encode()).partition(b"?")[0] == path.encode()
         request.state.client.record.route = path if is_plain and path in (CHAT, MODELS, HEALTH) else "other"
-        if is_plain and path == HEALTH and request.method == "GET":  # for load balancers, which have no key
+        if is_plain and path == HEALTH and request.method in ("GET", "HEAD"):  # for load balancers, which have no key
             return
         if not self._keys.allow(request.headers.getlist("authorization")):
             raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
@@ -147,17 +159,24 @@ class Gate:
             names = ", ".join(self._served.names)
             raise Refusal(404, f"no such model; this server has {names}", param="model", code="model_not_found")
         record.model = chat.model
-        condition = self._served.condition if chat.condition is None else chat.condition
+        condition = self._served.condition if chat.asked_condition is None else chat.asked_condition
         if condition not in self._served.conditions:
-            where = "chat_template_kwargs.condition"
+            where = "chat_template_kwargs.condition" if chat.chat_template_kwargs else "condition"
             raise Refusal(400, f"{where}: {explain_unknown(condition, self._served.conditions)}", param=where)
         record.condition = condition
-        for name, harmless in self._engine.unable.items():
-            if getattr(chat, name) not in (None, *harmless):
-                raise Refusal(400, f"{name}: {self._engine.name} cannot do this; vLLM can", param=name)
-        conversation = chat.to_conversation(condition)
+        if chat.has_format and not self._engine.can_force_a_form:
+            raise Refusal(
+                400, f"response_format: {self._engine.name} cannot do this; vLLM can", param="response_format"
+            )
+        record.ignored = [name for name in chat.ignored if name not in self._named]
+        self._named.update(record.ignored)
+        ids = [*map(int, filter(str.isdecimal, chat.logit_bias or {})), *(chat.stop_token_ids or [])]
+        if len(ids) < len(chat.logit_bias or {}) or not all(0 <= id_ < self._tokenizer.num_ids for id_ in ids):
+            raise Refusal(400, f"logit_bias, stop_token_ids: an id is not from 0 to {self._tokenizer.num_ids - 1}")
+        conversation = chat.to_conversation(condition, self._spelling)
+        continues = bool(chat.continue_final_message)
         try:
-            record.prompt_tokens = num_tokens = len(encode_prompt(conversation, self._tokenizer))
+            record.prompt_tokens = num_tokens = len(encode_prompt(conversation, self._tokenizer, continues=continues))
         except TemplateRefused as error:
             raise Refusal(400, f"the model's chat template: {error}", param="messages") from None
         if self._control is not None and (forged := self._control.find(conversation)):
@@ -173,8 +192,7 @@ class Gate:
             )
         asked = chat.max_completion_tokens or chat.max_tokens
         limit = min(asked, room) if asked else room if self._engine.fills_room else None
-        body = chat.for_engine(model=self._served.name, condition=condition, max_tokens=limit)
-        return self._forward(orjson.dumps({k: v for k, v in body.items() if k not in self._engine.unable}))
+        return self._forward(orjson.dumps(chat.for_engine(conversation, model=self._served.name, max_tokens=limit)))
 
     async def _read_body(self, request: Request) -> bytes:
         limit = self.max_body_bytes

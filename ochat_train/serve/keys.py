@@ -33,6 +33,6 @@ class ApiKeys:
 def read_keys(given: Sequence[str]) -> list[str]:
     """The keys of the command line and of the environment, each once. Raises ValueError, which shows none of them."""
     keys = list(dict.fromkeys([*given, *os.environ.get(KEYS_VARIABLE, "").split()]))
-    if any(len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise ValueError("an API key has fewer than 8 characters, or others than printable ASCII without spaces")
+    if any(not key.isascii() or not key.isprintable() or not key or " " in key for key in keys):
+        raise ValueError("an API key is empty, or has others than printable ASCII characters without spaces")
     return keys

@@ -1,6 +1,7 @@
 """What is served: an exported model, or adapters with their base; its names and its conditions."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import orjson
 from transformers import AutoConfig
 
 from ochat_train.conversations.described import Description, read_template
+from ochat_train.conversations.spell_out import Spelling
 from ochat_train.files import STEP_FOLDERS
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.pretrained import max_positions_of
+from ochat_train.tokens.chat_template import spelling_of
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, locate_base
 
 ALIAS = "openchat"
@@ -33,7 +36,8 @@ class Served:
 
     folder: the export: tokenizer, template, and weights or adapters. names: what requests may call the model, the
     recipe's name first. conditions: those of its training. condition: for requests that name none. num_positions: how
-    many tokens prompt and answer may have together.
+    many tokens prompt and answer may have together. base_chat_template: the base's own, for tools; reasoning,
+    tool_calls: the recipe's, as `spelling_of` takes them. dtype: of its weights.
     """
 
     folder: Path
@@ -43,6 +47,10 @@ class Served:
     condition: str
     num_positions: int
     adapter: Adapter | None
+    base_chat_template: str | dict[str, str] | None = None
+    reasoning: str = "drop"
+    tool_calls: str = "context"
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,11 +61,17 @@ class Served:
         """The tokenizer of the export. Raises ValueError."""
         return load_tokenizer(str(self.folder), read_template(self.template))
 
+    def spelling(self, tokenizer: ChatTokenizer) -> Spelling:
+        """How training wrote reasoning, calls and definitions of tools."""
+        return spelling_of(tokenizer, self.base_chat_template, reasoning=self.reasoning, tool_calls=self.tool_calls)
 
-def find_served(path: str, condition: str | None = None, num_positions: int | None = None) -> Served:
+
+def find_served(
+    path: str, condition: str | None = None, num_positions: int | None = None, names: Sequence[str] = ()
+) -> Served:
     """Find the exported model or adapters in the folder `path`, or the model in RUN/model if it is the folder of a run.
 
-    condition, num_positions: replace the model's own. Raises ValueError.
+    condition, num_positions: replace the model's own. names: more names, before its own. Raises ValueError.
     """
     folder, metadata = _find_export(Path(path).expanduser())
     adapter = _read_adapter(folder)
@@ -76,15 +90,20 @@ def find_served(path: str, condition: str | None = None, num_positions: int | No
     conditions = tuple(dict.fromkeys([inference, *metadata["conditions"]]))
     if condition is not None and condition not in conditions:
         raise ValueError(f"--condition {condition!r}: {explain_unknown(condition, conditions)}")
-    name = metadata["run"].get("recipe", {}).get("name") or folder.name
+    recipe = metadata["run"].get("recipe", {})
+    data, name = recipe.get("data", {}), recipe.get("name") or folder.name
     return Served(
         folder=folder,
-        names=tuple(dict.fromkeys([name, ALIAS])),
+        names=tuple(dict.fromkeys([*names, name, *_template_name(metadata["template"]), ALIAS])),
         template=metadata["template"],
         conditions=conditions,
         condition=inference if condition is None else condition,
         num_positions=num_positions or max_positions_of(config),
         adapter=adapter,
+        base_chat_template=metadata.get("base_chat_template"),
+        reasoning=data.get("reasoning", "drop"),
+        tool_calls=data.get("tool_calls", "context"),
+        dtype=None if config.dtype is None else str(config.dtype).removeprefix("torch."),
     )
 
 
@@ -93,6 +112,12 @@ def explain_unknown(condition: str, conditions: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(condition, conditions, n=1, cutoff=0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
     return f"{meant}The model was trained under {', '.join(map(repr, conditions))}"
+
+
+def _template_name(description: Description) -> list[str]:
+    """The name of a built-in template, by which the clients of OpenChat's server call a model."""
+    name = description if isinstance(description, str) else description["template"]
+    return [name] if isinstance(name, str) and name != "base" else []
 
 
 def _find_export(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -18,40 +18,49 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ochat_train.model.exported import read_export
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.serve.gate import CHAT, HEALTH, EngineTraits, Gate
 from ochat_train.serve.keys import ApiKeys
-from ochat_train.serve.protocol import STREAM_END, AnswerText, ChatCompletion, ChatRequest, Choice, FinishReason, Usage
+from ochat_train.serve.process import listen
+from ochat_train.serve.protocol import (
+    STREAM_END,
+    AnswerText,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    Logprobs,
+    Usage,
+)
 from ochat_train.serve.served import Served
+from ochat_train.serve.text_stream import EndOfAnswer, TextStream
 from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 T = TypeVar("T")
 
-# Fields of a request that `generate` has no equal to, with the values that change nothing.
-UNABLE: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-}
 _DEFAULTS = {"--device": "auto", "--dtype": "auto", "--attn-implementation": "sdpa"}
-_SHUTDOWN_S = 5  # for answers that are under way when a signal comes
+# Flags of vLLM that change how fast it answers and what it prints, but no answer.
+_SPEED_OF_VLLM = (
+    "--disable-log-stats",
+    "--enforce-eager",
+    "--gpu-memory-utilization",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--swap-space",
+)
 
 
-def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
-    """The flags of this engine. Raises ValueError for others."""
+def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this engine, and those of vLLM that mean nothing to it. Raises ValueError for others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag, default in _DEFAULTS.items():
         parser.add_argument(flag, default=default)
+    for flag in _SPEED_OF_VLLM:
+        parser.add_argument(flag, nargs="?", const="", default=None)
     try:
         options, unknown = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
@@ -61,7 +70,7 @@ def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"the engine transformers has no flag {unknown[0]}; it has {known}, and vLLM has more")
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of auto, {', '.join(DTYPES)}")
-    return options
+    return options, [flag for flag in _SPEED_OF_VLLM if getattr(options, flag[2:].replace("-", "_")) is not None]
 
 
 def serve(
@@ -71,24 +80,18 @@ def serve(
     *,
     keys: ApiKeys,
     log: logging.Logger | None,
-    ready: str,
+    wrap: Callable[[ASGIApp], ASGIApp],
+    ready: Callable[[], None],
 ) -> None:
-    """Load the model and answer on the sockets until a signal comes. `ready` is printed when the model is loaded."""
-    import uvicorn
+    """Load the model and answer on the sockets until a signal comes. wrap: a last layer around all. ready: is called
+    once they listen.
 
+    Raises ValueError.
+    """
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its warnings may quote a request's settings
     tokenizer = served.load_tokenizer()
     app = make_app(served, load(served, tokenizer, options), tokenizer, keys=keys, log=log)
-    config = uvicorn.Config(
-        app,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-    )
-    print(ready, flush=True)
-    uvicorn.Server(config).run(sockets=sockets)
+    listen(wrap(app), sockets, ready)
 
 
 def load(served: Served, tokenizer: ChatTokenizer, options: argparse.Namespace) -> PreTrainedModel:
@@ -143,7 +146,7 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     app = Starlette(routes=[Route(CHAT, chat, methods=["POST"]), Route(HEALTH, health)])
-    traits = EngineTraits("the engine transformers", unable=UNABLE, renders_text=False, fills_room=True)
+    traits = EngineTraits("the engine transformers", can_force_a_form=False, renders_text=False, fills_room=True)
     return Gate(app, served=served, tokenizer=tokenizer, engine=traits, keys=keys, log=log)
 
 
@@ -168,19 +171,28 @@ class Generator:
         self._model, self.tokenizer = model, tokenizer
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    def submit(self, prompt_ids: list[int], request: ChatRequest, stream: "TextStream") -> asyncio.Future[None]:
-        """Begin an answer; the stream gets its tokens. Cancelling the future before its turn removes it."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._run, prompt_ids, request, stream)
+    def submit(
+        self, prompt_ids: list[int], request: ChatRequest, number: int, stream: TextStream
+    ) -> asyncio.Future[None]:
+        """Begin the answer `number`; the stream gets its tokens. Cancelling the future before its turn removes it."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, self._run, prompt_ids, request, number, stream)
 
-    def _run(self, prompt_ids: list[int], request: ChatRequest, stream: "TextStream") -> None:
-        torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+    def _run(self, prompt_ids: list[int], request: ChatRequest, number: int, stream: TextStream) -> None:
+        if stream.is_abandoned:
+            return
+        torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed + number)
         ids = torch.tensor([prompt_ids], device=self._model.device)
+        config = self._sampling(request)
+        stream.end_ids = set(config.eos_token_id or [])
         generate: Any = self._model.generate
-        with contextlib.suppress(EndOfAnswer):
+        watch = self._model.register_forward_hook(stream.see) if request.logprobs else contextlib.nullcontext()
+        with contextlib.suppress(EndOfAnswer), watch:
             generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=self._sampling(request),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([Penalties(request, len(prompt_ids))]),
                 streamer=stream,
             )
 
@@ -188,126 +200,104 @@ class Generator:
         """OpenAI's sampling: temperature 1 unless the request or the model says otherwise, no top-k; 0 is greedy."""
         config = copy.deepcopy(self._model.generation_config)
         assert config is not None
-        config.max_new_tokens = request.max_tokens
+        config.max_new_tokens, config.min_new_tokens = request.max_tokens, request.min_tokens
         if request.temperature is not None:
             config.temperature = request.temperature
         elif config.temperature is None:
             config.temperature = 1.0
         config.do_sample = config.temperature > 0
-        if request.top_p is not None:
-            config.top_p = request.top_p
-        config.top_k = config.top_k or 0  # None would be 50
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if (value := getattr(request, name)) is not None:
+                setattr(config, name, value)
+        config.top_k = max(config.top_k or 0, 0)  # None would be 50
+        ends = [] if request.ignore_eos else [self.tokenizer.end_id]
+        config.eos_token_id = [*ends, *(request.stop_token_ids or [])] or None
         return config
 
 
+class Penalties(LogitsProcessor):
+    """OpenAI's penalties for tokens that the answer has already, and the request's biases, before the temperature."""
+
+    def __init__(self, request: ChatRequest, num_prompt: int) -> None:
+        self._presence, self._frequency = request.presence_penalty or 0.0, request.frequency_penalty or 0.0
+        self._bias = {int(id_): value for id_, value in (request.logit_bias or {}).items()}
+        self._num_prompt = num_prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The scores, f32[1, V], after the tokens, i64[1, L]."""
+        if self._presence or self._frequency:
+            counts = torch.bincount(input_ids[0, self._num_prompt :], minlength=scores.shape[1])
+            scores = scores - self._frequency * counts - self._presence * (counts > 0)
+        if self._bias:
+            scores = scores.clone()
+            scores[0, list(self._bias)] += torch.tensor(list(self._bias.values()), device=scores.device)
+        return scores
+
+
 class Answer:
-    """One answer, as a whole or as the events of a stream."""
+    """The answers to one request, as a whole or as the events of a stream."""
 
     def __init__(self, request: ChatRequest, id_: str, generator: Generator) -> None:
         self._request, self._id, self._generator = request, id_, generator
         self._created = int(time.time())
-        conversation = request.to_conversation(request.condition or "")
-        self._prompt_ids = encode_prompt(conversation, generator.tokenizer)
-        self._stream = TextStream(generator.tokenizer, request.stops)
+        conversation = request.to_conversation(request.asked_condition or "")
+        continues = bool(request.continue_final_message)
+        self._prompt_ids = encode_prompt(conversation, generator.tokenizer, continues=continues)
+        num_top = request.top_logprobs or 0
+        self._streams = [TextStream(generator.tokenizer, request.stop or [], num_top) for _ in range(request.n or 1)]
 
     async def whole(self) -> ChatCompletion:
-        """The whole answer."""
-        text = "".join([piece async for piece in self._pieces()])
-        message = AnswerText(role="assistant", content=text)
-        choice = Choice(message=message, finish_reason=self._stream.finish_reason)
-        return self._completion("chat.completion", choice, self._usage())
+        """The whole answers."""
+        choices = []
+        for number, stream in enumerate(self._streams):
+            text = "".join([piece async for piece in self._pieces(number)])
+            message = AnswerText(role="assistant", content=text)
+            logprobs = self._logprobs(stream)
+            choices.append(Choice(index=number, message=message, logprobs=logprobs, finish_reason=stream.finish_reason))
+        return self._completion("chat.completion", choices, self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events; the last one has the usage, as a log of requests wants it."""
-        yield self._completion("chat.completion.chunk", Choice(delta=AnswerText(role="assistant"))).to_event()
-        async for piece in self._pieces():
-            yield self._completion("chat.completion.chunk", Choice(delta=AnswerText(content=piece))).to_event()
-        end = Choice(delta=AnswerText(), finish_reason=self._stream.finish_reason)
-        yield self._completion("chat.completion.chunk", end, self._usage()).to_event() + STREAM_END
+        for number, stream in enumerate(self._streams):
+            yield self._event(Choice(index=number, delta=AnswerText(role="assistant")))
+            async for piece in self._pieces(number):
+                logprobs = self._logprobs(stream)
+                yield self._event(Choice(index=number, delta=AnswerText(content=piece), logprobs=logprobs))
+            logprobs, reason = self._logprobs(stream), stream.finish_reason
+            end = Choice(index=number, delta=AnswerText(), logprobs=logprobs, finish_reason=reason)
+            is_last = number + 1 == len(self._streams)
+            yield self._event(end, self._usage() if is_last else None)
+        yield STREAM_END
 
-    async def _pieces(self) -> AsyncIterator[str]:
+    async def _pieces(self, number: int) -> AsyncIterator[str]:
         """The text as it grows. Raises what `generate` raises; ends `generate` when nobody iterates any more."""
-        pieces, loop = asyncio.Queue[str | None](), asyncio.get_running_loop()
-        self._stream.send = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
-        done = self._generator.submit(self._prompt_ids, self._request, self._stream)
+        stream, pieces, loop = self._streams[number], asyncio.Queue[str | None](), asyncio.get_running_loop()
+        stream.send = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        done = self._generator.submit(self._prompt_ids, self._request, number, stream)
         done.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
             await done
         finally:
-            self._stream.is_abandoned = True
+            stream.is_abandoned = True
             done.cancel()
 
-    def _completion(self, kind: Any, choice: Choice, usage: Usage | None = None) -> ChatCompletion:
+    def _logprobs(self, stream: TextStream) -> Logprobs | None:
+        """Those of the tokens that came since the last call."""
+        if not self._request.logprobs:
+            return None
+        taken, stream.logprobs = stream.logprobs, []
+        return Logprobs(content=taken)
+
+    def _event(self, choice: Choice, usage: Usage | None = None) -> bytes:
+        return self._completion("chat.completion.chunk", [choice], usage).to_event()
+
+    def _completion(self, kind: Any, choices: list[Choice], usage: Usage | None) -> ChatCompletion:
         return ChatCompletion(
-            id=self._id, object=kind, created=self._created, model=self._request.model, choices=[choice], usage=usage
+            id=self._id, object=kind, created=self._created, model=self._request.model, choices=choices, usage=usage
         )
 
     def _usage(self) -> Usage:
-        num_prompt, num_answer = len(self._prompt_ids), self._stream.num_tokens
+        num_prompt, num_answer = len(self._prompt_ids), sum(stream.num_tokens for stream in self._streams)
         return Usage(prompt_tokens=num_prompt, completion_tokens=num_answer, total_tokens=num_prompt + num_answer)
-
-
-class EndOfAnswer(Exception):
-    """Raised by a streamer to leave `generate`: a stop text was found, or the client has gone."""
-
-
-class TextStream(BaseStreamer):
-    """Text from tokens: `generate` calls `put` and `end` in its thread, and `send` gets each piece of text.
-
-    It ends before the first of the stop texts. What may be the beginning of one, and bytes that are no whole character
-    yet, are held back. Without stop texts the joined pieces are the decoded answer.
-    """
-
-    def __init__(self, tokenizer: ChatTokenizer, stops: list[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._num_held = max(map(len, stops), default=1) - 1
-        self._ids: list[int] = []
-        self._context, self._num_decoded = 0, 0  # text is made of ids[num_decoded:], decoded after ids[context:]
-        self._held = ""
-        self.send: Callable[[str], object] = lambda piece: None
-        self.finish_reason: FinishReason = "length"
-        self.is_abandoned = False
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens the answer has, the end token included."""
-        return len(self._ids)
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, i64[1, L], or the next token, i64[1]. Raises EndOfAnswer."""
-        if self.is_abandoned:
-            raise EndOfAnswer
-        if value.ndim == 2:
-            return
-        self._ids += value.tolist()
-        if self._ids[-1] == self._tokenizer.end_id:
-            self.finish_reason = "stop"
-        self._add(self._decode(is_last=False))
-
-    def end(self) -> None:
-        """Send what was held back. Raises EndOfAnswer."""
-        self._add(self._decode(is_last=True))
-        if self._held:
-            self.send(self._held)
-
-    def _decode(self, *, is_last: bool) -> str:
-        decode: Any = self._tokenizer.pretrained.decode
-        before = decode(self._ids[self._context : self._num_decoded], skip_special_tokens=True)
-        text = decode(self._ids[self._context :], skip_special_tokens=True)
-        if text.endswith("\ufffd") and not is_last:
-            return ""
-        self._context, self._num_decoded = self._num_decoded, len(self._ids)
-        return str(text[len(before) :])
-
-    def _add(self, piece: str) -> None:
-        self._held += piece
-        if places := [place for stop in self._stops if (place := self._held.find(stop)) >= 0]:
-            self.finish_reason = "stop"
-            self.send(self._held[: min(places)])
-            raise EndOfAnswer
-        num_ready = len(self._held) - self._num_held
-        if num_ready > 0:
-            self.send(self._held[:num_ready])
-            self._held = self._held[num_ready:]

@@ -1,18 +1,29 @@
 """The engine vLLM: the command of its server, and the gate as the middleware that it puts around its application."""
 
 import argparse
-import itertools
+import asyncio
+import logging
 import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+import urllib.request
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ochat_train.serve.gate import EngineTraits, Gate
 from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
-from ochat_train.serve.request_log import open_log
+from ochat_train.serve.process import DRAIN_S, PARENT_VARIABLE, allow_origins, end_by_signal, watch_parent
+from ochat_train.serve.request_log import log_engine, open_log
 from ochat_train.serve.served import Served, find_served
 from ochat_train.tokens.tokenizer import locate_base
 
@@ -23,7 +34,6 @@ _REFUSED_FLAGS = {
     "--chat-template": "the exported template is what was trained",
     "--default-chat-template-kwargs": "give --condition",
     "--trust-request-chat-template": "the exported template is what was trained",
-    "--served-model-name": "the model answers to the recipe's name",
     "--tokenizer": "the exported tokenizer is what was trained",
     "--generation-config": "the exported one ends answers at the template's end token",
     "--middleware": "the gate is the middleware",
@@ -34,6 +44,8 @@ _REFUSED_FLAGS = {
     "--grpc-port": "it would be a way around the gate",
     "--config": "give flags",
 }
+_END_S = 10  # for vLLM to end by itself once it was asked to; loading a model it may not
+_ERROR_LINE = re.compile(r"((?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt): .*)")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
 
@@ -57,6 +69,10 @@ def make_command(
     words += ["--tokenizer", str(served.folder), "--generation-config", str(served.folder)]
     words += ["--chat-template", str(served.folder / "chat_template.jinja")]
     words += ["--middleware", f"{__name__}.VllmGate", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if "--dtype" not in {flag.partition("=")[0] for flag in flags} and served.dtype == "float32":
+        words += ["--dtype", "float32"]  # vLLM's own choice would be a narrower one
+    if options.max_model_len is not None:
+        words += ["--max-model-len", str(options.max_model_len)]
     if served.adapter is None:
         words += ["--served-model-name", served.name]
     else:
@@ -65,7 +81,9 @@ def make_command(
     settings = {
         "folder": str(served.folder),
         "condition": served.condition,
-        "num_positions": _find_max_model_len(flags),
+        "num_positions": options.max_model_len,
+        "names": options.served_model_name,
+        "origins": options.allowed_origins,
         "is_logging": not options.disable_log_requests,
         "log_file": str(options.log_file.absolute()) if options.log_file else None,
     }
@@ -88,10 +106,64 @@ def _find_base(served: Served) -> str:
     return files.name
 
 
-def _find_max_model_len(flags: Sequence[str]) -> int | None:
-    words = [word for flag in flags for word in flag.partition("=")[::2] if word]
-    values = [after for word, after in itertools.pairwise(words) if word == "--max-model-len"]
-    return int(values[-1]) if values and values[-1].isdigit() else None
+def run(
+    words: Sequence[str], environment: dict[str, str], *, health: str, ready: str, log: logging.Logger | None
+) -> int:
+    """Run the command of `make_command` until a signal comes or it ends, and return its exit code.
+
+    health: the URL that answers once it listens; then `ready` is printed. What vLLM prints goes to the log, or to
+    stderr without one. Raises ValueError, with the last error that it printed, when it ends before it listens.
+    """
+    settings = os.environ | environment | {PARENT_VARIABLE: str(os.getpid())}
+    vllm = subprocess.Popen(
+        words, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    show = print if log is None else partial(log_engine, log)
+    held: list[str] = []  # from the first traceback on, until it listens
+    is_ready, was_stopped = threading.Event(), threading.Event()
+
+    def relay() -> None:
+        assert vllm.stdout is not None
+        for line in vllm.stdout:
+            if not is_ready.is_set() and (held or "Traceback (most recent call last)" in line):
+                held.append(line)
+            else:
+                show(line.rstrip())
+
+    def stop(*_: Any) -> None:
+        # The gate ends vLLM after the answers that are under way; before it listens, there are none.
+        vllm.send_signal(signal.SIGUSR1 if is_ready.is_set() else signal.SIGTERM)
+        was_stopped.set()
+        late = threading.Timer(_END_S + DRAIN_S * is_ready.is_set(), os.killpg, (vllm.pid, signal.SIGKILL))
+        late.daemon = True
+        late.start()
+
+    for signal_ in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_, stop)
+    reader = threading.Thread(target=relay, daemon=True)
+    reader.start()
+    while vllm.poll() is None and not is_ready.is_set():
+        try:
+            with urllib.request.urlopen(health, timeout=5):
+                is_ready.set()
+                print(ready, flush=True)
+                if log is not None:
+                    log_engine(log, ready)
+        except OSError:
+            time.sleep(0.2)
+    code = vllm.wait()
+    reader.join(timeout=5)
+    if was_stopped.is_set():
+        return 0
+    if is_ready.is_set():
+        return code
+    errors = [found[1] for line in held if (found := _ERROR_LINE.search(line))]
+    said = errors[-1] if errors else f"exit code {code}"
+    if held:
+        with tempfile.NamedTemporaryFile("w", prefix="vllm-", suffix=".log", delete=False) as file:
+            file.writelines(held)
+        said += f"; the rest stands in {file.name}"
+    raise ValueError(f"vLLM did not start: {said}")
 
 
 class VllmGate:
@@ -99,17 +171,38 @@ class VllmGate:
 
     def __init__(self, app: ASGIApp) -> None:
         settings = orjson.loads(os.environ[GATE_VARIABLE])
-        served = find_served(settings["folder"], settings["condition"], num_positions=settings["num_positions"])
+        served = find_served(settings["folder"], settings["condition"], settings["num_positions"], settings["names"])
         log_file = Path(settings["log_file"]) if settings["log_file"] else None
+        log = open_log(log_file) if settings["is_logging"] else None
+        traits = EngineTraits("vLLM", can_force_a_form=True, renders_text=True, fills_room=False)
         self._gate = Gate(
-            app,
-            served=served,
-            tokenizer=served.load_tokenizer(),
-            engine=EngineTraits("vLLM", unable={}, renders_text=True, fills_room=False),
-            keys=ApiKeys(read_keys([])),
-            log=open_log(log_file) if settings["is_logging"] else None,
+            app, served=served, tokenizer=served.load_tokenizer(), engine=traits, keys=ApiKeys(read_keys([])), log=log
         )
+        self._app = allow_origins(self._gate, settings["origins"])
+        self._running: set[asyncio.Task[Any]] = set()
+        watch_parent(end_by_signal)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._begin_to_stop)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        await self._gate(scope, receive, send)
+        task = asyncio.current_task()
+        assert task is not None
+        if scope["type"] == "http":
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        await self._app(scope, receive, send)
+
+    def _begin_to_stop(self) -> None:
+        if not self._gate.is_stopping:
+            self._gate.is_stopping = True
+            self._stopping = asyncio.ensure_future(self._stop())
+
+    async def _stop(self) -> None:
+        """End vLLM after the answers that are under way, or DRAIN_S seconds; it would cut them at once."""
+        if self._running:
+            _, late = await asyncio.wait(self._running, timeout=DRAIN_S)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1)
+        end_by_signal()

@@ -9,8 +9,9 @@ from itertools import product, starmap
 
 import numpy as np
 
-from ochat_train.conversations.base_template import BaseTemplate
+from ochat_train.conversations.base_template import BaseTemplate, TemplateRefused
 from ochat_train.conversations.schema import Conversation, Message
+from ochat_train.conversations.spell_out import Spelling
 from ochat_train.conversations.template import Joint
 from ochat_train.tokens.rendered import encode_all, encode_rendered_prompt
 from ochat_train.tokens.strings import Refused
@@ -54,20 +55,43 @@ def chat_template(tokenizer: ChatTokenizer, inference_condition: str) -> str:
     return source
 
 
-def encode_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
-    """The conversation's ids up to where the assistant would begin to answer.
+def encode_prompt(conversation: Conversation, tokenizer: ChatTokenizer, *, continues: bool = False) -> list[int]:
+    """The conversation's ids up to where the assistant would begin to answer, or to go on with its last turn.
 
-    Equal to those before that answer in training: what a text spells never becomes control. Raises ValueError for what
-    the base's own template refuses.
+    continues: whether the last turn is an answer that goes on. The ids are those of training: what a text spells never
+    becomes control. Raises ValueError for what the base's own template refuses.
     """
-    if isinstance(tokenizer.template, BaseTemplate):
-        return [*map(int, encode_rendered_prompt(conversation, tokenizer.template, tokenizer.text.strings))]
-    segments = list(tokenizer.template.segments(conversation, for_reply=True))
-    texts = iter(tokenizer.encode_texts([segment.text for segment in segments if not segment.is_special]))
+    template, text = tokenizer.template, ""
+    if continues:
+        *messages, last = conversation.messages
+        if isinstance(template, BaseTemplate):  # which may write an answer's text otherwise than alone
+            whole = replace(conversation, messages=(*messages, replace(last, weight=1.0)))
+            (outcome,) = encode_all([whole], template, tokenizer)
+            if isinstance(outcome, Refused):
+                raise TemplateRefused(outcome.detail)
+            encoded = outcome[-1]
+            return list(map(int, encoded.example.input_ids[: encoded.turns[-1].text_end]))
+        conversation, text = replace(conversation, messages=tuple(messages)), last.text
+    if isinstance(template, BaseTemplate):
+        return [*map(int, encode_rendered_prompt(conversation, template, tokenizer.text.strings))]
+    segments = list(template.segments(conversation, for_reply=True))
+    texts = iter(tokenizer.encode_texts([*(segment.text for segment in segments if not segment.is_special), text]))
     ids: list[int] = []
     for segment in segments:
         ids += [tokenizer.special_ids[segment.text]] if segment.is_special else next(texts).tolist()
-    return ids
+    return [*ids, *next(texts).tolist()]
+
+
+def spelling_of(
+    tokenizer: ChatTokenizer, base_template: str | dict[str, str] | None, *, reasoning: str, tool_calls: str
+) -> Spelling:
+    """How tools and reasoning are written for this tokenizer's model. base_template: the base's own, in Jinja."""
+    if isinstance(base_template, dict):  # several by name
+        base_template = base_template.get("tool_use", base_template.get("default"))
+    control = (str(token) for token in tokenizer.pretrained.added_tokens_decoder.values() if token.special)
+    template = tokenizer.template
+    arguments = template.arguments() if isinstance(template, BaseTemplate) else frozenset[str]()
+    return Spelling(base_template, tuple(control) if base_template else (), reasoning, tool_calls, arguments)  # type: ignore[arg-type]
 
 
 def encode_as_one_string(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
