@@ -89,8 +89,8 @@ class Cuts:
     by rank. words: what it finds in a text, one after another, is all of the text; None where spaces begin words.
     matches: the same for a word of ASCII, each in what the one before it found. has_lines: whether line feeds are
     pieces where spaces begin words. lead: what stands before every text, where the tokenizer puts it there. whole: a
-    text that has one of these in it is not cut. added: finds the tokens that are found before anything else, of which
-    those in `special` are text. unmerged: tokens that are found as whole pieces, and not made by merges.
+    text that has one of these in it is not cut. added: finds the tokens that are found before anything else; only
+    those in a group are no text. unmerged: tokens that are found as whole pieces, and not made by merges.
     """
 
     char_ids: Ints
@@ -101,7 +101,6 @@ class Cuts:
     lead: str = ""
     whole: tuple[str, ...] = ()
     added: re.Pattern[str] | None = None
-    special: frozenset[str] = frozenset()
     unmerged: frozenset[str] = frozenset()
 
     def find_parts(self, text: str) -> list[str]:
@@ -115,7 +114,7 @@ class Cuts:
         parts: list[str] = []
         place = 0
         for found in self.added.finditer(text) if self.added is not None else ():
-            if found[0] not in self.special:
+            if found.lastindex:
                 parts += (text[place : found.start()], found[0])
                 place = found.end()
         return [*parts, text[place:]]
@@ -146,14 +145,17 @@ def find_cuts(description: Mapping[str, Any]) -> Cuts | None:
     cuts = _cuts_at_marks(description) or _cuts_of_pattern(description)
     if cuts is None or all(token["special"] for token in added):
         return cuts
-    # Tokens that are found in text, before anything else: what is between them is as if it stood alone.
+    # Tokens that are found in text, before anything else: what is between them is as if it stood alone. Those that are
+    # searched after normalizing have a search of their own.
     looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
-    is_normalized = any(token["normalized"] and not token["special"] for token in added)
-    if cuts.lead or looks_around or (is_normalized and _steps(description["normalizer"], "normalizers")):
+    is_normalized = {token["normalized"] for token in added if not token["special"]}
+    may_change = True in is_normalized and _steps(description["normalizer"], "normalizers")
+    if cuts.lead or looks_around or may_change or len(is_normalized) > 1:
         return None
-    contents = sorted((token["content"] for token in added), key=len, reverse=True)  # the longest one is found
-    special = frozenset(token["content"] for token in added if token["special"])
-    return replace(cuts, added=re.compile("|".join(map(re.escape, contents))), special=special)
+    found = {token["content"]: token["special"] for token in added if token["normalized"] in is_normalized}
+    longest_first = sorted(found, key=len, reverse=True)
+    names = (re.escape(token) if found[token] else f"({re.escape(token)})" for token in longest_first)
+    return replace(cuts, added=re.compile("|".join(names)))
 
 
 def _cuts_at_marks(description: Mapping[str, Any]) -> Cuts | None:
