@@ -78,6 +78,9 @@ _ASCII = {
 # The characters that stand for ASCII in the vocabulary of byte-level BPE.
 _SIGNS = {chr(byte): chr(256 + byte) for byte in range(33)} | {chr(byte): chr(byte) for byte in range(33, 127)}
 _SIGNS["\x7f"] = "\u0121"
+# Of characters: letters of ASCII, digits, other signs; 0 is a space, and at the end what is beyond ASCII.
+_KINDS = [0 if char == " " else 1 if char.isalpha() else 2 if char.isdigit() else 3 for char in map(chr, range(128))]
+_KIND_OF = np.array([*_KINDS, 0], np.uint8)
 _MAX_CROSSING = 8  # merges that join a mark to another character before it: Gemma 3 has one
 
 
@@ -87,10 +90,11 @@ class Cuts:
 
     char_ids: i32[C], the id of each character below C, -1 for one without. merges: i32[M, 3] of (left, right, merged),
     by rank. words: what it finds in a text, one after another, is all of the text; None where spaces begin words.
-    matches: the same for a word of ASCII, each in what the one before it found. has_lines: whether line feeds are
-    pieces where spaces begin words. lead: what stands before every text, where the tokenizer puts it there. whole: a
-    text that has one of these in it is not cut. added: finds the tokens that are found before anything else; only
-    those in a group are no text. unmerged: tokens that are found as whole pieces, and not made by merges.
+    matches: the same for a word of ASCII, each in what the one before it found. has_lines, has_kinds: whether, where
+    spaces begin words, line feeds are pieces, and letters, digits and other signs of ASCII are. lead: what stands
+    before every text, where the tokenizer puts it there. whole: a text that has one of these in it is not cut. added:
+    finds the tokens that are found before anything else; only those in a group are no text. unmerged: tokens that are
+    found as whole pieces, and not made by merges.
     """
 
     char_ids: Ints
@@ -98,6 +102,7 @@ class Cuts:
     words: re.Pattern[str] | None = None
     matches: tuple[re.Pattern[str], ...] = ()
     has_lines: bool = False
+    has_kinds: bool = False
     lead: str = ""
     whole: tuple[str, ...] = ()
     added: re.Pattern[str] | None = None
@@ -180,14 +185,23 @@ def _cuts_at_marks(description: Mapping[str, Any]) -> Cuts | None:
     crossing = [left + right for left, right in merges if right.startswith(_MARK) and not left.endswith(_MARK)]
     if len(crossing) > _MAX_CROSSING:
         return None
+    joined = [(ord(left[-1]), ord(right[0])) for left, right in merges]
     ids = {own: vocabulary[token] for token, own in of_bytes.items() if own.isascii() and token in vocabulary}
     ids |= {token: id_ for token, id_ in vocabulary.items() if len(token) == 1} | {" ": vocabulary[_MARK]}
     return Cuts(
         *_to_arrays(ids, merges, vocabulary),
         has_lines=not any("\n" in left + right for left, right in merges),
+        has_kinds=not _differ_in_kind(*np.array(joined, np.int64).reshape(-1, 2).T).any(),
         lead=" " if has_lead else "",
         whole=(_MARK, *(token.replace(_MARK, " ") for token in crossing)),
     )
+
+
+def _differ_in_kind(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each character and the one after it are signs of ASCII, no spaces, and of different kinds."""
+    kinds, next_kinds = _KIND_OF[np.minimum(before, 128)], _KIND_OF[np.minimum(after, 128)]
+    differ: npt.NDArray[np.bool_] = (kinds != next_kinds) & (kinds > 0) & (next_kinds > 0)
+    return differ
 
 
 def _cuts_of_pattern(description: Mapping[str, Any]) -> Cuts | None:
@@ -318,6 +332,8 @@ class WordCache:
         is_end[:-1] = is_space[1:] > is_space[:-1]
         if self._cuts.has_lines:
             is_end[:-1] |= is_line[1:] != is_line[:-1]
+        if self._cuts.has_kinds:
+            is_end[:-1] |= _differ_in_kind(codes[:-1], codes[1:])
         for position in np.flatnonzero(is_whole).tolist():
             is_end[stops[position] : stops[position + 1]] = False
         is_end[stops[stops > 0] - 1] = True
