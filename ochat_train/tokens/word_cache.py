@@ -81,6 +81,7 @@ _SIGNS["\x7f"] = "\u0121"
 # Of characters: letters of ASCII, digits, other signs; 0 is a space, and at the end what is beyond ASCII.
 _KINDS = [0 if char == " " else 1 if char.isalpha() else 2 if char.isdigit() else 3 for char in map(chr, range(128))]
 _KIND_OF = np.array([*_KINDS, 0], np.uint8)
+_MAX_ADDED = 100  # tokens that are looked for in text one by one; Gemma 3 has 6,415
 _MAX_CROSSING = 8  # merges that join a mark to another character before it: Gemma 3 has one
 
 
@@ -158,6 +159,8 @@ def find_cuts(description: Mapping[str, Any]) -> Cuts | None:
     if cuts.lead or looks_around or may_change or len(is_normalized) > 1:
         return None
     found = {token["content"]: token["special"] for token in added if token["normalized"] in is_normalized}
+    if len(found) > _MAX_ADDED:
+        return None
     longest_first = sorted(found, key=len, reverse=True)
     names = (re.escape(token) if found[token] else f"({re.escape(token)})" for token in longest_first)
     return replace(cuts, added=re.compile("|".join(names)))
