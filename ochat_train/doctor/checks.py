@@ -215,9 +215,11 @@ def check_attention(case: Case) -> Finding:
     """Which attention a run here would use, and whether a small copy of the model is exact on packed batches."""
     case.attention, agreement = attention_of(case.recipe, case.config, case.device.type)
     detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}"
-    if agreement.why_eager is None:
+    if agreement.why_alone is None:
         return Finding("ok", detail)
-    return Finding("warning", detail, "keep packing.tokens_per_gpu small: each head has scores of [tokens, tokens]")
+    return Finding(
+        "warning", detail, "expect a lower speed, and compare the step times of a few packing.tokens_per_gpu"
+    )
 
 
 def check_kernels(case: Case) -> Finding:
@@ -282,7 +284,8 @@ def check_settings(case: Case) -> Finding:
 def check_memory(case: Case) -> Finding:
     """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
     config, machine = case.config.get_text_config(), case.machine
-    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes)
+    is_alone = hasattr(case, "attention") and case.attention.backend == "alone"
+    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes, is_alone=is_alone)
     there = (
         f"{show_bytes(machine.gpu_bytes)} of a GPU, of which {RESERVED:.0%} are left to CUDA"
         if machine.gpu_bytes is not None

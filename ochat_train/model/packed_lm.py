@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ochat_train.model.alone import hidden_of_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
 from ochat_train.model.logits import base_of, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
-from ochat_train.model.masks import masks_for
 from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
 from ochat_train.tokens.batch import PackedBatch
@@ -36,10 +36,10 @@ class PackedCausalLM(nn.Module):
         config = lm.config.get_text_config()
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
-        name = register(self.attention.backend)
-        lm.set_attn_implementation(name)
-        if self.attention.backend == "eager":
-            lm.config.get_text_config()._attn_implementation = name  # for the masks, where attention is a class's own
+        if self.attention.backend == "alone":
+            use_own_attention(lm)
+        else:
+            lm.set_attn_implementation(register(self.attention.backend))
         rotate_each_alone(lm)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
@@ -68,17 +68,18 @@ class PackedCausalLM(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states, [T, C]."""
+        if self.attention.backend == "alone":
+            return hidden_of_each(base_of(self.lm), batch)
         position_ids = batch.position_ids[None]
-        with masks_for(position_ids):
-            output = base_of(self.lm)(
-                input_ids=batch.input_ids[None],
-                position_ids=position_ids,
-                # Without it transformers looks for sequences in the positions, and waits for the device.
-                attention_mask=torch.ones_like(position_ids, dtype=torch.bool),
-                use_cache=False,
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-            )
+        output = base_of(self.lm)(
+            input_ids=batch.input_ids[None],
+            position_ids=position_ids,
+            # Without it transformers looks for sequences in the positions, and waits for the device.
+            attention_mask=torch.ones_like(position_ids, dtype=torch.bool),
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
         states: Tensor = output.last_hidden_state
         return states[0]
 

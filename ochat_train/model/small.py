@@ -14,6 +14,7 @@ LENGTH_BORDER = 24  # of the lengths up to which RoPE has other factors
 _VOCABULARY = 128
 _HEADS = 4
 _WIDTH = 64
+_LINEAR_HEAD_DIM = 32
 _MOST_LAYERS = 8
 _MOST_WEIGHTS = 60_000_000  # of a small copy: some seconds on two cores
 
@@ -115,15 +116,24 @@ def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
 
 
 def _narrow_more(settings: dict[str, Any]) -> None:
-    """Make the inner widths of layers small, and experts few, in place."""
+    """Make the inner widths of layers small, and experts and heads of linear attention few, in place."""
+    most_linear = max((value for name, value in settings.items() if _counts_linear_heads(name, value)), default=1)
     for name, value in settings.items():
         if not _is_int(value):
             continue
+        if _counts_linear_heads(name, value):
+            settings[name] = max(1, value * _HEADS // most_linear)
+        elif name.startswith("linear_") and name.endswith("head_dim"):
+            settings[name] = min(value, _LINEAR_HEAD_DIM)
         if any(word in name for word in _WIDTHS):
             settings[name] = min(value, _WIDTH)
         elif name in _EXPERTS:
             groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
             settings[name] = min(value, max(8, 2 * groups, 2 * chosen))
+
+
+def _counts_linear_heads(name: str, value: Any) -> bool:
+    return name.startswith("linear_num_") and name.endswith("heads") and _is_int(value)
 
 
 def _parts(config: Any) -> Iterator[Any]:
