@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.small import FIRST_ID, one_line, small_model, without_dropout
+from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 
@@ -83,6 +84,7 @@ def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: i
         torch.manual_seed(0)
         try:
             small = small_model(config, longest=longest)
+            _avoid_ties(small)
             found = _probe_each(wanted, small, checkpointing)
             if repr(without_dropout(config)) != repr(config):
                 _try_dropout(config, "alone" if found.why_alone or wanted == "alone" else "sdpa", longest)
@@ -151,6 +153,42 @@ def _require_causal(lm: PreTrainedModel) -> None:
         raise ValueError("its tokens see later ones, which they are to predict")
 
 
+# Of the range of the values among which a model chooses; rounding is off by 1e-6 of it.
+_NEAR_TIE = 2e-5
+
+
+def _avoid_ties(lm: PreTrainedModel) -> None:
+    """Give `lm` other random weights, in place, while an expert is chosen from another by less than rounding.
+
+    This is decided on transformers' own model alone, before anything is compared.
+    """
+    for seed in (1, 2, 3):
+        with torch.no_grad(), _Choices() as choices:
+            for example in _examples(lm):
+                copy.deepcopy(lm)(torch.from_numpy(example.input_ids.astype(np.int64))[None], use_cache=False)
+        if choices.smallest > _NEAR_TIE:
+            return
+        randomise(lm, seed=seed)
+
+
+class _Choices(TorchDispatchMode):
+    """Watches torch.topk. smallest: the smallest difference between the last value taken and the first one left.
+
+    Relative to the range of the values. Equal values are no near tie: they are masked ones, mostly.
+    """
+
+    smallest = math.inf
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.topk.default and 0 < args[1] < args[0].shape[args[2] if len(args) > 2 else -1]:
+            values = args[0].float().movedim(args[2] if len(args) > 2 else -1, -1).sort(descending=True).values
+            taken, left = values[..., args[1] - 1], values[..., args[1]]
+            differences = (taken - left) / (values[..., 0] - values[..., -1])
+            differences = differences[differences.isfinite() & (differences > 0)]
+            self.smallest = min(self.smallest, *differences.tolist(), math.inf)
+        return func(*args, **(kwargs or {}))
+
+
 class _Pair(NamedTuple):
     """A small model of transformers, the same one packed, and sequences for both, by length."""
 
@@ -164,13 +202,17 @@ def _make_pair(small: PreTrainedModel, attention: Backend, checkpointing: str) -
     packed = PackedCausalLM(
         copy.deepcopy(small), attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
     )
+    return _Pair(stock, packed.train(), _examples(small))
+
+
+def _examples(lm: PreTrainedModel) -> list[Example]:
+    """The same ones for every model of this vocabulary."""
     random = np.random.default_rng(0)
-    vocabulary = small.config.get_text_config().vocab_size
-    examples = [
+    vocabulary = lm.config.get_text_config().vocab_size
+    return [
         Example(random.integers(FIRST_ID, vocabulary, length).astype(np.int32), np.ones(length, np.float32))
         for length in _LENGTHS
     ]
-    return _Pair(stock, packed.train(), examples)
 
 
 class _Difference(NamedTuple):

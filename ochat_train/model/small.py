@@ -49,7 +49,7 @@ def _try(small: Any) -> PreTrainedModel:
     if size > _MOST_WEIGHTS:
         raise ValueError(f"it has {size:,} weights, too many to try")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager")
-    _randomise(model)
+    randomise(model, seed=0)
     # A copy, because some models keep a state.
     copy.deepcopy(model)(input_ids=torch.full((1, 2 * BORDER), FIRST_ID), use_cache=False)
     return model
@@ -111,7 +111,11 @@ def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
                 settings[width] = min(settings[width], 2 * _WIDTH)
             elif _is_int(settings.get(width)) and not _is_int(own.get("head_dim")) and _is_int(old):
                 settings[width] = -(-settings[width] // (8 * _HEADS)) * 8 * _HEADS  # what grouped products can take
+            if old is None and _is_int(settings.get(width)):  # no attention: recurrent layers
+                for name in settings.keys() & {width, "attention_hidden_size", "embedding_dim"}:
+                    settings[name] = min(settings[name], 2 * _WIDTH)
             _narrow_more(settings)
+            _fit_state_heads(settings, width)
     return small
 
 
@@ -129,7 +133,23 @@ def _narrow_more(settings: dict[str, Any]) -> None:
             settings[name] = min(value, _WIDTH)
         elif name in _EXPERTS:
             groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
-            settings[name] = min(value, max(8, 2 * groups, 2 * chosen))
+            settings[name] = min(value, max(8, 4 * groups, 2 * chosen))
+
+
+def _fit_state_heads(settings: dict[str, Any], width: str) -> None:
+    """Give state-space layers as many heads, or as wide ones, as their width has, in place."""
+    names = (("mamba_expand", "expand"), ("mamba_n_heads", "n_mamba_heads", "num_heads"))
+    names += (("mamba_d_head", "mamba_headdim", "head_dim"), ("mamba_n_groups", "mamba_ngroups", "n_groups"))
+    expand, number, size, groups = (next((name for name in each if name in settings), "") for each in names)
+    if not all(_is_int(settings.get(name)) for name in (expand, number, size)):
+        return
+    inner = settings[expand] * settings[width]
+    if inner >= 2 * settings[size]:
+        settings[number] = inner // settings[size]
+    else:
+        settings[size] = inner // settings[number]
+    if _is_int(settings.get(groups)):
+        settings[groups] = min(settings[groups], settings[number])
 
 
 def _counts_linear_heads(name: str, value: Any) -> bool:
@@ -236,10 +256,10 @@ def _keep_layers(text: Any, kept: list[int]) -> None:
 # ------------------------------------------------------------------------------------------------------ weights
 
 
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel, *, seed: int) -> None:
     """Random weights of a size that keeps activations about as large as they were; biases and norms are moved too."""
     model.train()
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
 
     def noise(weight: Tensor) -> Tensor:
         return torch.randn(weight.shape, generator=random)
