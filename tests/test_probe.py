@@ -35,6 +35,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits that are multiplied by a setting of the same name": ("hyperclovax", {"logits_scaling": 8.0}),
     "parallel layers, scaled logits": ("cohere", {}),
     "dense layers, then experts in groups": ("deepseek_v3", {}),
+    "experts, of which first weights choose one by rounding": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 6, "n_routed_experts": 64, "n_shared_experts": 2, "topk_method": "greedy"},
+    ),
     "heads of several sizes, shared keys": ("gemma4_text", {}),
     "attention sinks, a window in every second layer, experts": ("gpt_oss", {}),
     "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
