@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ochat_train.files import free_port
-from ochat_train.model.activations import Activations, count_activations
+from ochat_train.model.activations import Activations, Alone, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.loss import CHUNK_TOKENS
@@ -162,6 +162,18 @@ def test_activations_grow_with_the_tokens_and_the_logits_with_the_vocabulary() -
     wide = count_activations(llama(vocab_size=50_000), num_tokens=num_tokens, dtype="float32", checkpointing="none")
     # Twice the logits of a chunk in fp32, and the gradient by the weight.
     assert wide.logits - short.logits == pytest.approx((2 * CHUNK_TOKENS + WIDTH) * 4 * (50_000 - 512), rel=0.02)
+
+
+def test_sequences_that_run_alone_keep_what_packed_ones_keep() -> None:
+    """They are counted on sequences of 128 to 256 tokens, and are four of 768."""
+    packed, alone = (
+        count_activations(llama(), num_tokens=number, dtype="bfloat16", checkpointing="none")
+        for number in (4 * 768, Alone(4 * 768, 768))
+    )
+    joined = 4 * 768 * WIDTH * 2  # the hidden states of all sequences, once more
+    assert alone.kept == pytest.approx(packed.kept + joined, rel=0.01)
+    assert alone.logits == pytest.approx(packed.logits, rel=0.01)
+    assert alone.layer < packed.layer
 
 
 def test_a_model_that_cannot_run_without_values_is_refused() -> None:

@@ -225,9 +225,11 @@ def check_attention(case: Case) -> Finding:
     model = case.recipe.model
     router = choose_router_loss(model.router_aux_loss_coef, case.config, is_frozen=model.lora is not None)
     detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}{f'; {router}' if router else ''}"
-    if agreement.why_eager is None:
+    if agreement.why_alone is None:
         return Finding("ok", detail)
-    return Finding("warning", detail, "keep packing.tokens_per_gpu small: each head has scores of [tokens, tokens]")
+    return Finding(
+        "warning", detail, "expect a lower speed, and compare the step times of a few packing.tokens_per_gpu"
+    )
 
 
 def check_kernels(case: Case) -> Finding:
@@ -294,7 +296,8 @@ def check_settings(case: Case) -> Finding:
 def check_memory(case: Case) -> Finding:
     """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
     config, machine = case.config.get_text_config(), case.machine
-    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes)
+    is_alone = hasattr(case, "attention") and case.attention.backend == "alone"
+    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes, is_alone=is_alone)
     there = (
         f"{show_bytes(machine.gpu_bytes)} of a GPU, of which {RESERVED:.0%} are left to CUDA"
         if machine.gpu_bytes is not None

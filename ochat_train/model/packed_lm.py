@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
 from ochat_train.model.logits import base_of, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
-from ochat_train.model.masks import masks_for
 from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
 from ochat_train.model.router import RouterSums, balance_of, sum_router_loss
@@ -49,10 +49,10 @@ class PackedCausalLM(nn.Module):
         config = lm.config.get_text_config()
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
-        name = register(self.attention.backend)
-        lm.set_attn_implementation(name)
-        if self.attention.backend == "eager":
-            lm.config.get_text_config()._attn_implementation = name  # for the masks, where attention is a class's own
+        if self.attention.backend == "alone":
+            use_own_attention(lm)
+        else:
+            lm.set_attn_implementation(register(self.attention.backend))
         rotate_each_alone(lm)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
@@ -88,8 +88,13 @@ class PackedCausalLM(nn.Module):
     def run_layers(self, batch: PackedBatch) -> tuple[Tensor, RouterSums | None]:
         """The last hidden states, [T, C], and in training what the routers of a mixture chose."""
         is_balanced = self.balance is not None and self.training
-        position_ids = batch.position_ids[None]
-        with masks_for(position_ids):
+        # Recorded in the forward pass alone, and parts of its graph: what is recomputed is not recorded again.
+        options = {"output_router_logits": True} if is_balanced else {}
+        router_logits: tuple[Tensor, ...] | None
+        if self.attention.backend == "alone":
+            hidden, router_logits = run_each(base_of(self.lm), batch, **options)
+        else:
+            position_ids = batch.position_ids[None]
             output = base_of(self.lm)(
                 input_ids=batch.input_ids[None],
                 position_ids=position_ids,
@@ -98,14 +103,13 @@ class PackedCausalLM(nn.Module):
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                # Recorded in the forward pass alone, and parts of its graph: what is recomputed is not recorded again.
-                **({"output_router_logits": True} if is_balanced else {}),
+                **options,
             )
-        hidden: Tensor = output.last_hidden_state[0]
-        if self.balance is None or not is_balanced:
+            hidden, router_logits = output.last_hidden_state[0], output.router_logits if is_balanced else None
+        if self.balance is None or router_logits is None:
             return hidden, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.router_coefficient != 0):
-            return hidden, sum_router_loss(output.router_logits, self.balance.num_chosen, batch.num_tokens)
+            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """f32[T, V], all at once: for tests and small batches."""

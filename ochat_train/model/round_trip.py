@@ -72,7 +72,7 @@ def compare_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dt
 
 
 def check_round_trip(
-    config: Any, *, longest: int, is_eager: bool, lora_targets: str | Sequence[str] | None = None
+    config: Any, *, longest: int, is_alone: bool, lora_targets: str | Sequence[str] | None = None
 ) -> float:
     """How far logits of packed sequences are from those of the exported model, on a small copy, relative to their norm.
 
@@ -88,7 +88,7 @@ def check_round_trip(
         lm = small_model(config, longest=longest)
         try:
             plain = _add_parts(lm, lora_targets)
-            error = _round_trip(lm, plain, is_eager=is_eager)
+            error = _round_trip(lm, plain, is_alone=is_alone)
         except Exception as problem:  # of any kind: whatever a model's code says about its files
             reason = str(problem) if type(problem) is ValueError else one_line(problem)
             raise ValueError(f"{name} cannot be exported: {reason.splitlines()[0]}; {remedy}") from problem
@@ -115,9 +115,9 @@ def _add_parts(lm: PreTrainedModel, targets: str | Sequence[str] | None) -> Any:
     return plain
 
 
-def _round_trip(lm: PreTrainedModel, plain: Any, *, is_eager: bool) -> float:
+def _round_trip(lm: PreTrainedModel, plain: Any, *, is_alone: bool) -> float:
     """The largest difference of a token's logits; plain: the configuration of `lm` without adapters."""
-    attention = "eager" if is_eager else "sdpa"
+    attention = "alone" if is_alone else "sdpa"
     packed = PackedCausalLM(lm, attention=attention, device_type="cpu", checkpointing="none", num_conditions=1).eval()
     num_ids = plain.get_text_config().vocab_size
     random = np.random.default_rng(0)

@@ -244,7 +244,7 @@ class ModelSection(Section):
         None, description="transformers configuration (with model_type) of a model trained from scratch."
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in forward and backward.")
-    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "eager"] = (
+    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "alone"] = (
         Field("auto", description="Varlen backend.")
     )
     checkpointing: str = Field(

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.gpus import usable_gpus
-from ochat_train.model.activations import Activations, count_activations
+from ochat_train.model.activations import Activations, Alone, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.memory import (
     MemoryNeeds,
@@ -90,7 +90,8 @@ class MemoryPlan:
     """The memory that a recipe's run needs, and from which the needs of any other setting follow.
 
     policy: the activation checkpointing, chosen if the recipe says auto; activations are counted under it. num_local:
-    processes of a host; None stands for all of them on a CPU, and for at most 8 with GPUs.
+    processes of a host; None stands for all of them on a CPU, and for at most 8 with GPUs. is_alone: whether each
+    sequence is run alone.
     """
 
     recipe: Recipe
@@ -101,6 +102,7 @@ class MemoryPlan:
     policy: str
     activations: Activations
     num_local: int | None = None
+    is_alone: bool = False
 
     def setting(self, stage: int, *, offload: bool, num_processes: int, algorithm: Any = None) -> ZeroSetting:
         """The recipe's setting with another stage, offload, number of processes and, if given, optimizer."""
@@ -132,7 +134,11 @@ class MemoryPlan:
 
     def needs(self, setting: ZeroSetting, activations: Activations | None = None) -> MemoryNeeds:
         """The needs of each process under a setting."""
-        return memory_needs(self.size, activations or self.activations, setting, on_gpu=self.is_on_gpu)
+        needs = memory_needs(self.size, activations or self.activations, setting, on_gpu=self.is_on_gpu)
+        if self.is_alone and setting.stage == 3 and setting.num_processes > 1 and self.policy != "full":
+            # DeepSpeed gives weights back after a module's last use; of those before it, by its code, it keeps them.
+            needs = replace(needs, buffers=needs.buffers + DTYPES[setting.dtype].itemsize * self.size.num_weights)
+        return needs
 
     def total(self, setting: ZeroSetting, activations: Activations | None = None) -> int:
         """Bytes of a process on its device; on a CPU including what is offloaded, which is the same memory."""
@@ -168,7 +174,7 @@ class MemoryPlan:
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""
-        return _count(self.recipe, self.config, self.size, policy, num_tokens)
+        return _count(self.recipe, self.config, self.size, policy, num_tokens, is_alone=self.is_alone)
 
     def describe(self) -> str:
         """The bytes that are planned and the limit, in a few words."""
@@ -198,26 +204,30 @@ def plan_memory(
     num_processes: int,
     *,
     num_local: int | None = None,
+    is_alone: bool = False,
 ) -> MemoryPlan:
-    """The memory plan of the recipe's run; config: the model's transformers configuration.
+    """The memory plan of the recipe's run; config: the model's transformers configuration. is_alone: see MemoryPlan.
 
     With model.checkpointing auto, its policy is the one that recomputes least among those that fit the device; full
     when none fits. Raises ValueError when the model's activations cannot be counted.
     """
     wanted = recipe.model.checkpointing
     for policy in _policies_of(config) if wanted == "auto" else (wanted,):
-        activations = _count(recipe, config, size, policy)
-        plan = MemoryPlan(recipe, available, config, size, num_processes, policy, activations, num_local)
+        activations = _count(recipe, config, size, policy, is_alone=is_alone)
+        plan = MemoryPlan(recipe, available, config, size, num_processes, policy, activations, num_local, is_alone)
         if plan.fits_device(plan.own):
             break
     return plan
 
 
-def _count(recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None) -> Activations:
+def _count(
+    recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None, *, is_alone: bool
+) -> Activations:
     lora = recipe.model.lora
+    num_tokens = recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens
     return count_activations(
         config,
-        num_tokens=recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens,
+        num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else num_tokens,
         dtype=recipe.model.dtype,
         checkpointing=policy,
         lora_rank=lora.rank if lora else None,

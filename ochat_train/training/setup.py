@@ -187,7 +187,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 dtype=DTYPES[recipe.model.dtype],
                 is_compiled=recipe.model.compile,
             ),
-            checkpointing=_choose_checkpointing(recipe, text_config, size, world),
+            checkpointing=_choose_checkpointing(
+                recipe, text_config, size, world, is_alone=attention.backend == "alone"
+            ),
             router=choose_router_loss(
                 recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
             ),
@@ -214,8 +216,8 @@ def attention_of(
         checkpointing=recipe.model.checkpointing,
     )
     if is_exported:
-        is_eager, targets = attention.backend == "eager", lora.targets if lora else None
-        exported = check_round_trip(config, longest=longest, is_eager=is_eager, lora_targets=targets)
+        is_alone, targets = attention.backend == "alone", lora.targets if lora else None
+        exported = check_round_trip(config, longest=longest, is_alone=is_alone, lora_targets=targets)
         agreement = agreement._replace(exported=exported)
     return attention, agreement
 
@@ -266,7 +268,9 @@ def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world
     return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
 
 
-def _choose_checkpointing(recipe: Recipe, config: Any, size: ModelSize, world: World) -> CheckpointingChoice:
+def _choose_checkpointing(
+    recipe: Recipe, config: Any, size: ModelSize, world: World, *, is_alone: bool
+) -> CheckpointingChoice:
     """The recipe's checkpointing; for auto the policy that recomputes least among those that fit this rank."""
     if recipe.model.checkpointing != "auto":
         return CheckpointingChoice(recipe.model.checkpointing, "asked for by the recipe")
@@ -274,7 +278,7 @@ def _choose_checkpointing(recipe: Recipe, config: Any, size: ModelSize, world: W
     if world.device.type == "cpu":
         available = replace(available, gpu_bytes=None)
     try:
-        plan = plan_memory(recipe, available, config, size, world.size, num_local=world.local_size)
+        plan = plan_memory(recipe, available, config, size, world.size, num_local=world.local_size, is_alone=is_alone)
     except ValueError as error:
         return CheckpointingChoice("full", str(error))
     warning = None
