@@ -24,8 +24,8 @@ def run_each(base: nn.Module, batch: PackedBatch, **options: bool) -> tuple[Tens
 
     With output_router_logits also those of each layer, [T, E], else None. The model, without its head, gets a sequence
     as generation would give it: no mask, no positions, no cache. Where ZeRO splits the parameters, each forward of a
-    module is a collective, so that every rank runs as many sequences as the rank with the most; what is beyond its own is
-    one token, whose states are cut off and get a gradient of 0.
+    module is a collective, so that every rank runs as many sequences as the rank with the most; what is beyond its own
+    is one token, whose states are cut off and get a gradient of 0.
     """
     lengths, num_tokens = read_lengths(batch.cu_seqlens), len(batch.input_ids)
     sequences = list(batch.input_ids.split(lengths))
