@@ -34,8 +34,8 @@ from tests.e2e.harness import ROOT, events, write_dump
 from tests.small_tokenizers import write_base
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-GPU_GIB = {"80": 79.1, "180": 178.3}  # as torch has it, of what is sold as so many GB
-DEVICES = {"80": H100, "180": "NVIDIA B200"}
+GPU_GIB = {"80": 79.1}  # as torch has it, of what is sold as so many GB
+DEVICES = {"80": H100}
 TOKENS_PER_STEP = 8 * 32_768  # of the published run
 # Of that run: conversations, tokens in each, and the mean length that a token's sequence has; see training/speed.py.
 NUM_CONVERSATIONS, LENGTH, PAIRS_PER_TOKEN = 80_000, 1825, 2102
@@ -96,7 +96,7 @@ GPT_OSS_ROPE = {
 # What the makers publish in config.json, by recipe.
 BASES = {
     "llama_3.1_8b_8x80gb": sizes("llama", 4096, 14_336, 32, 32, 8, **LLAMA_3),
-    "llama_3.3_70b_lora_8x180gb": sizes("llama", 8192, 28_672, 80, 64, 8, **LLAMA_3),
+    "llama_3.3_70b_lora_8x80gb": sizes("llama", 8192, 28_672, 80, 64, 8, **LLAMA_3),
     "qwen3_8b_8x80gb": sizes("qwen3", 4096, 12_288, 36, 32, 8, **QWEN_3),
     "qwen3_30b_a3b_8x80gb": sizes("qwen3_moe", 2048, 6144, 48, 32, 4, **QWEN_3, **QWEN_3_EXPERTS),
     "mistral_7b_8x80gb": sizes(
@@ -141,7 +141,7 @@ BASES = {
 }
 # Stand-ins for the bases' own templates.
 OWN_TEMPLATES = {
-    "llama_3.3_70b_lora_8x180gb": TRIMMED,
+    "llama_3.3_70b_lora_8x80gb": TRIMMED,
     "gemma3_12b_8x80gb": SYSTEM_IN_TURN,
     "phi_4_8x80gb": DEFAULT_SYSTEM,
     "gpt_oss_20b_8x80gb": DEFAULT_SYSTEM,
