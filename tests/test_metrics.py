@@ -27,7 +27,7 @@ from ochat_train.training.metrics import Metrics, RunOutline, StepReport, evalua
 from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import check_sinks, flat_numbers
 from ochat_train.training.speed import Utilisation
-from tests.waiting import ends
+from tests.waiting import ends, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS, SOURCES = ["GPT4", "GPT3"], ["gpt4", "gpt3", "empty"]
@@ -329,9 +329,13 @@ def test_wandb_has_the_steps_of_a_branch_in_a_run_of_their_own(tmp_path: Path) -
         ids.append((tmp_path / "wandb_id").read_text())
     assert ids[0] == ids[1] != ids[2]
     (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{ids[2]}/run-{ids[2]}.wandb")
-    # A number follows its name and a few bytes of lengths; a time stamp in the file may hold any digits.
-    found = set(map(int, re.findall(rb"step/lr[^0-9]+([0-9]+)", file.read_bytes())))
-    assert found == {71001, 71002, 82003, 82004}
+
+    def rates() -> set[int]:
+        # A number follows its name and a few bytes of lengths; a time stamp in the file may hold any digits.
+        return set(map(int, re.findall(rb"step/lr[^0-9]+([0-9]+)", file.read_bytes())))
+
+    wait_until(lambda: len(rates()) >= 4)  # wandb's process serves the tests before this one as well, and writes later
+    assert rates() == {71001, 71002, 82003, 82004}
 
 
 def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(

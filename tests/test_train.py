@@ -208,7 +208,7 @@ def test_the_host_waits_once_a_step_beside_what_deepspeed_does(
     train(recipe_for(recipe_path, tmp_path, f"zero.stage={stage}", "train.max_steps=3"), ALONE)
     expected = {
         "engine.py": 2,  # brings all numbers of the step to the CPU, and reads them there
-        "attention.py": 2,  # only the path on a CPU: where the sequences of a micro-batch end
+        "sdpa.py": 2,  # only the path on a CPU: where the sequences of a micro-batch end
     }
     assert [{Path(file).name: num for file, num in step.items()} for step in waits] == [expected] * 3
 
@@ -735,10 +735,10 @@ def test_vectors_decay_where_the_recipe_says_so(decays: bool) -> None:
     assert torch.allclose(model.bias, vector * (0.95 if decays else 1.0))
 
 
-def test_a_model_whose_sequences_would_mix_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:
-    mamba = "model.config={model_type: mamba, hidden_size: 16, num_hidden_layers: 1}"
-    with pytest.raises(ValueError, match=r"mamba cannot be trained on packed sequences: .* sequences see each other"):
-        prepare(recipe_for(recipe_path, tmp_path, mamba), ALONE)
+def test_a_model_whose_tokens_see_later_ones_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:
+    xlm = "model.config={model_type: xlm, emb_dim: 16, n_layers: 1, n_heads: 2}"
+    with pytest.raises(ValueError, match=r"xlm cannot be trained"):
+        prepare(recipe_for(recipe_path, tmp_path, xlm), ALONE)
 
 
 def test_a_resume_may_change_what_decides_no_step(recipe_path: Path, finished: Path) -> None:

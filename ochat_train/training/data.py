@@ -73,10 +73,11 @@ def _share_of(store: Path, world: World) -> tuple[int, int]:
     mine = world.local_rank, world.local_size
     if world.size == world.local_size:
         return mine
-    mark = store / f".seen-{gather_objects(secrets.token_hex(8))[0]}"
+    name = f".seen-{secrets.token_hex(8)}"
     with suppress(OSError):
         if world.is_main:
-            mark.touch()
+            (store / name).touch()
+    mark = store / gather_objects(name)[0]  # the main rank's is there before any rank looks for it
     sees: list[bool] = gather_objects(mark.exists())
     with suppress(OSError):
         if world.is_main:
