@@ -165,12 +165,15 @@ def test_texts_with_tokens_that_look_around_are_left_to_the_library(
 
 def test_a_token_of_several_words_is_found(described: dict[str, dict[str, Any]]) -> None:
     tokenizer = Tokenizer.from_str(json.dumps(described["llama3"]))
-    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in ("a b", "a", "b c", "\n\n ")])
+    many = [f"<unused{number}>" for number in range(300)] + ["\n" * number for number in range(2, 9)]
+    contents = ("a b", "a", "b c", "\n\n ", *many)
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in contents])
     tokenizer.add_special_tokens([AddedToken("b cc", normalized=False), AddedToken("d a", normalized=True)])
     tokenizer.encode_special_tokens = True
     description = json.loads(tokenizer.to_str())
     assert find_cuts(description) is not None
     texts = ["a b c", "xb ccx", "d a b", "b c  a", "word a  bb c\n\n Word", "\n\n", "  a  "]
+    texts += ["<unused29>9><unused300>", "<<unused7>\n", "\n" * 19, "<", "x\n"]
     expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     assert [ids.tolist() for ids in TextEncoder(json.dumps(description), {}).encode_texts(texts)] == expected
 

@@ -519,3 +519,17 @@ def test_a_second_process_for_one_store_is_refused_and_disturbs_nothing(
         assert status == 0, err
     assert contents(in_folder.parent / "store") == contents(alone)
     assert {path.name for path in in_folder.parent.iterdir()} == {"recipe.yaml", "store"}
+
+
+def test_the_command_does_without_torch_and_pandas(varied: Path, alone: Path, tmp_path: Path) -> None:
+    script = f"""
+import runpy, sys
+sys.argv = ["preprocess", {str(varied)!r}, {f"data.store={tmp_path / 'store'}"!r}]
+runpy.run_module("ochat_train.preprocess", run_name="__main__", alter_sys=True)
+assert "transformers" in sys.modules and not {{"torch", "pandas"}} & set(sys.modules)
+import pandas, torch  # nothing keeps others from them
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert not ended.returncode, ended.stderr
+    assert "torch" not in ended.stderr.lower(), ended.stderr
+    assert ids_in(tmp_path / "store") == ids_in(alone)

@@ -19,6 +19,7 @@ from io import TextIOWrapper
 from types import FrameType
 
 from ochat_train.preprocess.explain import explain_record
+from ochat_train.preprocess.light import without_pandas, without_torch
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.survey import survey
 from ochat_train.preprocess.workers import WorkerDied
@@ -56,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(line, flush=True)
             return
         recipe = load_recipe(options.recipe, options.overrides)
+        if __name__ == "__main__":  # a process of its own
+            without_pandas()
+            if not recipe.tokenizer_name.endswith(".gguf"):
+                without_torch()
         if options.explain is not None:
             explain_record(recipe, options.explain)
         else:

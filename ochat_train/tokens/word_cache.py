@@ -15,8 +15,9 @@ which the vocabulary lacks, or, in byte-level BPE, words beyond ASCII.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, pairwise
 from threading import Lock
 from typing import Any
@@ -81,7 +82,6 @@ _SIGNS["\x7f"] = "\u0121"
 # Of characters: letters of ASCII, digits, other signs; 0 is a space, and at the end what is beyond ASCII.
 _KINDS = [0 if char == " " else 1 if char.isalpha() else 2 if char.isdigit() else 3 for char in map(chr, range(128))]
 _KIND_OF = np.array([*_KINDS, 0], np.uint8)
-_MAX_ADDED = 100  # tokens that are looked for in text one by one; Gemma 3 has 6,415
 _MAX_CROSSING = 8  # merges that join a mark to another character before it: Gemma 3 has one
 
 
@@ -94,8 +94,9 @@ class Cuts:
     matches: the same for a word of ASCII, each in what the one before it found. has_lines, has_kinds: whether, where
     spaces begin words, line feeds are pieces, and letters, digits and other signs of ASCII are. lead: what stands
     before every text, where the tokenizer puts it there. whole: a text that has one of these in it is not cut. added:
-    finds the tokens that are found before anything else; only those in a group are no text. unmerged: tokens that are
-    found as whole pieces, and not made by merges.
+    the tokens that are found before anything else, and whether each is special, which makes it text. lengths: how long
+    they are, longest first, by their first two characters. unmerged: tokens that are found as whole pieces, and not
+    made by merges.
     """
 
     char_ids: Ints
@@ -106,7 +107,8 @@ class Cuts:
     has_kinds: bool = False
     lead: str = ""
     whole: tuple[str, ...] = ()
-    added: re.Pattern[str] | None = None
+    added: Mapping[str, bool] = field(default_factory=dict)
+    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict)
     unmerged: frozenset[str] = frozenset()
 
     def find_parts(self, text: str) -> list[str]:
@@ -118,12 +120,22 @@ class Cuts:
             if part in text:
                 return ["", text]
         parts: list[str] = []
-        place = 0
-        for found in self.added.finditer(text) if self.added is not None else ():
-            if found.lastindex:
-                parts += (text[place : found.start()], found[0])
-                place = found.end()
+        place = after = 0
+        for found in re.finditer(self._first, text) if self.added else ():  # a pattern of thousands would be slow
+            start = found.start()
+            two = text[start : start + 2] if start >= after else ""
+            for length in (*self.lengths.get(two, ()), *self.lengths.get(two[:1], ())):
+                if (token := text[start : start + length]) in self.added:
+                    after = start + length
+                    if not self.added[token]:
+                        parts += (text[place:start], token)
+                        place = after
+                    break
         return [*parts, text[place:]]
+
+    @property
+    def _first(self) -> str:
+        return f"[{re.escape(''.join(sorted({key[0] for key in self.lengths})))}]"
 
     def find_matches(self, text: str) -> list[str]:
         """The pieces of a part at the matches of a pattern; words beyond ASCII are whole."""
@@ -159,11 +171,12 @@ def find_cuts(description: Mapping[str, Any]) -> Cuts | None:
     if cuts.lead or looks_around or may_change or len(is_normalized) > 1:
         return None
     found = {token["content"]: token["special"] for token in added if token["normalized"] in is_normalized}
-    if len(found) > _MAX_ADDED:
-        return None
-    longest_first = sorted(found, key=len, reverse=True)
-    names = (re.escape(token) if found[token] else f"({re.escape(token)})" for token in longest_first)
-    return replace(cuts, added=re.compile("|".join(names)))
+    found.pop("", None)
+    lengths = defaultdict[str, set[int]](set)
+    for token in found:
+        lengths[token[:2]].add(len(token))
+    longest_first = {key: sorted(own, reverse=True) for key, own in lengths.items()}
+    return replace(cuts, added=found, lengths=longest_first)
 
 
 def _cuts_at_marks(description: Mapping[str, Any]) -> Cuts | None:
