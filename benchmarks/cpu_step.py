@@ -1,6 +1,11 @@
 """On a CPU: packed against padded steps, and the loss head in chunks against full logits, in about a minute.
 
     python benchmarks/cpu_step.py [--repeats 3]
+    python benchmarks/cpu_step.py --stages RECIPE [--steps 12]
+
+--stages measures instead a recipe's own steps at ZeRO 0 and 2, in turns, in the two processes that launch.sh starts on
+a CPU: seconds of the wall for each step after the first two, those of the processor for the whole command, and the most
+memory of a process.
 
 Packed against padded: layers of the width of a small model, micro-batches that our plan makes of ShareGPT-like lengths,
 shortened alike to at most --max-tokens; padded are batches of as many conversations as fit if all had that length, in
@@ -21,11 +26,16 @@ benchmarks/results/. Needs psutil.
 """
 
 import argparse
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,6 +49,7 @@ from torch import Tensor, nn
 from train_step import clear, make_batches, make_config, padding_ratio
 from transformers import PreTrainedModel
 
+from ochat_train.files import free_port
 from ochat_train.model.loss import LossHead
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.tokens.encode import Example
@@ -89,11 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--layers", type=int, nargs=2, default=(1, 2), help="the second is the number of layers")
+    parser.add_argument("--stages", metavar="RECIPE", help="measure this recipe's steps at ZeRO 0 and 2 instead")
+    parser.add_argument("--steps", type=int, default=12, help="of each run of --stages")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = describe_machine(PACKAGES)
     print(orjson.dumps(results, option=orjson.OPT_INDENT_2).decode())
+    if options.stages:
+        results |= {"recipe": options.stages, "stages": measure_stages(options.stages, options.steps, options.repeats)}
+        if options.write:
+            write_results(f"cpu_stages_{Path(options.stages).stem}", results)
+        return
 
     config = make_config(options)
     lm = make_lm(config, torch.float32, CPU)
@@ -126,6 +144,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_results("cpu_step", results)
     if wrong := [one.name for one in [*steps, *heads] if not one.agrees]:
         sys.exit(f"results do not agree: {', '.join(wrong)}")
+
+
+def measure_stages(recipe: str, num_steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Runs of a recipe at each stage in turns; raises CalledProcessError for one that fails."""
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"data.store={folder}/store"
+        subprocess.run([sys.executable, "-m", "ochat_train.preprocess", recipe, store], check=True, capture_output=True)
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", "2"]
+        for repeat in range(repeats):
+            for stage in (0, 2):
+                run = Path(folder) / f"{stage}-{repeat}"
+                options = [f"zero.stage={stage}", f"checkpoint.dir={run}", f"train.max_steps={num_steps}", store]
+                command = [*launcher, "--master_port", str(free_port()), "--module", "ochat_train.train", recipe]
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(
+                    [*command, *options], check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+                )
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                steps = [
+                    event
+                    for event in map(orjson.loads, (run / "metrics.jsonl").read_bytes().splitlines())
+                    if event["event"] == "step"
+                ]
+                runs.append(
+                    {
+                        "stage": stage,
+                        "seconds": [event["seconds"] for event in steps[2:]],
+                        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+                        "peak_memory_bytes": max(event["peak_memory_bytes"] for event in steps),
+                        "losses": [event["loss"] for event in steps],
+                    }
+                )
+                print(
+                    f"stage {stage}: {median(runs[-1]['seconds']):.3f} s a step, {runs[-1]['processor_seconds']:.1f} s "
+                    f"of the processor, {runs[-1]['peak_memory_bytes'] / 2**30:.2f} GiB",
+                    flush=True,
+                )
+    return runs
 
 
 def describe(one: Comparison) -> str:

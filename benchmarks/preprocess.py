@@ -223,8 +223,8 @@ def make_dump(folder: Path, num_conversations: int, tokenizer: str, template: st
 class Listener(TextEncoder):
     """Keeps the texts that it is asked to encode, and makes one token of each."""
 
-    def __init__(self, tokenizer_json: str, special_ids: dict[str, int]) -> None:
-        super().__init__(tokenizer_json, special_ids)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.heard: list[list[str]] = []
 
     def encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:

@@ -15,19 +15,20 @@ import orjson
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.files import flush_tree, publish_folder
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
+from ochat_train.model.round_trip import compare_weights, empty_model, save_weights
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, only_data, read_checkpoint
-from ochat_train.training.resources import room_for
+from ochat_train.training.resources import free_host_bytes, room_for
 
 _NUM_COMPARED = 20  # conversations of the store at each export
 
@@ -38,22 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
+    parser.add_argument("--base", help="where the base of the adapters of model.lora is now; default: where it was")
     options = parser.parse_args(arguments)
     try:
-        export(options.checkpoint, options.out, adapter=options.adapter)
+        export(options.checkpoint, options.out, adapter=options.adapter, base=options.base)
     except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
     print(f"exported {options.checkpoint} to {options.out}")
 
 
-def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False) -> None:
+def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False, base: str | None = None) -> None:
     """Write the checkpoint's model to the folder `out` in the recipe's dtype, see `write_model`.
 
     An earlier export there stays until the new one is whole. Adapters of model.lora are merged into their base, which
-    is loaded again; with `adapter` they alone are written, for peft. The model's prompts are compared with those of its
-    training; what differs is printed and recorded in the metadata, but does not stop the export. Raises ValueError for
-    an incomplete checkpoint, a base that is not what it was, adapters where there are none, a disk without room, or
-    when `out` holds something that is not an earlier export.
+    is loaded again, from `base` if it lies elsewhere now; with `adapter` they alone are written, for peft. transformers
+    loads the model, whose weights must be the checkpoint's, see `compare_weights`. Its prompts are compared with those
+    of its training; what differs there is printed and recorded in the metadata, but does not stop the export. Raises
+    ValueError for an incomplete checkpoint, other weights, a base that is not what it was, adapters where there are
+    none, a disk without room, or when `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
     if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -62,19 +65,27 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
         require_peft()
         if _lora(checkpoint) is None:
             raise ValueError(f"{checkpoint.path} has no adapters, since its model.lora was null; leave --adapter out")
+    if base is not None and _lora(checkpoint) is None:
+        raise ValueError(f"{checkpoint.path} has no adapters, so no base is read; leave --base out")
     tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), read_template(checkpoint.template))
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
     generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
     metadata, dtype = metadata_of(checkpoint), _dtype(checkpoint)
     trained = _read_trained(checkpoint)
-    weights = trained if adapter else _merge(trained, checkpoint, tokenizer)
+    was = checkpoint.state.recipe["model"]["base"]
+    if base not in (None, was):
+        print(f"moved, and compared by what it holds: model.base: {was} -> {base}", flush=True)
+    weights = trained
+    if _lora(checkpoint) is not None and (not adapter or base not in (None, was)):
+        loaded = _load_base(base or was, trained, checkpoint, tokenizer)
+        weights = trained if adapter else _merge(trained, loaded, checkpoint)
     # Weights that are read lazily have no size yet.
-    sized = weights.values() if adapter else _empty_model(config, dtype).parameters()
+    sized = weights.values() if adapter else empty_model(config, dtype).parameters()
     with publish_folder(out) as folder, room_for(sum(weight.nbytes for weight in sized), folder):
         if adapter:
             recipe = checkpoint.state.recipe["model"]
             rank, alpha = recipe["lora"]["rank"], recipe["lora"]["alpha"]
-            save_adapter(folder, weights, _empty_model(config, dtype), base=recipe["base"], rank=rank, alpha=alpha)
+            save_adapter(folder, weights, empty_model(config, dtype), base=base or was, rank=rank, alpha=alpha)
             _write_companions(folder, generation_config, tokenizer, metadata)
         else:
             write_model(
@@ -86,15 +97,9 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
                 dtype=dtype,
                 metadata=metadata,
             )
+            _check_weights(folder, weights, dtype)
         _record_parity(folder, checkpoint)
         flush_tree(folder)  # some file systems say only here that they are full
-
-
-def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration without memory for its weights, for their names and sizes."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return model
 
 
 def write_model(
@@ -118,14 +123,7 @@ def write_model(
     config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
     if getattr(config, "pad_token_id", None) == tokenizer.end_id:  # as padding_idx it would freeze its embedding
         config.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
-    model = _empty_model(config, dtype)
-    # One after the other: read lazily, a weight is put together here.
-    cast = {name: tensor.contiguous().to(dtype) for name, tensor in weights.items()}
-    missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
-    model.tie_weights()
-    assert not unexpected, unexpected
-    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta], missing
-    model.save_pretrained(folder)
+    save_weights(folder, weights, config, dtype)
     for file in folder.glob("*.safetensors"):  # safetensors makes them for their owner alone
         file.chmod((folder / "config.json").stat().st_mode)
     _write_companions(folder, generation_config, tokenizer, metadata)
@@ -153,6 +151,20 @@ def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
     except ValueError:  # damaged: it is written anew
         return False
     return (metadata.get("step"), metadata.get("run")) == (checkpoint.state.step, checkpoint.run)
+
+
+def _check_weights(model: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Compare the model's weights with the checkpoint's where there is memory to load it; else its metadata says so."""
+    metadata = read_export(model)
+    assert metadata is not None
+    needed, free = sum(file.stat().st_size for file in model.glob("*.safetensors")), free_host_bytes()
+    metadata["num_compared_weights"] = None
+    if needed > free:
+        note = f"its weights were not compared, which takes {needed / 1e9:.3g} GB of memory; {free / 1e9:.3g} are free"
+        _report(note, metadata["problems"])
+    else:
+        metadata["num_compared_weights"] = compare_weights(model, weights, dtype)
+    _write_metadata(model, metadata)
 
 
 def _record_parity(model: Path, checkpoint: Checkpoint) -> None:
@@ -208,25 +220,29 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[checkpoint.state.recipe["model"]["dtype"]]
 
 
-def _merge(trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer) -> dict[str, Tensor]:
-    """The language model's weights by transformers' names: what was trained, in its base if it was adapters."""
-    lora = _lora(checkpoint)
-    if lora is None:
-        return trained
-    model = checkpoint.state.recipe["model"]
-    base = load_model(
-        model["base"],
-        None,
-        dtype=model["dtype"],
-        num_ids=tokenizer.num_ids,
-        added_ids=row_ids_of(trained),
-        seed=0,
-    )
-    if int(checksum(base)) != int(trained[CHECKSUM]):
+def _load_base(
+    base: str, trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer
+) -> PreTrainedModel:
+    """The base of the checkpoint's adapters. Raises ValueError unless it holds what it held in training."""
+    dtype = checkpoint.state.recipe["model"]["dtype"]
+    try:
+        lm = load_model(base, None, dtype=dtype, num_ids=tokenizer.num_ids, added_ids=row_ids_of(trained), seed=0)
+    except ValueError as error:
         raise ValueError(
-            f"model.base {model['base']} holds other weights than those beside which {checkpoint.path} was trained; "
-            "put those back"
+            f"the base of the adapters: {error}; if it lies elsewhere now, name its place with --base"
+        ) from None
+    if int(checksum(lm)) != int(trained[CHECKSUM]):
+        raise ValueError(
+            f"model.base {base} holds other weights than those beside which {checkpoint.path} was trained; put those "
+            "back, or name their place with --base"
         )
+    return lm
+
+
+def _merge(trained: dict[str, Tensor], base: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The language model's weights by transformers' names: the adapters in their base."""
+    lora = _lora(checkpoint)
+    assert lora is not None
     return merge_adapters(base.state_dict() | trained, scaling=lora["alpha"] / lora["rank"])
 
 

@@ -3,9 +3,11 @@
 Imports nothing of ours.
 """
 
+import errno
 import fcntl
 import importlib.util
 import os
+import random
 import shutil
 import socket
 from collections.abc import Iterator
@@ -133,7 +135,18 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nobody uses.
+
+    It is below those that systems give to connections, one of which could have taken it by the time somebody listens.
+    """
+    draw = random.SystemRandom()  # leaves the seeded ones alone
+    while True:
+        port = draw.randrange(20_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port

@@ -21,17 +21,27 @@ from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
 from ochat_train.files import step_name
+from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
-from ochat_train.model.loss import ConditionSums, zero_sums
+from ochat_train.model.loss import LossSums, zero_sums
 from ochat_train.model.pretrained import max_positions_of
-from ochat_train.recipe import CheckpointSection, ModelsSection, load_recipe, parse_arguments, recipe_arguments
+from ochat_train.model.router import add_router_sums
+from ochat_train.recipe import (
+    CheckpointSection,
+    ModelsSection,
+    load_recipe,
+    moved_places,
+    parse_arguments,
+    recipe_arguments,
+    to_json,
+)
 from ochat_train.tokens.batch import PackedBatch
 from ochat_train.tokens.loss_forms import LOSS_FORMS
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
 from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
-from ochat_train.training.data import make_batches, source_weights
+from ochat_train.training.data import make_batches, source_weights, verify_store
 from ochat_train.training.engine import (
     Failed,
     OutOfMemory,
@@ -59,7 +69,6 @@ from ochat_train.training.setup import (
     agree_on_steps,
     prepare,
     ready_engine,
-    verify_store,
 )
 from ochat_train.training.speed import find_utilisation
 from ochat_train.training.stopping import STOPPED, StopRequest, Watchdog
@@ -72,14 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     recipe_arguments(parser)
     options = parse_arguments(parser, arguments)
+    try:
+        check_gpus()
+    except ValueError as error:  # the same on every rank of a node
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    use_expandable_segments()  # before anything is allocated
     world = read_world()
     _use_own_share_of_cores(world)
     join_process_group(world)
     try:
         with Watchdog(world) as watchdog:
             recipe = together(lambda: load_recipe(options.recipe, options.overrides))
-            together(partial(verify_store, recipe, world, watchdog.progress))
+            verify_store(recipe, world, watchdog.progress)
             run = together(partial(prepare, recipe, world))
+            together(partial(check_dumps, run, world))
             end = train(run, world, watchdog)
     except (Refused, Failed) as error:  # the same on every rank: one of them prints it
         sys.exit(f"error: {error}" if world.is_main else 1)
@@ -94,6 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export_model(run, end.checkpoint)
         except (ValueError, OSError) as error:
             sys.exit(f"error: training has ended, but {run.dir / 'model'} was not written: {error}")
+
+
+def check_dumps(run: Run, world: World) -> None:
+    """Raise ValueError on the main rank when dumps at new paths of the recipe are not those of its store."""
+    if world.is_main:
+        from ochat_train.preprocess.job import check_moved  # slow to import
+
+        check_moved(run.recipe, run.store.manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +137,9 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     run = agree(run)
     with open_run_folder(run.dir, world) as folder:
         run = agree_on_resume(run, folder, world)
+        was = run.store.manifest.places if run.resumed is None else run.resumed.state.recipe
+        for line in moved_places(was, to_json(run.recipe)):
+            say(world, f"moved, and compared by what it holds: {line}")
         if run.resumed is not None and run.is_finished(run.resumed.state):
             say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
             return RunEnd(run.resumed.path, is_finished=True)
@@ -126,7 +152,7 @@ def export_model(run: Run, checkpoint: Path) -> None:
     """Export the checkpoint to checkpoint.dir/model, unless it is there already."""
     out = run.dir / "model"
     if not is_export_of(out, checkpoint):
-        export(checkpoint, out)
+        export(checkpoint, out, base=run.recipe.model.base if run.recipe.model.lora else None)
         print(f"exported {checkpoint} to {out}", flush=True)
 
 
@@ -160,7 +186,7 @@ class Trainer:
             world.size,
             attention=run.resolved.attention.backend,
             checkpointing=run.resolved.checkpointing.policy,
-        ) | {"began_from": run.began_from}
+        ) | {"began_from": run.began_from, "base_digest": self.engine.module.base_digest}
         self.metrics = Metrics(self.outline(), is_main=world.is_main)
         self.skipped = SkippedSteps(recipe.train.max_skipped, run.dir, run.store, world)
         self.saver = Saver(self.engine, folder, world, watchdog.progress)
@@ -231,7 +257,7 @@ class Trainer:
 
     def train_one_step(
         self, ready: Ready[StepPlan, list[PackedBatch]], started: float
-    ) -> tuple[StepReport, list[ConditionSums]]:
+    ) -> tuple[StepReport, list[LossSums]]:
         """Train one step of the plan; returns its report, and the loss sums of each of this rank's micro-batches."""
         run, plan, world = self.run, ready.item, self.world
         run.store.check_unchanged()
@@ -241,14 +267,21 @@ class Trainer:
         lr = learning_rate(progress, peak=run.resolved.peak_lr.value, warmup=optim.warmup, min_ratio=optim.min_lr)
         mark = partial(self.watchdog.mark, self.state.step + 1)
         parts, grad_norm = train_step(
-            self.engine, ready.made, weight_sum=plan.weight_sum, world_size=world.size, lr=lr, mark=mark
+            self.engine,
+            ready.made,
+            weight_sum=plan.weight_sum,
+            num_tokens=plan.num_tokens,
+            world_size=world.size,
+            lr=lr,
+            mark=mark,
         )
         mine = zero_sums(len(run.store.manifest.conditions), world.device)
         for part in parts:
-            mine.add(part)
+            mine.add(part.by_condition)
+        router = add_router_sums([part.router for part in parts if part.router is not None])
         memory = peak_memory_bytes(world.device)
         of_rank = RankReport(grad_norm, ready.waited_s, memory, self.stop.is_made, self.saver.is_writing)
-        sums, of_ranks = reduce_over_ranks(mine, of_rank, world)
+        sums, router, of_ranks = reduce_over_ranks(mine, router, of_rank, world)
         self.is_stopping, self.is_writing = of_ranks.is_asked_to_stop, of_ranks.is_writing
         self.state = replace(
             self.state,
@@ -273,10 +306,11 @@ class Trainer:
             seconds=time.perf_counter() - started,
             data_wait_s=of_ranks.data_wait_s,
             peak_memory_bytes=int(of_ranks.peak_memory_bytes),
+            router=router,
         )
         return report, parts
 
-    def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[ConditionSums]) -> None:
+    def check_skipped(self, report: StepReport, plan: StepPlan, parts: Sequence[LossSums]) -> None:
         """End the run when too many steps in a row were skipped, or all that it has."""
         try:
             self.skipped.add(report.step, plan, parts, is_skipped=report.is_skipped)

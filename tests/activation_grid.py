@@ -50,7 +50,14 @@ def real_model(
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     if lora_rank is not None:
         add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=range(num_rows), seed=0)
-    return PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=1).train()
+    return PackedCausalLM(
+        lm,
+        attention="auto",
+        device_type="cpu",
+        checkpointing=policy,
+        num_conditions=1,
+        router_coefficient=float(lora_rank is None),
+    ).train()
 
 
 def full_batch(num_tokens: int, num_sequences: int = 2) -> PackedBatch:
@@ -96,9 +103,9 @@ def measure(model: PackedCausalLM, batch: PackedBatch) -> Activations:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with live_bytes([*model.parameters(), *model.buffers()]) as live:
-        hidden = model.hidden(batch)
+        hidden, router = model.run_layers(batch)
         kept = live.now
         sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
-        sums.nll.backward()
+        (sums.nll if router is None else sums.nll + router.loss).backward()
     return Activations(kept=kept, layer=live.peak - kept, logits=0)

@@ -9,6 +9,7 @@ import orjson
 from starlette.types import ASGIApp
 
 from ochat_train.serve.gate import CHAT
+from tests.waiting import HANG_S
 
 
 @dataclass
@@ -44,7 +45,7 @@ async def exchange(
         if vanishes:
             await begun.wait()
             return {"type": "http.disconnect"}
-        await asyncio.sleep(60)
+        await asyncio.sleep(2 * HANG_S)
         raise AssertionError("the exchange did not end")
 
     async def send(message: Any) -> None:
@@ -62,5 +63,5 @@ async def exchange(
         "query_string": b"",
         "headers": list(headers),
     }
-    await asyncio.wait_for(app(scope, receive, send), timeout=20)
+    await asyncio.wait_for(app(scope, receive, send), timeout=HANG_S)
     return answer

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ochat_train.model.sdpa import AttentionOptions
+
 
 def documented(
     q: Tensor,
@@ -192,7 +194,7 @@ def varlen_attn_2_13(
     seqused_k: Any = None,
     block_table: Any = None,
     num_splits: int | None = None,
-) -> Tensor:
+) -> Any:
     assert enable_gqa or query.shape[1] == key.shape[1]
     return varlen_attn_2_11(
         query,
@@ -202,6 +204,7 @@ def varlen_attn_2_13(
         cu_seq_k,
         max_q,
         max_k,
+        return_aux=return_aux,
         scale=scale,
         window_size=window_size,
     )
@@ -219,10 +222,32 @@ def varlen_attn_2_11(
     return_aux: Any = None,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
+) -> Any:
     """It is causal when the right end of its window is 0."""
     assert query.shape[1] == key.shape[1] and cu_seq_k is cu_seq_q and max_k == max_q
-    return documented(query, key, value, cu_seq_q, max_q, scale, False, window_size, 0.0)[0]
+    out, log_sums = documented(query, key, value, cu_seq_q, max_q, scale, False, window_size, 0.0)
+    return (out, log_sums.detach()) if return_aux is not None and return_aux.lse else out  # a gradient is ignored
+
+
+def varlen_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of FlashAttention, as its paper has it: what it is given of the forward pass, it uses."""
+    groups = q.shape[1] // k.shape[1]
+    wide_k, wide_v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    position = torch.arange(len(q))
+    sequence = torch.bucketize(position, options.cu_seqlens[1:], right=True)
+    ahead = position[None, :] - position[:, None]
+    visible = (sequence[:, None] == sequence) & (ahead <= 0) & (-ahead < (options.window or len(q)))
+    scores = torch.einsum("ihd,jhd->hij", q, wide_k) * options.scale
+    p = (scores - log_sums[..., None]).exp() * visible
+    of_p = torch.einsum("ihd,jhd->hij", gradient, wide_v)
+    of_scores = p * (of_p - (gradient * out).sum(-1).T[..., None]) * options.scale
+    return (
+        torch.einsum("hij,jhd->ihd", of_scores, wide_k),
+        torch.einsum("hij,ihd->jhd", of_scores, q).unflatten(1, (-1, groups)).sum(2),
+        torch.einsum("hij,ihd->jhd", p, gradient).unflatten(1, (-1, groups)).sum(2),
+    )
 
 
 PACKAGES = {

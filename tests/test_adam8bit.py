@@ -47,7 +47,7 @@ def test_a_weight_has_two_bytes_of_state_and_scales() -> None:
 
 
 def size_of(num_weights: int) -> ModelSize:
-    return ModelSize(num_weights, num_weights, num_weights // 10)
+    return ModelSize(num_weights, num_weights, num_weights // 10, num_weights // 10)
 
 
 def test_a_process_with_more_weights_than_the_kernels_count_is_refused() -> None:

@@ -30,7 +30,15 @@ def random_qkv(
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The docstring's formula in f64, over all T x T pairs with one mask."""
     q, k, v = q.double(), k.double(), v.double()
@@ -44,7 +52,10 @@ def naive_attention(
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., : len(k)], v)
 
 
 def naive_rows(
@@ -61,11 +72,9 @@ def naive_rows(
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
-def with_gradients(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, ...]:
+def with_gradients(attend: Callable[..., Tensor], *parts: Tensor) -> tuple[Tensor, ...]:
     """The output, and the gradients of a fixed random projection of it."""
-    leaves = [part.detach().clone().requires_grad_() for part in (q, k, v)]
+    leaves = [part.detach().clone().requires_grad_() for part in parts]
     out = attend(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return (out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype)))
@@ -89,24 +98,25 @@ def check_against_naive(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    has_sinks: bool = False,
     backend: Backend = "sdpa",
 ) -> None:
     cu_seqlens, scale = borders(lengths), scale or q.shape[-1] ** -0.5
-    values = with_gradients(
-        lambda q, k, v: varlen_attention(
-            q, k, v, AttentionOptions(cu_seqlens, max(lengths), scale, window, softcap), backend=backend
-        ),
-        q,
-        k,
-        v,
-    )
-    references = with_gradients(
-        lambda q, k, v: naive_attention(q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap), q, k, v
-    )
-    # Gradients are measured against all three together: those of q and k are zero where a token sees only itself.
+    sinks = (torch.linspace(-2, 3, q.shape[1]),) if has_sinks else ()  # of small and of large probability
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        options = AttentionOptions(cu_seqlens, max(lengths), scale, window, softcap, sinks)
+        return varlen_attention(q, k, v, options, backend=backend)
+
+    def attend_naively(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return naive_attention(q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+    values = with_gradients(attend, q, k, v, *sinks)
+    references = with_gradients(attend_naively, q, k, v, *sinks)
+    # Gradients are measured against all together: those of q and k are zero where a token sees only itself.
     whole = float(torch.stack([gradient.norm() for gradient in references[1:]]).norm())
-    scales = (float(references[0].norm()), whole, whole, whole)
-    for name, value, reference, size in zip(("out", "dq", "dk", "dv"), values, references, scales, strict=True):
+    scales = (float(references[0].norm()), *[whole] * (len(references) - 1))
+    for name, value, reference, size in zip(("out", "dq", "dk", "dv", "ds"), values, references, scales, strict=False):
         assert value.shape == reference.shape
         assert value.dtype == torch.float32
         assert float((value.double() - reference).norm()) < TOLERANCE * size, name
@@ -135,6 +145,12 @@ def test_it_equals_the_formula_in_a_window(window: int, softcap: float | None) -
 @pytest.mark.parametrize("softcap", [1.0, 50.0])
 def test_it_equals_the_formula_with_a_softcap(softcap: float) -> None:
     check_against_naive(*random_qkv(scale=5.0), softcap=softcap)  # scores large enough to be bent
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (1,), (100, 1, 70)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 2.0), (5, 2.0)])
+def test_it_equals_the_formula_with_sinks(lengths: tuple[int, ...], window: int | None, softcap: float | None) -> None:
+    check_against_naive(*random_qkv(lengths, head_dim=20), lengths, window=window, softcap=softcap, has_sinks=True)
 
 
 def test_it_equals_the_formula_with_another_scale() -> None:
@@ -289,7 +305,7 @@ def test_the_registered_function_equals_varlen_attention() -> None:
         ({"query": torch.zeros(2, 4, 7, 16)}, "one row"),
         ({"key": torch.zeros(1, 2, 9, 16)}, "no cache"),
         ({"dropout": 0.1}, "attention dropout of 0.1"),
-        ({"s_aux": torch.zeros(4)}, "needs s_aux"),  # GPT-OSS's sinks
+        ({"sinks": torch.zeros(4)}, "needs sinks"),  # another one for each token, of Inkling 2
     ],
 )
 def test_the_registered_function_refuses_what_would_mix_sequences_or_change_the_result(

@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import ochat_train.model.attention
 from ochat_train.model.attention import BACKENDS, TABLE, AttentionNeeds, Backend, Support, choose_backend, register
-from ochat_train.model.masks import packed_eager_mask, packed_mask
+from ochat_train.model.masks import packed_mask
 from ochat_train.recipe import ModelSection
 from tests.flash_stand_ins import (
     PACKAGES,
@@ -25,6 +25,7 @@ from tests.flash_stand_ins import (
     install,
     varlen_attn_2_11,
     varlen_attn_2_13,
+    varlen_backward,
 )
 from tests.test_attention import BATCHES, borders, check_against_naive, make_layer, random_qkv
 from tests.test_docs import RECIPES, table
@@ -65,8 +66,8 @@ CHOICES: list[tuple[tuple[str, ...], dict[str, Any], Backend, str]] = [
     (ALL, {"capability": B200}, "flash_attn_4", "first choice"),
     (ALL, {"capability": RTX_5090}, "flash_attn", "this one has 12.0"),
     # What is installed.
-    ((), {}, "torch", "flash_attn_interface is not installed (build"),
-    ((), {}, "torch", "flash_attn is not installed (pip install 'ochat_train[gpu]')"),
+    ((), {}, "torch", "flash_attn_interface is not installed (flash-attn-3 from"),
+    ((), {}, "torch", "flash_attn is not installed (pip install --no-build-isolation flash-attn)"),
     ((), {"capability": B200}, "torch", "flash_attn.cute is not installed (pip install flash-attn-4)"),
     (("flash_attn",), {}, "flash_attn", "flash_attn_interface is not installed"),
     (("flash_attn",), {"capability": B200}, "flash_attn", "flash_attn.cute is not installed"),
@@ -75,6 +76,7 @@ CHOICES: list[tuple[tuple[str, ...], dict[str, Any], Backend, str]] = [
     # What the model needs.
     ((), {"dtype": torch.float16}, "torch", ""),
     ((), {"has_softcap": True}, "sdpa", "torch: no softcap"),
+    (ALL, {"has_sinks": True}, "torch", "flash_attn_3, flash_attn: no attention sinks"),
     ((), {"head_dim": 320}, "sdpa", "head size 320 is above 256"),
     ((), {"head_dim": 100}, "sdpa", "torch: head size 100 is no multiple of 8"),
     ((), {"dtype": torch.float32}, "sdpa", "needs bfloat16 or float16, not float32"),
@@ -154,12 +156,12 @@ def test_a_backend_that_cannot_is_refused_with_the_remedy(
     assert reason in str(error.value) and str(error.value).endswith("; set model.attention: auto")
 
 
-@pytest.mark.parametrize("wanted", [backend for backend in BACKENDS if backend not in ("torch", "sdpa", "eager")])
+@pytest.mark.parametrize("wanted", [backend for backend in BACKENDS if backend not in ("torch", "sdpa", "alone")])
 def test_a_package_that_is_not_there_is_refused_with_what_to_install(
     packages_are: Callable[..., None], wanted: Backend
 ) -> None:
     packages_are()
-    with pytest.raises(ValueError, match=r"is not installed \((pip install|build folder)"):
+    with pytest.raises(ValueError, match=r"is not installed \((pip install|flash-attn-3 from)"):
         choose_backend(wanted, needs())
 
 
@@ -198,13 +200,14 @@ def cells(row: Support) -> list[str]:
         "any" if row.majors is None else "bfloat16, float16",
         sizes,
         "yes" if row.has_softcap else "no",
+        "yes" if row.has_sinks else "no",
         "yes" if row.is_automatic else "no",
         "nothing" if row.module is None else f"`{row.module}`: {row.install}",
     ]
 
 
 def test_the_documentation_has_the_table() -> None:
-    columns = ("backend", "compute capability", "dtypes", "head sizes", "softcap", "auto", "needs")
+    columns = ("backend", "compute capability", "dtypes", "head sizes", "softcap", "sinks", "auto", "needs")
     written = [[row[0].strip("`"), *row[1:]] for row in table(RECIPES, *columns)]
     assert written == [cells(row) for row in TABLE]
 
@@ -236,6 +239,8 @@ CASES: list[dict[str, Any]] = [
     {"window": 1000},
     {"softcap": 2.0},
     {"softcap": 2.0, "window": 5},
+    {"has_sinks": True},
+    {"has_sinks": True, "window": 5, "scale": 0.7},
     {"lengths": (1, 1, 1)},
     {"lengths": (40,)},
 ]
@@ -253,6 +258,10 @@ def test_our_call_of_it_means_the_formula(
     case = dict(case)
     sizes = {name: case.pop(name) for name in ("heads", "kv_heads") if name in case}
     lengths = case.get("lengths", (5, 1, 23, 16, 1))
+    monkeypatch.setattr(ochat_train.model.attention, "torch_backward", varlen_backward)
+    if "has_sinks" in case and backend != "torch":
+        assert not any(row.has_sinks for row in TABLE if row.backend == backend)
+        return
     if backend == "torch" and "softcap" in case:
         assert not any(row.has_softcap for row in TABLE if row.backend == "torch")
         return
@@ -272,7 +281,7 @@ def test_the_kernels_of_flash_attention_3_are_put_into_torch_and_taken_out(monke
     assert not active
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "alone"])
 def test_transformers_asks_us_for_masks_and_takes_our_name_for_none_of_its_own(
     packages_are: Callable[..., None], monkeypatch: pytest.MonkeyPatch, backend: Backend
 ) -> None:
@@ -280,7 +289,7 @@ def test_transformers_asks_us_for_masks_and_takes_our_name_for_none_of_its_own(
     monkeypatch.setattr(ochat_train.model.attention, "activate_flash_attention_impl", lambda _: None)
     name = register(backend)
     assert name in AttentionInterface()
-    assert ALL_MASK_ATTENTION_FUNCTIONS[name] in (packed_mask, packed_eager_mask)
+    assert ALL_MASK_ATTENTION_FUNCTIONS[name] is packed_mask
     assert not any(own in name for own in ("flash", "sdpa", "flex", "eager", "paged"))
 
 

@@ -14,7 +14,7 @@ from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from tests.test_packed_lm import make_examples, make_model, make_packed
 
-TENSORS = [field.name for field in fields(PackedBatch) if field.name != "max_seqlen"]
+TENSORS = [field.name for field in fields(PackedBatch) if field.name not in ("max_seqlen", "num_tokens")]
 
 
 def example(ids: list[int], weights: list[float]) -> Example:
@@ -58,6 +58,7 @@ def test_a_batch_equals_a_loop_over_its_tokens(pairs: list[tuple[Example, int]])
     for name in TENSORS:
         assert getattr(batch, name).tolist() == expected[name], name
     assert batch.max_seqlen == max(len(sequence.input_ids) for sequence, _ in pairs)
+    assert batch.num_tokens == len(expected["input_ids"])
 
 
 @given(conditioned)
@@ -86,6 +87,7 @@ def test_padding_is_one_more_sequence_without_a_loss(pairs: list[tuple[Example, 
     borders = plain.cu_seqlens.tolist()
     assert padded.cu_seqlens.tolist() == (borders if padding == 0 else [*borders, num_tokens + padding])
     assert padded.max_seqlen == max(plain.max_seqlen, padding)  # kernels compute no further than this
+    assert padded.num_tokens == num_tokens
 
 
 def test_nothing_is_padded_too() -> None:

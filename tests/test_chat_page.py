@@ -4,7 +4,6 @@ import asyncio
 import http.client
 import itertools
 import re
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from ochat_train.serve.side_by_side import ChatPage, Chats, Exchange, Sampling, 
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, generate, serving
+from tests.waiting import HANG_S, wait_until
 
 NUM_POSITIONS = 9_000  # an answer that long does not end by itself before it is stopped
 GREEDY = Sampling(system="", temperature=0, max_tokens=12)
@@ -241,13 +241,6 @@ def loaded(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model)
 
 
-def wait_until(is_so: Any, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def is_open(port: int) -> bool:
     try:
         get(port, "/")
@@ -257,7 +250,7 @@ def is_open(port: int) -> bool:
 
 
 def get(port: int, path: str, method: str = "GET", body: bytes | None = None) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_S)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     return connection.getresponse()
 

@@ -69,6 +69,8 @@ REASONS = {
     "truncated_record",
     "record_too_large",
     "bad_row",
+    "no_parent",
+    "repeated_message",
     "no_next_data",
     "no_page_content",
     "not_an_object",

@@ -29,9 +29,10 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, TrainState, manifest_of
 from ochat_train.training.engine import World
 from ochat_train.training.resources import AvailableMemory, size_of
-from ochat_train.training.setup import build_model, prepare
+from ochat_train.training.setup import build_model, load_base, prepare
 from ochat_train.training.speed import Rate
 from tests.e2e.harness import ROOT, preprocess, tiny_recipe, write_dump
+from tests.waiting import HANG_S
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 HERE = AvailableMemory(None, 8 * GIB, is_here=True)
@@ -205,12 +206,12 @@ def test_kernels_that_cannot_be_had_and_a_missing_compiler_are_problems(
 def test_a_model_whose_attention_leaks_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     good = trials.check_isolation(case_of(recipe))
     assert good.state == "ok" and "the model in full (2 layers)" in good.detail
-    original = ochat_train.model.attention._sdpa
+    original = ochat_train.model.attention.sdpa_attention
 
     def leaks(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         return original(q, k, v, options._replace(cu_seqlens=options.cu_seqlens[[0, -1]]))
 
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", leaks)
+    monkeypatch.setattr(ochat_train.model.attention, "sdpa_attention", leaks)
     bad = trials.check_isolation(case_of(recipe))
     assert bad.state == "problem" and bad.remedy
     moved = float(re.search(r"the losses of the others by (\S+)", bad.detail)[1])  # type: ignore[index]
@@ -227,8 +228,10 @@ def test_gradients_that_are_wrong_are_refused(recipe: Recipe, monkeypatch: pytes
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return 1.05 * gradient
 
-    original = ochat_train.model.attention._sdpa
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda *args: WithWrongGradient.apply(original(*args)))
+    original = ochat_train.model.attention.sdpa_attention
+    monkeypatch.setattr(
+        ochat_train.model.attention, "sdpa_attention", lambda *args: WithWrongGradient.apply(original(*args))
+    )
     assert trials.check_isolation(case_of(recipe)).state == "problem"
 
 
@@ -557,7 +560,7 @@ def test_hosts_that_are_started_by_hand_need_an_address_and_no_ssh(
 def test_hosts_are_tried_at_the_same_time(
     check_hosts: Callable[[dict[str, int]], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    all_there = threading.Barrier(8, timeout=10)
+    all_there = threading.Barrier(8, timeout=HANG_S)
     monkeypatch.setattr(checks, "_try_host", lambda _: None if all_there.wait() >= 0 else "")
     assert check_hosts({f"host-{number}": 1 for number in range(8)}).state == "ok"
 
@@ -586,13 +589,13 @@ def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert re.search(r"forward and backward in [\d.]+ s; peak .* planned", fullest(recipe).detail)
-    original = ochat_train.model.attention._sdpa
+    original = ochat_train.model.attention.sdpa_attention
 
     def too_large(q: Tensor, *others: Any) -> Tensor:
         torch.empty(2**55, dtype=torch.uint8)  # more than any machine has
         return original(q, *others)
 
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", too_large)
+    monkeypatch.setattr(ochat_train.model.attention, "sdpa_attention", too_large)
     found = fullest(recipe)
     assert found.state == "problem" and "out of memory" in found.detail
     assert found.remedy.startswith("lower packing.tokens_per_gpu")
@@ -601,7 +604,7 @@ def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
 def test_a_mistake_in_the_micro_batch_is_not_taken_for_lack_of_memory(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", lambda q, *_: q[:1] @ q)
+    monkeypatch.setattr(ochat_train.model.attention, "sdpa_attention", lambda q, *_: q[:1] @ q)
     with pytest.raises(RuntimeError):
         fullest(recipe)
 
@@ -651,7 +654,7 @@ def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_
     assert (outcome.code, outcome.text.splitlines()[-1]) == (0, "OK"), outcome.text
     assert "forward and backward in" in outcome.text and "the model in full" in outcome.text
     recipe = load_recipe(path, [f"model.lora={lora}"])
-    model = build_model(prepare(recipe, ALONE), ALONE)
+    model = (lambda run: build_model(run, ALONE, load_base(run)))(prepare(recipe, ALONE))
     num_weights, num_trained = (
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or is_any)
         for is_any in (True, False)

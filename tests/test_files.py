@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ochat_train.files import publish_file, publish_folder, read_json_lines, require_packages, try_lock
+from ochat_train.files import free_port, publish_file, publish_folder, read_json_lines, require_packages, try_lock
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -70,3 +70,9 @@ def test_json_lines_are_read_without_one_that_was_cut_off(tmp_path: Path) -> Non
     assert read_json_lines(file) == []
     file.write_bytes(b'{"a": 1}\n[2]\n{"b": 3}\n{"c": ')
     assert read_json_lines(file) == [{"a": 1}, {"b": 3}]
+
+
+def test_a_free_port_is_not_one_that_a_connection_may_get_before_it_is_used() -> None:
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 15 and all(1024 < port < first_of_connections for port in ports)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.forms import FORMS
-from ochat_train.conversations.records import Record
-from ochat_train.conversations.schema import Drop, ParsedRecord
+from ochat_train.conversations.schema import Drop, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import chats_of, parse_record
 from ochat_train.conversations.turns import read_written, split_marked
 

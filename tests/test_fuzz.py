@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -292,10 +292,23 @@ def test_a_weight_that_is_no_finite_number_costs_its_record_alone(
     assert [entry["reason"] for entry in entries_of(dump, shard_settings)] == [reason, None]
 
 
+@pytest.fixture
+def python_limit() -> Iterator[None]:
+    """Python's own limit of recursion, which torch's compiler raises in the process of other tests."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize("depth", [1_000, 1_025, 1_000_000])
 @pytest.mark.parametrize("signs", [("[", "]"), ('{"a":', "}")])
 def test_deep_nesting_costs_its_record_alone(
-    depth: int, signs: tuple[str, str], tmp_path: Path, shard_settings: ShardSettings
+    depth: int,
+    signs: tuple[str, str],
+    tmp_path: Path,
+    shard_settings: ShardSettings,
+    python_limit: None,
 ) -> None:
     deep = signs[0] * depth + "1" + signs[1] * depth
     dump = tmp_path / "dump.jsonl"

@@ -18,6 +18,7 @@ from ochat_train.serve.served import Served
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.asgi import Answer, exchange
+from tests.waiting import HANG_S
 
 SECRET = "a very private text"
 KEY = "sk-0123456789"
@@ -507,7 +508,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(
         status = 0
 
         async def receive() -> dict[str, Any]:
-            await asyncio.sleep(60)
+            await asyncio.sleep(2 * HANG_S)
             return {}
 
         async def send(message: Any) -> None:
@@ -515,7 +516,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(
             status = message.get("status", status)
 
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-        await asyncio.wait_for(gate(scope, receive, send), timeout=20)
+        await asyncio.wait_for(gate(scope, receive, send), timeout=HANG_S)
         return status
 
     gate = Gate(EngineApp(), served=SERVED, tokenizer=quickstart, engine=ENGINE, keys=ApiKeys([]), log=None)

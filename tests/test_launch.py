@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from ochat_train.recipe import load_recipe, to_json
+from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.sh"
@@ -31,7 +32,7 @@ case "$*" in "-m ochat_train.launch"*) exec "$REAL_PYTHON" "$HERE/launch.py" "$0
 printf '%s\\n' "$*" >>"$HERE/calls"
 case "$*" in
   *importlib.metadata*) [[ $* =~ \\'(.*)\\' ]]; grep -qx -- "${BASH_REMATCH[1]}" "$HERE/installed" ;;
-  *torch.cuda*) echo 0 ;;
+  *"import gpus"*) [ ! -e "$HERE/gpus" ] || { cat "$HERE/gpus" >&2; exit 1; }; echo 0 ;;
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m ochat_train.preprocess "*) exec bash "$HERE/preprocess" ;;
   "-m deepspeed.launcher.runner "*) exec bash "$HERE/train" "$@" ;;
@@ -57,7 +58,8 @@ RECIPE: dict[str, Any] = {
     "train": {"epochs": 1},
 }
 HOLD = """printf '{"host":"%s","pid":%s,"started":"now"}' "$(uname -n)" "$$" >"$HERE/run/lock"\n"""
-WAIT = "echo ready; for i in $(seq 150); do sleep 0.1; done; exit 3\n"
+# In naps, since bash hears a signal only between them; so long that a launch that waits for its end hangs.
+WAIT = "echo ready; for i in $(seq 36000); do sleep 0.1; done; exit 3\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Bench:
     def launch(self, *arguments: str, **variables: str) -> tuple[int, str]:
         """Exit code and output of launch.sh."""
         process = self.start(*arguments, script=LAUNCH, **variables)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=HANG_S)[0]
         return process.returncode, output
 
     def calls(self) -> list[str]:
@@ -188,10 +190,32 @@ def test_the_extras_that_a_recipe_needs_are_installed_together(
     bench.write_recipe(**sections)
     (bench.here / "installed").write_text("")
     process = bench.start(*overrides, script=root / "launch.sh")
-    assert f"installing ochat_train{extras} into .venv\n" in process.communicate(timeout=60)[0]
+    assert f"installing ochat_train{extras} into .venv\n" in process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 0
     (install,) = (call for call in bench.calls() if call.startswith("pip install"))
     assert install.endswith(f"-e {root}{extras}")
+
+
+def test_the_extra_gpu_is_installed_with_an_nvidia_gpu_into_an_environment_that_is_made_here(bench: Bench) -> None:
+    bench.command("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA A100'\n")
+    assert "it lacks liger-kernel" in bench.launch()[1]
+    assert "using the current environment" in bench.launch(DS_ACCELERATOR="cpu")[1]
+    (bench.here / "installed").write_text("")
+    root = bench.here / "clone"
+    root.mkdir()
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, root / name)
+    assert (
+        "installing ochat_train[lora,gpu] into"
+        in bench.start("model.lora.rank=8", script=root / "launch.sh").communicate(timeout=60)[0]
+    )
+
+
+def test_gpus_that_torch_cannot_use_end_the_launch_before_it_preprocesses(bench: Bench) -> None:
+    (bench.here / "gpus").write_text("this machine has 8 NVIDIA GPU(s), update the driver\n")
+    code, output = bench.launch()
+    assert code == 1 and output.endswith("launch: this machine has 8 NVIDIA GPU(s), update the driver\n")
+    assert bench.calls() == []
 
 
 def test_an_environment_that_has_the_extras_is_left_as_it_is(bench: Bench) -> None:
@@ -204,7 +228,7 @@ def test_an_environment_that_has_the_extras_is_left_as_it_is(bench: Bench) -> No
 
 def bare(*arguments: str, cwd: Path) -> tuple[int, str, str]:
     """Exit code, output and errors of launch.sh with these arguments alone."""
-    process = subprocess.run([LAUNCH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=30)
+    process = subprocess.run([LAUNCH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=HANG_S)
     return process.returncode, process.stdout, process.stderr
 
 
@@ -261,7 +285,7 @@ def test_a_signal_reaches_training_as_sigusr1_alone_and_its_75_is_passed_on(
     process = bench.start(MAX_RESTARTS="3")
     read_until(process, "ready")
     os.killpg(process.pid, number)  # as a terminal does: all processes of the foreground
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 75
     assert "finishing the step and saving; press Ctrl-C again to stop at once" in output
     assert [line for line in output.splitlines() if line.startswith("got")] == ["got USR1"]
@@ -270,16 +294,17 @@ def test_a_signal_reaches_training_as_sigusr1_alone_and_its_75_is_passed_on(
 
 
 def test_a_second_signal_kills_all_that_training_started(bench: Bench) -> None:
-    bench.script("train", HOLD + "trap 'echo asked' USR1\n(echo $BASHPID >$HERE/helper; exec sleep 60) &\n" + WAIT)
+    bench.script("train", HOLD + "trap 'echo asked' USR1\n(echo $BASHPID >$HERE/helper; exec sleep 3600) &\n" + WAIT)
     process = bench.start(MAX_RESTARTS="3")
     read_until(process, "ready")
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "asked")
     os.killpg(process.pid, signal.SIGINT)
-    assert "stopping at once" in process.communicate(timeout=30)[0]
+    assert "stopping at once" in process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 128 + signal.SIGKILL
     assert bench.num_tries() == 1
-    assert not is_running(int((bench.here / "helper").read_text()))
+    helper = int((bench.here / "helper").read_text())
+    wait_until(lambda: not is_running(helper))
 
 
 def is_running(pid: int) -> bool:
@@ -295,10 +320,9 @@ def test_a_signal_before_training_holds_the_folder_just_stops(bench: Bench, phas
     bench.script(phase, "trap 'echo got USR1' USR1\n" + WAIT)
     process = bench.start(MAX_RESTARTS="3")
     read_until(process, "ready")
-    started = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 75 and time.monotonic() - started < 10
+    output = process.communicate(timeout=HANG_S)[0]
+    assert process.returncode == 75
     assert "got USR1" not in output
     assert bench.num_tries() == (phase == "train")
 
@@ -309,12 +333,12 @@ def test_a_signal_that_ends_the_main_process_while_it_loads_is_a_stop(bench: Ben
     process = bench.start(MAX_RESTARTS="3")
     read_until(process, "ready")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_S)
     assert (process.returncode, bench.num_tries()) == (75, 1)
 
 
 def test_a_signal_does_not_reach_another_run_in_the_same_folder(bench: Bench) -> None:
-    other = subprocess.Popen(["sleep", "60"])
+    other = subprocess.Popen(["sleep", "3600"])
     try:
         host = os.uname().nodename
         (bench.here / "run/lock").write_text(f'{{"host":"{host}","pid":{other.pid},"started":"before"}}')
@@ -322,7 +346,7 @@ def test_a_signal_does_not_reach_another_run_in_the_same_folder(bench: Bench) ->
         process = bench.start()
         read_until(process, "ready")
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG_S)
         assert process.returncode == 75
         assert other.poll() is None
     finally:
@@ -337,7 +361,7 @@ def test_a_main_process_on_another_host_is_named(bench: Bench) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert "on elsewhere cannot be reached from here" in read_until(process, "again to stop at once")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + signal.SIGKILL
 
 
@@ -392,23 +416,23 @@ def test_no_more_restarts_are_made_than_asked_for(bench: Bench) -> None:
 
 def test_a_signal_in_the_pause_before_a_restart_stops(bench: Bench) -> None:
     bench.script("train", HOLD + crashes(1, 2))
-    process = bench.start(MAX_RESTARTS="5", PAUSE_S="60")
-    read_until(process, "in 60.0 seconds")
-    started = time.monotonic()
+    process = bench.start(MAX_RESTARTS="5", PAUSE_S="3600")
+    read_until(process, "in 3600.0 seconds")
     os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 75 and time.monotonic() - started < 5
+    process.communicate(timeout=HANG_S)
+    assert process.returncode == 75
     assert bench.num_tries() == 1
 
 
 def test_training_that_a_killed_launcher_left_behind_is_killed_and_counts_as_a_crash(bench: Bench) -> None:
     """DeepSpeed's launcher tells 0 when its inner half is killed."""
     bench.script("rank", HOLD + WAIT)
-    bench.script("train", 'bash "$HERE/rank" & exec sleep 1')
+    bench.script("train", 'bash "$HERE/rank" & until [ -s "$HERE/run/lock" ]; do sleep 0.1; done')
     code, output = bench.launch()
     assert code == 1
     assert "left training running" in output
-    assert not is_running(int((bench.here / "run/lock").read_text().split('"pid":')[1].split(",")[0]))
+    rank = orjson.loads((bench.here / "run/lock").read_bytes())["pid"]
+    wait_until(lambda: not is_running(rank))
 
 
 def test_restarts_that_are_no_number_are_refused(bench: Bench) -> None:
@@ -472,7 +496,7 @@ def test_another_node_waits_for_the_first_and_only_trains(bench: Bench) -> None:
         time.sleep(0.5)
         assert bench.num_tries() == 0
         first.listen()
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG_S)
     assert process.returncode == 0
     assert [call.split()[0] for call in bench.calls()] == ["deepspeed.launcher.runner"]
     assert "--node_rank 1 --master_addr 127.0.0.1" in bench.calls()[0]
@@ -555,7 +579,7 @@ def test_the_batch_script_of_the_readme_queues_itself_again_when_its_time_is_up(
     process = bench.start(script=bench.here / "batch", **SLURM, SLURM_JOB_ID="17")
     read_until(process, "ready")
     process.send_signal(signal.SIGUSR1)  # to the batch script alone, as Slurm does
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 75, output
     assert "finishing the step and saving" in output
     assert bench.calls()[-1] == "scontrol requeue 17"

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +27,7 @@ from ochat_train.training.metrics import Metrics, RunOutline, StepReport, evalua
 from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import check_sinks, flat_numbers
 from ochat_train.training.speed import Utilisation
+from tests.waiting import ends, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS, SOURCES = ["GPT4", "GPT3"], ["gpt4", "gpt3", "empty"]
@@ -329,9 +329,13 @@ def test_wandb_has_the_steps_of_a_branch_in_a_run_of_their_own(tmp_path: Path) -
         ids.append((tmp_path / "wandb_id").read_text())
     assert ids[0] == ids[1] != ids[2]
     (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{ids[2]}/run-{ids[2]}.wandb")
-    # A number follows its name and a few bytes of lengths; a time stamp in the file may hold any digits.
-    found = set(map(int, re.findall(rb"step/lr[^0-9]+([0-9]+)", file.read_bytes())))
-    assert found == {71001, 71002, 82003, 82004}
+
+    def rates() -> set[int]:
+        # A number follows its name and a few bytes of lengths; a time stamp in the file may hold any digits.
+        return set(map(int, re.findall(rb"step/lr[^0-9]+([0-9]+)", file.read_bytes())))
+
+    wait_until(lambda: len(rates()) >= 4)  # wandb's process serves the tests before this one as well, and writes later
+    assert rates() == {71001, 71002, 82003, 82004}
 
 
 def test_a_wandb_that_fails_on_the_way_is_left_alone_with_one_warning(
@@ -415,16 +419,13 @@ def test_a_wandb_server_that_goes_away_during_a_run_holds_nothing_up(
     server = FeignedServer()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     Thread(target=server.serve_forever, daemon=True).start()
-    with metrics_for(tmp_path, "log.wandb.project=chat") as metrics:
+    with ends(), metrics_for(tmp_path, "log.wandb.project=chat") as metrics:
         metrics.step(report_for(1))
         server.shutdown()
         server.server_close()
-        started = time.perf_counter()
         for step in range(2, 102):
             metrics.step(report_for(step))
-        logged = time.perf_counter()
-    assert logged - started < 5
-    assert time.perf_counter() - logged < 2 + 5  # without a limit wandb waits for the server, day after day
+    # Without a limit wandb waits for the server, day after day.
     assert len(lines(tmp_path, "step")) == 101
     (file,) = (tmp_path / "wandb").glob("run-*/run-*.wandb")  # for wandb sync
     assert b"step/tokens_per_s" in file.read_bytes()

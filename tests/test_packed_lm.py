@@ -213,9 +213,3 @@ def test_the_choice_of_attention_is_reported_and_an_impossible_one_refused() -> 
     lm = make_model("llama")
     with pytest.raises(ValueError, match=r"model\.attention torch cannot be used here"):
         PackedCausalLM(lm, attention="torch", device_type="cpu", checkpointing="none", num_conditions=1)
-
-
-def test_attention_sinks_are_refused_by_packed_attention() -> None:
-    packed = make_packed(make_model("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2))
-    with pytest.raises(ValueError, match="s_aux in its attention"):
-        packed(make_batch(make_examples()))

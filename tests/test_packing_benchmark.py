@@ -263,7 +263,7 @@ def test_the_process_without_a_compiler_makes_the_same_bins() -> None:
     compiled, plain = (benchmark._in_process(*arguments, NUMBA_DISABLE_JIT=is_off) for is_off in ("0", "1"))
     assert compiled["checksum"] == plain["checksum"]
     assert len(plain["seconds"]) == 2
-    assert sum(plain["seconds"]) > sum(compiled["seconds"])
+    assert min(plain["seconds"]) > min(compiled["seconds"])  # a hundredfold; a pause would have to hit all of one
 
 
 def test_an_aim_is_met_or_missed_by_what_was_measured() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import ochat_train.tokens.plan
 from ochat_train.tokens.order import DataOrder, SourceShare
 from ochat_train.tokens.plan import PlanShape, PlanTable, RunPlan, make_table, start_table
+from tests.waiting import HANG_S
 
 
 def plan_of(lengths: npt.NDArray[np.int32], shape: PlanShape, *, num_epochs: int = 2, seed: int = 0) -> RunPlan:
@@ -198,5 +199,5 @@ raise SystemExit(7)
 
 
 def test_planning_does_not_hold_up_a_process_that_ends() -> None:
-    done = subprocess.run([sys.executable, "-c", FAILS], cwd=Path(__file__).parents[1], timeout=60)
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=Path(__file__).parents[1], timeout=HANG_S)
     assert done.returncode == 7

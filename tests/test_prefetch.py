@@ -9,6 +9,7 @@ import pytest
 
 import ochat_train.tokens.prefetch
 from ochat_train.tokens.prefetch import prefetch
+from tests.waiting import HANG_S
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,25 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
+
+
+class Clock:
+    """The time of the prefetching, which passes only where a test says so. was_read: released at each look at it."""
+
+    def __init__(self) -> None:
+        self.now, self.was_read = 0.0, threading.Semaphore(0)
+
+    def perf_counter(self) -> float:
+        now = self.now
+        self.was_read.release()
+        return now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(ochat_train.tokens.prefetch, "time", made)
+    return made
 
 
 @pytest.mark.parametrize("num_ahead", [1, 3, 100])
@@ -35,34 +55,39 @@ def test_nothing_to_make_is_nothing_to_get() -> None:
         assert list(ready) == []
 
 
-def test_work_is_done_while_the_loop_is_busy_and_then_it_does_not_wait() -> None:
+def test_work_is_done_while_the_loop_is_busy_and_then_it_does_not_wait(clock: Clock) -> None:
     made = threading.Semaphore(0)
 
     def make(number: int) -> int:
+        clock.now += 10
         made.release()
         return number
 
     with prefetch(range(3), make) as ready:
         for _ in range(3):
-            assert made.acquire(timeout=60)  # before the loop asked for anything
-        time.sleep(0.05)
-        # A step that is ready takes microseconds to hand over; a second allows for a machine that pauses.
-        assert sum(waited for _, _, waited in ready) < 1
+            assert made.acquire(timeout=HANG_S)  # before the loop asked for anything
+        assert [waited for _, _, waited in ready] == [0, 0, 0]
 
 
-def test_the_time_that_the_loop_waits_is_reported() -> None:
-    with prefetch(range(3), lambda _: time.sleep(0.1)) as ready:
-        waits = [waited for _, _, waited in ready]
-    # Three times 0.1 s one after the other, and the loop does nothing else.
-    assert sum(waits) >= 0.25
+def test_the_time_that_the_loop_waits_is_reported(clock: Clock) -> None:
+    def make(number: int) -> int:
+        for _ in range(2 if number else 1):  # until the loop has taken the item before, and asked for this one
+            assert clock.was_read.acquire(timeout=HANG_S)
+        clock.now += 10
+        return number
+
+    with prefetch(range(3), make) as ready:
+        assert [waited for _, _, waited in ready] == [10, 10, 10]
 
 
 def test_only_so_much_is_made_ahead() -> None:
-    drawn = itertools.count()
-    with prefetch(drawn, str) as ready:
-        time.sleep(0.3)
+    drawn, made = itertools.count(), threading.Semaphore(0)
+    with prefetch(drawn, lambda _: made.release()) as ready:
+        for _ in range(4):
+            assert made.acquire(timeout=HANG_S)
+        assert not made.acquire(timeout=0.1)
         assert next(drawn) == 4
-        assert next(ready).made == "0"
+        assert next(ready).item == 0
 
 
 @pytest.mark.parametrize("place", ["items", "make"])

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 import ochat_train.conversations.records
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.preprocess.__main__ import main
+from ochat_train.preprocess.job import Job, describe_origin
 from ochat_train.preprocess.ledger import Ledger
 from ochat_train.preprocess.shard import Shard
 from ochat_train.preprocess.shard_files import WorkFolder
@@ -189,7 +192,9 @@ def test_every_record_is_kept_or_dropped_under_the_name_of_its_reason(messy: Mes
     assert found == REASONS - of_the_bases_own_template - {
         "equal_answer",
         "bad_row",
-    }  # test_preference.py, test_records.py
+        "no_parent",
+        "repeated_message",
+    }  # test_preference.py, test_records.py, test_flat.py
     assert all(row["outcome"] == ("dropped" if row["reason"] else "kept") for row in rows)
     assert all(row["detail"] for row in rows if row["reason"])
     assert {row["id"]: row["detail"] for row in rows if row["id"] in DUPLICATE_OF} == DUPLICATE_OF
@@ -485,12 +490,12 @@ def test_a_file_that_one_source_names_twice_is_read_once(tmp_path: Path) -> None
     assert len(ledger_of(store)) == 1
 
 
-def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_files_are_read_in_the_order_of_the_recipe_and_those_of_one_path_by_their_names(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write_lines(tmp_path / f"{name}.jsonl", chat(f"{name}1", name, "Hello"), chat(f"{name}2", "Hi", name))
     sources = [source("two", tmp_path / "[bc].jsonl"), source("one", tmp_path / "a.jsonl")]
     store = make(write_recipe(tmp_path, sources))
-    assert ids_in(store) == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    assert ids_in(store) == ["b1", "b2", "c1", "c2", "a1", "a2"]
     made_from = manifest_of(store).made_from["inputs"]
     assert made_from["num_files"] == 3 and re.fullmatch("[0-9a-f]{64}", made_from["digest"])
 
@@ -929,7 +934,6 @@ def test_a_second_run_says_up_to_date_and_changes_nothing(tmp_path: Path, capsys
     [
         ("input", "an input file"),
         ("more input", "an input file"),
-        ("another name", "an input file"),
         ("data.sources.0.weight=0.5", "the recipe's data section"),
         ("data.max_tokens=256", "the recipe's data section"),
         ("data.filters.refusals=keep", "the recipe's data section"),
@@ -951,8 +955,6 @@ def test_a_change_makes_the_store_stale_and_it_is_made_anew(
         os.utime(dump, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size and time: only the content tells
     elif change == "more input":
         write_lines(tmp_path / "dump2.jsonl", chat("2", "Hi", "Hello"))
-    elif change == "another name":  # it is in the ledger
-        dump.rename(tmp_path / "renamed.jsonl")
     elif change == "tokenizer":
         folder = tmp_path / "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/quickstart_tokenizer")
@@ -970,6 +972,85 @@ def test_a_change_makes_the_store_stale_and_it_is_made_anew(
     assert not list(tmp_path.glob("store?*"))
     make(recipe, *overrides)
     assert "is up to date" in capsys.readouterr().out
+
+
+def test_what_moved_is_the_same_by_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "dump.jsonl", chat("", name, "Hello"), chat(name, "Hi", name))
+    recipe = write_recipe(tmp_path, [source("a", tmp_path / "one"), source("b", tmp_path / "two/*.jsonl")])
+    store = make(recipe)
+    (tmp_path / "one").rename(tmp_path / "z")  # its files stay before those of the second source
+    shutil.copytree(ROOT / "data/quickstart_tokenizer", tmp_path / "tokenizer")
+    moved = [f"data.sources.0.path={tmp_path / 'z'}", f"tokenizer={tmp_path / 'tokenizer'}"]
+    before = contents(store)
+    capsys.readouterr()
+    make(recipe, *moved)
+    printed = capsys.readouterr().out
+    for key, was, now in (
+        ("data.sources.0.path", tmp_path / "one", tmp_path / "z"),
+        ("tokenizer", ROOT / "data/quickstart_tokenizer", tmp_path / "tokenizer"),
+    ):
+        assert printed.count(f"moved, and the same by what it holds: {key}: {was} -> {now}\n") == 1
+    assert "is up to date" in printed and contents(store) == before
+    main(["--explain", "one", str(recipe), *moved])  # the ledger has the old names
+    assert f"== {tmp_path}/z/dump.jsonl, offset" in capsys.readouterr().out
+    (tmp_path / "two/dump.jsonl").rename(tmp_path / "two/renamed.jsonl")
+    make(recipe, *moved)
+    assert "is up to date" in capsys.readouterr().out
+    write_lines(tmp_path / "z/dump.jsonl", chat("", "one", "Hallo"), chat("one", "Hi", "one"))
+    make(recipe, *moved)
+    assert "is stale (an input file changed)" in capsys.readouterr().out
+    assert contents(store) != before
+
+
+def test_a_complete_store_is_used_when_its_dumps_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dumps").mkdir()
+    dump = write_lines(tmp_path / "dumps/dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", dump.parent)])
+    store = make(recipe)
+    whole = contents(store)
+    dump.unlink()  # as where a disk is no longer mounted
+    capsys.readouterr()
+    main([str(recipe)])
+    printed = capsys.readouterr().out
+    assert (
+        f"the dumps are out of reach; token store {store} (" in printed
+        and "is complete and is used as it is\n" in printed
+    )
+    for arguments, told in (
+        (["data.max_tokens=256"], r"is stale \(the recipe's data section changed\), and cannot be made anew"),
+        (["data.sources.0.path=elsewhere"], r"made from another path \(data.sources.0.path: .*dumps -> elsewhere\)"),
+        (["--dry-run"], "no file to read in"),
+        ([f"data.store={tmp_path / 'other'}"], "there is no whole token store at"),
+        (["data.sources.0.path=memory://gone/x.json"], "is not there; check its spelling"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            main([str(recipe), *arguments])
+    assert contents(store) == whole
+
+
+def test_a_store_of_another_version_is_named_when_its_dumps_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", chat("1", "Hi", "Hello"))
+    recipe = write_recipe(tmp_path, [source("s", dump)])
+
+    def describe_as_before(job: Job) -> dict[str, Any]:
+        made_from = describe_origin(job)
+        del made_from["base_chat_template"], made_from["places"]
+        return made_from | {"code": "0" * 64, "libraries": made_from["libraries"] | {"rensa": "0.0.1"}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ochat_train.preprocess.run.describe_origin", describe_as_before)
+        make(recipe)
+    dump.unlink()
+    capsys.readouterr()
+    main([str(recipe)])
+    printed = capsys.readouterr().out
+    assert "WARNING: data.sources.0.path: no file matches" in printed
+    named = f"the base's chat template, the version of ochat_train, rensa 0.0.1 -> {version('rensa')}"
+    assert f"is used as it is, though it would be made anew from them, since {named} changed" in printed
 
 
 @pytest.mark.parametrize(

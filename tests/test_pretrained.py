@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from ochat_train.model.packed_lm import PackedCausalLM
@@ -305,6 +306,8 @@ def test_a_shrunk_configuration_is_narrower_in_proportion_with_the_same_heads_an
     odd = shrink_config(large, num_heads=3, vocab_size=97)
     assert sizes(odd) == (384, 1036, 3, 1, 2, 97) and odd.head_dim == 128
     assert sizes(large) == (5120, 13_824, 40, 8, 40, 32_000)
+    experts = shrink_config(Qwen3MoeConfig(), num_heads=4)  # of 128 experts, 8 chosen
+    assert (experts.num_experts, experts.moe_intermediate_size) == (16, 768 // 8)
     assert shrink_config(Gemma2Config()).layer_types == ["sliding_attention", "full_attention"]
     for config in (odd, shrink_config(GPT2Config(), num_heads=3)):
         assert AutoModelForCausalLM.from_config(config).num_parameters() > 0

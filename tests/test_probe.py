@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 import ochat_train.model.attention
 import ochat_train.model.packed_lm
+from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, AttentionOptions
 from ochat_train.model.probe import Agreement, choose_attention, probe
 from ochat_train.model.small import BORDER, small_model
@@ -34,21 +35,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits that are multiplied by a setting of the same name": ("hyperclovax", {"logits_scaling": 8.0}),
     "parallel layers, scaled logits": ("cohere", {}),
     "dense layers, then experts in groups": ("deepseek_v3", {}),
+    "experts, of which first weights choose one by rounding": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 6, "n_routed_experts": 64, "n_shared_experts": 2, "topk_method": "greedy"},
+    ),
     "heads of several sizes, shared keys": ("gemma4_text", {}),
+    "attention sinks, a window in every second layer, experts": ("gpt_oss", {}),
     "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
 }
-# With attention of their own, or one that ours cannot do.
-EAGER: dict[str, tuple[str, dict[str, Any], str]] = {
-    "sinks": ("gpt_oss", {}, "s_aux"),
+# With attention of their own or one that ours cannot do, or with layers that are none.
+ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "alibi": ("bloom", {"attention_dropout": 0.0}, "an attention of the model's own"),
     "an attention that takes no arguments of ours": ("nemotron", {"num_key_value_heads": 8}, "without cu_seqlens"),
-}
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a recurrence": ("mamba", {}, "sequences see each other"),
     "convolutions": ("lfm2", {"layer_types": ["conv"] * 31 + ["full_attention"]}, "keep packed sequences apart"),
-    "both directions": ("bert", {}, "bidirectional"),
-    "layers before the head": ("bert", {"is_decoder": True}, "after the layers"),
+    "linear attention in three of four layers, experts": ("qwen3_next", {}, "keep packed sequences apart"),
     "chunks": ("llama4_text", {}, "sequences of more than its chunk of"),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "both directions": ("bert", {}, "its tokens see later ones"),
+    "layers before the head": ("bert", {"is_decoder": True}, "after the layers"),
     "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
     "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
 }
@@ -62,17 +68,17 @@ def probe_of(model_type: str, settings: dict[str, Any], *, longest: int = ANY_LE
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_packed_attention_suits_is_exact(name: str) -> None:
     found = probe_of(*MODELS[name])
-    assert found.why_eager is None
+    assert found.why_alone is None
     assert found.logits < 1e-5 and found.gradients < 2e-5
 
 
-@pytest.mark.parametrize("name", EAGER)
-def test_other_models_take_their_own_attention_where_that_is_exact(name: str) -> None:
-    model_type, settings, reason = EAGER[name]
+@pytest.mark.parametrize("name", ALONE)
+def test_other_models_are_run_on_each_sequence_alone_and_the_reason_and_the_cost_are_reported(name: str) -> None:
+    model_type, settings, reason = ALONE[name]
     config = AutoConfig.for_model(model_type, **settings)
     needs = AttentionNeeds(capability=None, dtype=torch.float32, head_dim=64, has_softcap=False)
     choice, found = choose_attention("auto", config, needs, longest=ANY_LENGTH, checkpointing="none")
-    assert choice.backend == "eager" and reason in choice.reason
+    assert choice.backend == "alone" and reason in choice.reason and choice.reason.endswith(COST)
     assert found.logits < 1e-5 and found.gradients < 2e-5
     with pytest.raises(ValueError, match=reason):
         choose_attention("sdpa", config, needs, longest=ANY_LENGTH, checkpointing="none")
@@ -97,13 +103,13 @@ def test_borders_that_no_sequence_reaches_do_not_matter() -> None:
 
 
 def test_a_difference_is_reported_with_its_size_and_where_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ochat_train.model.attention._sdpa
+    original = ochat_train.model.attention.sdpa_attention
 
     def without_window(*args: Any) -> Any:
         *tensors, options = args
         return original(*tensors, AttentionOptions(*options)._replace(window=None))
 
-    monkeypatch.setattr(ochat_train.model.attention, "_sdpa", without_window)
+    monkeypatch.setattr(ochat_train.model.attention, "sdpa_attention", without_window)
     with pytest.raises(ValueError, match=rf"by \de-\d\d, from token {BORDER} of .* in layer 0 \(sliding_attention\)"):
         probe_of("gemma2", {}, wanted="sdpa")
 
@@ -112,7 +118,7 @@ def test_a_difference_is_reported_with_its_size_and_where_it_begins(monkeypatch:
 def test_frequencies_of_a_neighbour_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ochat_train.model.packed_lm, "rotate_each_alone", lambda _: None)
     with pytest.raises(ValueError, match="sequences see each other"):
-        probe_of(*MODELS[name])
+        probe_of(*MODELS[name], wanted="sdpa")
 
 
 def test_a_small_copy_has_layers_of_all_kinds() -> None:

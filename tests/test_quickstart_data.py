@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from tests.waiting import HANG_S
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 RECORDS: list[dict[str, Any]] = json.loads((DATA / "quickstart.json").read_text())
 TOKENIZER = Tokenizer.from_file(str(DATA / "quickstart_tokenizer" / "tokenizer.json"))
@@ -21,7 +23,7 @@ TOKENIZER = Tokenizer.from_file(str(DATA / "quickstart_tokenizer" / "tokenizer.j
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(folder / "make_quickstart.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
 
 
 def messages_after_system(record: dict[str, Any]) -> list[dict[str, str]]:

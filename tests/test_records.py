@@ -16,6 +16,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat_train.conversations import containers, records
-from ochat_train.conversations.records import Chunk, Record, list_files, read_chunks
+from ochat_train.conversations.records import Chunk, list_files, read_chunks
+from ochat_train.conversations.schema import Record
+from tests.waiting import HANG_S
 
 SHARED_DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 MIB = 1 << 20
@@ -615,6 +618,24 @@ def test_lines_rows_of_objects_and_wrappers_are_told_apart(
     assert sum(1 for chunk in chunks for _ in chunk.records()) == num_records
 
 
+@pytest.mark.parametrize("between", [b"", b" ", b"\n"])
+@pytest.mark.parametrize(
+    "broken", [b'{"b": tru}', b'{"b": "x}', b'{"b": "x" y"}', b'{"b": [1}', b'{"b" 1}}', b'{"b": "\xff"}']
+)
+def test_a_damaged_object_of_a_row_is_a_record_with_its_reason(write: Write, broken: bytes, between: bytes) -> None:
+    raw = between.join([b'{"a":\n1}', broken, b'{"c": "}{"}', b'{"d": {"e": []}}'])
+    records = read(write(raw))
+    assert [record.fields for record in records] == [{"a": 1}, None, {"c": "}{"}, {"d": {"e": []}}]
+    assert [record.damage for record in records] == [None, "not_utf8" if b"\xff" in broken else "not_json", None, None]
+    assert raw[records[1].offset : records[1].end] == broken
+
+
+def test_what_stands_beside_the_records_of_a_wrapper_is_named(write: Write) -> None:
+    path = write(b'{"version": 2, "data": [{"messages": []}], "note": "", "meta": {"by": "x"}}')
+    (chunk,) = read_chunks([path])
+    assert list(chunk.beside()) == [(path, "version"), (path, "meta")]
+
+
 def test_a_folder_of_pretty_printed_objects_shares_chunks(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"{number:03}.json").write_text(json.dumps(ROWS[number % 60], indent=2))
@@ -986,6 +1007,39 @@ def test_any_objects_in_any_layout_read_back_equal_at_exact_offsets(
     assert all(record.damage is None and record.repairs == () for record in got)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(json_objects, min_size=4, max_size=6), st.data())
+def test_a_damaged_object_of_a_row_costs_itself_and_never_gives_a_wrong_record(
+    write: Write, objects: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    objects = [value | {"n": number} for number, value in enumerate(objects)]
+    encoded = [json.dumps(value).encode() for value in objects]
+    broken = data.draw(st.integers(2, len(objects) - 1))
+    at = data.draw(st.integers(0, len(encoded[broken]) - 1))
+    instead = data.draw(st.sampled_from([b"", *(bytes((sign,)) for sign in b'"{}[],:x\n\\')]))
+    encoded[broken] = encoded[broken][:at] + instead + encoded[broken][at + 1 :]
+    with suppress(ValueError):
+        assert isinstance(json.loads(encoded[broken]), dict)
+        return  # it is only another one
+    path = write(data.draw(spaces).join(encoded))
+    got: list[Any] = []
+    has_ended = False
+    with suppress(ValueError):
+        for chunk in read_chunks([path], chunk_bytes=data.draw(chunk_sizes)):
+            got.extend(chunk.records())
+        has_ended = True
+    found = [record.fields for record in got if record.damage is None]
+    # a part of the broken one that is JSON by itself is a record that is no object with a number
+    found = [fields for fields in found if isinstance(fields, dict) and "n" in fields]
+    assert found == [value for value in objects if value in found]
+    if has_ended:
+        assert [value for value in objects[:broken] if value not in found] == []
+        assert any(record.damage or not isinstance(record.fields, dict) for record in got)
+        assert [value for value in objects[broken + 2 :] if value not in found] == []
+    else:
+        assert broken >= len(objects) - 2  # nothing whole follows it for certain
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(json_objects, min_size=1, max_size=3), st.data())
 def test_replacing_surrogates_equals_decoding_and_replacing_in_every_string(
@@ -1015,7 +1069,7 @@ signs += [b"ARROW1\0\0", b"\xff\xff\xff\xff", b"PK\5\6" + bytes(18), bytes(512)]
 arbitrary_bytes = st.binary(max_size=40) | st.lists(st.sampled_from(signs), max_size=14).map(b"".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(arbitrary_bytes, chunk_sizes)
 def test_arbitrary_bytes_raise_nothing_but_a_value_error(write: Write, raw: bytes, chunk_bytes: int) -> None:
     try:
@@ -1029,7 +1083,7 @@ def test_arbitrary_bytes_raise_nothing_but_a_value_error(write: Write, raw: byte
 WHOLE = [data for data, _ in FORMS.values()] + [page_of("a"), zip_of({"a.html": page_of("a"), "b.json": b"[1]"})]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(WHOLE), st.integers(0, 2**32))
 def test_damaged_files_of_every_form_raise_nothing_but_a_value_error(write: Write, whole: bytes, seed: int) -> None:
     chance = random.Random(seed)  # hypothesis would draw small positions only
@@ -1051,7 +1105,7 @@ def test_damaged_files_of_every_form_raise_nothing_but_a_value_error(write: Writ
         assert ", byte " in str(error) or ", row " in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(arbitrary_bytes, st.sampled_from([b"", b"[", b'{"a": 1}\n']), st.integers(1, 9))
 def test_what_is_read_does_not_depend_on_chunk_size(write: Write, tail: bytes, head: bytes, chunk_bytes: int) -> None:
     path = write(head + tail)
@@ -1119,9 +1173,9 @@ def test_a_record_of_many_windows_costs_linear_time(write: Write) -> None:
     for value in ({"conversations": [turn] * 100}, {"value": "y" * 10_000_000}):
         for raw in (b"[1, " + orjson.dumps(value) + b", 2]", b"{}\n" + orjson.dumps(value) + b"\n"):
             path = write(raw)
-            start = time.perf_counter()
+            start = time.process_time()
             fields = fields_of(path, chunk_bytes=4096)
-            assert time.perf_counter() - start < 5
+            assert time.process_time() - start < 10
             assert value in fields
 
 
@@ -1196,7 +1250,7 @@ def test_a_bomb_is_refused_in_bounded_memory_and_time(tmp_path: Path, name: str)
     make, found = BOMBS[name]
     path = tmp_path / "bomb"
     make(path)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=HANG_S)
     path.unlink()
     message, peak_kib, cpu_s = result.stdout.splitlines()
     assert found in message

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import ochat_train.report.__main__ as report
 import ochat_train.report.page as page_module
+import ochat_train.report.plan as plan_module
 from ochat_train.model.pretrained import load_config
 from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import LoraSection, load_recipe
@@ -167,9 +168,9 @@ def joined(text: str) -> str:
 
 
 def test_gpus_are_by_default_what_launch_would_start(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(plan_module, "usable_gpus", lambda: 0)
     assert one(recipe).table.shape.world_size == 2
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(plan_module, "usable_gpus", lambda: 3)
     assert one(recipe).table.shape.world_size == 3
     assert one(recipe, "gpus=5").table.shape.world_size == 5
 

@@ -24,6 +24,7 @@ from ochat_train.report.run import RunReport, column, read_run, weight_by_source
 from ochat_train.report.run_sections import run_document, run_summary
 from tests.test_report_plan import Nesting
 from tests.test_report_store import Page
+from tests.waiting import HANG_S
 
 Event = dict[str, Any]
 CONDITIONS = ("GPT4", "GPT3", "")
@@ -765,4 +766,4 @@ def test_a_report_without_a_model_loads_no_torch(run: Path) -> None:
         "import sys\nimport ochat_train.report.__main__ as report\nreport.main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script, "run", str(run)], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, "run", str(run)], check=True, capture_output=True, timeout=HANG_S)

@@ -33,6 +33,7 @@ from ochat_train.tokens.encode import encode
 from ochat_train.tokens.store import Manifest, Split, StoreWriter, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
+from tests.waiting import HANG_S
 
 BAR = re.compile(" *[█▐▕▏▎▍▌▋▊▉]+ *")
 SCRIPT = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
@@ -621,7 +622,7 @@ def test_the_report_of_a_store_does_without_torch() -> None:
         "import sys, ochat_train.report.__main__\n"
         "assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'jinja2'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert (result.returncode, result.stderr) == (0, "")
 
 

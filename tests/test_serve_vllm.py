@@ -1,7 +1,6 @@
 """vLLM's real server behind the gate. It needs vLLM, which the other tests do without."""
 
 import importlib.metadata
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from ochat_train.conversations.template import TEMPLATES
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import FORGED, KEY, ROOT, SECRET, Server, ask, generate, serving, vanish
+from tests.waiting import wait_until
 
 try:
     importlib.metadata.version("vllm")
@@ -72,10 +72,7 @@ def test_answers_that_nobody_waits_for_are_ended(server: Server) -> None:
     body = {"model": "tiny-chat", "messages": [{"role": "user", "content": SECRET}], "temperature": 0}
     for stream in (True, False):
         vanish(server, body, stream=stream)
-    deadline = time.monotonic() + 60
-    while [line["status"] for line in server.lines()].count(499) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: [line["status"] for line in server.lines()].count(499) == 2)
     assert ask(server, "Hi").usage.completion_tokens == 12
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from ochat_train.conversations.fields import Reading
 from ochat_train.conversations.hints import hint_fields
-from ochat_train.conversations.records import Record
 from ochat_train.conversations.roles import CALL_ROLES, ROLES
-from ochat_train.conversations.schema import Drop, Message, ParsedRecord
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import parse_record
 from ochat_train.conversations.turn_fields import ANSWER_KEYS, USER_KEYS
 

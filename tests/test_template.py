@@ -9,8 +9,8 @@ import pytest
 from jinja2 import Environment, TemplateError
 
 from ochat_train.conversations.clean import clean_turns
-from ochat_train.conversations.records import Record, read_chunks
-from ochat_train.conversations.schema import Conversation, Message, ParsedRecord, Role
+from ochat_train.conversations.records import read_chunks
+from ochat_train.conversations.schema import Conversation, Message, ParsedRecord, Record, Role
 from ochat_train.conversations.sharegpt import parse_record
 from ochat_train.conversations.sources import Source, assign_source
 from ochat_train.conversations.template import TEMPLATES, ChatTemplate, Joint

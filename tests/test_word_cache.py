@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
-from ochat_train.tokens import word_cache
 from ochat_train.tokens.tokenizer import TextEncoder
-from ochat_train.tokens.word_cache import WordCache, find_cuts
+from ochat_train.tokens.word_cache import find_cuts
 from tests.small_tokenizers import write_base
 
 LLAMA2 = Path(__file__).resolve().parents[2] / "shared/fixtures/llama2-tokenizer/tokenizer.json"
@@ -31,7 +30,26 @@ PIECES = (
         "\U000e0fff",
     ),
     *("\U0001f469\u200d\U0001f4bb", "\u6f22\u5b57", "\ud55c\uad6d", "gr\u00f6\u00dfer", "\u017f", "word", "Word", "a"),
-    *("don't", "'LL", "'s", "'", "1", "1234", ".", ",", "...", "!", "/", "</", ">", "_", "(", "self.rows[0]", "x" * 70),
+    *(
+        "don't",
+        "'LL",
+        "'s",
+        "'",
+        "1",
+        "1234",
+        ".",
+        ",",
+        "...",
+        "!",
+        "/",
+        "</",
+        ">",
+        "_",
+        "(",
+        "self.rows[0]",
+        "x" * 70,
+        "ab" * 150,
+    ),
     *("<s>", "</s>", "<unk>", "<0x0A>", "<tool_call>", "<|end|>"),
 )
 HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=14).map("".join)
@@ -45,14 +63,25 @@ GPT4O = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NEMO = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 TOOL_CALL = AddedToken("<tool_call>", normalized=False)
 
 
-def split(regex: str) -> dict[str, Any]:
+def split(*regexes: str) -> dict[str, Any]:
     """A pre-tokenizer as tokenizer.json has it."""
-    way = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [way, BYTES]}
+    ways = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in regexes]
+    return {"type": "Sequence", "pretokenizers": [*ways, BYTES]}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +97,12 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     read["llama2, real"] = json.loads(LLAMA2.read_text())
     read["llama3"] = read["gpt2"] | {"pre_tokenizer": split(LLAMA3)}
     read["gpt4o"] = read["gpt2"] | {"pre_tokenizer": split(GPT4O)}
+    read["nemo"] = read["gpt2"] | {"pre_tokenizer": split(NEMO)}
+    read["deepseek"] = read["gpt2"] | {"pre_tokenizer": split(*DEEPSEEK)}
+    # A token that is a word, but is not made by merges.
+    model = read["llama3"]["model"]
+    vocabulary = model["vocab"] | {"\u0120Word": len(model["vocab"]) + 100, "'": len(model["vocab"]) + 101}
+    read["llama3, whole words"] = read["llama3"] | {"model": model | {"ignore_merges": True, "vocab": vocabulary}}
     qwen = Tokenizer.from_str(json.dumps(read["llama3"] | {"normalizer": {"type": "NFC"}}))
     qwen.add_tokens([TOOL_CALL])
     read["qwen"] = json.loads(qwen.to_str())
@@ -77,7 +112,10 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     return read
 
 
-KINDS = ("llama2, real", "llama2", "yi", "gpt2", "llama3", "gpt4o", "qwen", "command-r")
+KINDS = (
+    *("llama2, real", "llama2", "yi", "gpt2", "llama3", "llama3, whole words", "gpt4o", "nemo", "deepseek", "qwen"),
+    "command-r",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,17 +154,25 @@ def test_no_cut_without_a_proof(described: dict[str, dict[str, Any]]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "token",
-    [AddedToken("<a b>"), AddedToken("<a>", lstrip=True), AddedToken("a\n b"), AddedToken("<a>", single_word=True)],
-    ids=repr,
-)
-def test_tokens_that_cross_a_cut_or_look_around_are_left_to_the_library(
-    token: AddedToken, described: dict[str, dict[str, Any]]
+@pytest.mark.parametrize("way", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_texts_with_tokens_that_look_around_are_left_to_the_library(
+    way: str, described: dict[str, dict[str, Any]]
 ) -> None:
-    tokenizer = Tokenizer.from_str(json.dumps(described["llama3"]))
-    tokenizer.add_tokens([token])
+    tokenizer = Tokenizer.from_str(json.dumps(described["qwen"]))
+    tokenizer.add_tokens([AddedToken("<a>", **{"normalized": False, way: True})])
     assert find_cuts(json.loads(tokenizer.to_str())) is None
+
+
+def test_a_token_of_several_words_is_found(described: dict[str, dict[str, Any]]) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(described["llama3"]))
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in ("a b", "a", "b c", "\n\n ")])
+    tokenizer.add_special_tokens([AddedToken("b cc", normalized=False), AddedToken("d a", normalized=True)])
+    tokenizer.encode_special_tokens = True
+    description = json.loads(tokenizer.to_str())
+    assert find_cuts(description) is not None
+    texts = ["a b c", "xb ccx", "d a b", "b c  a", "word a  bb c\n\n Word", "\n\n", "  a  "]
+    expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [ids.tolist() for ids in TextEncoder(json.dumps(description), {}).encode_texts(texts)] == expected
 
 
 def test_a_text_with_what_a_merge_joins_across_a_mark_is_not_cut(described: dict[str, dict[str, Any]]) -> None:
@@ -140,15 +186,10 @@ def test_a_text_with_what_a_merge_joins_across_a_mark_is_not_cut(described: dict
     assert [ids.tolist() for ids in TextEncoder(json.dumps(description), {}).encode_texts(texts)] == expected
 
 
-def test_the_cache_is_bounded(described: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "MAX_WORDS", 100)
-    cuts = find_cuts(described["llama2"])
-    assert cuts is not None
-    cache = WordCache(Tokenizer.from_str(json.dumps(described["llama2"])), cuts)
-    for start in range(0, 5_000, 50):
-        texts = [f"word{number} {'long' * 40}" for number in range(start, start + 50)]
-        first = [ids.tolist() for ids in cache.encode_texts(texts)]
-        assert [ids.tolist() for ids in cache.encode_texts(texts)] == first
-        assert len(cache._ids) <= 100 + 150
-        assert max(map(len, cache._ids)) <= word_cache.MAX_WORD_CHARS
-        assert cache._num_chars == sum(map(len, cache._ids))
+def test_ids_stay_right_when_pieces_take_the_places_of_others(described: dict[str, dict[str, Any]]) -> None:
+    encoder = TextEncoder(json.dumps(described["llama2, real"]), {})
+    library = Tokenizer.from_str(json.dumps(described["llama2, real"]))
+    texts = [" ".join(f"w{place + number * 7919}" for number in range(1_000)) for place in range(80)]
+    expected = [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
+    for _ in range(2):
+        assert [ids.tolist() for ids in encoder.encode_texts(texts)] == expected

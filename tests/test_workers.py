@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from tests.dumps import (
     write_lines,
     write_recipe,
 )
+from tests.waiting import HANG_S, wait_until
 
 CHUNK_BYTES = 8_000
 
@@ -216,6 +216,13 @@ def test_ray_makes_the_same_bytes(varied: Path, alone: Path, tmp_path: Path, ray
     assert contents(store) == contents(alone)
 
 
+def test_ray_is_given_the_records_of_urls(tmp_path: Path, ray: None) -> None:
+    dump = write_lines(tmp_path / "dump.jsonl", *(chat(str(number), prose(number, 20), "Yes.") for number in range(40)))
+    recipe = write_recipe(tmp_path, [source("all", f"file://{dump}")])
+    here = contents(make(recipe, f"data.store={tmp_path / 'here'}", num_workers=1))
+    assert contents(make(recipe, executor="ray")) == here
+
+
 def test_mistakes_in_the_input_are_reported_by_ray_as_by_one_process(tmp_path: Path, ray: None) -> None:
     for write in (of_no_source, broken_array):
         recipe = write_recipe(tmp_path, [source("strong", write(tmp_path), where={"model": "strong"})])
@@ -271,10 +278,7 @@ def test_a_mistake_in_the_input_stops_all_processes_with_the_message_of_one(
     assert message.startswith(f"error: {dump}, byte ") and not [word for word in words if word not in message]
     assert message == failure(recipe, "--workers", "1")
     assert not (tmp_path / "store").exists()
-    deadline = time.monotonic() + 5
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not multiprocessing.active_children()
+    wait_until(lambda: not multiprocessing.active_children())
 
 
 # ---- Memory ----
@@ -343,7 +347,7 @@ class Running:
 
     def end(self) -> tuple[int, str]:
         """The exit status, and what it printed to stderr."""
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=HANG_S)
         return self.process.returncode, err
 
 
@@ -365,12 +369,15 @@ def running(recipe: Path) -> Iterator[Running]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 60
-        while len(found := list(recipe.parent.glob("store.partial-*/shards/??????"))) < 4:
+        shards: list[Path] = []
+
+        def has_begun() -> bool:
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield Running(process, found[0].parents[1], pause)
+            shards[:] = recipe.parent.glob("store.partial-*/shards/??????")
+            return len(shards) >= 4
+
+        wait_until(has_begun)
+        yield Running(process, shards[0].parents[1], pause)
     finally:
         script.unlink()
         pause.unlink(missing_ok=True)
@@ -386,14 +393,6 @@ def in_folder(varied: Path, tmp_path: Path) -> Path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(varied.read_text().replace(f"{varied.parent}/store", f"{tmp_path}/store"))
     return recipe
-
-
-def are_gone(processes: list[psutil.Process]) -> bool:
-    """Whether all of them end within a few seconds."""
-    deadline = time.monotonic() + 5
-    while any(map(is_alive, processes)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(is_alive, processes))
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -458,7 +457,7 @@ def test_a_run_that_is_interrupted_leaves_its_shards_and_the_store_that_was_ther
                 "interrupted; the store was not touched, and the same command goes on from the shards that are done"
             )
             assert "Traceback" not in err
-        assert are_gone(workers)
+        wait_until(lambda: not any(map(is_alive, workers)))
         done = run.done()
     assert done
     assert contents(store) == before
@@ -497,7 +496,7 @@ def test_a_worker_that_dies_ends_the_run_by_the_name_of_its_file(
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "a worker process died" in line and f"while working on {varied.parent}/in/" in line
         assert "Traceback" not in err
-        assert are_gone(workers)
+        wait_until(lambda: not any(map(is_alive, workers)))
         done = run.done()
     assert done and not (in_folder.parent / "store").exists()
     check_the_next_run_goes_on(in_folder, done, alone, capsys, monkeypatch)

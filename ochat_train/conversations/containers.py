@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
+from ochat_train.conversations.hub import Unreachable, cached_copy
 from ochat_train.conversations.remote import RemoteFile, is_remote
 
 _TEXT_SUFFIXES = (".html", ".htm", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -132,7 +133,7 @@ class ByteStream:
     def _pull(self, num_bytes: int) -> bytes:
         try:
             piece = self._read(min(num_bytes, _PIECE_BYTES))
-        except Unreadable:
+        except (Unreadable, Unreachable):
             raise
         except Exception as error:  # what a library makes of a damaged file is in no list
             raise unreadable(self.name, self.offset, f"reading stops here ({explain(error)})", _FETCH_AGAIN) from error
@@ -160,7 +161,8 @@ def open_streams(path: str) -> Iterator[ByteStream]:
     """
     name = escape_name(path)
     try:
-        disk = RemoteFile(path) if is_remote(path) else DiskFile(path)
+        place = cached_copy(path) or path
+        disk = RemoteFile(place) if is_remote(place) else DiskFile(place)
     except OSError as error:
         raise Unreadable(f"{name} cannot be read: {error.strerror}; fix that, or leave it out") from None
     with disk:
@@ -202,6 +204,8 @@ def _decompress(stream: ByteStream) -> ByteStream:
 def _open_zip(disk: DiskFile | RemoteFile, path: str) -> Iterator[tuple[str, Callable[[int], bytes]]]:
     try:
         archive = zipfile.ZipFile(cast(Any, disk))
+    except Unreachable:
+        raise
     except Exception as error:  # as in ByteStream
         raise unreadable(path, 0, f"not a whole zip file ({explain(error)})", _FETCH_AGAIN) from error
     for info in archive.infolist():
@@ -216,6 +220,8 @@ def _open_zip(disk: DiskFile | RemoteFile, path: str) -> Iterator[tuple[str, Cal
             raise unreadable(name, 0, found, "unpack the archive, or zip it again with deflate")
         try:
             member = archive.open(info)
+        except Unreachable:
+            raise
         except Exception as error:  # as in ByteStream
             raise unreadable(name, 0, f"the member cannot be opened ({explain(error)})", _FETCH_AGAIN) from error
         with member:
@@ -268,7 +274,7 @@ def _open_tar(stream: ByteStream) -> Iterator[tuple[str, Callable[[int], bytes]]
                 if padding.strip(b"\0"):
                     found = "something follows the archive's end"
                     raise unreadable(stream.name, stream.offset, found, "unpack it with tar -i")
-    except Unreadable:
+    except (Unreadable, Unreachable):
         raise
     except Exception as error:  # as in ByteStream
         found = f"the archive breaks here ({explain(error)})"

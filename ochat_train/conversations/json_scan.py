@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -153,22 +154,64 @@ def _keys(window: "_Window") -> Iterator[str]:
 def scan_objects(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of objects one after the other, with any or no white space between them, as `scan_array`.
 
-    Raises ValueError where no object begins, and for one that the file ends inside: what would follow is unknown.
+    What is damaged is given as it is, up to the next whole object. Raises ValueError where none is found after it:
+    what follows is then unknown.
     """
     window = _Window(stream, max_bytes)
     while following := window.next_byte():
         offset = window.offset
-        if following != b"{":
-            found = f"{following!r} where an object should start"
-            raise unreadable(window.name, offset, found, "put each record on one line of its own")
-        yield offset, window.take_whole("the file ends inside the object that starts here")
+        try:
+            if following != b"{":
+                found = f"{following!r} where an object should start"
+                raise unreadable(window.name, offset, found, "put each record on one line of its own")
+            value = window.take_whole("the file ends inside the object that starts here")
+            _check_whole(window.name, offset, value)
+        except Unreadable:
+            window.go_back(offset)
+            value = window.take_damaged()
+            if not value:
+                raise
+        yield offset, value
+
+
+def _check_whole(name: str, offset: int, value: bytes) -> None:
+    """Raise ValueError unless it is JSON, whatever its bytes mean: a missing quote may end a value at a wrong place."""
+    try:
+        parse_json(value)
+    except ValueError as error:
+        try:
+            json.loads(value.decode("latin-1"))
+        except (ValueError, RecursionError):
+            raise not_valid(name, offset, error) from None
+
+
+# Between two objects. In JSON no object follows another without a comma, and a text has its quotes escaped.
+_BETWEEN = re.compile(rb'(?:\}[ \t\r\n]*+|[^ \t\r\n,\[:][ \t\r]*+\n[ \t\r\n]*+)(?=\{[ \t\r\n]*+")')
+_MOST_TRIES = 1000
+
+
+def _next_object(data: bytes, start: int) -> int:
+    """Where after `start` a whole object begins that another one or the end of `data` follows; len(data) if none does.
+
+    Worked example: `{"a": x}{"b": 1}{"c": 2}` has one at 8, and `{"a": x} {"b": 1} and so on` has none.
+    """
+    text = data.decode("latin-1")  # so that characters are bytes
+    for between in islice(_BETWEEN.finditer(data, start), _MOST_TRIES):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, between.end())
+        except (ValueError, RecursionError):
+            continue
+        if text[end : end + _HEAD_BYTES].lstrip(" \t\r\n")[:1] in ("", "{"):
+            return between.end()
+    return len(data)
 
 
 def scan_wrapped(
-    stream: ByteStream, key: str, turn_lists: Collection[str], *, max_bytes: int
+    stream: ByteStream, key: str, turn_lists: Collection[str], beside: list[str], *, max_bytes: int
 ) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of the records in the list under `key` of the object that the file is, as `scan_array`.
 
+    The names of its other members that hold something are added to `beside`.
     Raises ValueError for a second list of records beside it, and for what follows the object.
     """
     window = _Window(stream, max_bytes)
@@ -180,6 +223,8 @@ def scan_wrapped(
                 continue
             offset = window.offset
             value = window.take_whole("the file ends inside the object")
+            if value.translate(None, SPACE) not in (b"null", b'""', b"[]", b"{}"):
+                beside.append(name)
             if value.startswith(b"["):
                 others = parse_json(value)[0]
                 if others and _is_record(name, others[0], turn_lists):
@@ -195,7 +240,7 @@ def scan_wrapped(
         raise unreadable(window.name, window.offset, found, "keep one such object in a file")
 
 
-def not_valid(name: str, offset: int, error: ValueError) -> ValueError:
+def not_valid(name: str, offset: int, error: ValueError) -> Unreadable:
     """The error for an array's value that is not valid JSON: where the next value begins is then unknown."""
     found = f"the record that starts here is not valid JSON ({error}, counted from here)"
     return unreadable(name, offset, found, _REMEDY)
@@ -285,6 +330,19 @@ class _Window:
             raise unreadable(self.name, offset, at_end, _REMEDY) from None
         except ValueError as error:
             raise not_valid(self.name, offset, error) from None
+
+    def go_back(self, offset: int) -> None:
+        """Move `at` to an offset that lies at or before it, not before the last value that was taken."""
+        self.at = offset - self._data_offset
+
+    def take_damaged(self) -> bytes:
+        """The bytes from `at` to the next whole object, where `at` moves; empty if there is none."""
+        while (end := _next_object(self.data, self.at)) == len(self.data):
+            if len(self.data) - self.at > self._max_bytes or not self._grow():
+                return b""
+        value = self.data[self.at : end].rstrip(SPACE)
+        self.at = end
+        return value
 
     def _take(self, end: int) -> bytes:
         self._check_size(end - self.at)

@@ -12,9 +12,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any
 
 from ochat_train.conversations.containers import (
     SUFFIXES,
@@ -27,6 +28,7 @@ from ochat_train.conversations.containers import (
 )
 from ochat_train.conversations.delimited import delimiters_of, parse_row, scan_rows
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
+from ochat_train.conversations.flat import Part, is_flat, join_messages
 from ochat_train.conversations.json_scan import (
     SPACE,
     NotUtf8,
@@ -37,36 +39,14 @@ from ochat_train.conversations.json_scan import (
     scan_objects,
     scan_wrapped,
 )
-from ochat_train.conversations.remote import is_remote, list_remote
+from ochat_train.conversations.remote import is_remote, list_remote, read_remote
+from ochat_train.conversations.saved import leave_out, named_split, read_file
+from ochat_train.conversations.schema import Record
 from ochat_train.conversations.tables import parse_rows, scan_table
 
 MAX_RECORD_BYTES = 64 << 20
 # Fields that may hold a record's turns; the last is Gemini's.
 TURN_LISTS = ("conversations", "items", "messages", "conversation", "contents")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record of a file: `file[offset:end]` in bytes, without the space, comma or line end around it.
-
-    `file` is the path, followed by the name of an archive's member: "dump.zip/pages/a.html", with each byte that is not
-    UTF-8 escaped. In a compressed file offsets count decompressed bytes; in a table `offset` is the row's number.
-    `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop: "not_json",
-    "not_utf8", "truncated_record", "record_too_large", "bad_row", "no_next_data" or "no_page_content". `repairs`
-    names what was changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page.
-    `raw` is the beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a
-    row of a table, whose missing fields are null. The last two are left out of comparisons.
-    """
-
-    file: str
-    offset: int
-    end: int
-    fields: Any
-    damage: str | None = None
-    repairs: tuple[str, ...] = ()
-    is_page: bool = False
-    raw: str | None = field(default=None, compare=False)
-    is_row: bool = field(default=False, compare=False)
 
 
 # ---- Files under a path ----
@@ -75,9 +55,9 @@ class Record:
 def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     """The input files at `path`, which is a file, a folder or a glob (with `**` too).
 
-    A folder stands for the files below it, sorted, that have a known suffix and are not hidden. Next to Arrow and
-    parquet files, the small JSON files in which `datasets` describes them are left out. A glob takes files whatever
-    their suffix, and folders as above.
+    A folder stands for the files below it, sorted, that have a known suffix and are not hidden. Of a folder that
+    `datasets` saved it is the data set's own files; FOLDER:SPLIT names one of several splits. A glob takes files
+    whatever their suffix, and folders as above.
 
     `left_out`, if given, counts the suffixes of the files that are left out. Raises ValueError if nothing is found, or
     if a folder cannot be listed.
@@ -85,12 +65,13 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     if is_remote(path):
         found_there, folder = list_remote(path)
         known = [file for file in found_there if folder is None or has_known_suffix(file[len(folder) :])]
+        known = leave_out(found_there, known, read_remote) if folder else known
         if left_out is not None:
             left_out.update(PurePath(file).suffix or "without a suffix" for file in set(found_there) - set(known))
         if not known:
             raise ValueError(f"no file to read in {path!r}: known suffixes are {' '.join(SUFFIXES)}")
         return known
-    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or named_split(path)
     found: dict[str, None] = {}
     num_left_out = 0
     for match in matches:
@@ -112,9 +93,6 @@ def list_files(path: str, left_out: Counter[str] | None = None) -> list[str]:
     )
 
 
-_DATASETS_OWN = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
-
-
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     """The files to read below `folder`, sorted, and the others."""
     files: list[str] = []
@@ -126,22 +104,11 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     for place, _, names in os.walk(folder, onerror=fail):
         files += (os.path.join(place, name) for name in names)
     known = sorted(f for f in files if has_known_suffix(os.path.relpath(f, folder)) and os.path.isfile(f))
-    if any(file.lower().endswith((".arrow", ".parquet")) for file in known):
-        known = [file for file in known if os.path.basename(file) not in _DATASETS_OWN]
+    known = leave_out(files, known, read_file)
     return known, sorted(set(files) - set(known))
 
 
 # ---- Chunks ----
-
-
-class _Part(Protocol):
-    """Whole records of one file, not parsed yet; each form of file has its own."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
-    def records(self) -> Iterator[Record]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +121,7 @@ class Chunk:
 
     form: str
     bytes_read: int
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
 
     @property
     def file(self) -> str:
@@ -165,6 +132,11 @@ class Chunk:
         """Its records, parsed, in order. Raises ValueError for an array's value that is not valid JSON."""
         for part in self.parts:
             yield from part.records()
+
+    def beside(self) -> Iterator[tuple[str, str]]:
+        """(file, name) of each member of an object around records that is not read."""
+        for part in self.parts:
+            yield from ((part.file, name) for name in getattr(part, "beside", ()))
 
 
 def read_chunks(
@@ -194,12 +166,16 @@ def read_chunks(
     Worked example: the file `[{"a": 1},\\n 7]` gives one chunk, of `Record(path, 1, 9, {"a": 1})` and
     `Record(path, 12, 13, 7)`.
     """
-    pending: list[_Part] = []
+    pending: list[Part] = []
     num_pending = bytes_read = bytes_before = 0
     form = ""
     for file in files:
         for stream in open_streams(file):
             next_form, parts = _recognise(stream, chunk_bytes, encoding, columns)
+            first = next(parts, None)
+            parts = iter(()) if first is None else chain((first,), parts)
+            if first is not None and is_flat(first):
+                next_form, parts = f"{next_form}, messages of trees", join_messages(stream.name, parts, chunk_bytes)
             for part in parts:
                 # Small parts are packed together: a shard for each of many files would cost more than their records.
                 if pending and (next_form != form or num_pending + len(part.data) > chunk_bytes):
@@ -220,7 +196,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 def _recognise(
     stream: ByteStream, chunk_bytes: int, encoding: str | None, columns: Sequence[str] | None
-) -> tuple[str, Iterator[_Part]]:
+) -> tuple[str, Iterator[Part]]:
     """The form of `stream`, by its first bytes, and its parts."""
     head = stream.peek(6)
     if head.startswith((b"PAR1", b"\xff\xff\xff\xff")):
@@ -272,16 +248,17 @@ _CONVERT = (
 )
 
 
-def _recognise_objects(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[_Part]]:
+def _recognise_objects(stream: ByteStream, chunk_bytes: int) -> tuple[str, Iterator[Part]]:
     """The form of a file that begins with an object, and its parts."""
     key = find_layout(stream, TURN_LISTS)
     if key is None:
         return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
     if not key:
         values = scan_objects(stream, max_bytes=MAX_RECORD_BYTES)
-        return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
-    values = scan_wrapped(stream, key, TURN_LISTS, max_bytes=MAX_RECORD_BYTES)
-    parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows")
+        return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes, is_row=True)
+    beside: list[str] = []
+    values = scan_wrapped(stream, key, TURN_LISTS, beside, max_bytes=MAX_RECORD_BYTES)
+    parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows", beside=beside)
     return f"JSON object with records in {key!r}{stream.packing}", parts
 
 
@@ -349,7 +326,7 @@ class _TooLarge:
 _OBJECT_LINE = re.compile(rb"^[ \t\r]*+\{[^\n]*\}[ \t\r]*+$", re.MULTILINE)
 
 
-def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[_Part]:
+def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[Part]:
     first_offset = offset = stream.offset
     has_object = False
     rest = b""  # of a line whose end was not read yet
@@ -399,7 +376,9 @@ def _skip_line(stream: ByteStream) -> int:
 class _Values:
     """Values of an array or a row: `data` is one after the other, without the commas and spaces between them.
 
-    `in_rows` is whether each record is the field `row` of its value, as the hub's viewer gives rows.
+    `in_rows` is whether each record is the field `row` of its value, as the hub's viewer gives rows. `beside` names
+    what is not read of the object around the records, with the last ones. `is_row` is whether they are a row of
+    objects, of which a damaged one costs only itself.
     """
 
     file: str
@@ -407,16 +386,20 @@ class _Values:
     lengths: "array[int]"
     data: bytes
     in_rows: bool = False
+    beside: tuple[str, ...] = ()
+    is_row: bool = False
 
     def records(self) -> Iterator[Record]:
         at = 0
         for offset, length in zip(self.offsets, self.lengths, strict=True):
             try:
                 fields, repairs = parse_json(self.data[at : at + length])
-            except NotUtf8:
-                yield Record(self.file, offset, offset + length, None, "not_utf8")
             except ValueError as error:
-                raise not_valid(self.file, offset, error) from None
+                damage = "not_utf8" if isinstance(error, NotUtf8) else "not_json"
+                if not self.is_row and damage == "not_json":
+                    raise not_valid(self.file, offset, error) from None
+                beginning = self.data[at : at + min(length, 2000)].decode("utf-8", "backslashreplace")
+                yield Record(self.file, offset, offset + length, None, damage, raw=beginning)
             else:
                 if self.in_rows and isinstance(fields, dict) and isinstance(fields.get("row"), dict):
                     fields = fields["row"]
@@ -425,20 +408,26 @@ class _Values:
 
 
 def _pack_values(
-    file: str, scanned: Iterable[tuple[int, bytes]], chunk_bytes: int, *, in_rows: bool = False
-) -> Iterator[_Part]:
+    file: str,
+    scanned: Iterable[tuple[int, bytes]],
+    chunk_bytes: int,
+    *,
+    in_rows: bool = False,
+    beside: Sequence[str] = (),
+    is_row: bool = False,
+) -> Iterator[Part]:
     offsets, lengths = array("q"), array("q")
     values: list[bytes] = []
     num_bytes = 0
     for offset, value in scanned:
         if values and num_bytes + len(value) > chunk_bytes:
-            yield _Values(file, offsets, lengths, b"".join(values), in_rows)
+            yield _Values(file, offsets, lengths, b"".join(values), in_rows, (), is_row)
             offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
         offsets.append(offset)
         lengths.append(len(value))
         values.append(value)
         num_bytes += len(value)
-    yield _Values(file, offsets, lengths, b"".join(values), in_rows)
+    yield _Values(file, offsets, lengths, b"".join(values), in_rows, tuple(beside), is_row)
 
 
 # ---- csv and tsv ----
@@ -469,7 +458,7 @@ class _TextRows:
             at += length
 
 
-def _read_delimited(stream: ByteStream, delimiters: str, chunk_bytes: int) -> Iterator[_Part]:
+def _read_delimited(stream: ByteStream, delimiters: str, chunk_bytes: int) -> Iterator[Part]:
     offsets, lengths = array("q"), array("q")
     rows: list[bytes] = []
     num_bytes = 0
@@ -503,7 +492,7 @@ class _Page:
         yield Record(self.file, 0, self.num_bytes, fields, damage, repairs, is_page=True)
 
 
-def _read_page(stream: ByteStream) -> Iterator[_Part]:
+def _read_page(stream: ByteStream) -> Iterator[Part]:
     data = stream.read(MAX_RECORD_BYTES + 1)
     while stream.read(1 << 20):
         pass
@@ -561,7 +550,7 @@ class _Rows:
             yield Record(self.file, row, row + 1, fields, is_row=True)
 
 
-def _read_table(stream: ByteStream, columns: Sequence[str] | None, chunk_bytes: int) -> Iterator[_Part]:
+def _read_table(stream: ByteStream, columns: Sequence[str] | None, chunk_bytes: int) -> Iterator[Part]:
     for row, data in scan_table(stream, columns, chunk_bytes=chunk_bytes, max_bytes=MAX_RECORD_BYTES):
         if data is None:
             yield _TooLarge(stream.name, row, row + 1)

@@ -1,9 +1,34 @@
 """What a conversation is, after reading and before tokens: plain text with roles, weights and a condition."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["user", "assistant", "system", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a file: `file[offset:end]` in bytes, without the space, comma or line end around it.
+
+    `file` is the path, followed by the name of an archive's member: "dump.zip/pages/a.html", with each byte that is not
+    UTF-8 escaped. In a compressed file offsets count decompressed bytes; in a table `offset` is the row's number.
+    `fields` is the parsed value. Where there is none, it is None and `damage` is the reason of its drop: "not_json",
+    "not_utf8", "truncated_record", "record_too_large", "bad_row", "no_next_data", "no_page_content", "no_parent" or
+    "repeated_message". `repairs`
+    names what was changed in its bytes so that they could be parsed. `is_page` is whether it is a saved ShareGPT page.
+    `raw` is the beginning of a line that is not JSON, 2,000 bytes for a person to look at. `is_row` is whether it is a
+    row of a table, whose missing fields are null. The last two are left out of comparisons.
+    """
+
+    file: str
+    offset: int
+    end: int
+    fields: Any
+    damage: str | None = None
+    repairs: tuple[str, ...] = ()
+    is_page: bool = False
+    raw: str | None = field(default=None, compare=False)
+    is_row: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

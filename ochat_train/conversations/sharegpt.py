@@ -41,9 +41,9 @@ from ochat_train.conversations.media import (
     remove_placeholders,
 )
 from ochat_train.conversations.own_weights import product, weight_of_record, weight_of_turn, weights_of_turns
-from ochat_train.conversations.records import MAX_RECORD_BYTES, Record
+from ochat_train.conversations.records import MAX_RECORD_BYTES
 from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop, Message, ParsedRecord, RecordError, Unread
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record, RecordError, Unread
 from ochat_train.conversations.turn_fields import (
     ANSWER_KEYS,
     TEXT_PARTS,
@@ -64,6 +64,8 @@ _DAMAGES = {
     "truncated_record": "it is not one JSON value; it is the last line, and may have been cut off",
     "record_too_large": f"it is above {MAX_RECORD_BYTES:,} bytes",
     "bad_row": "its row has another number of cells than the header has names",
+    "no_parent": "the message that it answers is not in the file",
+    "repeated_message": "a message before it in the file has the same id",
     "no_next_data": "the page has no script __NEXT_DATA__",
     "no_page_content": "the page's data has no props.pageProps.content",
 }

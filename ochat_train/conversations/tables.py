@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
+from ochat_train.conversations.flat import MESSAGE
+from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.remote import RemoteFile
 
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
@@ -43,7 +45,7 @@ def scan_table(
                         writer.write_batch(rows)
                 yield row, sink.getvalue().to_pybytes() or None
                 row += rows.num_rows
-    except Unreadable:
+    except (Unreadable, Unreachable):
         raise
     except Exception as error:  # what Arrow makes of a damaged file is in no list
         remedy = "the file is damaged: fetch it again"
@@ -91,7 +93,7 @@ def _read_arrow(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[A
 
 
 def _check_columns(stream: ByteStream, schema: Any, columns: Sequence[str] | None) -> None:
-    if columns is not None and not set(schema.names) & set(columns):
+    if columns is not None and not set(schema.names) & set(columns) and not set(schema.names) >= MESSAGE:
         found = f"no column is named as turns are; there are: {', '.join(schema.names)[:200] or 'none'}"
         remedy = (
             f"rename the right one to one of {', '.join(columns)}, or name it in the source, as in "

@@ -24,10 +24,13 @@ from ochat_train.conversations.described import read_template
 from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.doctor.rows import check_rows
 from ochat_train.doctor.trials import check_fullest, check_isolation
+from ochat_train.gpus import check_gpus, usable_gpus
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_config
-from ochat_train.recipe import to_json
+from ochat_train.model.router import choose_router_loss
+from ochat_train.preprocess.job import check_moved
+from ochat_train.recipe import moved_places, to_json
 from ochat_train.tokens.plan import PlanTable, make_table
 from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
@@ -67,7 +70,7 @@ def check_versions(_: Case) -> Finding:
         return Finding("warning", "ochat_train is not installed, so its tested ranges are unknown", install)
     shown, wrong = [f"python {platform.python_version()}"], []
     for requirement in map(Requirement, stated):
-        # gpu: an attention kernel of another version is a problem, a missing one is not.
+        # gpu: a package of another version is a problem, a missing one is not.
         is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         is_used = is_needed or (requirement.marker is not None and requirement.marker.evaluate({"extra": "gpu"}))
         if not is_used:
@@ -78,7 +81,7 @@ def check_versions(_: Case) -> Finding:
             if is_needed:
                 wrong.append(f"{requirement.name} is not installed, tested with {requirement.specifier}")
             continue
-        if requirement.name in ("torch", "deepspeed", "transformers", "flash-attn"):
+        if requirement.name in ("torch", "deepspeed", "transformers", "liger-kernel"):
             shown.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not in {requirement.specifier}")
@@ -94,7 +97,9 @@ def check_accelerators(case: Case) -> Finding:
         machine = AvailableMemory(int(case.gpu_gib * GIB), machine.host_bytes, is_here=False)
     case.machine = machine
     here = f"{len(os.sched_getaffinity(0))} CPU cores, {show_bytes(machine.host_bytes)} of host memory free"
-    if torch.cuda.is_available():
+    if case.gpu_gib is None:
+        check_gpus()
+    if usable_gpus():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         here = f"{kinds}, {show_bytes(machine.gpu_bytes or 0)} each; {here}"
@@ -112,7 +117,7 @@ def check_hosts(case: Case) -> Finding | None:
     """Whether each host of HOSTFILE has an address and, if ssh starts it, answers where ssh listens."""
     stated = os.environ.get("NUM_GPUS", "")
     per_host = int(stated) if stated.isdecimal() else None
-    case.num_processes = case.num_gpus or per_host or torch.cuda.device_count() or _CPU_PROCESSES
+    case.num_processes = case.num_gpus or per_host or usable_gpus() or _CPU_PROCESSES
     if not (hostfile := os.environ.get("HOSTFILE")):
         return None
     hosts = {host: min(slots, per_host or slots) for host, slots in read_hosts(hostfile).items()}
@@ -202,22 +207,29 @@ def check_special_tokens(case: Case) -> Finding:
 
 
 def check_model(case: Case) -> None:
-    """That there is a model, and that its size is known; this is a finding only if it is not so."""
+    """That its size is known, and that there is a model; this is a finding only if it is not so.
+
+    Without the weights, which take long to fetch, all that follows from the size is checked all the same.
+    """
     model = case.recipe.model
-    if model.base is not None:
-        require_model(model.base)
     case.config = load_config(model.base, model.config, case.tokenizer.num_ids)
     case.row_ids = trained_rows(case.recipe, case.tokenizer)
     case.size = size_of(case.recipe, case.config.get_text_config(), len(case.row_ids))
+    if model.base is not None:
+        require_model(model.base)
 
 
 def check_attention(case: Case) -> Finding:
     """Which attention a run here would use, and whether a small copy of the model is exact on packed batches."""
     case.attention, agreement = attention_of(case.recipe, case.config, case.device.type)
-    detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}"
-    if agreement.why_eager is None:
+    model = case.recipe.model
+    router = choose_router_loss(model.router_aux_loss_coef, case.config, is_frozen=model.lora is not None)
+    detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}{f'; {router}' if router else ''}"
+    if agreement.why_alone is None:
         return Finding("ok", detail)
-    return Finding("warning", detail, "keep packing.tokens_per_gpu small: each head has scores of [tokens, tokens]")
+    return Finding(
+        "warning", detail, "expect a lower speed, and compare the step times of a few packing.tokens_per_gpu"
+    )
 
 
 def check_kernels(case: Case) -> Finding:
@@ -243,6 +255,8 @@ def check_token_store(case: Case) -> Finding:
         if case.recipe.data.verify and not case.is_quick:
             check_blocks(path, train.manifest.files)
         check_store(case.recipe, train.manifest, case.tokenizer)
+        if not case.is_quick:  # launch.sh has just done it
+            check_moved(case.recipe, train.manifest)
         plan = make_run_plan(case.recipe, train, case.config.get_text_config(), case.num_processes)
         for split in (train, held_out):
             if len(split):
@@ -282,7 +296,8 @@ def check_settings(case: Case) -> Finding:
 def check_memory(case: Case) -> Finding:
     """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
     config, machine = case.config.get_text_config(), case.machine
-    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes)
+    is_alone = hasattr(case, "attention") and case.attention.backend == "alone"
+    plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes, is_alone=is_alone)
     there = (
         f"{show_bytes(machine.gpu_bytes)} of a GPU, of which {RESERVED:.0%} are left to CUDA"
         if machine.gpu_bytes is not None
@@ -318,9 +333,7 @@ def _memory_by_part(plan: MemoryPlan) -> list[str]:
     lines.append("the larger of layer and logits counts; with one micro-batch a step gradients come as activations go")
     if setting.offload or plan.is_on_gpu:
         offloaded = f", offloaded {show_bytes(needs.host)} a process" if setting.offload else ""
-        lines.append(
-            f"host memory: {show_bytes(plan.host_needs(setting))}, the model loaded by each process{offloaded}"
-        )
+        lines.append(f"host memory: {show_bytes(plan.host_needs(setting))}, where the model is loaded once{offloaded}")
     return lines
 
 
@@ -375,7 +388,9 @@ def check_earlier_run(case: Case) -> Finding | None:
         order=case.plan.order.digest,
         world_size=case.num_processes,
     )
-    return Finding("ok", f"training goes on from {newest.path}")
+    moved = moved_places(newest.state.recipe, to_json(case.recipe))
+    compared = f"; moved, and compared by what it holds: {'; '.join(moved)}" if moved else ""
+    return Finding("ok", f"training goes on from {newest.path}{compared}")
 
 
 def check_disk(case: Case) -> Finding:
@@ -417,7 +432,7 @@ _RUNS = ("attention", "kernels")
 
 CHECKS = (
     Check("versions", check_versions),
-    Check("accelerators", check_accelerators),
+    Check("accelerators", check_accelerators, "install what the message names, or plan for other GPUs with --gpu-gib"),
     Check("hosts", check_hosts, "correct HOSTFILE, or leave it out on one machine"),
     Check("port", check_port),
     Check("special tokens", check_special_tokens, _TOKENIZER),

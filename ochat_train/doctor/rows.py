@@ -10,7 +10,7 @@ from transformers.utils.hub import cached_file
 
 from ochat_train.doctor.case import Case, Finding
 from ochat_train.model.pretrained import DTYPES, load_config, meta_model, template_ids
-from ochat_train.tokens.tokenizer import locate_base
+from ochat_train.tokens.tokenizer import locate_base, require_model
 
 # A row is the mean of all when it is nearer to it than this share of the median norm. Its norm is far off when it is
 # beyond this factor of all norms but the outermost hundredth.
@@ -27,6 +27,7 @@ def check_rows(case: Case) -> Finding | None:
         return None
     lora = recipe.model.lora
     try:
+        require_model(recipe.model.base)
         tables = _read_tables(case, recipe.model.base)
     except Exception as error:  # of many kinds: no files, or those of other formats
         return Finding("ok", f"not looked at: {str(error).splitlines()[0]}")

@@ -16,7 +16,7 @@ import orjson
 
 from ochat_train.files import STEP_FOLDERS
 from ochat_train.launch.commands import STOPPED, Commands, say
-from ochat_train.launch.nodes import find_nodes, training_command
+from ochat_train.launch.nodes import count_gpus, find_nodes, training_command
 from ochat_train.launch.restarts import train_with_restarts
 from ochat_train.recipe import (
     Recipe,
@@ -49,6 +49,7 @@ def launch(recipe: list[str]) -> None:
         raise ValueError(f"MAX_RESTARTS={max_restarts} is not a number of restarts, such as 3")
     nodes = find_nodes(os.environ)
     resolved = load_recipe(recipe[0], recipe[1:])
+    num_devices = count_gpus()
     run_dir = Path(resolved.checkpoint.dir)
     commands = Commands(run_dir)
 
@@ -56,7 +57,7 @@ def launch(recipe: list[str]) -> None:
         check_goes_on(resolved)
         commands.require(["ochat_train.preprocess", *recipe])
         commands.require(["ochat_train.doctor", "--quick", *recipe])
-    command = training_command(nodes, recipe, os.environ)
+    command = training_command(nodes, recipe, os.environ, num_devices)
     code = train_with_restarts(commands, command, run_dir, int(max_restarts))
     if code == STOPPED:
         say("stopped; the same command goes on from there")
@@ -75,12 +76,8 @@ def check_goes_on(recipe: Recipe) -> None:
         was = orjson.loads(newest.read_bytes())["state"]["recipe"]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):  # training knows what to do about a damaged one
         return
-    # What a store is made of; dumps that lie elsewhere may be the same, and training compares what they hold.
-    wrong = [
-        line
-        for line in refused_differences(was, to_json(recipe))
-        if line.startswith(("data.", "template:")) and not line.partition(":")[0].endswith(".path")
-    ]
+    # What a store is made of.
+    wrong = [line for line in refused_differences(was, to_json(recipe)) if line.startswith(("data.", "template:"))]
     if wrong:
         raise ValueError(
             f"cannot continue {newest.parent}, because this differs (was -> is):\n  "

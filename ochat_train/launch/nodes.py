@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ochat_train.files import free_port
+from ochat_train.gpus import use_expandable_segments
 
 _RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 _PORT_BY_HAND = 29500  # nodes that do not communicate yet cannot agree on a free one
@@ -88,12 +89,25 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
     return Nodes("slurm", tuple(listed.stdout.split()))
 
 
-def training_command(nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str]) -> TrainingCommand:
-    """DeepSpeed's launcher on all nodes, with NUM_GPUS processes on each, or one for each GPU, or two on a CPU."""
-    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # torch would stay in our memory
-    num_devices = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
+def count_gpus() -> int:
+    """How many GPUs torch can use here. Raises ValueError, with the remedy, where there are GPUs that it cannot use."""
+    count = [sys.executable, "-c", "from ochat_train import gpus; gpus.main()"]  # torch would stay in our memory
+    counted = subprocess.run(count, capture_output=True, text=True)
+    if counted.returncode:
+        raise ValueError(counted.stderr.strip().splitlines()[-1])  # after warnings of torch
+    return int(counted.stdout)
+
+
+def training_command(
+    nodes: Nodes, recipe: Sequence[str], environment: Mapping[str, str], num_devices: int
+) -> TrainingCommand:
+    """DeepSpeed's launcher on all nodes, with NUM_GPUS processes on each, or one for each GPU, or two on a CPU.
+
+    num_devices: what `count_gpus` has found here.
+    """
     num_gpus = environment.get("NUM_GPUS")
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    use_expandable_segments()
     if num_devices == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"  # no search for accelerators, no warning about it
         num_devices = 2

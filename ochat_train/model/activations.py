@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,20 @@ class Activations:
         return self.kept + max(self.layer, self.logits)
 
 
+class Alone(NamedTuple):
+    """A micro-batch whose sequences are run alone, all as long as the longest: tokens of it, and of a sequence.
+
+    Where the model's attention makes scores, they are counted.
+    """
+
+    num_tokens: int
+    longest: int
+
+
 def count_activations(
     config: Any,
     *,
-    num_tokens: int,
+    num_tokens: int | Alone,
     dtype: Literal["bfloat16", "float32"],
     checkpointing: str,
     lora_rank: int | None = None,
@@ -63,8 +73,9 @@ def count_activations(
     head has, for a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
     gradients by its weight in fp32 and by the hidden states.
 
-    Raises ValueError for a model that cannot run without values, such as one that routes tokens to experts, and for
-    adapters without the package peft.
+    Experts of a mixture run as grouped products over the tokens that choose them, as on a GPU; torch has them without
+    values in bfloat16 alone. Raises ValueError for a model that cannot run without values, and for adapters without the
+    package peft.
     """
     lm = meta_model(config, DTYPES[dtype])
     if lora_rank is not None:
@@ -73,44 +84,72 @@ def count_activations(
             add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=range(num_rows), seed=0)
     model = PackedCausalLM(
         lm,
-        attention="sdpa",  # replaced below
+        attention="alone" if isinstance(num_tokens, Alone) else "sdpa",  # replaced below
         device_type="meta",
         checkpointing=checkpointing,
         num_conditions=1,
+        router_coefficient=float(lora_rank is None),
     )
-    model.lm.set_attn_implementation(register_sized_attention())
+    if model.lm.config._attn_implementation != "eager":
+        model.lm.set_attn_implementation(register_sized_attention())
     try:
-        return _run_without_memory(model.train(), num_tokens)
+        if isinstance(num_tokens, Alone):
+            return _extrapolate(model.train(), num_tokens.num_tokens, min(num_tokens))
+        return _run_without_memory(model.train(), num_tokens, times=1)
     except Exception as error:  # of many kinds: whatever a model's code says about tensors without values
         raise ValueError(f"the activations of {config.model_type} cannot be counted: {error!r}") from error
 
 
-def _run_without_memory(model: PackedCausalLM, num_tokens: int) -> Activations:
-    """The activations of a model on the meta device."""
+_SHORT = 64  # tokens: some layers work on chunks of as many, and others in a loop over all tokens, in Python
+
+
+def _extrapolate(model: PackedCausalLM, num_tokens: int, length: int) -> Activations:
+    """Of `num_tokens` tokens in sequences of `length`, run alone: from short ones, since bytes are quadratic in it."""
+    all_times = [times * -(-num_tokens // (12 * _SHORT)) for times in (6, 4, 3)]  # as many tokens each
+    counts = [_run_without_memory(model, n * _SHORT, times=times) for n, times in enumerate(all_times, start=2)]
+    of_one = [count.kept / times for count, times in zip(counts, all_times, strict=True)]
+    times, steps = -(-num_tokens // length), length / _SHORT - 2
+    layers = [count.layer for count in counts]  # the highest of several peaks, so that it is no polynomial
+
+    def at_length(first: float, second: float, third: float) -> int:
+        return int(first + steps * (second - first) + steps * (steps - 1) / 2 * (third - 2 * second + first))
+
+    return Activations(
+        kept=times * at_length(*of_one),
+        layer=max(at_length(*layers), layers[2], int(layers[2] + (steps - 2) * (layers[2] - layers[1]))),
+        logits=counts[0].logits,
+    )
+
+
+def _run_without_memory(model: PackedCausalLM, length: int, *, times: int) -> Activations:
+    """The activations of a model on the meta device: of a batch of `length` tokens, as often as `times`."""
     for parameter in model.parameters():  # gradients are counted in memory.py, where DeepSpeed keeps them
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with torch.device("meta"):
-        tokens = torch.zeros(num_tokens, dtype=torch.int64)
+        tokens, labels = (torch.zeros(number, dtype=torch.int64) for number in (length, times * length))
         batch = PackedBatch(
             input_ids=tokens,
             position_ids=tokens,
-            labels=tokens,
-            loss_weights=tokens.float(),
-            loss_positions=tokens,
-            cu_seqlens=torch.zeros(2, dtype=torch.int32),
-            max_seqlen=num_tokens,
-            condition_ids=tokens.int(),
+            labels=labels,
+            loss_weights=labels.float(),
+            loss_positions=labels,
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device="cpu"),  # its values are read
+            max_seqlen=length,
+            condition_ids=labels.int(),
+            num_tokens=length,
         )
-    with live_bytes([*model.parameters(), *model.buffers(), tokens]) as live:
-        hidden = model.hidden(batch)
+    with live_bytes([*model.parameters(), *model.buffers(), tokens, labels]) as live:
+        hidden, router = model.run_layers(batch)
+        of_one = live.now
+        hidden = hidden if times == 1 else hidden.repeat(times, 1)
         kept = live.now
         at_hidden: list[int] = []
         hidden.register_hook(lambda _: at_hidden.append(live.restart()))
         sums = model.loss_head(hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions)
         del hidden
-        sums.nll.backward()
-    return Activations(kept=kept, layer=live.peak - kept, logits=at_hidden[0] - kept)
+        (sums.nll if router is None or not router.loss.requires_grad else sums.nll + router.loss).backward()
+    return Activations(kept=kept + (times - 1) * of_one, layer=live.peak - kept, logits=at_hidden[0] - kept)
 
 
 def register_sized_attention() -> str:
@@ -125,11 +164,11 @@ def register_sized_attention() -> str:
 
 
 class _SizedAttention(torch.autograd.Function):
-    """Tensors of flash attention's sizes: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+    """Tensors of flash attention's sizes: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, E] -> [T, Hq, E]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
         log_sums = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, log_sums)
         return out

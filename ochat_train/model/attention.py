@@ -6,22 +6,21 @@ Registered with transformers under names of our own, so that any of its models r
 
 import importlib
 import inspect
-import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ochat_train.model.masks import PackedMask, packed_eager_mask, packed_mask
+from ochat_train.model.masks import PackedMask, packed_mask
+from ochat_train.model.sdpa import AttentionOptions, repeat_heads, sdpa_attention
+from ochat_train.model.sinks import attend_with_sinks
 
-Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "eager"]
+Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "alone"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # What we pass by name beside q, k and v; the order of the other arguments differs between the versions.
@@ -48,6 +47,7 @@ class Support:
     majors: tuple[int, int] | None
     head_dims: tuple[int, int] | None
     has_softcap: bool
+    has_sinks: bool
     is_automatic: bool
 
     @property
@@ -60,29 +60,46 @@ class Support:
 
 
 _FA4 = ("flash_attn.cute", "pip install flash-attn-4")
-_FA3 = ("flash_attn_interface", "build folder hopper of github.com/Dao-AILab/flash-attention")
-_FA2 = ("flash_attn", "pip install 'ochat_train[gpu]'")
+_FA3 = ("flash_attn_interface", "flash-attn-3 from PyTorch's own package index")
+_FA2 = ("flash_attn", "pip install --no-build-isolation flash-attn")
 _TORCH = (None, "part of torch")
+_ALONE = (None, "part of transformers")
 
 # In the order in which `auto` tries them: the fastest by its makers' figures first (docs/design.md, Decisions).
 TABLE: tuple[Support, ...] = (
     # Read in 4.0.0b36. Its backward pass takes 9.x to 12.x, on 12.x without saying which sizes. On 10.x head size 256
     # has kernels of its own, which returned wrong gradients in 4.0.0b11 (NVIDIA/TransformerEngine issue 3216).
     # A softcap goes backward through its general score functions. On 9.x it is no faster than flash_attn_3.
-    Support("flash_attn_4", *_FA4, majors=(10, 10), head_dims=(128, 8), has_softcap=False, is_automatic=True),
+    Support(
+        "flash_attn_4",
+        *_FA4,
+        majors=(10, 10),
+        head_dims=(128, 8),
+        has_softcap=False,
+        has_sinks=False,
+        is_automatic=True,
+    ),
     # Read in 3.0.0b1.
-    Support("flash_attn_3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=True, is_automatic=True),
+    Support(
+        "flash_attn_3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=True, has_sinks=False, is_automatic=True
+    ),
     # Read in 2.8.3, which is built for 8.0, 9.0, 10.0 and 12.0, and pads head sizes to multiples of 8 itself.
-    Support("flash_attn", *_FA2, majors=(8, 12), head_dims=(256, 1), has_softcap=True, is_automatic=True),
+    Support(
+        "flash_attn", *_FA2, majors=(8, 12), head_dims=(256, 1), has_softcap=True, has_sinks=False, is_automatic=True
+    ),
     # Read in 2.13: the kernels of FlashAttention 2, without their softcap and without the padding.
-    Support("torch", *_TORCH, majors=(8, 12), head_dims=(256, 8), has_softcap=False, is_automatic=True),
-    Support("flash_attn_4", *_FA4, majors=(9, 11), head_dims=(128, 8), has_softcap=True, is_automatic=False),
+    Support("torch", *_TORCH, majors=(8, 12), head_dims=(256, 8), has_softcap=False, has_sinks=True, is_automatic=True),
+    Support(
+        "flash_attn_4", *_FA4, majors=(9, 11), head_dims=(128, 8), has_softcap=True, has_sinks=False, is_automatic=False
+    ),
     # torch's call with the kernels of flash_attn_3; torch 2.13 calls it a prototype. Its way to FlashAttention 4 reads
     # two results where that has returned four or five since 4.0.0b24, so it is not offered.
-    Support("torch_fa3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=False, is_automatic=False),
-    Support("sdpa", *_TORCH, majors=None, head_dims=None, has_softcap=True, is_automatic=True),
-    # The model's own attention and masks, [T, T] for each head: chosen by probe.py for models that no other row suits.
-    Support("eager", None, "part of transformers", majors=None, head_dims=None, has_softcap=True, is_automatic=False),
+    Support(
+        "torch_fa3", *_FA3, majors=(9, 9), head_dims=(256, 8), has_softcap=False, has_sinks=False, is_automatic=False
+    ),
+    Support("sdpa", *_TORCH, majors=None, head_dims=None, has_softcap=True, has_sinks=True, is_automatic=True),
+    # The model on each sequence alone, with attention of transformers' own: chosen by probe.py where no other is exact.
+    Support("alone", *_ALONE, majors=None, head_dims=None, has_softcap=True, has_sinks=True, is_automatic=False),
 )
 
 
@@ -94,6 +111,7 @@ class AttentionNeeds:
     dtype: torch.dtype
     head_dim: int
     has_softcap: bool
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,8 @@ def _obstacle(row: Support, needs: AttentionNeeds) -> str | None:
             return f"head size {needs.head_dim} is no multiple of {multiple}"
     if needs.has_softcap and not row.has_softcap:
         return "no softcap"
+    if needs.has_sinks and not row.has_sinks:
+        return "no attention sinks"
     return None if row.module is None else _import_obstacle(row.module, row.install)
 
 
@@ -172,21 +192,6 @@ def _import_obstacle(module: str, install: str) -> str | None:
 # ----------------------------------------------------------------------------------------------- the kernels
 
 
-class AttentionOptions(NamedTuple):
-    """Where the sequences are, and how their scores are made; see `varlen_attention`.
-
-    A named tuple, because torch.compile traces those.
-
-    cu_seqlens: i32[B + 1]; sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]. max_seqlen: the longest one's length.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-
 # q [T, Hq, D], k and v [T, Hkv, D], options -> [T, Hq, D]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
@@ -198,7 +203,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions,
 
         scores = q @ k.T * scale;  if softcap: scores = softcap * tanh(scores / softcap)
         scores[i, j] = -inf where j > i, or where window is given and i - j >= window
-        out = softmax(scores) @ v
+        out = softmax(scores) @ v;  with sinks, exp(sink) is added to the sum of exponentials
 
     A window of W lets a token see itself and W - 1 tokens before it, as in transformers.
     """
@@ -208,7 +213,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions,
 def _load_kernel(backend: Backend) -> Kernel:
     """What a backend runs, loaded once for a model, so that a compiled layer holds no imports."""
     if backend == "sdpa":
-        return _sdpa
+        return sdpa_attention
     if backend in ("torch", "torch_fa3"):
         # torch keeps this for the whole process: what an earlier model took must not stay.
         if backend == "torch_fa3":
@@ -260,7 +265,7 @@ def _flash_kernel(function: Callable[..., Any]) -> Kernel:
 
 
 def _torch_kernel() -> Kernel:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     # torch 2.11 takes no groups of heads.
     groups: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -268,8 +273,14 @@ def _torch_kernel() -> Kernel:
     def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         assert options.softcap is None  # choose_backend
         if not groups:
-            k, v = _repeat_heads(k, v, q.shape[1])
-        out = varlen_attn(
+            k, v = repeat_heads(k, v, q.shape[1])
+        if options.sinks is not None:
+            return attend_with_sinks(q, k, v, options, forward=call, backward=torch_backward)
+        out, _ = call(q, k, v, options)
+        return out
+
+    def call(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+        out: Any = varlen_attn(
             q,
             k,
             v,
@@ -277,111 +288,64 @@ def _torch_kernel() -> Kernel:
             options.cu_seqlens,
             options.max_seqlen,
             options.max_seqlen,
+            return_aux=AuxRequest(lse=True),
             scale=options.scale,
-            window_size=(-1 if options.window is None else options.window - 1, 0),
+            window_size=_window_of(options),
             **groups,
         )
-        assert isinstance(out, Tensor)
-        return out
+        return out[0], out[1]
 
     return attend
 
 
-def _repeat_heads(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """k and v [N, Hkv, ...] with each head repeated, so that there are `num_heads`."""
-    groups = num_heads // k.shape[1]
-    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-    lengths = _lengths(options.cu_seqlens)
-    # [1, H, L, D] each. Split at the end and joined whole, because each view costs more than a short sequence does.
-    parts = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v))
-    outs = [
-        _one_sequence(q_i, k_i, v_i, options.scale, options.window, options.softcap).transpose(1, 2)
-        for q_i, k_i, v_i in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs, dim=1).squeeze(0)
-
-
-_last_read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
-
-
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    """The lengths on the host, read once for all layers of a batch: on a GPU reading waits for all work before it.
-
-    They belong to the tensor, not to its values: every layer gets the same object from the model.
-    """
-    global _last_read
-    if _last_read is not None and _last_read[0]() is cu_seqlens and _last_read[1] == cu_seqlens._version:
-        return _last_read[2]
-    lengths: list[int] = cu_seqlens.diff().tolist()
-    _last_read = (weakref.ref(cu_seqlens), cu_seqlens._version, lengths)
-    return lengths
-
-
-_SMALLEST_BLOCK = 64
-
-
-def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """[1, Hq, L, D] from q [1, Hq, L, D], k and v [1, Hkv, L, D]. A window costs about L times its size, not L^2.
-
-    The first `window` tokens see all before them. The others are cut into blocks, each of which sees itself and the
-    window before it: all blocks in one call, to which keys of neighbours are given more than once.
-    """
-    length = q.shape[2]
-    if window is None or window >= length:
-        return _masked(q, k, v, scale, None, softcap)
-    first = _masked(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, None, softcap)
-    size = min(max(window // 4, _SMALLEST_BLOCK), length - window)
-    num_blocks = -(-(length - window) // size)
-    padding = (0, 0, 0, window + num_blocks * size - length)  # after the end, where no token of the sequence looks
-    q_blocks = F.pad(q[0, :, window:], padding).unflatten(1, (num_blocks, size)).transpose(0, 1)  # [N, Hq, size, D]
-    span = size + window - 1
-    k_blocks, v_blocks = (
-        F.pad(part[0, :, 1:], padding).unfold(1, span, size).permute(1, 0, 3, 2)  # [N, Hkv, span, D]
-        for part in (k, v)
+def torch_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of torch's `varlen_attn`, which has no public name."""
+    window = _window_of(options)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
+        gradient,
+        q,
+        k,
+        v,
+        out,
+        log_sums,
+        options.cu_seqlens,
+        options.cu_seqlens,
+        options.max_seqlen,
+        options.max_seqlen,
+        window == (-1, 0),  # whether it is causal; a window with its right end at 0 is anyway
+        torch.zeros(2, dtype=torch.uint64, device=q.device),  # the state of random numbers, without dropout
+        options.scale,
+        list(window),
     )
-    rest = _masked(q_blocks, k_blocks, v_blocks, scale, _band(size, span, window, q.device), softcap)
-    rest = rest.transpose(0, 1).flatten(1, 2)[None, :, : length - window]
-    return torch.cat([first, rest], dim=2)
+    return gradients
 
 
-def _band(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
-    """bool [rows, columns], true where a token sees another: rows are the last `rows` tokens of the columns."""
-    distance = torch.arange(columns - rows, columns, device=device)[:, None] - torch.arange(columns, device=device)
-    return (distance >= 0) & (distance < window)
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, softcap: float | None) -> Tensor:
-    """[N, Hq, R, D] from q [N, Hq, R, D], k and v [N, Hkv, C, D], for what is visible [R, C]; None: causal, R = C."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
-        )
-    # torch's attention has no softcap.
-    if visible is None:
-        visible = _band(q.shape[2], q.shape[2], q.shape[2], q.device)
-    k, v = _repeat_heads(k, v, q.shape[1])
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+def _window_of(options: AttentionOptions) -> tuple[int, int]:
+    return (-1 if options.window is None else options.window - 1, 0)
 
 
 # --------------------------------------------------------------------------------------------- in transformers
 
-# What some models of transformers add to their attention scores: sinks (GPT-OSS), biases.
-_UNSUPPORTED = ("s_aux", "sinks", "position_bias")
+# What some models of transformers add to their attention scores, beside one sink for each head.
+_UNSUPPORTED = ("sinks", "position_bias")
+
+
+_PREFIX = "ochat_train_varlen_"
+
+
+def is_ours(name: str) -> bool:
+    """Whether an `attn_implementation` is of `register`."""
+    return name.startswith(_PREFIX)
 
 
 def register(backend: Backend) -> str:
     """Register varlen attention and its masks with transformers; returns the name for `attn_implementation`."""
     # transformers takes names with sdpa or flash in them for its own and asks whether the model has those.
-    name = f"ochat_train_varlen_{BACKENDS.index(backend)}"
-    if backend == "eager":
-        AttentionInterface.register(name, _call_eager)
-        AttentionMaskInterface.register(name, packed_eager_mask)
-        return name
+    name = f"{_PREFIX}{BACKENDS.index(backend)}"
     kernel = _load_kernel(backend)
+    has_sinks = any(row.has_sinks for row in TABLE if row.backend == backend)
 
     def attend(
         module: torch.nn.Module,
@@ -408,6 +372,8 @@ def register(backend: Backend) -> str:
             if options.get(unsupported) is not None:
                 kind = type(module).__name__
                 raise ValueError(f"{kind} needs {unsupported} in its attention, which is not supported yet")
+        if options.get("s_aux") is not None and not has_sinks:
+            raise ValueError(f"{type(module).__name__} has attention sinks, which {backend} does not have")
         scale = options.get("scaling")
         out = kernel(
             query[0].transpose(0, 1),
@@ -419,6 +385,7 @@ def register(backend: Backend) -> str:
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
                 window=mask.window,
                 softcap=options.get("softcap"),
+                sinks=options.get("s_aux"),
             ),
         )
         return out[None], None  # [1, T, Hq, D]
@@ -428,8 +395,3 @@ def register(backend: Backend) -> str:
     AttentionInterface.register(name, attend_function if _is_traceable(backend) else torch.compiler.disable(attend))
     AttentionMaskInterface.register(name, packed_mask)
     return name
-
-
-def _call_eager(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
-    """The eager attention of the module's own architecture, with the mask that it gets."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **options)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ochat_train.model.attention import is_ours
 from ochat_train.model.pretrained import shrink_config
 
 Kernels = Literal["liger", "none"]
@@ -233,7 +234,8 @@ def compile_layers(lm: PreTrainedModel) -> None:
     if not layers:
         raise ValueError(f"model.compile: {type(lm).__name__} has no layers of transformers' kind; set it to false")
     name = lm.config._attn_implementation
-    AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
+    if is_ours(name):
+        AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
     compiled: dict[type, Any] = {kind: _compiled_class(kind) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = compiled[type(layer)]

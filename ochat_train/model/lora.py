@@ -85,7 +85,8 @@ def add_adapters(
     dtype = lm.dtype
     lm.register_buffer(CHECKSUM, checksum(lm))
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), lm)  # type: ignore[arg-type]  # alpha may be a fraction
+    # In a list, where peft sees no configuration: else it would adapt a mixture's experts in place of the shared ones.
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), nn.ModuleList([lm]))  # type: ignore[arg-type]  # alpha may be a fraction
     for parameter in lm.parameters():
         if parameter.requires_grad:  # peft makes them fp32, and DeepSpeed keeps an fp32 copy of its own
             parameter.data = parameter.data.to(dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ochat_train.model.lora import HeadWithRows
+from ochat_train.model.router import RouterSums
 
 # Tokens whose logits exist at one time, in two fp32 copies: 2 x 2048 x 32,000 x 4 bytes are 524 MB. Every chunk reads
 # and writes the fp32 gradient of the weight once, 8 bytes an element beside the 6 flop a token of all three products.
@@ -72,11 +73,13 @@ class LossSums(NamedTuple):
 
     Named tuples, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples, not in dataclasses.
 
-    nll: scalar f32 with gradient, sum of weight * nll. by_condition: f32[2, 3, K] without gradient.
+    nll: scalar f32 with gradient, sum of weight * nll. by_condition: f32[2, 3, K] without gradient. router: of a
+    mixture in training; its loss has a gradient where its coefficient is not 0.
     """
 
     nll: Tensor
     by_condition: ConditionSums
+    router: RouterSums | None = None
 
 
 class Scores(NamedTuple):

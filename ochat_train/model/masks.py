@@ -1,4 +1,4 @@
-"""The masks of transformers' models on packed batches: a few numbers for our attention, a tensor for the models' own.
+"""The masks of transformers' models on packed batches: a few numbers for our attention.
 
 A model asks transformers for the mask of each kind of its layers, and transformers asks the function that is registered
 for the attention. So the mask that a layer gets is the one that it would have in eager attention, also where the layer
@@ -6,13 +6,10 @@ does not pass its window on by itself.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor
 from transformers import masking_utils
 
 _CHANGES_IT = "its attention changes its mask by itself, which packed attention cannot do"
@@ -60,25 +57,3 @@ def _parts(mask_function: Callable[..., Any]) -> list[tuple[str, int]]:
     if made_by == masking_utils.chunked_overlay.__name__:
         return [("chunk_size", int(values["chunk_size"]))]
     raise ValueError(f"its attention has a mask of {mask_function.__qualname__}, which packed attention does not have")
-
-
-# i64[1, T] of the batch that is run now: transformers gives the mask function no positions.
-_position_ids: ContextVar[Tensor] = ContextVar("position_ids")
-
-
-@contextmanager
-def masks_for(position_ids: Tensor) -> Iterator[None]:
-    """While it lasts, `packed_eager_mask` is for a batch with these positions, i64[1, T]."""
-    token = _position_ids.set(position_ids)
-    try:
-        yield
-    finally:
-        _position_ids.reset(token)
-
-
-def packed_eager_mask(*, mask_function: Callable[..., Any], **options: Any) -> Any:
-    """transformers' mask for eager attention, [1, 1, T, T], in which each sequence sees itself alone."""
-    position_ids = _position_ids.get()
-    sequence_ids = (position_ids == 0).cumsum(dim=-1)
-    inside = masking_utils.packed_sequence_compatibility_function(mask_function, position_ids, sequence_ids)
-    return masking_utils.eager_mask(mask_function=inside, **(options | {"allow_is_causal_skip": False}))

@@ -30,19 +30,25 @@ _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and 
 class ModelSize:
     """Elements of a model's parameters; a shared one counts once.
 
-    num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter.
-    num_rows: tokens whose rows are trained beside adapters.
+    num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter;
+    largest_weight: of all. num_rows: tokens whose rows are trained beside adapters. largest_module: of the parameters
+    of one module itself, such as the experts of a layer, which are gathered together.
     """
 
     num_weights: int
     num_trained: int
     largest: int
+    largest_weight: int
     num_rows: int = 0
+    largest_module: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroSetting:
-    """How DeepSpeed splits a run. bucket: elements of its reduce_bucket_size. algorithm, grad_accum: the recipe's."""
+    """How DeepSpeed splits a run. algorithm, grad_accum: the recipe's.
+
+    bucket: elements of its reduce_bucket_size; num_buckets: two in stages 1 and 2 with overlap_comm.
+    """
 
     stage: int
     offload: bool
@@ -51,6 +57,7 @@ class ZeroSetting:
     algorithm: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
     bucket: int = _BUCKET
     grad_accum: int = 1
+    num_buckets: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +91,16 @@ class MemoryNeeds:
         return self.weights + self.master + self.optimizer
 
     @property
-    def total(self) -> int:
-        """The highest of five peaks: early and late in the backward pass, after it, in the step, and at the start."""
+    def backward(self) -> int:
+        """The peak of the backward pass: early or late in it, or while gradients are reduced after it."""
         early = self.held + self.activations + max(self.layer, self.logits) + self.buffers
         late = self.gradients + self.layer + self.buffers  # in the first layer, when the others are done
-        return max(self.fixed + max(early, late, self.gradients + self.reduction, self.step), self.start)
+        return self.fixed + max(early, late, self.gradients + self.reduction)
+
+    @property
+    def total(self) -> int:
+        """The highest of the peaks: of the backward pass, in the optimizer's step, and at the start."""
+        return max(self.backward, self.fixed + self.step, self.start)
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -109,13 +121,14 @@ def measure_size(
     """
     model = meta_model(config, torch.bfloat16)
     sizes = [parameter.numel() for parameter in model.parameters()]
+    module = max(sum(weight.numel() for weight in part.parameters(recurse=False)) for part in model.modules())
     if lora_rank is None:
-        return ModelSize(sum(sizes), sum(sizes), max(sizes))
+        return ModelSize(sum(sizes), sum(sizes), max(sizes), max(sizes), largest_module=module)
     parts = [lora_rank * size for layer in target_layers(model, lora_targets).values() for size in layer.weight.shape]
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     parts += [num_rows * weight.shape[1] for weight in weights.values()]
-    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), num_rows)
+    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), max(sizes), num_rows, module)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed
@@ -131,12 +144,14 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         gradients        4 Q      4 Q + 2 Q     4 Q + 4 Q/n   4 Q / n      4 Q / n
         fp32 master      -        4 Q / n       4 Q / n       4 Q / n      4 Q / n     (also of fp32 weights)
         Adam             8 Q      8 Q / n       8 Q / n       8 Q / n      8 Q / n     (8 bits: 2.03 Q)
-        buffers          -        -             4 B           w B          w B + 2 w g
-        reduction        4 b      (4 + 2) b     -             -            -
+        buffers          -        -             4 B           w B + w c    w B + 2 w g
+        reduction        4 b      (4 + 2) b     4 B + 4 c     -            -
 
-    B: reduce_bucket_size, allocated whole; two of them with overlap_comm. b: the smaller of Q and 5e8. g: gathered
-    weights, the smaller of P and 1e9, none in one process; two processes were measured to have 1.7 to 1.9 times w g.
-    While the engine is made, stages 1 and 2 have the weights twice; stage 3 has the whole model on each GPU.
+    B: reduce_bucket_size, allocated whole; two of them with overlap_comm. c: what is in a bucket, the smaller of Q and
+    B, which is copied to be reduced. b: the smaller of Q and 5e8. g: gathered weights, the smaller of P and 1e9, or
+    those of the largest module if they are more, none in one process; two processes were measured to have 1.7 to 1.9
+    times w g. While the engine is made, stage 1 in bf16 has the trained weights twice; stages 1 and 2 else take them
+    through host memory where a GPU lacks room for that. Stage 3 has one whole weight at a time beside its part.
     """
     n, stage, element = setting.num_processes, setting.stage, DTYPES[setting.dtype].itemsize
     all_weights, trained = element * size.num_weights, size.num_trained
@@ -154,10 +169,33 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
         buffers=gradients.buffers,
         reduction=gradients.reduction,
         step=_step_needs(size, setting, part, gradients.total, on_gpu=on_gpu),
-        start=all_weights * (2 if stage in (1, 2) else 1),
+        start=_start_needs(size, setting, on_gpu=on_gpu),
         host=0,
     )
     return _offload(needs, size, setting, part) if setting.offload else needs
+
+
+def is_bf16_optimizer(setting: ZeroSetting) -> bool:
+    """Whether DeepSpeed runs it by its BF16_Optimizer, which is not that of the other stages."""
+    return setting.stage == 1 and setting.dtype == "bfloat16" and not setting.offload
+
+
+def flat_copies(size: ModelSize, setting: ZeroSetting) -> int:
+    """Bytes of host memory in which a process copies its trained weights, twice, where its GPU lacks room for once.
+
+    See stage_1_and_2.py of DeepSpeed: while the engine is made, they become one flat tensor.
+    """
+    is_flat = setting.stage in (1, 2) and not is_bf16_optimizer(setting)
+    return 2 * DTYPES[setting.dtype].itemsize * size.num_trained if is_flat else 0
+
+
+def _start_needs(size: ModelSize, setting: ZeroSetting, *, on_gpu: bool) -> int:
+    """The bytes at the peak while the engine is made. On a CPU the model that is loaded is in the same memory."""
+    element = DTYPES[setting.dtype].itemsize
+    if setting.stage == 3 and on_gpu:
+        return element * (-(-size.num_weights // setting.num_processes) + size.largest_weight)
+    is_twice = setting.stage in (1, 2) and not (on_gpu and flat_copies(size, setting))
+    return element * (size.num_weights + (size.num_trained if is_twice else 0))
 
 
 class _GradientNeeds(NamedTuple):
@@ -183,19 +221,23 @@ def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _Gradie
     if stage == 0:
         total = _FP32 * trained
         return _GradientNeeds(total, held=total if accumulates else 0, buffers=0, reduction=_FP32 * at_once)
-    if stage == 1 and setting.dtype == "bfloat16" and not setting.offload:
+    copied = min(max(setting.bucket, size.largest), trained)
+    if is_bf16_optimizer(setting):
         both = _FP32 + element
         return _GradientNeeds(both * trained, held=_FP32 * trained, buffers=0, reduction=both * at_once)
     if stage == 1:
         total = _FP32 * (trained + part)
         held = total if setting.offload else _FP32 * trained if accumulates else 0
-        return _GradientNeeds(total, held, buffers=_FP32 * setting.bucket, reduction=0)
+        # The bucket is reduced after the backward pass; its copy in the weights' dtype.
+        buffers = _FP32 * setting.num_buckets * setting.bucket
+        copies = (_FP32 + (element if element < _FP32 else 0)) * copied
+        return _GradientNeeds(total, held, buffers, reduction=buffers + copies)
     total = held = _FP32 * part
-    buffers = element * setting.bucket
+    buffers = element * (setting.num_buckets * setting.bucket + (copied if stage == 2 else 0))
     if stage == 2 and setting.num_processes == 1 and accumulates:
         held += element * trained
     if stage == 3 and setting.num_processes > 1:
-        buffers += 2 * element * min(size.num_weights, _GATHERED)
+        buffers += 2 * element * min(size.num_weights, max(_GATHERED, size.largest_module))
     return _GradientNeeds(total, held, buffers, reduction=0)
 
 

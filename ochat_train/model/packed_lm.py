@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
 from ochat_train.model.logits import base_of, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
-from ochat_train.model.masks import masks_for
 from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
+from ochat_train.model.router import RouterSums, balance_of, sum_router_loss
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -22,30 +23,43 @@ class PackedCausalLM(nn.Module):
     """A causal LM whose forward takes a PackedBatch and returns LossSums.
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
-    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. Whether logits and
-    gradients are those of the model is for `probe` to say.
+    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`.
+    `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient only if this
+    is not 0. Whether logits and gradients are those of the model is for `probe` to say.
+
+    base_digest: of `digest_base` where the model has a base and this is the first rank of its node.
 
     The state of the module leaves frozen parameters out: they are the base's. Loading raises for a state with other
     names, and beside another base.
     """
 
+    base_digest: str | None = None
+
     def __init__(
-        self, lm: PreTrainedModel, *, attention: Any, device_type: str, checkpointing: str, num_conditions: int
+        self,
+        lm: PreTrainedModel,
+        *,
+        attention: Any,
+        device_type: str,
+        checkpointing: str,
+        num_conditions: int,
+        router_coefficient: float = 0.0,
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
         self.lm = lm
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
-        name = register(self.attention.backend)
-        lm.set_attn_implementation(name)
-        if self.attention.backend == "eager":
-            lm.config.get_text_config()._attn_implementation = name  # for the masks, where attention is a class's own
+        if self.attention.backend == "alone":
+            use_own_attention(lm)
+        else:
+            lm.set_attn_implementation(register(self.attention.backend))
         rotate_each_alone(lm)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")
+        self.balance, self.router_coefficient = balance_of(lm), router_coefficient
         self.logits_form = measure_logits(lm)
         self.loss_head = LossHead(
             head, softcap=self.logits_form.softcap, scale=self.logits_form.scale, num_conditions=num_conditions
@@ -61,15 +75,26 @@ class PackedCausalLM(nn.Module):
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """The loss sums of one micro-batch."""
+        hidden, router = self.run_layers(batch)
         sums: LossSums = self.loss_head(
-            self.hidden(batch), batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions
+            hidden, batch.labels, batch.loss_weights, batch.condition_ids, batch.loss_positions
         )
-        return sums
+        return sums._replace(router=router)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states, [T, C]."""
-        position_ids = batch.position_ids[None]
-        with masks_for(position_ids):
+        return self.run_layers(batch)[0]
+
+    def run_layers(self, batch: PackedBatch) -> tuple[Tensor, RouterSums | None]:
+        """The last hidden states, [T, C], and in training what the routers of a mixture chose."""
+        is_balanced = self.balance is not None and self.training
+        # Recorded in the forward pass alone, and parts of its graph: what is recomputed is not recorded again.
+        options = {"output_router_logits": True} if is_balanced else {}
+        router_logits: tuple[Tensor, ...] | None
+        if self.attention.backend == "alone":
+            hidden, router_logits = run_each(base_of(self.lm), batch, **options)
+        else:
+            position_ids = batch.position_ids[None]
             output = base_of(self.lm)(
                 input_ids=batch.input_ids[None],
                 position_ids=position_ids,
@@ -78,9 +103,13 @@ class PackedCausalLM(nn.Module):
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
+                **options,
             )
-        states: Tensor = output.last_hidden_state
-        return states[0]
+            hidden, router_logits = output.last_hidden_state[0], output.router_logits if is_balanced else None
+        if self.balance is None or router_logits is None:
+            return hidden, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.router_coefficient != 0):
+            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """f32[T, V], all at once: for tests and small batches."""

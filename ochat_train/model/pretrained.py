@@ -1,17 +1,22 @@
 """The model that training starts from: pretrained or from a config, with the template's special tokens in it."""
 
 import copy
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from ochat_train.model.small import EXPERTS, most_experts
 from ochat_train.tokens.plan import quadratic_length
 from ochat_train.tokens.tokenizer import ChatTokenizer, locate_base
 
+# What families call the number of experts that a token chooses; all but a few by the first name.
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -60,8 +65,8 @@ def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int | None = None) -> Any:
     """A copy of the configuration with at most two layers, of the same kinds.
 
-    num_heads: if given, the copy is narrower in proportion, with heads of the same size. vocab_size: the largest
-    vocabulary.
+    num_heads: if given, the copy is narrower in proportion, with heads of the same size and few experts. vocab_size:
+    the largest vocabulary.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers = min(2, config.num_hidden_layers)
@@ -76,23 +81,45 @@ def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int 
         small.num_attention_heads = num_heads
         small.num_key_value_heads = next(number for number in range(most_of_keys, 0, -1) if num_heads % number == 0)
         small.hidden_size = config.hidden_size * num_heads // old
-        if (width := getattr(config, "intermediate_size", None)) is not None:  # GPT-2's follows from hidden_size
-            small.intermediate_size = width * num_heads // old
+        for name, value in vars(config).items():  # GPT-2 has no inner width: it follows from hidden_size
+            if name.endswith("intermediate_size") and isinstance(value, int):
+                setattr(small, name, value * num_heads // old)
+            elif name in EXPERTS and isinstance(value, int):
+                setattr(small, name, min(value, most_experts(vars(config))))
     return small
 
 
 def matrix_weights_of(config: Any) -> int:
     """Entries of all matrices that a token passes, over all layers and the head, in a model of this configuration.
 
-    config: of transformers. All experts of a mixture count as if each token passed them.
+    config: of transformers. Of the experts of a mixture those count that a token chooses.
     """
     model = meta_model(config, torch.bfloat16)
     num_weights: int = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if of_experts := expert_weights(module):
+            num_weights -= of_experts - of_experts * experts_of_a_token(model.config) // module.num_experts
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:  # else it is passed as the head
         num_weights -= embedding.weight.numel()
     return num_weights
+
+
+def expert_weights(module: Any) -> int:
+    """Entries of the matrices of all experts in the module itself, which transformers keeps as [experts, ., .]."""
+    num_experts = getattr(module, "num_experts", None)
+    matrices = module.parameters(recurse=False)
+    return sum(matrix.numel() for matrix in matrices if matrix.dim() == 3 and len(matrix) == num_experts)
+
+
+def experts_of_a_token(config: Any) -> int:
+    """How many experts of a layer a token chooses; at most, where layers differ."""
+    places = [place for place in (config, getattr(config, "ffn_config", None)) if place is not None]
+    found = [getattr(place, name, None) for place in places for name in _CHOSEN]
+    chosen: Any = next(value for value in found if value)
+    return max(chosen) if isinstance(chosen, list) else int(chosen)
 
 
 def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
@@ -171,6 +198,22 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
     for weight in {id(module.weight): module.weight for module in embeddings}.values():
         with torch.no_grad():
             weight[new] = weight[known].float().mean(dim=0).to(weight.dtype)
+
+
+def digest_base(model: PreTrainedModel, num_rows: int) -> str:
+    """XXH3 of what a base holds, its configuration and weights: the same wherever it lies, and in whatever files.
+
+    num_rows: how many rows of embedding and head are the base's own; the means after them may round differently.
+    """
+    own = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # of files and libraries
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in own}
+    digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(module.weight) for module in embeddings}
+    for parameter in model.parameters():
+        known = parameter.detach()[:num_rows] if id(parameter) in tables else parameter.detach()
+        digest.update(known.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def new_rows(num_rows: int, num_ids: int, added_ids: Iterable[int]) -> list[int]:

@@ -5,18 +5,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
-from ochat_train.model.small import FIRST_ID, one_line, small_model, without_dropout
+from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 
@@ -37,19 +40,24 @@ _REMEDY = "take another model"
 class Agreement(NamedTuple):
     """How far packed sequences are from each alone, relative to the size of what is compared.
 
-    gradients: the largest over the parameters. why_eager: why the model needs its own attention on whole batches; None
-    where packed attention is exact.
+    gradients: the largest over the parameters. has_sinks: whether the model's attention has sinks. why_alone: why each
+    sequence is to be run alone; None where packed attention is exact. exported: how far the logits of the exported copy
+    are, see `check_round_trip`.
     """
 
     logits: float
     gradients: float
     seconds: float
-    why_eager: str | None = None
+    has_sinks: bool
+    why_alone: str | None = None
+    exported: float | None = None
 
     def __str__(self) -> str:
+        exported = "" if self.exported is None else f"; exported and loaded again, logits by {self.exported:.0e}"
         return (
-            f"packed sequences equal each alone in transformers' own model: logits differ by {self.logits:.0e}, "
-            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s)"
+            f"{'packed sequences equal' if self.why_alone is None else 'each sequence of a batch equals'} each alone "
+            f"in transformers' own model: logits differ by {self.logits:.0e}, "
+            f"gradients by {self.gradients:.0e} (a small copy in float32, {self.seconds:.1f} s){exported}"
         )
 
 
@@ -62,15 +70,15 @@ def choose_attention(
     """
     policy = "none" if checkpointing == "none" else "full"
     agreement = probe(config, wanted, longest=longest, checkpointing=policy)
-    if agreement.why_eager is None:
-        return choose_backend(wanted, needs), agreement
-    return BackendChoice("eager", f"the others: {agreement.why_eager}"), agreement
+    if agreement.why_alone is not None:
+        return BackendChoice("alone", f"{agreement.why_alone}; it costs {COST}"), agreement
+    return choose_backend(wanted, replace(needs, has_sinks=agreement.has_sinks)), agreement
 
 
 def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: int, checkpointing: str) -> Agreement:
     """How well packed batches agree with transformers' own model of this configuration, in seconds on a CPU.
 
-    config: of transformers. wanted: the attention; all but eager compute the same. longest: the longest sequence of the
+    config: of transformers. wanted: the attention; all but alone compute the same. longest: the longest sequence of the
     run; windows beyond it do not matter. checkpointing: full or none. Raises ValueError with one line when the model
     cannot be trained on packed sequences, or when their results differ from transformers'.
     """
@@ -78,21 +86,25 @@ def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: i
     with torch.random.fork_rng([]), _one_thread():
         torch.manual_seed(0)
         try:
-            if repr(without_dropout(config)) != repr(config):
-                _try_dropout(config, wanted, longest)
             small = small_model(config, longest=longest)
+            _avoid_ties(small)
+            found = _probe_each(wanted, small, checkpointing)
+            if repr(without_dropout(config)) != repr(config):
+                _try_dropout(config, "alone" if found.why_alone or wanted == "alone" else "sdpa", longest)
+            return found
         except Exception as error:  # of any kind: whatever a model's code says
-            raise ValueError(f"{name} cannot be trained: {_reason(error)}; {_REMEDY}") from error
-        try:
-            return _probe_with("eager" if wanted == "eager" else "sdpa", small, checkpointing)
-        except ValueError as error:
-            why = str(error)
-        if wanted == "auto":
-            try:
-                return _probe_with("eager", small, checkpointing)._replace(why_eager=why)
-            except ValueError:
-                pass
-    raise ValueError(f"{name} cannot be trained on packed sequences: {why}; {_REMEDY}")
+            raise ValueError(f"{name} cannot be trained exactly: {_reason(error)}; {_REMEDY}") from error
+
+
+def _probe_each(wanted: Literal["auto"] | Backend, small: PreTrainedModel, checkpointing: str) -> Agreement:
+    """The agreement with packed attention or, where it is not exact and the choice is free, on each sequence alone."""
+    try:
+        return _probe_with("alone" if wanted == "alone" else "sdpa", small, checkpointing)
+    except ValueError as error:
+        if wanted != "auto":
+            raise
+        why = str(error)
+    return _probe_with("alone", small, checkpointing)._replace(why_alone=why)
 
 
 def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) -> Agreement:
@@ -100,18 +112,22 @@ def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) 
     started = time.perf_counter()
     try:
         pair = _make_pair(small, attention, checkpointing)
+        if attention == "alone":  # packed attention is always causal, or refuses
+            _require_causal(small)
         logits, gradients = _compare(pair)
+        _compare_router_loss(pair)
     except Exception as error:  # of any kind: whatever a model's code says about packed batches
         raise ValueError(_reason(error)) from error
     if logits.size <= _LOGITS_TOLERANCE and gradients.size <= _GRADIENT_TOLERANCE:
-        return Agreement(logits.size, gradients.size, time.perf_counter() - started)
+        has_sinks = any(name.endswith(".sinks") for name, _ in small.named_parameters())
+        return Agreement(logits.size, gradients.size, time.perf_counter() - started, has_sinks)
     raise ValueError(gradients.what if logits.size <= _LOGITS_TOLERANCE else logits.what + _where_it_begins(pair))
 
 
-def _try_dropout(config: Any, wanted: Literal["auto"] | Backend, longest: int) -> None:
-    """Run packed sequences through a small copy with the configured dropout, which attention may refuse."""
+def _try_dropout(config: Any, attention: Backend, longest: int) -> None:
+    """Run sequences through a small copy with the configured dropout, which attention may refuse."""
     lm = small_model(config, longest=longest, has_dropout=True)
-    pair = _make_pair(lm, "eager" if wanted == "eager" else "sdpa", "none")
+    pair = _make_pair(lm, attention, "none")
     with torch.no_grad():
         pair.packed(_pack(pair.examples))
 
@@ -131,6 +147,52 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _require_causal(lm: PreTrainedModel) -> None:
+    """Raise ValueError when a token of a sequence sees a later one, which it is to predict."""
+    ids = torch.arange(FIRST_ID, FIRST_ID + _LENGTHS[0])[None].repeat(2, 1)
+    ids[1, -1] = FIRST_ID
+    with torch.no_grad():
+        before, after = (copy.deepcopy(lm)(row[None], use_cache=False).logits[0, :-1] for row in ids)
+    if not torch.allclose(before, after, atol=float(_LOGITS_TOLERANCE * before.norm(dim=-1).max())):
+        raise ValueError("its tokens see later ones, which they are to predict")
+
+
+# Of the range of the values among which a model chooses; rounding is off by 1e-6 of it.
+_NEAR_TIE = 2e-5
+
+
+def _avoid_ties(lm: PreTrainedModel) -> None:
+    """Give `lm` other random weights, in place, while an expert is chosen from another by less than rounding.
+
+    This is decided on transformers' own model alone, before anything is compared.
+    """
+    for seed in (1, 2, 3):
+        with torch.no_grad(), _Choices() as choices:  # type: ignore[no-untyped-call]
+            for example in _examples(lm):
+                copy.deepcopy(lm)(torch.from_numpy(example.input_ids.astype(np.int64))[None], use_cache=False)
+        if choices.smallest > _NEAR_TIE:
+            return
+        randomise(lm, seed=seed)
+
+
+class _Choices(TorchDispatchMode):
+    """Watches torch.topk. smallest: the smallest difference between the last value taken and the first one left.
+
+    Relative to the range of the values. Equal values are no near tie: they are masked ones, mostly.
+    """
+
+    smallest = math.inf
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.topk.default and 0 < args[1] < args[0].shape[args[2] if len(args) > 2 else -1]:
+            values = args[0].float().movedim(args[2] if len(args) > 2 else -1, -1).sort(descending=True).values
+            taken, left = values[..., args[1] - 1], values[..., args[1]]
+            differences = (taken - left) / (values[..., 0] - values[..., -1])
+            differences = differences[differences.isfinite() & (differences > 0)]
+            self.smallest = min(self.smallest, *differences.tolist(), math.inf)
+        return func(*args, **(kwargs or {}))
+
+
 class _Pair(NamedTuple):
     """A small model of transformers, the same one packed, and sequences for both, by length."""
 
@@ -144,13 +206,17 @@ def _make_pair(small: PreTrainedModel, attention: Backend, checkpointing: str) -
     packed = PackedCausalLM(
         copy.deepcopy(small), attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
     )
+    return _Pair(stock, packed.train(), _examples(small))
+
+
+def _examples(lm: PreTrainedModel) -> list[Example]:
+    """The same ones for every model of this vocabulary."""
     random = np.random.default_rng(0)
-    vocabulary = small.config.get_text_config().vocab_size
-    examples = [
+    vocabulary = lm.config.get_text_config().vocab_size
+    return [
         Example(random.integers(FIRST_ID, vocabulary, length).astype(np.int32), np.ones(length, np.float32))
         for length in _LENGTHS
     ]
-    return _Pair(stock, packed.train(), examples)
 
 
 class _Difference(NamedTuple):
@@ -200,6 +266,18 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     return _Difference(
         sizes[name], f"the gradient of {name} differs from that of each sequence alone by {sizes[name]:.0e}"
     )
+
+
+def _compare_router_loss(pair: _Pair) -> None:
+    """Raise ValueError when the loss that balances a mixture's experts is not transformers', on one sequence."""
+    example = pair.examples[1]
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))
+    with torch.no_grad():
+        if (router := pair.packed(_pack([example])).router) is None:
+            return
+        stock = float(pair.stock(ids[None], use_cache=False, output_router_logits=True).aux_loss)
+    if not abs(mine := float(router.loss) / len(ids) - stock) <= _LOGITS_TOLERANCE * stock:
+        raise ValueError(f"the router loss differs from that of transformers, {stock:.4g}, by {mine:.1g}")
 
 
 def _size(difference: _Difference) -> float:

@@ -14,13 +14,14 @@ LENGTH_BORDER = 24  # of the lengths up to which RoPE has other factors
 _VOCABULARY = 128
 _HEADS = 4
 _WIDTH = 64
+_LINEAR_HEAD_DIM = 32
 _MOST_LAYERS = 8
 _MOST_WEIGHTS = 60_000_000  # of a small copy: some seconds on two cores
 
 # Sizes are recognised by what transformers calls them in all of its families.
 _BORDERS = ("window", "chunk_size", "chunk_length", "index_topk", "floor_scale")
 _WIDTHS = ("intermediate", "ffn", "mlp_hidden")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def small_model(config: Any, *, longest: int, has_dropout: bool = False) -> PreTrainedModel:
@@ -48,7 +49,7 @@ def _try(small: Any) -> PreTrainedModel:
     if size > _MOST_WEIGHTS:
         raise ValueError(f"it has {size:,} weights, too many to try")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager")
-    _randomise(model)
+    randomise(model, seed=0)
     # A copy, because some models keep a state.
     copy.deepcopy(model)(input_ids=torch.full((1, 2 * BORDER), FIRST_ID), use_cache=False)
     return model
@@ -110,20 +111,58 @@ def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
                 settings[width] = min(settings[width], 2 * _WIDTH)
             elif _is_int(settings.get(width)) and not _is_int(own.get("head_dim")) and _is_int(old):
                 settings[width] = -(-settings[width] // (8 * _HEADS)) * 8 * _HEADS  # what grouped products can take
+            if old is None and _is_int(settings.get(width)):  # no attention: recurrent layers
+                for name in settings.keys() & {width, "attention_hidden_size", "embedding_dim"}:
+                    settings[name] = min(settings[name], 2 * _WIDTH)
             _narrow_more(settings)
+            _fit_state_heads(settings, width)
     return small
 
 
 def _narrow_more(settings: dict[str, Any]) -> None:
-    """Make the inner widths of layers small, and experts few, in place."""
+    """Make the inner widths of layers small, and experts and heads of linear attention few, in place."""
+    most_linear = max((value for name, value in settings.items() if _counts_linear_heads(name, value)), default=1)
     for name, value in settings.items():
         if not _is_int(value):
             continue
+        if _counts_linear_heads(name, value):
+            settings[name] = max(1, value * _HEADS // most_linear)
+        elif name.startswith("linear_") and name.endswith("head_dim"):
+            settings[name] = min(value, _LINEAR_HEAD_DIM)
         if any(word in name for word in _WIDTHS):
             settings[name] = min(value, _WIDTH)
-        elif name in _EXPERTS:
-            groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
-            settings[name] = min(value, max(8, 2 * groups, 2 * chosen))
+        elif name in EXPERTS:
+            settings[name] = min(value, most_experts(settings))
+
+
+def most_experts(settings: dict[str, Any]) -> int:
+    """How many experts a small copy has at most: more than a token chooses, and some in each group."""
+    groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
+    return max(8, 4 * groups, 2 * chosen)
+
+
+def _fit_state_heads(settings: dict[str, Any], width: str) -> None:
+    """Give state-space layers as many heads, or as wide ones, as their width has, in place."""
+    names = (
+        ("mamba_expand", "expand"),
+        ("mamba_n_heads", "n_mamba_heads", "num_heads"),
+        ("mamba_d_head", "mamba_headdim", "head_dim"),
+        ("mamba_n_groups", "mamba_ngroups", "n_groups"),
+    )
+    expand, number, size, groups = (next((name for name in each if name in settings), "") for each in names)
+    if not all(_is_int(settings.get(name)) for name in (expand, number, size)):
+        return
+    inner = settings[expand] * settings[width]
+    if inner >= 2 * settings[size]:
+        settings[number] = inner // settings[size]
+    else:
+        settings[size] = inner // settings[number]
+    if _is_int(settings.get(groups)):
+        settings[groups] = min(settings[groups], settings[number])
+
+
+def _counts_linear_heads(name: str, value: Any) -> bool:
+    return name.startswith("linear_num_") and name.endswith("heads") and _is_int(value)
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -226,10 +265,10 @@ def _keep_layers(text: Any, kept: list[int]) -> None:
 # ------------------------------------------------------------------------------------------------------ weights
 
 
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel, *, seed: int) -> None:
     """Random weights of a size that keeps activations about as large as they were; biases and norms are moved too."""
     model.train()
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
 
     def noise(weight: Tensor) -> Tensor:
         return torch.randn(weight.shape, generator=random)

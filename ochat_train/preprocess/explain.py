@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ochat_train.conversations.containers import escape_name
-from ochat_train.conversations.records import Record
-from ochat_train.conversations.schema import Drop, Message
+from ochat_train.conversations.schema import Drop, Message, Record
 from ochat_train.conversations.sources import Source
 from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks
 from ochat_train.preprocess.ledger import read_rows
@@ -31,7 +30,7 @@ def explain_record(recipe: Recipe, id: str) -> None:
     job = make_job(recipe)
     rows = _ledger_rows(job, id)
     if rows is None:
-        print("no store is made from this recipe and these files yet, so the files are searched for the record;")
+        print("no store is made from this recipe and these files yet, by these names, so they are searched;")
         print("whether it is a duplicate, and of what, is decided only when the store is made\n")
     found = False
     for record, sources in _find_records(job, id, rows):
@@ -58,10 +57,13 @@ def explain_record(recipe: Recipe, id: str) -> None:
 
 
 def _ledger_rows(job: Job, id: str) -> list[dict[str, Any]] | None:
-    """The ledger's rows of this id; None if there is no store, or one made from something else."""
+    """The ledger's rows of this id; None if there is no store, or one made from other files or names."""
     store = Path(job.data.store)
     manifest = read_manifest(store)
-    if manifest is None or manifest.fingerprint != fingerprint_of(describe_origin(job)):
+    made_from = describe_origin(job)
+    if manifest is None or manifest.fingerprint != fingerprint_of(made_from):
+        return None
+    if manifest.made_from["places"]["files"] != made_from["places"]["files"]:  # the ledger's are the old names
         return None
     return read_rows(str(store / "ledger.parquet"), id)
 

@@ -15,25 +15,36 @@ from tqdm import tqdm
 from ochat_train.conversations.dedupe import find_duplicates
 from ochat_train.conversations.described import Template, describe_template
 from ochat_train.preprocess.assemble import InputSummary, assemble
-from ochat_train.preprocess.job import Job, describe_origin, fingerprint_of, make_job, read_tasks, stamp_of
+from ochat_train.preprocess.job import (
+    Job,
+    describe_origin,
+    digest_of,
+    fingerprint_of,
+    make_job,
+    read_tasks,
+    stamps_of,
+    without_places,
+)
 from ochat_train.preprocess.ledger import Ledger
 from ochat_train.preprocess.shard import Task
 from ochat_train.preprocess.shard_files import WorkFolder, find_leftovers
 from ochat_train.preprocess.summary import make_table
 from ochat_train.preprocess.workers import Executor, make_shards
-from ochat_train.recipe import Recipe
+from ochat_train.recipe import Recipe, moved_places, to_json
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, read_manifest
 from ochat_train.tokens.store_files import StoreDamaged, check_blocks, check_sizes
 from ochat_train.tokens.tokenizer import compare_with_auto
 
-Stamps = dict[str, tuple[int, str]]
+# What a store is made of besides the input: what training compares with the recipe, and what only decides the making.
+_IN_TRAINING = ("tokenizer", "template", "data")
+_IN_THE_MAKING = ("base_chat_template", "code", "libraries")
 
 
 def preprocess(
     recipe: Recipe, *, dry_run: bool = False, executor: Executor = "local", num_workers: int | None = None
 ) -> None:
     """Write the recipe's token store unless it is up to date. Raises ValueError for mistakes of recipe or input."""
-    job = make_job(recipe)
+    job = make_job(recipe, needs_dumps=dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, WorkFolder(Path(folder)) as work:
             num_shards = _make_missing_shards(job, work, executor, num_workers)
@@ -44,26 +55,32 @@ def preprocess(
         return
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     manifest = _read_whole(store, verify=recipe.data.verify)
+    if job.gone:
+        print(_use_without_dumps(job, store, manifest))
+        return
     if manifest is None:
         _require_writable(store)  # before all files are read for the fingerprint
-    stamps = _stamp(job.files)
     made_from = describe_origin(job)
     fingerprint = fingerprint_of(made_from)
+    work_name = digest_of(made_from)  # whose shards name the files as they are named now
     is_up_to_date = manifest is not None and manifest.fingerprint == fingerprint
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # beside a store that is only read
         for leftover in find_leftovers(store):
-            if is_up_to_date or not leftover.name.endswith(fingerprint[:12]):
+            if is_up_to_date or not leftover.name.endswith(work_name[:12]):
                 shutil.rmtree(leftover)
-    if is_up_to_date:
+    if manifest is not None and is_up_to_date:
+        for line in moved_places(manifest.places, to_json(recipe)):
+            print(f"moved, and the same by what it holds: {line}")
         print(f"token store {store} is up to date ({fingerprint[:12]}); nothing to preprocess")
         return
     if manifest is not None:
-        print(f"token store {store} is stale ({_what_changed(manifest.made_from, made_from)} changed); making it anew")
+        changed = _what_changed(manifest.made_from, made_from, (*_IN_TRAINING, *_IN_THE_MAKING, "inputs"))
+        print(f"token store {store} is stale ({changed} changed); making it anew")
         _require_writable(store)
     started = time.perf_counter()
-    with WorkFolder.beside(store, fingerprint) as work:
+    with WorkFolder.beside(store, work_name) as work:
         num_shards = _make_missing_shards(job, work, executor, num_workers)
-        splits = _write_store(job, work, num_shards, store, made_from, stamps)
+        splits = _write_store(job, work, num_shards, store, made_from)
         work.remove()
     num_tokens = sum(split["num_tokens"] for split in splits.values())
     num_train, num_eval = (int(splits[split]["num_examples"]) for split in SPLITS)
@@ -71,6 +88,30 @@ def preprocess(
     print(
         f"token store {store}: {num_train:,} examples to train on, {num_eval:,} held out ({share}); "
         f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s; {fingerprint[:12]}"
+    )
+
+
+def _use_without_dumps(job: Job, store: Path, manifest: Manifest | None) -> str:
+    """That the store is used as it is, since the recipe's dumps are gone, in a line that names what is not as it was.
+
+    Raises ValueError if training would refuse the store, or if the recipe named other dumps when it was made.
+    """
+    lost = job.gone[0]
+    if manifest is None:
+        raise ValueError(f"{lost}; and there is no whole token store at {store}")
+    if paths := [line for line in moved_places(manifest.places, to_json(job.recipe)) if line.startswith("data.")]:
+        raise ValueError(
+            f"{lost}; token store {store} was made from another path ({paths[0]}): correct the new one, or go back to "
+            "the old one, to train on that store as it is"
+        )
+    made_from = describe_origin(job)
+    if changed := _what_changed(manifest.made_from, made_from, _IN_TRAINING):
+        raise ValueError(f"{lost}; token store {store} is stale ({changed} changed), and cannot be made anew")
+    changed = _what_changed(manifest.made_from, made_from, _IN_THE_MAKING)
+    return (
+        f"{'WARNING: ' if changed else ''}{lost}: the dumps are out of reach; token store {store} "
+        f"({manifest.fingerprint[:12]}) is complete and is used as it is"
+        + (f", though it would be made anew from them, since {changed} changed" if changed else "")
     )
 
 
@@ -101,19 +142,21 @@ def _require_writable(store: Path) -> None:
         ) from None
 
 
-def _stamp(files: Iterable[str]) -> Stamps:
-    """Size and time of change of each file."""
-    return {file: stamp_of(file) for file in files}
-
-
-def _what_changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _what_changed(old: dict[str, Any], new: dict[str, Any], parts: Iterable[str]) -> str:
+    """Which of these parts of what a store is made of differ; a store of an earlier version may lack some."""
+    old, new = without_places(old), without_places(new)
     names = {
         "base_chat_template": "the base's chat template",
         "data": "the recipe's data section",
         "inputs": "an input file",
         "code": "the version of ochat_train",
+        "libraries": ", ".join(
+            f"{name} {before} -> {now}"
+            for name, now in new["libraries"].items()
+            if (before := old.get("libraries", {}).get(name, "unknown")) != now
+        ),
     }
-    return ", ".join(names.get(part, f"the {part}") for part in new if old.get(part) != new[part])
+    return ", ".join(names.get(part, f"the {part}") for part in parts if old.get(part) != new[part])
 
 
 def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_workers: int | None) -> int:
@@ -135,7 +178,7 @@ def _make_missing_shards(job: Job, work: WorkFolder, executor: Executor, num_wor
                 else:
                     yield number, task
 
-    total = sum(stamp_of(file)[0] for file in job.files)
+    total = sum(max(0, size) for size, _ in job.stamps.values())
     with (
         ThreadPoolExecutor(1) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=1.0) as bar,
@@ -170,9 +213,9 @@ def _decide(job: Job, work: WorkFolder, num_shards: int, writer: StoreWriter | N
 
 
 def _write_store(
-    job: Job, work: WorkFolder, num_shards: int, store: Path, made_from: dict[str, Any], stamps: Stamps
+    job: Job, work: WorkFolder, num_shards: int, store: Path, made_from: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Make the store of the shards; the totals of its splits. Raises ValueError if a file changed since `stamps`."""
+    """Make the store of the shards; the totals of its splits. Raises ValueError if a file changed meanwhile."""
     writer = StoreWriter(work.folder("store"), [source.name for source in job.data.sources], job.tokenizer.num_ids)
     job.tokenizer.save(writer.staging / "tokenizer")
     ledger, summary = _decide(job, work, num_shards, writer)
@@ -182,7 +225,7 @@ def _write_store(
         why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
         print(make_table(job, ledger, summary))
         raise ValueError(f"no conversation is left to train on: {why}")
-    if changed := [file for file, stamp in _stamp(job.files).items() if stamp != stamps[file]]:
+    if changed := [file for file, stamp in stamps_of(job.files).items() if stamp != job.stamps[file]]:
         work.remove()  # its shards are of what the file was between
         raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")
     manifest = Manifest(

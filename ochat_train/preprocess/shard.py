@@ -19,8 +19,8 @@ from ochat_train.conversations.chats import Chat
 from ochat_train.conversations.clean import LeadingAnswers, clean_turns
 from ochat_train.conversations.fields import Reading, own_id
 from ochat_train.conversations.filters import Filtered, FilterRules, filter_conversations
-from ochat_train.conversations.records import Chunk, Record
-from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord
+from ochat_train.conversations.records import Chunk
+from ochat_train.conversations.schema import Conversation, Drop, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import chats_of, parse_record
 from ochat_train.conversations.sources import Source, assign_source, match_source, takes
 from ochat_train.conversations.spell_out import Spelling
@@ -136,6 +136,8 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
     kept = [(conversation, trace.fitted) for trace in traces if (conversation := trace.conversation) and trace.fitted]
     dialects: Counter[tuple[str, str, str]] = Counter()
     unread: Counter[tuple[str, str, str]] = Counter()
+    for place in task.chunk.beside():
+        count_unread(unread, (place[0], "wrapper field", place[1]))
     for trace in traces:
         file, parsed = "" if trace.record.is_page else trace.record.file, trace.parsed
         if trace.number == 1:

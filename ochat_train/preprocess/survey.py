@@ -3,16 +3,18 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ochat_train.conversations.chats import Chat
+from ochat_train.conversations.dataset_list import expand
 from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.records import Record, list_files, read_chunks
+from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop, ParsedRecord
+from ochat_train.conversations.schema import Drop, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import chats_of, parse_record
 from ochat_train.preprocess.job import stamp_of
 
@@ -29,14 +31,14 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
     when files could not be read.
     """
     num_unread = 0
-    for path in paths:
+    for path, reading in chain.from_iterable(expand(path, Reading()) for path in paths):
         left_out: Counter[str] = Counter()
         files = list_files(path, left_out)
         others = f"; left out, hidden or of other suffixes: {_show_counts(left_out)}" if left_out else ""
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
-        held = _Contents()
+        held = _Contents(reading)
         with tqdm(
-            total=sum(stamp_of(file)[0] for file in files), unit="B", unit_scale=True, desc="reading", delay=2
+            total=sum(max(0, stamp_of(file)[0]) for file in files), unit="B", unit_scale=True, desc="reading", delay=2
         ) as bar:
             num_before = 0.0
             for file in files:
@@ -57,7 +59,8 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
 class _Contents:
     """What the records so far hold, counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
         self._dialects: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._hints: Counter[str] = Counter()
@@ -69,8 +72,8 @@ class _Contents:
         self._num_chars: Counter[int] = Counter()
 
     def add(self, record: Record, form: str) -> None:
-        chats = chats_of(record, Reading())
-        parsed = [parse_record(record, default_id="", chat=chat) for chat in chats]
+        chats = chats_of(record, self._reading)
+        parsed = [parse_record(record, default_id="", reading=self._reading, chat=chat) for chat in chats]
         dialect = parsed[0].dialect if isinstance(parsed[0], ParsedRecord) else "not read"
         several = f", {len(chats)} conversations in each" if len(chats) > 1 else ""
         self._dialects[f"{form}, {dialect}{several}"] += 1

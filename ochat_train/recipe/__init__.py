@@ -1,7 +1,7 @@
 """The recipe: one YAML file that describes a whole run. `docs/recipes.md` shows every key with examples."""
 
 from ochat_train.recipe.load import load_recipe, parse_arguments, recipe_arguments
-from ochat_train.recipe.resume import FREE_AT_RESUME, refused_differences
+from ochat_train.recipe.resume import FREE_AT_RESUME, moved_places, refused_differences
 from ochat_train.recipe.schema import (
     CheckpointSection,
     DataSection,
@@ -35,6 +35,7 @@ __all__ = [
     "known_keys",
     "leaves",
     "load_recipe",
+    "moved_places",
     "parse_arguments",
     "recipe_arguments",
     "refused_differences",

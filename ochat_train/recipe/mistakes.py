@@ -73,6 +73,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "sequences are always packed, without padding",
     ),
     ("gradient_accumulation_steps gradient_accumulation grad_accum_steps", "packing.grad_accum", ""),
+    ("moe_aux_loss_coef output_router_logits router_aux_loss", "model.router_aux_loss_coef", "auto: the base's own"),
     ("learning_rate", "optim.lr", ""),
     ("optim optimizer optimizer_type optimizer_name", "optim.algorithm", "adamw, adamw_8bit or sgd"),
     ("adam_beta1 adam_beta2", "optim.betas", "a list of both"),

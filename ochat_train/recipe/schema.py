@@ -93,7 +93,7 @@ class SourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
-    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, or a list of them.")
+    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, URL, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     epochs: float = Field(
@@ -244,7 +244,7 @@ class ModelSection(Section):
         None, description="transformers configuration (with model_type) of a model trained from scratch."
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in forward and backward.")
-    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "eager"] = (
+    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "alone"] = (
         Field("auto", description="Varlen backend.")
     )
     checkpointing: str = Field(
@@ -252,6 +252,9 @@ class ModelSection(Section):
     )
     kernels: Literal["auto", "liger", "none"] = Field("auto", description="Fused kernels of a layer.")
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    router_aux_loss_coef: Weight | Literal["auto"] = Field(
+        "auto", description="Coefficient of a mixture's balancing loss; auto: the configuration's."
+    )
     lora: LoraSection | None = Field(None, description="null: all weights are trained.")
 
     @field_validator("checkpointing", mode="before")

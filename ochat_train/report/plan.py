@@ -13,7 +13,9 @@ import torch
 from tqdm import tqdm
 
 from ochat_train.conversations.described import read_template
+from ochat_train.gpus import usable_gpus
 from ochat_train.model.pretrained import load_config
+from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.packing import cost_of
 from ochat_train.tokens.plan import PlanTable, RunPlan, StepPlan, make_table
@@ -63,7 +65,7 @@ def read_requests(recipe: str, words: Sequence[str], versus: Sequence[str] | Non
     launch.sh would start here. versus: the second plan's. A first word without "=" is another recipe; else it is the
     first recipe with the first's overrides and these on top. Raises ValueError for what cannot be.
     """
-    num_gpus = torch.cuda.device_count() or _CPU_PROCESSES
+    num_gpus = usable_gpus() or _CPU_PROCESSES
     first = _add_words(Request(recipe, (), num_gpus, None), words)
     if versus is None:
         return [first]
@@ -207,6 +209,7 @@ def _read_plan(request: Request) -> PlanReport:
     store = TokenStore(recipe.data.store, loss=recipe.train.loss)
     tokenizer = load_tokenizer(recipe.tokenizer_name, read_template(recipe.template_json))
     check_store(_with_weights_of(recipe, store.manifest), store.manifest, tokenizer)
+    check_moved(recipe, store.manifest)
     scaled = _changed_weights(recipe, store.manifest)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
     plan = _scale(make_run_plan(recipe, store, config, request.num_gpus), store, scaled)

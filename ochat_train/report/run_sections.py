@@ -103,6 +103,8 @@ _SERIES: tuple[tuple[dict[str, str], Callable[[float], str], str, str], ...] = (
         "Tokens a second",
         "of all processes",
     ),
+    ({"router loss": "router_loss"}, show_number, "Router loss", "before its coefficient"),
+    ({"largest expert": "largest_expert_share"}, _share, "Largest expert", "of the choices of a layer"),
     ({"MFU": "mfu"}, _share, "MFU", "of the peak"),
     ({"data wait": "data_wait_s"}, _share, "Data wait", "of a step"),
     ({"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process"),

@@ -77,7 +77,11 @@ def find_served(
     adapter = _read_adapter(folder)
     if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither config.json nor {_ADAPTER}; export the checkpoint again")
-    files = locate_base(adapter.base if adapter else str(folder.absolute()))
+    try:
+        files = locate_base(adapter.base if adapter else str(folder.absolute()))
+    except ValueError as error:
+        remedy = f"write where it is now into {folder / _ADAPTER}, or export again with --base"
+        raise ValueError(f"the base of {folder}: {error}; {remedy}") from None
     try:
         config = AutoConfig.from_pretrained(files.name, **files.options)
     except (OSError, ValueError) as error:

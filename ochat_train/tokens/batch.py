@@ -19,7 +19,8 @@ class PackedBatch:
     input_ids i64[T], position_ids i64[T] (from 0 in each sequence), labels i64[T] (the next token of the same
     sequence; 0 with weight 0 at its end), loss_weights f32[T] (of predicting the label), loss_positions i64[S] (where
     the weight is not 0, ascending; computed on the host, so that the device is not asked), cu_seqlens i32[B+1]
-    (borders), max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T].
+    (borders), max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T], num_tokens (of
+    examples; the tokens after them fill the batch up).
     """
 
     input_ids: Tensor
@@ -30,6 +31,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     condition_ids: Tensor
+    num_tokens: int
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device. From pinned memory the copy is asynchronous."""
@@ -44,7 +46,9 @@ class PackedBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {
-            field.name: change(getattr(self, field.name)) for field in fields(self) if field.name != "max_seqlen"
+            field.name: change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **changed)
 
@@ -71,6 +75,7 @@ def collate(examples: Sequence[Example], condition_ids: npt.ArrayLike, *, multip
     >>> collate([a], [0], multiple=4).cu_seqlens.tolist()
     [0, 3, 4]
     """
+    num_tokens = sum(len(example.input_ids) for example in examples)
     if not examples:
         examples, condition_ids = [_NOTHING], [0]
     condition_ids = np.asarray(condition_ids, dtype=np.int32)
@@ -91,4 +96,5 @@ def collate(examples: Sequence[Example], condition_ids: npt.ArrayLike, *, multip
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
         max_seqlen=max(lengths),
         condition_ids=torch.from_numpy(np.repeat(condition_ids, lengths)),
+        num_tokens=num_tokens,
     )

@@ -78,10 +78,11 @@ class Manifest:
     """What a store is made of.
 
     fingerprint: hash over `made_from`, which holds the tokenizer's digest, the template, the recipe's data section,
-    the code's version and the input files' digests. conditions[i] is the name of condition id i, sources[i] that of
-    source id i, in the recipe's order. added_tokens: ids of special tokens that the base tokenizer lacked. splits:
-    num_examples, num_tokens, num_supervised_tokens and weight_sum of each. counts: the ledger's. overlong: shard.py's
-    OVERLONG_COLUMNS. files: those of the splits, as they were written; StoreWriter fills it in.
+    the code's version and the input files' digests, and over no path in it. conditions[i] is the name of condition id
+    i, sources[i] that of source id i, in the recipe's order. added_tokens: ids of special tokens that the base
+    tokenizer lacked. splits: num_examples, num_tokens, num_supervised_tokens and weight_sum of each. counts: the
+    ledger's. overlong: shard.py's OVERLONG_COLUMNS. files: those of the splits, as they were written; StoreWriter fills
+    it in.
     """
 
     fingerprint: str
@@ -96,6 +97,12 @@ class Manifest:
     overlong: dict[str, int]
     files: dict[str, StoreFile] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Where the store's dumps and tokenizer were, in the form of a recipe as JSON."""
+        tokenizer = self.made_from.get("places", {}).get("tokenizer")
+        return {"tokenizer": tokenizer, "data": self.made_from["data"]}
 
 
 def read_manifest(path: str | Path) -> Manifest | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ochat_train.conversations.base_template import BaseTemplate
 from ochat_train.conversations.described import Template
 from ochat_train.files import require_packages
 from ochat_train.tokens.strings import StringEncoder
-from ochat_train.tokens.word_cache import WordCache, find_cuts
+from ochat_train.tokens.word_cache import Cuts, WordCache, find_cuts
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -125,18 +125,20 @@ def _load_for_text(tokenizer_json: str) -> Tokenizer:
 class TextEncoder:
     """What encoding needs of a tokenizer, and no more: small to send to another process, and quick to load there.
 
-    `special_ids` are the ids of a template's special tokens.
+    `special_ids` are the ids of a template's special tokens. `cuts` are found unless they are given.
     """
 
-    def __init__(self, tokenizer_json: str, special_ids: dict[str, int]) -> None:
+    def __init__(
+        self, tokenizer_json: str, special_ids: dict[str, int], cuts: Cuts | Literal[False] | None = False
+    ) -> None:
         self.special_ids = special_ids
         self._json = tokenizer_json
         self._tokenizer = _load_for_text(tokenizer_json)
-        cuts = find_cuts(json.loads(tokenizer_json))
-        self._words = WordCache(self._tokenizer, cuts) if cuts is not None else None
+        self._cuts = find_cuts(json.loads(tokenizer_json)) if cuts is False else cuts
+        self._words = WordCache(self._tokenizer, self._cuts) if self._cuts is not None else None
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int]]]:
-        return type(self), (self._json, self.special_ids)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, int], Cuts | None]]:
+        return type(self), (self._json, self.special_ids, self._cuts)
 
     @cached_property
     def digest(self) -> str:

@@ -294,6 +294,10 @@ def check_resume(
         wrong.append(f"token store: fingerprint {state.store_fingerprint[:12]} -> {store_fingerprint[:12]}")
     elif state.order != order:  # it follows from store and recipe, so the code differs
         wrong.append("order of the examples: another version of ochat_train began this run")
+    if (was_base := state.recipe["model"]["base"]) != (base := recipe["model"]["base"]) and (
+        base is None or checkpoint.run.get("base_digest") is None
+    ):  # else it is compared when it is loaded
+        wrong.append(f"model.base: {was_base!r} -> {base!r}")
     was, stage = state.recipe["zero"]["stage"], recipe["zero"]["stage"]
     if (was == 0) != (stage == 0):
         wrong.append(f"zero.stage: {was} -> {stage}; from and to 0 its states cannot be converted")
@@ -307,8 +311,9 @@ def check_resume(
             f"cannot continue {checkpoint.path}, because this differs (was -> is):\n  "
             + "\n  ".join(wrong)
             + "\nGo back to the old values, or start a new run in another checkpoint.dir. A resume may change the "
-            f"number of processes and, of the recipe, {', '.join(FREE_AT_RESUME)}. It may change nothing else, such as "
-            "the template, the tokenizer, what the token store holds, the model or the rest of the optimizer."
+            f"number of processes and, of the recipe, {', '.join(FREE_AT_RESUME)}. The dumps, the tokenizer "
+            "and the base may lie elsewhere. It may change nothing else, such as the template, what the token store "
+            "holds, the model or the rest of the optimizer."
         )
 
 

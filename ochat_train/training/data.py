@@ -1,6 +1,10 @@
-"""The recipe's plan, whether its store fits, and this rank's micro-batches of each step."""
+"""The recipe's plan, whether its store fits and is whole, and this rank's micro-batches of each step."""
 
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,18 +12,22 @@ import numpy.typing as npt
 
 from ochat_train.conversations.described import Description, describe_template
 from ochat_train.model.pretrained import max_positions_of, quadratic_length_of, rows_to_train
-from ochat_train.recipe import Recipe, differences
+from ochat_train.recipe import Recipe, refused_differences
 from ochat_train.tokens.batch import CUDA_MULTIPLE, PackedBatch, collate
 from ochat_train.tokens.order import DataOrder, Indices, SourceShare
 from ochat_train.tokens.plan import PlanShape, RunPlan, StepPlan
-from ochat_train.tokens.store import Examples, Manifest, TokenStore
+from ochat_train.tokens.store import Examples, Manifest, TokenStore, read_manifest
+from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.training.engine import World
+from ochat_train.training.engine import World, gather_objects, together
 
 
 def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) -> None:
-    """Raise ValueError with every difference when the store was made for another recipe or tokenizer."""
-    wrong = differences(
+    """Raise ValueError with every difference when the store was made for another recipe or tokenizer.
+
+    Paths of dumps are no difference; `preprocess.job.check_moved` compares what is at new ones.
+    """
+    wrong = refused_differences(
         {"template": _without_source(manifest.template), "data": manifest.made_from["data"]},
         {"template": _without_source(describe_template(tokenizer.template)), "data": recipe.data.of_store()},
     )
@@ -38,6 +46,43 @@ def _without_source(description: Description) -> Description:
     if isinstance(description, str) or "source" not in description:
         return description
     return description | {"source": sha256(description["source"].encode()).hexdigest()[:12]}
+
+
+def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> None:
+    """Compare the store's files with their checksums; ranks that share a disk share the reading. All ranks call it.
+
+    Nothing is read of a store that is not there, or where data.verify is false. progress: called after each block.
+    Raises Refused with the name of a damaged file, on whichever rank it was found.
+    """
+    store = Path(recipe.data.store)
+    part, parts = _share_of(store, world)
+
+    def check() -> None:
+        manifest = read_manifest(store) if recipe.data.verify else None
+        if manifest is not None:
+            check_blocks(store, manifest.files, part=part, parts=parts, progress=progress)
+
+    together(check)
+
+
+def _share_of(store: Path, world: World) -> tuple[int, int]:
+    """This rank's share of the store that it sees, and how many there are: of the main rank's store, or its node's.
+
+    A mark in the store shows who sees the main rank's; where none can be written, each node reads all.
+    """
+    mine = world.local_rank, world.local_size
+    if world.size == world.local_size:
+        return mine
+    name = f".seen-{secrets.token_hex(8)}"
+    with suppress(OSError):
+        if world.is_main:
+            (store / name).touch()
+    mark = store / gather_objects(name)[0]  # the main rank's is there before any rank looks for it
+    sees: list[bool] = gather_objects(mark.exists())
+    with suppress(OSError):
+        if world.is_main:
+            mark.unlink()
+    return (sum(sees[: world.rank]), sum(sees)) if sees[world.rank] else mine
 
 
 def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:

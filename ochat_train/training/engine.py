@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,8 +14,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ochat_train.files import free_port, require_packages
-from ochat_train.model.loss import ConditionSums
+from ochat_train.model.loss import ConditionSums, LossSums
 from ochat_train.model.memory import ModelSize
+from ochat_train.model.router import RouterSums
 from ochat_train.recipe import OptimSection
 from ochat_train.tokens.batch import PackedBatch
 
@@ -169,12 +170,34 @@ def check_adam8bit(size: ModelSize, *, stage: int, num_processes: int) -> None:
 def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
     """The DeepSpeed engine around the model, in training mode."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if config["zero_optimization"]["stage"] == 3:
+        split_weights(model, config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     # DeepSpeed casts buffers with the weights; RoPE's frequencies in bf16 would be off by whole positions.
     for name, buffer in engine.module.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
+        buffer.data = buffers[name].to(engine.device)
     engine.train()  # transformers loads pretrained models in eval mode, where they skip checkpointing
     return engine
+
+
+def split_weights(model: nn.Module, config: dict[str, Any]) -> None:
+    """Split the weights among the ranks, as stage 3 has them: one after the other goes to the device and is split.
+
+    `deepspeed.initialize` alone would first move all of them to the device.
+    """
+
+    def one_by_one(recurse: bool = True) -> Iterator[nn.Parameter]:
+        for parameter in nn.Module.parameters(model, recurse):
+            if get_accelerator().device_name() == "cpu":  # a copy, as on a device: DeepSpeed writes to it
+                parameter.data = parameter.data.clone()
+            yield parameter
+
+    model.parameters = one_by_one  # type: ignore[method-assign]
+    try:
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
+    finally:
+        del model.parameters
 
 
 class OutOfMemory(MemoryError):
@@ -186,22 +209,25 @@ def train_step(
     batches: Sequence[PackedBatch],
     *,
     weight_sum: float,
+    num_tokens: int,
     world_size: int,
     lr: float,
     mark: Callable[[str], None],
-) -> tuple[list[ConditionSums], Tensor | float]:
+) -> tuple[list[LossSums], Tensor | float]:
     """One optimizer step over this rank's micro-batches; returns the sums of each and the gradient's norm.
 
-    weight_sum is the sum of loss weights of the whole step, over all ranks and micro-batches. DeepSpeed averages
-    gradients over ranks, so that each micro-batch contributes nll_sum * world_size / weight_sum, and the update is that
-    of sum(w * nll) / sum(w) over the step. Where the norm is not finite, nothing was updated. Sums and norm stay on the
-    device, so that the host does not wait for it here; DeepSpeed's own step waits when it checks the norm. mark is
-    called with the name of each phase as it begins. Raises OutOfMemory.
+    weight_sum is the sum of loss weights of the whole step, over all ranks and micro-batches, and num_tokens the number
+    of its tokens. DeepSpeed averages gradients over ranks, so that each micro-batch contributes nll_sum * world_size /
+    weight_sum, and the update is that of sum(w * nll) / sum(w) over the step. The balancing loss of a mixture counts
+    with its coefficient times the micro-batch's share of the step's tokens. Where the norm is not finite, nothing was
+    updated. Sums and norm stay on the device, so that the host does not wait for it here; DeepSpeed's own step waits
+    when it checks the norm. mark is called with the name of each phase as it begins. Raises OutOfMemory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     scale = world_size / weight_sum if weight_sum else 0.0
-    parts: list[ConditionSums] = []
+    router_scale = engine.module.router_coefficient * world_size / max(1, num_tokens)
+    parts: list[LossSums] = []
     is_plain = engine.optimizer is engine.basic_optimizer  # stage 0 in fp32: DeepSpeed clips, but stores no norm
     norm = None
     for number, batch in enumerate(batches, start=1):
@@ -209,7 +235,10 @@ def train_step(
             mark(f"micro-batch {number} of {len(batches)}, forward")
             sums = engine(batch.to(engine.device))
             mark(f"micro-batch {number} of {len(batches)}, backward")
-            engine.backward(sums.nll * scale, scale_wrt_gas=False)
+            loss = sums.nll * scale
+            if sums.router is not None and router_scale:
+                loss = loss + sums.router.loss * router_scale
+            engine.backward(loss, scale_wrt_gas=False)
             if engine.is_gradient_accumulation_boundary() and is_plain:
                 norm = _total_norm(engine.module)
             if norm is None or norm.isfinite():
@@ -221,7 +250,8 @@ def train_step(
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(_explain_memory(batch, number, len(batches), error)) from error
-        parts.append(sums.by_condition)
+        router = sums.router and sums.router._replace(loss=sums.router.loss.detach())
+        parts.append(LossSums(sums.nll.detach(), sums.by_condition, router))
     if norm is not None:
         return parts, norm
     # Stage 3 keeps the norm of the step before when it skips one.
@@ -268,22 +298,28 @@ class RankReport(NamedTuple):
     is_writing: bool
 
 
-def reduce_over_ranks(sums: ConditionSums, report: RankReport, world: World) -> tuple[ConditionSums, RankReport]:
+def reduce_over_ranks(
+    sums: ConditionSums, router: RouterSums | None, report: RankReport, world: World
+) -> tuple[ConditionSums, RouterSums | None, RankReport]:
     """On the CPU of every rank: the f64 sums over all ranks, and the largest of each value that any rank reports.
 
-    One collective for both, because all ranks wait at each, and the only place of a step where our code waits for the
+    One collective for all, because all ranks wait at each, and the only place of a step where our code waits for the
     device.
     """
-    num_sums, num_values = sums.table.numel(), len(report)
+    summed = [sums.table, *(router or ())]
+    num_sums, num_values = sum(part.numel() for part in summed), len(report)
     both = torch.zeros(num_sums + world.size * num_values, dtype=torch.float64, device=sums.table.device)
-    both[:num_sums] = sums.table.flatten()
+    both[:num_sums] = torch.cat([part.flatten().double() for part in summed])
     for place, value in enumerate(report, start=num_sums + world.rank * num_values):
         both[place] = value  # one by one: a tensor made on the host would need a blocking copy
     dist.all_reduce(both)
     both = both.cpu()
     grad_norm, data_wait_s, memory, *answers = both[num_sums:].view(world.size, num_values).amax(dim=0).tolist()
+    parts = both[:num_sums].split([part.numel() for part in summed])
+    table, *of_router = (part.view(like.shape) for part, like in zip(parts, summed, strict=True))
     return (
-        ConditionSums(both[:num_sums].view_as(sums.table)),
+        ConditionSums(table),
+        RouterSums(*of_router) if of_router else None,
         RankReport(grad_norm, data_wait_s, memory, *map(bool, answers)),
     )
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ochat_train.files import publish_file
-from ochat_train.model.loss import ConditionSums
+from ochat_train.model.loss import ConditionSums, LossSums
+from ochat_train.model.router import RouterSums
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
@@ -42,7 +43,7 @@ class StepReport:
 
     sums: f64, of K conditions. source_weights: f64[S], the sum of loss weights of each source. cost: of the plan's
     sequences, see PlanShape. fill: tokens / room of the step's micro-batches. seconds: wall time. data_wait_s: how long
-    a rank waited for its batches; like peak_memory_bytes the largest of all ranks.
+    a rank waited for its batches; like peak_memory_bytes the largest of all ranks. router: f64, of a mixture.
     """
 
     step: int
@@ -60,6 +61,7 @@ class StepReport:
     seconds: float
     data_wait_s: float
     peak_memory_bytes: int
+    router: RouterSums | None = None
 
     @property
     def is_skipped(self) -> bool:
@@ -78,6 +80,8 @@ class StepReport:
             "progress": self.progress,
             **_fields("loss", self.sums.weighted.with_total().loss, conditions),
             "weight_by_source": dict(zip(sources, shares.tolist(), strict=True)),
+            "router_loss": self.router and _finite(float(self.router.loss) / self.num_tokens),
+            "largest_expert_share": self.router and _finite(self.router.largest_share),
             "lr": self.lr,
             "grad_norm": _finite(self.grad_norm),
             "skipped": self.is_skipped,
@@ -340,7 +344,7 @@ class SkippedSteps:
         self._limit, self._file, self._store, self._world = limit, run_dir / "skipped-steps.json", store, world
         self._steps: list[dict[str, Any]] = []
 
-    def add(self, step: int, plan: StepPlan, parts: Sequence[ConditionSums], *, is_skipped: bool) -> None:
+    def add(self, step: int, plan: StepPlan, parts: Sequence[LossSums], *, is_skipped: bool) -> None:
         """Record a step, on all ranks together. parts: the sums of each of this rank's micro-batches.
 
         Raises Failed when it is the last of `limit` skipped steps in a row.
@@ -352,7 +356,7 @@ class SkippedSteps:
             {
                 "rank": self._world.rank,
                 "number": number,
-                "is_loss_finite": bool(sums.weighted.nll.isfinite().all()),
+                "is_loss_finite": bool(sums.by_condition.weighted.nll.isfinite().all()),
                 "examples": [self._store.name(example) for example in examples.tolist()],
             }
             for number, (examples, sums) in enumerate(

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import psutil
 import torch
 
 from ochat_train.files import STEP_FOLDERS, step_name
-from ochat_train.model.activations import Activations, count_activations
+from ochat_train.gpus import usable_gpus
+from ochat_train.model.activations import Activations, Alone, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.memory import (
     MemoryNeeds,
     ModelSize,
     ZeroSetting,
     checkpoint_bytes,
+    flat_copies,
     measure_size,
     memory_needs,
     run_bytes,
@@ -27,7 +29,9 @@ from ochat_train.model.memory import (
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.recipe import Recipe
 
-# The share of a GPU's memory for CUDA itself, its libraries, and the gaps between allocated blocks.
+# The share of a GPU's memory for CUDA itself and its libraries (about 1.5 GB: context, workspaces of cuBLAS, buffers of
+# NCCL), and for the gaps between allocated blocks. With expandable segments a gap is at most the rest of two pages of
+# 20 MiB (kLargeBuffer of torch's allocator); the others are mapped anew. Chosen so, not measured on a GPU.
 RESERVED = 0.06
 _MOST_LOCAL = 8  # GPUs of a host, where the number is not known
 
@@ -49,7 +53,7 @@ class AvailableMemory:
 
 def find_memory() -> AvailableMemory:
     """The memory of this machine, by its smallest GPU."""
-    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(usable_gpus())]
     return AvailableMemory(min(gpus, default=None), free_host_bytes(), is_here=True)
 
 
@@ -86,7 +90,8 @@ class MemoryPlan:
     """The memory that a recipe's run needs, and from which the needs of any other setting follow.
 
     policy: the activation checkpointing, chosen if the recipe says auto; activations are counted under it. num_local:
-    processes of a host; None stands for all of them on a CPU, and for at most 8 with GPUs.
+    processes of a host; None stands for all of them on a CPU, and for at most 8 with GPUs. is_alone: whether each
+    sequence is run alone.
     """
 
     recipe: Recipe
@@ -97,11 +102,12 @@ class MemoryPlan:
     policy: str
     activations: Activations
     num_local: int | None = None
+    is_alone: bool = False
 
     def setting(self, stage: int, *, offload: bool, num_processes: int, algorithm: Any = None) -> ZeroSetting:
         """The recipe's setting with another stage, offload, number of processes and, if given, optimizer."""
         zero = self.recipe.deepspeed.get("zero_optimization", {})
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) * (2 if zero.get("overlap_comm") else 1)
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000))
         if not self.is_on_gpu:  # host memory that is never written is never allocated
             bucket = min(bucket, self.size.num_trained)
         return ZeroSetting(
@@ -112,6 +118,7 @@ class MemoryPlan:
             algorithm=algorithm or self.recipe.optim.algorithm,
             bucket=bucket,
             grad_accum=self.recipe.packing.grad_accum,
+            num_buckets=2 if stage in (1, 2) and zero.get("overlap_comm") else 1,
         )
 
     @property
@@ -127,7 +134,11 @@ class MemoryPlan:
 
     def needs(self, setting: ZeroSetting, activations: Activations | None = None) -> MemoryNeeds:
         """The needs of each process under a setting."""
-        return memory_needs(self.size, activations or self.activations, setting, on_gpu=self.is_on_gpu)
+        needs = memory_needs(self.size, activations or self.activations, setting, on_gpu=self.is_on_gpu)
+        if self.is_alone and setting.stage == 3 and setting.num_processes > 1 and self.policy != "full":
+            # DeepSpeed gives weights back after a module's last use; of those before it, by its code, it keeps them.
+            needs = replace(needs, buffers=needs.buffers + DTYPES[setting.dtype].itemsize * self.size.num_weights)
+        return needs
 
     def total(self, setting: ZeroSetting, activations: Activations | None = None) -> int:
         """Bytes of a process on its device; on a CPU including what is offloaded, which is the same memory."""
@@ -151,14 +162,19 @@ class MemoryPlan:
         return is_in_host and self.fits_device(setting, activations)
 
     def host_needs(self, setting: ZeroSetting) -> int:
-        """Bytes of host memory beside GPUs: the whole model, which each process loads, or what is offloaded."""
+        """Bytes of host memory beside GPUs at most: the model, which a node loads once, then what its processes have.
+
+        These are offloaded states, or copies of trained weights for which a GPU lacks room while the engine is made.
+        """
         num_local = self.num_local or min(setting.num_processes, _MOST_LOCAL)
-        loaded = DTYPES[setting.dtype].itemsize * self.size.num_weights
-        return num_local * max(loaded, self.needs(setting).host)
+        element = DTYPES[setting.dtype].itemsize
+        lacks_room = element * (self.size.num_weights + self.size.num_trained) > self.limit(setting)
+        copies = flat_copies(self.size, setting) if lacks_room else 0
+        return max(element * self.size.num_weights, num_local * max(copies, self.needs(setting).host))
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""
-        return _count(self.recipe, self.config, self.size, policy, num_tokens)
+        return _count(self.recipe, self.config, self.size, policy, num_tokens, is_alone=self.is_alone)
 
     def describe(self) -> str:
         """The bytes that are planned and the limit, in a few words."""
@@ -188,26 +204,30 @@ def plan_memory(
     num_processes: int,
     *,
     num_local: int | None = None,
+    is_alone: bool = False,
 ) -> MemoryPlan:
-    """The memory plan of the recipe's run; config: the model's transformers configuration.
+    """The memory plan of the recipe's run; config: the model's transformers configuration. is_alone: see MemoryPlan.
 
     With model.checkpointing auto, its policy is the one that recomputes least among those that fit the device; full
     when none fits. Raises ValueError when the model's activations cannot be counted.
     """
     wanted = recipe.model.checkpointing
     for policy in _policies_of(config) if wanted == "auto" else (wanted,):
-        activations = _count(recipe, config, size, policy)
-        plan = MemoryPlan(recipe, available, config, size, num_processes, policy, activations, num_local)
+        activations = _count(recipe, config, size, policy, is_alone=is_alone)
+        plan = MemoryPlan(recipe, available, config, size, num_processes, policy, activations, num_local, is_alone)
         if plan.fits_device(plan.own):
             break
     return plan
 
 
-def _count(recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None) -> Activations:
+def _count(
+    recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None, *, is_alone: bool
+) -> Activations:
     lora = recipe.model.lora
+    num_tokens = recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens
     return count_activations(
         config,
-        num_tokens=recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens,
+        num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else num_tokens,
         dtype=recipe.model.dtype,
         checkpointing=policy,
         lora_rank=lora.rank if lora else None,

@@ -1,6 +1,5 @@
 """Everything before the first step: cheap checks, agreement among the ranks, the engine with its states."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
@@ -17,12 +17,13 @@ from ochat_train.model.kernels import KernelChoice, choose_kernels, require_comp
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
-from ochat_train.model.pretrained import DTYPES, load_config, load_model
+from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.round_trip import check_round_trip
+from ochat_train.model.router import RouterChoice, choose_router_loss
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
-from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
-from ochat_train.tokens.store_files import check_blocks
+from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 from ochat_train.training.checkpoint import (
     MANIFEST,
@@ -53,6 +54,7 @@ from ochat_train.training.engine import (
     say,
     together,
 )
+from ochat_train.training.loading import load_once
 from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
@@ -77,6 +79,7 @@ class Resolved:
     agreement: Agreement
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
+    router: RouterChoice | None
 
     def describe(self) -> str:
         """The choices with their reasons, a line each."""
@@ -86,6 +89,7 @@ class Resolved:
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
             str(self.agreement),
+            *([str(self.router)] if self.router else []),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
         return "\n".join(lines)
@@ -144,18 +148,6 @@ class Run:
         return state.step > 0 and self.plan.order.seek(state.examples_consumed)[1] == 0
 
 
-def verify_store(recipe: Recipe, world: World, progress: Callable[[], None]) -> None:
-    """Compare the store's files with their checksums; the ranks of a node share the reading.
-
-    Nothing is read of a store that is not there, or where data.verify is false. progress: called after each block.
-    Raises StoreDamaged.
-    """
-    store = Path(recipe.data.store)
-    manifest = read_manifest(store) if recipe.data.verify else None
-    if manifest is not None:
-        check_blocks(store, manifest.files, part=world.local_rank, parts=world.local_size, progress=progress)
-
-
 def prepare(recipe: Recipe, world: World) -> Run:
     """Open and check everything that is cheap. Raises ValueError with the remedy."""
     store, held_out = (TokenStore(recipe.data.store, split, recipe.train.loss) for split in SPLITS)
@@ -177,7 +169,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_options(recipe, text_config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
-    attention, agreement = attention_of(recipe, config, world.device.type)
+    attention, agreement = attention_of(recipe, config, world.device.type, is_exported=world.is_main)
     run = Run(
         recipe=recipe,
         store=store,
@@ -195,7 +187,12 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 dtype=DTYPES[recipe.model.dtype],
                 is_compiled=recipe.model.compile,
             ),
-            checkpointing=_choose_checkpointing(recipe, text_config, size, world),
+            checkpointing=_choose_checkpointing(
+                recipe, text_config, size, world, is_alone=attention.backend == "alone"
+            ),
+            router=choose_router_loss(
+                recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
+            ),
         ),
         resumed=resumed,
     )
@@ -203,15 +200,26 @@ def prepare(recipe: Recipe, world: World) -> Run:
     return run
 
 
-def attention_of(recipe: Recipe, config: Any, device_type: str) -> tuple[BackendChoice, Agreement]:
-    """The attention of the recipe's run, and how exact the model is with it; see `choose_attention`."""
-    return choose_attention(
+def attention_of(
+    recipe: Recipe, config: Any, device_type: str, *, is_exported: bool = True
+) -> tuple[BackendChoice, Agreement]:
+    """The attention of the recipe's run, and how exact the model is with it and, is_exported, after its export.
+
+    See `choose_attention` and `check_round_trip`. Raises ValueError as they do.
+    """
+    longest, lora = recipe.data.max_tokens, recipe.model.lora
+    attention, agreement = choose_attention(
         recipe.model.attention,
         config,
         attention_needs(config.get_text_config(), DTYPES[recipe.model.dtype], device_type),
-        longest=recipe.data.max_tokens,
+        longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
+    if is_exported:
+        is_alone, targets = attention.backend == "alone", lora.targets if lora else None
+        exported = check_round_trip(config, longest=longest, is_alone=is_alone, lora_targets=targets)
+        agreement = agreement._replace(exported=exported)
+    return attention, agreement
 
 
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
@@ -260,7 +268,9 @@ def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world
     return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
 
 
-def _choose_checkpointing(recipe: Recipe, config: Any, size: ModelSize, world: World) -> CheckpointingChoice:
+def _choose_checkpointing(
+    recipe: Recipe, config: Any, size: ModelSize, world: World, *, is_alone: bool
+) -> CheckpointingChoice:
     """The recipe's checkpointing; for auto the policy that recomputes least among those that fit this rank."""
     if recipe.model.checkpointing != "auto":
         return CheckpointingChoice(recipe.model.checkpointing, "asked for by the recipe")
@@ -268,7 +278,7 @@ def _choose_checkpointing(recipe: Recipe, config: Any, size: ModelSize, world: W
     if world.device.type == "cpu":
         available = replace(available, gpu_bytes=None)
     try:
-        plan = plan_memory(recipe, available, config, size, world.size, num_local=world.local_size)
+        plan = plan_memory(recipe, available, config, size, world.size, num_local=world.local_size, is_alone=is_alone)
     except ValueError as error:
         return CheckpointingChoice("full", str(error))
     warning = None
@@ -408,7 +418,8 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     is_shared: whether all nodes see the checkpoints. loads_universal: whether the run begins with converted states.
     """
     recipe = run.recipe
-    model = together(lambda: build_model(run, world))
+    lm = load_once(partial(load_base, run), world)
+    model = together(lambda: build_model(run, world, lm))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
     optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr.value)
     configuration = deepspeed_configuration(recipe)
@@ -416,10 +427,10 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     return make_engine(model, optimizer, configuration)
 
 
-def build_model(run: Run, world: World) -> PackedCausalLM:
-    """The recipe's model on the CPU. Raises ValueError when it cannot be loaded or cannot take packed batches."""
-    recipe, lora = run.recipe, run.recipe.model.lora
-    lm = load_model(
+def load_base(run: Run) -> PreTrainedModel:
+    """The model that the recipe starts from, on the CPU. Raises ValueError when it cannot be loaded."""
+    recipe = run.recipe
+    return load_model(
         recipe.model.base,
         recipe.model.config,
         dtype=recipe.model.dtype,
@@ -427,6 +438,12 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         added_ids=run.store.manifest.added_tokens.values(),
         seed=recipe.train.seed,
     )
+
+
+def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
+    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches."""
+    recipe, lora = run.recipe, run.recipe.model.lora
+    base_digest = _digest_base(run, lm) if world.local_rank == 0 else None
     if lora is not None:
         add_adapters(
             lm,
@@ -443,7 +460,25 @@ def build_model(run: Run, world: World) -> PackedCausalLM:
         device_type=world.device.type,
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
+        router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
     )
+    packed.base_digest = base_digest
     if recipe.model.compile:
         packed.compile_parts()
     return packed
+
+
+def _digest_base(run: Run, lm: PreTrainedModel) -> str | None:
+    """What the base in `lm` holds. Raises ValueError if it is another than that of a checkpoint made elsewhere."""
+    base, resumed = run.recipe.model.base, run.resumed
+    if base is None:
+        return None
+    num_rows = load_config(base, None, 0).get_text_config().vocab_size
+    digest = digest_base(lm, min([num_rows, *run.store.manifest.added_tokens.values()]))
+    was = base if resumed is None else resumed.state.recipe["model"]["base"]
+    if resumed is not None and base != was and digest != resumed.run["base_digest"]:
+        raise ValueError(
+            f"cannot continue {resumed.path}: model.base {base} holds other weights, or another configuration, than "
+            f"{was}, with which it was begun; name the same base"
+        )
+    return digest

@@ -86,11 +86,10 @@ def find_utilisation(
 ) -> Utilisation | None:
     """The utilisation of a model on a device; config: the model's transformers configuration.
 
-    None where the peak is unknown (on a CPU, for float32 weights, for a device that PEAKS lacks), and for mixtures of
-    experts, of which a token passes only some.
+    None where the peak is unknown: on a CPU, for float32 weights, for a device that PEAKS lacks.
     """
     peak = peak_flops(device_name)
-    if peak is None or dtype != "bfloat16" or getattr(config.get_text_config(), "num_experts_per_tok", None):
+    if peak is None or dtype != "bfloat16":
         return None
     return Utilisation(matrix_weights_of(config), quadratic_length, is_frozen, peak)
 

@@ -18,15 +18,16 @@ from ochat_train.serve.side_by_side import ChatPage
 from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, serving
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.browser
 
 ELSEWHERE = "![a picture](http://198.51.100.1/x.png)"
 
 
-def wait_for(find: Callable[[], Any], timeout_s: float = 30) -> Any:
+def wait_for(find: Callable[[], Any]) -> Any:
     """What `find` finds, when it finds it."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + HANG_S
     while not (found := find()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -105,7 +106,7 @@ def address(server: Server) -> str:
 @pytest.fixture(scope="module")
 def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     made = Browser(tmp_path_factory.mktemp("pictures"))
-    wait_for(lambda: is_there(made, address), timeout_s=180)  # the page imports Gradio, which takes a while
+    wait_for(lambda: is_there(made, address))  # the page imports Gradio, which takes a while
     yield made
     print(f"pictures in {made.pictures}")
     made.driver.quit()

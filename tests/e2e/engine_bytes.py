@@ -92,6 +92,7 @@ def engine_peak(
     num_layers: int = 2,
     num_tokens: int = 128,
     lora_rank: int | None = None,
+    bucket: int = 1000,
 ) -> dict[str, int]:
     """The bytes at most in the second step of an engine, whose attention keeps what flash attention does."""
     not_its = list(_live_tensors())  # held, so that no storage of the engine's takes the place of one of these
@@ -101,7 +102,7 @@ def engine_peak(
         add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=(), seed=0)
     model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=1)
     model.lm.set_attn_implementation(register_sized_attention())
-    engine = _make_engine(model, stage, dtype, algorithm, grad_accum)
+    engine = _make_engine(model, stage, dtype, algorithm, grad_accum, bucket)
     ids = np.arange(num_tokens, dtype=np.int32) % 500
     batch = collate([Example(ids, np.ones(num_tokens, np.float32))], [0])
     peaks = {}
@@ -119,9 +120,11 @@ def engine_peak(
     return peaks
 
 
-def _make_engine(model: PackedCausalLM, stage: int, dtype: str, algorithm: Any, grad_accum: int) -> Any:
+def _make_engine(
+    model: PackedCausalLM, stage: int, dtype: str, algorithm: Any, grad_accum: int, bucket: int = 1000
+) -> Any:
     optimizer = make_optimizer(model, OptimSection(algorithm=algorithm), lr=1e-3)
-    extra = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    extra = {"zero_optimization": {"reduce_bucket_size": bucket}}
     config = deepspeed_config(
         stage=stage, offload="none", dtype=dtype, grad_accum=grad_accum, grad_clip=1.0, extra=extra
     )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ochat_train.files import free_port
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -86,7 +87,7 @@ def train_several(recipe: Path, *runs: Sequence[str], num_processes: int = 2) ->
 
 
 def _finish(ranks: "Ranks") -> str:
-    ended = ranks.end(timeout_s=300)
+    ended = ranks.end()
     assert {code for code, _ in ended} == {0}, ended
     return "".join(output for _, output in ended)
 
@@ -121,7 +122,7 @@ def num_steps(run: Path) -> int:
 
 def await_steps(run: Path, number: int, process: subprocess.Popen[str]) -> None:
     """Wait until that many steps are reported by the run, which the process must not end before."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANG_S
     while num_steps(run) < number:
         assert process.poll() is None and time.monotonic() < deadline, f"{num_steps(run)} of {number} steps were made"
         time.sleep(0.01)
@@ -143,15 +144,15 @@ class Ranks:
 
     def wait_for(self, is_there: Callable[[], bool]) -> None:
         """Wait while both run."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not is_there():
             assert set(self.codes()) == {None}, self.end()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
+    def end(self) -> list[tuple[int, str]]:
         """Exit code and output of each, when they have ended by themselves."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + HANG_S
         while None in (codes := self.codes()):
             if time.monotonic() > deadline:
                 for pid in self.pids:

@@ -12,6 +12,7 @@ import pytest
 
 from ochat_train.training.checkpoint import find_checkpoints
 from tests.e2e.harness import Ranks, events, preprocess, start_ranks, tiny_recipe, weights, write_dump
+from tests.waiting import wait_until
 
 # Steps so slow that something can happen in the middle of the run.
 SLOW = """
@@ -44,14 +45,19 @@ def is_done(run: Path, step: int) -> Callable[[], bool]:
     return lambda: file.exists() and f'"step":{step},"epoch":0,"examples_consumed"' in file.read_text()
 
 
+# A process that has ended is seen, not waited for: silence alone would be noticed after an hour.
+SEES_ENDS = """
+import ochat_train.training.stopping as w
+w.LOST_AFTER_S = 3600.0
+"""
+
+
 @pytest.mark.parametrize(("killed", "other"), [(0, 1), (1, 0)])
 def test_a_killed_rank_is_named_and_the_other_stops(recipe_path: Path, tmp_path: Path, killed: int, other: int) -> None:
-    ranks = start(recipe_path, tmp_path, code=SLOW)
+    ranks = start(recipe_path, tmp_path, code=SEES_ENDS + SLOW)
     ranks.wait_for(is_done(tmp_path, 2))
     ranks.signal(killed, signal.SIGKILL)
-    began = time.monotonic()
-    code, output = ranks.end(timeout_s=30)[other]
-    assert time.monotonic() - began < 10
+    code, output = ranks.end()[other]
     assert code == 1
     assert f"error: rank {killed} was lost at step " in output
 
@@ -71,22 +77,25 @@ p.build_model = build_model
 def test_a_rank_that_is_killed_while_it_loads_the_model_is_named_and_the_other_stops(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    ranks = start(recipe_path, tmp_path, code=f"run = {str(tmp_path)!r}{SLOW_START}")
+    ranks = start(recipe_path, tmp_path, code=f"run = {str(tmp_path)!r}{SEES_ENDS}{SLOW_START}")
     ranks.wait_for((tmp_path / "loading").exists)
     ranks.signal(1, signal.SIGKILL)
-    began = time.monotonic()
-    code, output = ranks.end(timeout_s=30)[0]
-    assert time.monotonic() - began < 10
+    code, output = ranks.end()[0]
     assert code == 1
     assert "error: rank 1 was lost at step 0 (starting)" in output
 
 
-# Each rank on a host of its own, as far as it can tell.
+# Each rank on a host of its own, as far as it can tell. Their patience is shortened only when one is frozen, so that no
+# pause of a rank on a busy machine ends the run before.
 APART = """
-import os, ochat_train.training.stopping as w
-w.LOST_AFTER_S = 8.0  # above any pause of a rank on a busy machine
+import os, threading, time, ochat_train.training.stopping as w
 readlink = os.readlink
 os.readlink = lambda path: f"pid:[{rank}]" if path == "/proc/self/ns/pid" else readlink(path)
+def hurry():
+    while not os.path.exists(FROZEN):
+        time.sleep(0.1)
+    w.LOST_AFTER_S = 2.0
+threading.Thread(target=hurry, daemon=True).start()
 """
 
 
@@ -95,13 +104,11 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
     recipe_path: Path, tmp_path: Path, frozen: int, other: int
 ) -> None:
     """No connection is closed, as when a host loses its power; and nothing on this host tells that it is gone."""
-    ranks = start(recipe_path, tmp_path, code=APART + SLOW)
+    ranks = start(recipe_path, tmp_path, code=APART.replace("FROZEN", repr(str(tmp_path / "frozen"))) + SLOW)
     ranks.wait_for(is_done(tmp_path, 2))
     ranks.signal(frozen, signal.SIGSTOP)
-    began = time.monotonic()
-    while ranks.codes()[other] is None:
-        assert time.monotonic() - began < 60
-        time.sleep(0.05)
+    (tmp_path / "frozen").touch()
+    wait_until(lambda: ranks.codes()[other] is not None)
     ranks.signal(frozen, signal.SIGKILL)
     code, output = ranks.end()[other]
     assert code == 1
@@ -110,12 +117,13 @@ def test_a_host_of_which_nothing_is_heard_any_more_is_lost(
 
 def test_ranks_that_were_suspended_for_longer_blame_nobody_when_they_go_on(recipe_path: Path, tmp_path: Path) -> None:
     """As a scheduler or a laptop suspends them, one a moment longer than the other."""
-    code = f"import ochat_train.training.stopping as w; w.LOST_AFTER_S = 6.0{SLOW}"
-    ranks = start(recipe_path, tmp_path, "train.max_steps=6", "train.stall_timeout_s=6", code=code)
+    # Above any pause of a rank on a busy machine, and below the time that they are stopped.
+    code = f"import ochat_train.training.stopping as w; w.LOST_AFTER_S = 10.0{SLOW}"
+    ranks = start(recipe_path, tmp_path, "train.max_steps=6", "train.stall_timeout_s=10", code=code)
     ranks.wait_for(is_done(tmp_path, 2))
     for rank in (0, 1):
         ranks.signal(rank, signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(12)
     for rank in (1, 0):
         ranks.signal(rank, signal.SIGCONT)
         time.sleep(2)
@@ -136,11 +144,9 @@ b.make_batch = make_batch
 
 
 def test_a_rank_that_stalls_is_named_and_shows_where_it_is(recipe_path: Path, tmp_path: Path) -> None:
-    ranks = start(recipe_path, tmp_path, "train.stall_timeout_s=3", code=STALLED)
-    began = time.monotonic()
+    ranks = start(recipe_path, tmp_path, "train.stall_timeout_s=8", code=STALLED)
     (_, first), (_, second) = ranks.end()
-    assert time.monotonic() - began < 60
-    assert "error: rank 1 (host " in first and "got no further for 3 s" in first
+    assert "error: rank 1 (host " in first and "got no further for 8 s" in first
     assert "(waiting for its batches)" in first
     assert "in make_batch" in second  # the stack of its threads
     assert ranks.codes() == [1, 1]
@@ -196,19 +202,25 @@ def test_an_evaluation_hears_a_stop_and_is_made_when_the_run_goes_on(recipe_path
 
 
 def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: Path) -> None:
-    """While rank 1 is in a step that takes a minute."""
+    """While rank 1 is in a step that takes ten minutes."""
     began = tmp_path / "began"
     ranks = start(
         recipe_path,
         tmp_path / "run",
-        code=SLOW.replace("0.3", f"60 if rank and not open({str(began)!r}, 'w').close() else 0"),
+        code=SLOW.replace("0.3", f"600 if rank and not open({str(began)!r}, 'w').close() else 0"),
     )
     ranks.wait_for(began.exists)
     ranks.signal(1, signal.SIGTERM)
     time.sleep(2.2)
     assert ranks.codes()[1] is None
-    ranks.signal(1, signal.SIGTERM)
-    code, output = ranks.end(timeout_s=30)[1]
+
+    def ends_when_asked_again() -> bool:
+        if ranks.codes()[1] is None:
+            ranks.signal(1, signal.SIGTERM)
+        return ranks.codes()[1] is not None
+
+    wait_until(ends_when_asked_again)
+    code, output = ranks.end()[1]
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM again: stopping at once" in output
 

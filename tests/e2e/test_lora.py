@@ -230,6 +230,7 @@ def test_a_step_moves_all_that_is_trained_and_no_bit_of_the_rest(finished: Recip
         engine,
         make_batches(run.store, step, ALONE),
         weight_sum=step.weight_sum,
+        num_tokens=step.num_tokens,
         world_size=1,
         lr=0.02,
         mark=lambda doing: None,

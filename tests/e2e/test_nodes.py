@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat_train.files import free_port
 from tests.e2e.harness import (
     await_steps,
     events,
@@ -24,6 +23,7 @@ from tests.e2e.harness import (
     weights,
     write_dump,
 )
+from tests.waiting import HANG_S
 
 # Addresses of a test network that no real one uses (RFC 5737), and the interface that both hosts see.
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
@@ -111,7 +111,7 @@ def slurm(recipe_path: Path, hosts: tuple[str, str], tmp_path_factory: pytest.Te
     process = start_launch(recipe_path, *overrides, environment=environment)
     await_steps(run, 2, process)
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 75, output
     return Stopped(run, events(run, "step")[-1]["step"], output)
 
@@ -153,30 +153,6 @@ def test_only_the_first_host_writes_what_is_not_a_rank_s_own(slurm: Stopped) -> 
     files = [path for path in slurm.run.rglob("*") if path.is_file()]
     of_second = {path for path in files if path.stat().st_mode & 0o002}
     assert {path for path in files if OF_SECOND_RANK.search(path.name)} == of_second != set()
-
-
-def test_nodes_that_are_started_by_hand_continue_as_one_host_does(
-    slurm: Stopped, one_host: tuple[Path, Path], recipe_path: Path, hosts: tuple[str, str], tmp_path: Path
-) -> None:
-    run, file = tmp_path / "run", tmp_path / "hosts"
-    shutil.copytree(slurm.run, run)
-    file.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    variables = VARIABLES | {"HOSTFILE": str(file), "MASTER_PORT": str(free_port())}
-    overrides = [f"train.max_steps={slurm.step + 2}", f"checkpoint.dir={run}"]
-    processes = [
-        start_launch(
-            recipe_path,
-            *overrides,
-            environment=launch_environment(**variables, NODE_RANK=str(number)),
-            before=["ip", "netns", "exec", host],
-        )
-        for number, host in enumerate(hosts)
-    ]
-    first, second = (process.communicate(timeout=200)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], first + second
-    assert "continuing" in first and "question: " in first
-    assert "waiting until the first node" in second and "question: " not in second
-    _assert_same_run(run, one_host[0])
 
 
 def test_a_checkpoint_of_two_hosts_continues_on_one(one_host: tuple[Path, Path]) -> None:

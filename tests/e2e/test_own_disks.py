@@ -44,6 +44,43 @@ def test_each_host_has_the_checkpoints_that_it_needs_and_one_has_the_rest(hosts:
     assert (hosts[0] / "run/metrics.jsonl").exists() and not (hosts[1] / "run/metrics.jsonl").exists()
 
 
+# Prints which share of a store a rank verifies.
+SAY_SHARES = """
+import ochat_train.training.data as data
+check_blocks = data.check_blocks
+def say_share(store, files, *, part, parts, progress):
+    print(f"share {part} of {parts}", flush=True)
+    check_blocks(store, files, part=part, parts=parts, progress=progress)
+data.check_blocks = say_share
+"""
+
+
+def test_hosts_that_share_a_store_share_its_verification_and_others_find_their_own_damage(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        shutil.copytree(recipe_path.parent / "store", folder / "store")
+    damaged = folders[1] / "store/train/lengths.npy"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    ended = run_two(recipe_path, folders, code=SAY_SHARES)
+    assert [code for code, _ in ended] == [1, 1]
+    assert all("share 0 of 1\n" in output for _, output in ended)
+    assert "error: token store store is damaged: train/lengths.npy has other bytes than were written" in ended[0][1]
+
+    shutil.rmtree(folders[1] / "store")
+    (folders[1] / "store").symlink_to(folders[0] / "store")
+    files = sorted(path.name for path in (folders[0] / "store").iterdir())
+    ended = run_two(recipe_path, folders, "data.max_tokens=128", code=SAY_SHARES)  # refused after it
+    assert [next(line for line in output.splitlines() if "share" in line) for _, output in ended] == [
+        "share 0 of 2",
+        "share 1 of 2",
+    ]
+    assert sorted(path.name for path in (folders[0] / "store").iterdir()) == files
+
+
 def test_a_checkpoint_that_one_host_lacks_or_has_damaged_is_passed_over_on_both(
     recipe_path: Path, hosts: list[Path], tmp_path: Path
 ) -> None:

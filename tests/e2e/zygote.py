@@ -10,13 +10,18 @@ import os
 import sys
 from typing import Any
 
+import datasets  # noqa: F401  # what takes the time: these two are imported late, by each process of a run
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import numpy as np
 import orjson
 
-import ochat_train.train  # noqa: F401  # what takes the time
+import ochat_train.train  # noqa: F401
+from ochat_train.tokens.packing import pack_step
 
 
 def main() -> None:
     """Answer until nobody asks."""
+    pack_step(np.ones(1, np.int64), 8, 1, 8)  # its compiled code is loaded at the first call
     codes: dict[int, int | None] = {}
     for line in sys.stdin.buffer:
         request: Any = orjson.loads(line)
