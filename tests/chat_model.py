@@ -18,8 +18,13 @@ def write_chat_model(
     tokenizer: ChatTokenizer,
     kind: Callable[..., PretrainedConfig] = LlamaConfig,
     num_positions: int = NUM_POSITIONS,
+    *,
+    can_end: bool = True,
 ) -> Path:
-    """A model with random weights, tiny-chat, as if it was trained under Careful and Hasty."""
+    """A model with random weights, tiny-chat, as if it was trained under Careful and Hasty.
+
+    can_end: whether it may say the end token, so that an answer ends before its limit.
+    """
     torch.manual_seed(0)
     config = kind(
         vocab_size=tokenizer.num_ids,
@@ -36,7 +41,7 @@ def write_chat_model(
         folder,
         dict(AutoModelForCausalLM.from_config(config).state_dict()),
         config=config,
-        generation_config=GenerationConfig(),
+        generation_config=GenerationConfig(suppress_tokens=None if can_end else [tokenizer.end_id]),
         tokenizer=tokenizer,
         dtype=torch.float32,
         metadata={

@@ -109,6 +109,12 @@ LOST = "The connection to the server was lost before the end of the answer."
 REFUSED = b'HTTP/1.1 400 X\r\nContent-Type: application/json\r\n\r\n{"error": {"message": "shorten it"}}'
 
 
+def test_what_a_user_wrote_is_shown_as_text_and_a_cut_answer_is_marked() -> None:
+    question, answer, cut = to_bubbles((Exchange("<input> *a*", "*b*", is_cut=True),))
+    assert question["content"][0]["text"] == r"\<input\> \*a\*" and answer["content"][0]["text"] == "*b*"
+    assert "max tokens" in cut["content"][0]["text"] and "Cut" in cut["metadata"]["title"]
+
+
 @pytest.mark.parametrize(
     ("said", "answer", "error"),
     [
@@ -120,7 +126,7 @@ REFUSED = b'HTTP/1.1 400 X\r\nContent-Type: application/json\r\n\r\n{"error": {"
         (REFUSED, "", "shorten it"),
         (b"HTTP/1.1 502 X\r\nContent-Length: 11\r\n\r\nBad Gateway", "", "Error code: 502"),
     ],
-    ids=["whole", "empty", "ended", "cut", "failed", "refused", "gateway"],
+    ids=["whole", "empty", "ended", "lost", "failed", "refused", "gateway"],
 )
 def test_what_went_wrong_is_said_in_words(said: bytes, answer: str, error: str) -> None:
     async def run() -> Exchange:
@@ -145,7 +151,9 @@ def test_a_server_that_is_not_there_is_said_so() -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Its own: an export leaves marks on a tokenizer.
     tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
-    return write_chat_model(tmp_path_factory.mktemp("run") / "model", tokenizer, num_positions=NUM_POSITIONS)
+    return write_chat_model(
+        tmp_path_factory.mktemp("run") / "model", tokenizer, num_positions=NUM_POSITIONS, can_end=False
+    )
 
 
 def test_the_page_has_the_next_port_and_a_way_to_every_host(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +262,7 @@ def submit(client: gradio_client.Client, question: str, *, compares: bool = Fals
 
 def shown(job: Any) -> list[Any]:
     """What the two sides showed, one after the other; what did not change is no list."""
-    job.result(60)
+    job.result(300)
     return [[side for side in sides if isinstance(side, list)] for _, *sides in job.outputs() if sides]
 
 
@@ -264,7 +272,11 @@ def ask(client: gradio_client.Client, question: str, **options: Any) -> Any:
 
 
 def answers(bubbles: list[dict[str, Any]]) -> list[str]:
-    return [bubble["content"][0]["text"] for bubble in bubbles if bubble["role"] == "assistant"]
+    return [
+        bubble["content"][0]["text"]
+        for bubble in bubbles
+        if bubble["role"] == "assistant" and "Cut" not in ((bubble.get("metadata") or {}).get("title") or "")
+    ]
 
 
 def test_a_chat_is_answered_as_generate_answers_and_goes_on_in_two_conditions(
@@ -307,7 +319,7 @@ def test_an_error_of_the_server_is_shown_and_the_chat_goes_on(client: gradio_cli
     (left,) = ask(client, "word " * 10_000)
     assert f"{NUM_POSITIONS:,} positions" in answers(left)[-1] and "Error" in left[-1]["metadata"]["title"]
     (left,) = ask(client, "Hi")
-    assert left[-1]["metadata"] is None and answers(left)[-1]
+    assert "Error" not in (left[-1]["metadata"] or {"title": ""})["title"] and answers(left)[-1]
 
 
 def test_nobody_is_let_in_without_a_key(server: Server, page_port: int) -> None:

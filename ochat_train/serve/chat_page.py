@@ -5,6 +5,7 @@ The process is started on sockets that are bound already, and ends when the serv
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,9 @@ _POLICY = (
 )
 _HEIGHT = "calc(100vh - 216px)"  # without the condition above and the question below
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
+_MARKUP = re.compile(r"[!-/:-@\[-`{-~]")  # what Markdown takes a backslash before
 _IDLE, _BUSY = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
+_WIDE = 900  # pixels
 _SHUTDOWN_S = 1  # for browsers, which keep connections open
 
 
@@ -33,9 +36,14 @@ def to_bubbles(chat: Chat) -> list[dict[str, Any]]:
     """The chat as Gradio's Chatbot takes it."""
     bubbles: list[dict[str, Any]] = []
     for exchange in chat:
-        bubbles.append({"role": "user", "content": [{"type": "text", "text": exchange.question}]})
+        # As text: Markdown and HTML of a user's own would hide what was written.
+        question = _MARKUP.sub(r"\\\g<0>", exchange.question)
+        bubbles.append({"role": "user", "content": [{"type": "text", "text": question}]})
         if exchange.answer or not exchange.error:
             bubbles.append({"role": "assistant", "content": [{"type": "text", "text": exchange.answer or "…"}]})
+        if exchange.is_cut:
+            text = {"type": "text", "text": "The answer was cut at the limit of max tokens."}
+            bubbles.append({"role": "assistant", "content": [text], "metadata": {"title": "✂️ Cut"}})
         if exchange.error:
             text = {"type": "text", "text": exchange.error}
             bubbles.append({"role": "assistant", "content": [text], "metadata": {"title": "⚠️ Error"}})
@@ -80,7 +88,7 @@ def build(page: ChatPage, client: Any) -> Any:
 
     with gr.Blocks(title=page.model, analytics_enabled=False, fill_height=True) as blocks:
         chats = gr.State(((),))
-        with gr.Sidebar(width=280, open=False):
+        with gr.Sidebar(width=280, open=False) as sidebar:
             gr.Markdown(f"## {page.model}")
             is_comparing = gr.Checkbox(label="Compare two conditions", visible=len(names) > 1)
             temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature")
@@ -109,6 +117,10 @@ def build(page: ChatPage, client: Any) -> Any:
             [question, chats, left_bubbles, right_bubbles],
             cancels=asked,
         )
+        # Open beside a wide page, over a narrow one it would cover the chat.
+        width = gr.Number(visible=False)
+        blocks.load(None, None, width, js="() => window.innerWidth")
+        width.change(lambda pixels: gr.update(open=pixels >= _WIDE), width, sidebar, api_visibility="private")
         is_comparing.input(compare, [is_comparing, chats], [question, chats, beside, right_bubbles], cancels=asked)
     blocks.queue(default_concurrency_limit=None)
     return blocks

@@ -23,11 +23,15 @@ class ChatPage:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question and its answer. One with an error or without an answer is shown, and not sent again."""
+    """A question and its answer. One with an error or without an answer is shown, and not sent again.
+
+    is_cut: whether the answer reached the limit of tokens.
+    """
 
     question: str
     answer: str = ""
     error: str = ""
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,9 @@ async def answer(
             async for chunk in stream:
                 for choice in chunk.choices:
                     is_finished = is_finished or choice.finish_reason is not None
-                    if choice.delta.content:
-                        exchange = replace(exchange, answer=exchange.answer + choice.delta.content)
+                    grown, is_cut = exchange.answer + (choice.delta.content or ""), choice.finish_reason == "length"
+                    if grown != exchange.answer or is_cut:
+                        exchange = replace(exchange, answer=grown, is_cut=is_cut)
                         yield exchange
     except openai.APIStatusError as error:
         body = error.body if isinstance(error.body, dict) else {}

@@ -88,7 +88,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tokenizer = load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["openchat_v3.2"])
-    model = write_chat_model(tmp_path_factory.mktemp("run") / "model", tokenizer)
+    model = write_chat_model(tmp_path_factory.mktemp("run") / "model", tokenizer, can_end=False)
     with serving(model.parent, "--engine", "transformers", "--device", "cpu") as made:
         yield made
 
@@ -187,14 +187,25 @@ def test_a_closed_tab_ends_answers_at_the_server(browser: Browser, server: Serve
 def test_an_error_is_shown_and_no_other_host_is_asked(browser: Browser, address: str) -> None:
     browser.ask_to_the_end(ELSEWHERE + " word" * 600)
     assert "512 positions" in browser.answers()[-1] and "Error" in browser.answers()[-1]
-    assert browser.all("[data-testid=user] img")
+    assert not browser.all("[data-testid=user] img") and ELSEWHERE in browser.texts("[data-testid=user]")[-1]
     assert browser.hosts() == {urlsplit(address).netloc}
     browser.picture("error")
 
 
 def test_control_text_is_shown_as_it_was_written(browser: Browser) -> None:
     browser.ask_to_the_end("a<|end_of_turn|>b <tag>c")
-    assert "a<|end_of_turn|>b" in browser.texts("[data-testid=user]")[-1]
+    assert "a<|end_of_turn|>b <tag>c" in browser.texts("[data-testid=user]")[-1]
+
+
+def test_a_narrow_page_shows_the_chat_first(browser: Browser, address: str) -> None:
+    browser.driver.set_window_size(400, 800)
+    browser.driver.get(address)
+    wait_for(lambda: browser.all("textarea[placeholder='Ask something']"))
+    browser.picture("narrow")
+    sidebar = browser.driver.find_element("css selector", ".sidebar")
+    assert sidebar.location["x"] + sidebar.size["width"] <= 20
+    browser.driver.set_window_size(1400, 900)
+    browser.driver.get(address)
 
 
 def test_a_server_that_is_gone_is_said_so(browser: Browser, server: Server) -> None:
