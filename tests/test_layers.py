@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train": BELOW | {"files", "export"},
     "launch": {"recipe", "files", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
-    "evaluate": BELOW | {"files", "serve", "evaluate"},
+    "evaluate": BELOW | {"files", "serve", "evaluate", "report"},
     "report": BELOW | {"files", "preprocess", "report"},
     "doctor": BELOW | {"files", "doctor"},
 }
@@ -34,6 +34,7 @@ TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.
 SERVERS = {f"ochat_train.serve.{name}" for name in ("gate", "transformers_engine", "vllm_engine")}
 EXTRAS = (
+    "alpaca_eval",
     "flash_attn",
     "flash_attn_interface",
     "liger_kernel",
