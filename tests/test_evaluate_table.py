@@ -126,7 +126,7 @@ def test_models_are_graded_and_compared_and_what_they_cannot_take_is_an_error(
     }  # fmt: skip
     text = (out / "table.txt").read_text()
     assert "MT-bench (win rate adjusted %) v.s. ChatGPT" in text and "83.3 (" in text and "7.50 (" in text
-    assert "small, mt-bench: 2 longer than the model takes, written and judged as $ERROR$: 81, 111." in text
+    assert "small, mt-bench: 2 longer than the model takes, judged as $ERROR$: 81, 111." in text
     assert (out / "table.html").read_text().count("<svg") == 2
 
 
@@ -197,7 +197,7 @@ def test_the_win_rate_of_alpaca_eval_is_that_of_its_package(tmp_path: Path) -> N
     assert results["benchmarks"]["alpaca-eval"]["baseline"] == "text_davinci_003"
     found = results["models"][0]["alpaca-eval"]
     assert (found["win_rate"], found["num_judged"], found["num_answered"]) == (0.8, 5, 6)
-    assert "1 answers have no verdict" in (tmp_path / "out/table.txt").read_text()
+    assert "answers without a verdict, not in the rate: 1." in (tmp_path / "out/table.txt").read_text()
 
 
 def test_mistakes_are_one_line_before_anything_is_asked(

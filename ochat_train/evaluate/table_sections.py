@@ -44,7 +44,9 @@ def _summary(models: Sequence[dict[str, Any]], benchmarks: dict[str, Any]) -> Ta
             columns[name] = [_rate(row[MT]) for row in models]
         columns["MT-bench (score)"] = [_score(row[MT]) for row in models]
     columns["$ERROR$"] = [f"{sum(len(row[name]['error']) for name in benchmarks):,}" for row in models]
-    return Table(list(columns), list(zip(*columns.values(), strict=True)), left=(0, 1))
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"} or "(" in name}
+    left = [number for number, name in enumerate(columns) if name in ("Model", "Condition")]
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), left)
 
 
 def _rate(found: dict[str, Any]) -> str:
@@ -91,13 +93,10 @@ def _comparisons(models: Sequence[dict[str, Any]], baseline: str) -> Section:
         for row in models
     ]
     names = {"first": "wins", "second": "losses", "tie": "ties", "split": "split", "unclear": "unclear"}
-    rows = [
-        [row["name"], *(f"{row[MT]['outcomes'].get(outcome, 0):,}" for outcome in names), _rate(row[MT])]
-        for row in models
-    ]
+    rows = [[row["name"], *(f"{row[MT]['outcomes'].get(outcome, 0):,}" for outcome in names)] for row in models]
     blocks: list[Block] = [
         _bars(f"Against {baseline}", "win rate adjusted, %", categories, models, values, top=100, form="{:.0f}"),
-        Table(["Model", *names.values(), "%"], rows),
+        Table(["Model", *names.values()], rows),
     ]
     return Section("comparisons", f"MT-bench against {baseline}", blocks)
 
@@ -142,15 +141,15 @@ def _missing(models: Sequence[dict[str, Any]], benchmarks: dict[str, Any]) -> li
         for name in benchmarks:
             found = row[name]
             for names, what in (
-                (found["error"], "longer than the model takes, written and judged as $ERROR$"),
+                (found["error"], "longer than the model takes, judged as $ERROR$"),
                 (found["unanswered"], "not answered, and in no figure"),
             ):
                 if names:
                     sentences.append(f"{row['name']}, {name}: {len(names):,} {what}: {_listed(names)}.")
         if num := row.get(MT, {}).get("num_unrated"):
-            sentences.append(f"{row['name']}, {MT}: {num:,} turns have no rating from the judge, and are in no score.")
+            sentences.append(f"{row['name']}, {MT}: turns without a rating, in no score: {num:,}.")
         if ALPACA in benchmarks and (num := row[ALPACA]["num_answered"] - row[ALPACA]["num_judged"]):
-            sentences.append(f"{row['name']}, {ALPACA}: {num:,} answers have no verdict, and are not in the rate.")
+            sentences.append(f"{row['name']}, {ALPACA}: answers without a verdict, not in the rate: {num:,}.")
     return sentences
 
 
