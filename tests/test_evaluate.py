@@ -8,12 +8,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.engine import join_process_group
 from tests.chat_model import write_chat_model
 from tests.chat_server import KEY, ROOT, Server, ask, serving
+from tests.chat_stub import Stub
 from tests.e2e.harness import events, tiny_recipe, write_dump
 from tests.test_train import ALONE, train
 from tests.waiting import HANG_S, wait_until
@@ -43,65 +42,6 @@ QUESTIONS = [
     {"question_id": 111, "category": "math", "turns": ["What is 2 + 2?", "And doubled?"]},
     {"question_id": 131, "category": "extraction", "turns": ["Which is red: sky or blood?"], "reference": ["blood"]},
 ]
-
-
-class Stub:
-    """A stand-in of the API. reply: the text for a chat's body, or a status, or None for a connection that is cut."""
-
-    def __init__(self, reply: Callable[[dict[str, Any]], str | int | None], delay_s: float = 0.0) -> None:
-        self.asked: list[dict[str, Any]] = []
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self._send(200, {"object": "list", "data": [{"id": "stub", "object": "model"}]})
-
-            def do_POST(self) -> None:
-                body = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
-                stub.asked.append(body)
-                time.sleep(delay_s)
-                said = reply(body)
-                if said is None:  # fewer bytes than were promised
-                    self.send_response(200)
-                    self.send_header("content-length", "1000")
-                    self.end_headers()
-                    self.wfile.write(b'{"choices": [')
-                    self.close_connection = True
-                elif isinstance(said, int):
-                    self._send(said, {"error": {"message": f"no, {said}", "type": "x", "param": None, "code": None}})
-                else:
-                    message = {"role": "assistant", "content": said}
-                    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-                    self._send(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
-
-            def _send(self, status: int, fields: dict[str, Any]) -> None:
-                data = orjson.dumps(fields)
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def __enter__(self) -> "Stub":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def last_texts(self) -> list[str]:
-        return [body["messages"][-1]["content"] for body in self.asked]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "train": BELOW | {"files", "gpus", "preprocess", "export"},
     "launch": {"recipe", "files", "gpus", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
-    "evaluate": BELOW | {"files", "serve", "evaluate"},
+    "evaluate": BELOW | {"files", "serve", "report", "evaluate"},
     "report": BELOW | {"files", "gpus", "preprocess", "report"},
     "doctor": BELOW | {"files", "gpus", "preprocess", "doctor"},
 }
@@ -37,6 +37,7 @@ TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.
 SERVERS = {f"ochat_train.serve.{name}" for name in ("gate", "transformers_engine", "vllm_engine")}
 EXTRAS = (
+    "alpaca_eval",
     "flash_attn",
     "flash_attn_interface",
     "liger_kernel",

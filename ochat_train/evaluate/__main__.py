@@ -1,8 +1,8 @@
-"""Measure a trained model: its prompts, held-out loss, MT-bench and AlpacaEval, a judge's comparison, lm-eval.
+"""Measure a trained model: its prompts, held-out loss, MT-bench and AlpacaEval, a judge's table, lm-eval.
 
 python -m ochat_train.evaluate prompts MODEL STORE | held-out MODEL STORE
     | answer BENCHMARK MODEL_OR_URL OUT [flags of serve] | compare BENCHMARK FIRST SECOND --judge URL
-    | lm-eval MODEL_OR_URL TASK ...
+    | table MODEL_OR_URL ... --judge URL --judge-model NAME [flags of serve] | lm-eval MODEL_OR_URL TASK ...
 """
 
 import argparse
@@ -13,19 +13,25 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from ochat_train.evaluate.ask import CachedClient, Counts
-from ochat_train.evaluate.endpoint import reach
+from ochat_train.evaluate.endpoint import JUDGE_KEY_VARIABLE, Endpoint, find_endpoint, reach
 from ochat_train.evaluate.harness import run_tasks
-from ochat_train.evaluate.journal import Answer, open_journal
+from ochat_train.evaluate.journal import Answer, Journal, open_journal
 from ochat_train.evaluate.judge import Outcome, Pair, compare_pair, read_pairs, win_rate
 from ochat_train.evaluate.prompts import compare_prompts
 from ochat_train.evaluate.question_sets import QUESTION_SETS, Question, ask_turns, find_questions, read_questions
+from ochat_train.evaluate.table import describe_costs, measure, rehearse
+from ochat_train.evaluate.table_inputs import read_benchmarks, read_contenders
+from ochat_train.evaluate.table_results import judgments, summarize, write_answers
+from ochat_train.evaluate.table_sections import table_document
 from ochat_train.files import publish_file, require_packages
+from ochat_train.report.page import as_html, as_text
 
 INCOMPLETE, INTERRUPTED = 1, 130
 
@@ -33,7 +39,7 @@ INCOMPLETE, INTERRUPTED = 1, 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the commands. Exit code 1 when requests failed for good, 130 after an interrupt."""
     options, flags = make_parser().parse_known_args(arguments)
-    if flags and options.command != "answer":
+    if flags and options.command not in ("answer", "table"):
         sys.exit(f"error: no flag {flags[0]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a server that was started ends too
     try:
@@ -93,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_client_options(compare, max_tokens=1024)
     compare.set_defaults(run=_compare, condition=None)
 
+    _add_table(commands)
     harness = commands.add_parser("lm-eval", help="tasks of EleutherAI's harness", allow_abbrev=False)
     harness.add_argument("target", metavar="MODEL_OR_URL")
     harness.add_argument("tasks", metavar="TASK", nargs="+", help="names that lm-eval knows, or files of tasks")
@@ -106,8 +113,33 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_client_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    parser.add_argument("--model", metavar="M", help="its name at a URL (the first that is listed)")
+def _add_table(commands: Any) -> None:
+    table = commands.add_parser(
+        "table",
+        help="models side by side on MT-bench and AlpacaEval, by a judge; other flags go to serve",
+        allow_abbrev=False,
+    )
+    table.add_argument(
+        "targets", metavar="MODEL_OR_URL", nargs="+", help="[NAME=]MODEL[@CONDITION] or [NAME=]URL[#MODEL][@CONDITION]"
+    )
+    table.add_argument("--judge", required=True, metavar="URL", help="http://HOST/v1 of the judge")
+    table.add_argument("--judge-model", required=True, metavar="M", help="the judge's name there")
+    for flag, what in (("questions", "(those of installed packages)"), ("baseline", "answers to compare with")):
+        table.add_argument(
+            f"--{flag}", nargs="+", action="extend", default=[], metavar="BENCHMARK=FILE", help=f"{what}; mt-bench=FILE"
+        )
+    table.add_argument("--references", type=Path, metavar="F", help="right answers for MT-bench, as FastChat has them")
+    table.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="folder of all that is written (evaluation)"
+    )
+    table.add_argument("--dry-run", action="store_true", help="count the requests, ask nothing")
+    _add_client_options(table, max_tokens=None, has_model=False)
+    table.set_defaults(run=_table)
+
+
+def _add_client_options(parser: argparse.ArgumentParser, *, max_tokens: int | None, has_model: bool = True) -> None:
+    if has_model:
+        parser.add_argument("--model", metavar="M", help="its name at a URL (the first that is listed)")
     shown = max_tokens or "the benchmark's"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="T", help=f"of an answer ({shown})")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="questions at once (8)")
@@ -129,9 +161,25 @@ def _open_client(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[
         open_journal(options.out.with_name(f"{options.out.name}.asked")) as journal,
         reach(options.target, model=options.model, condition=options.condition, flags=flags) as endpoint,
     ):
-        yield CachedClient(
-            endpoint, journal, condition=options.condition, num_tries=options.tries, timeout_s=options.timeout
-        )
+        yield _client(options, journal, endpoint, options.condition)
+
+
+def _client(
+    options: argparse.Namespace,
+    journal: Journal,
+    endpoint: Endpoint,
+    condition: str | None = None,
+    rehearses: bool = False,
+) -> CachedClient:
+    return CachedClient(
+        endpoint,
+        journal,
+        condition=condition,
+        concurrency=options.concurrency,
+        num_tries=options.tries,
+        timeout_s=options.timeout,
+        rehearses=rehearses,
+    )
 
 
 def _prompts(options: argparse.Namespace, flags: Sequence[str]) -> int:
@@ -170,7 +218,7 @@ def _answer(options: argparse.Namespace, flags: Sequence[str]) -> int:
             )
 
         items = {question.name: question for question in questions}
-        asyncio.run(client.run(items, work, concurrency=options.concurrency, title=options.benchmark))
+        asyncio.run(client.run(items, work, title=options.benchmark))
     suffix = "" if options.condition is None else f"-{options.condition}"
     name = options.name or client.endpoint.model + suffix
     done = [(question, answered[question.name]) for question in questions if question.name in answered]
@@ -193,7 +241,7 @@ def _compare(options: argparse.Namespace, flags: Sequence[str]) -> int:
             outcomes[named[0]] = await compare_pair(judge, named[1], max_tokens=options.max_tokens)
 
         items = {name: (name, pair) for name, pair in pairs.items()}
-        asyncio.run(judge.run(items, work, concurrency=options.concurrency, title="judge"))
+        asyncio.run(judge.run(items, work, title="judge"))
     rate = win_rate(Counter(outcomes.values()))
     result: dict[str, Any] = {
         "first": str(options.first),
@@ -208,6 +256,47 @@ def _compare(options: argparse.Namespace, flags: Sequence[str]) -> int:
     _write(options.out, orjson.dumps(result, option=orjson.OPT_INDENT_2))
     print(rate)
     return _report(judge.counts)
+
+
+def _table(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    _check_client_options(options)
+    benchmarks = read_benchmarks(options.questions, options.baseline, options.references)
+    contenders = read_contenders(options.targets, flags)
+    judge = find_endpoint(
+        options.judge, model=options.judge_model, condition=None, flags=(), key_variable=JUDGE_KEY_VARIABLE
+    )
+    with open_journal(options.out / "asked") as journal:
+        make_client = partial(_client, options, journal)
+        known, costs = rehearse(contenders, benchmarks, judge, make_client, max_tokens=options.max_tokens)
+        print(describe_costs(costs), flush=True)
+        if options.dry_run:
+            return 0
+        client = make_client(judge)
+        found = measure(
+            contenders,
+            benchmarks,
+            client,
+            make_client,
+            known=known,
+            max_tokens=options.max_tokens,
+            flags=flags,
+        )
+    for contender in contenders:
+        write_answers(options.out, benchmarks, contender, found[contender.label])
+    results = summarize(contenders, found, benchmarks, judge)
+    document = table_document(results)
+    text = as_text(document)
+    _write(options.out / "table.json", orjson.dumps(results, option=orjson.OPT_INDENT_2))
+    _write(options.out / "table.txt", (text + "\n").encode())
+    _write(options.out / "table.html", as_html(document).encode())
+    _write(options.out / "judgments.jsonl", judgments(judge.model, found))
+    print(f"\n{text}\n\n{options.out / 'table.html'}")
+    codes = []
+    for label, findings in found.items():
+        print(f"\n{label}: ", end="")
+        codes.append(_report(findings.counts))
+    print("\nthe judge: ", end="")
+    return max(*codes, _report(client.counts))
 
 
 def _harness(options: argparse.Namespace, flags: Sequence[str]) -> int:

@@ -11,15 +11,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ochat_train.files import free_port
 from ochat_train.model.exported import METADATA_FILE
 from ochat_train.serve.keys import KEYS_VARIABLE
 from ochat_train.serve.process import PARENT_VARIABLE
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+KEY_VARIABLE, JUDGE_KEY_VARIABLE = "OPENAI_API_KEY", "JUDGE_API_KEY"
 _SHOWN = 2000  # characters of the output of a server that does not start
 START_TIMEOUT_S = 1800.0  # for a server to load its model
 _END_S = 30.0  # for a server to end by itself
@@ -29,13 +30,15 @@ _END_S = 30.0  # for a server to end by itself
 class Endpoint:
     """A model on an OpenAI-compatible API.
 
-    url: the base, up to /v1. model: its name there. identity: the same wherever the model is served.
+    url: the base, up to /v1; empty for a folder that is not served yet. model: its name there. identity: the same
+    wherever the model is served. num_positions: of prompt and answer together, where it is known.
     """
 
     url: str
     key: str
     model: str
     identity: str
+    num_positions: int | None = None
 
 
 def is_url(target: str) -> bool:
@@ -45,31 +48,48 @@ def is_url(target: str) -> bool:
 
 @contextmanager
 def reach(target: str, *, model: str | None, condition: str | None, flags: Sequence[str]) -> Iterator[Endpoint]:
-    """The model at a URL, or in a folder, which is served until the block ends.
+    """The model at a URL, or in a folder, which is served until the block ends; as `find_endpoint` and `serve`."""
+    with serve(target, find_endpoint(target, model=model, condition=condition, flags=flags), flags) as endpoint:
+        yield endpoint
+
+
+def find_endpoint(
+    target: str, *, model: str | None, condition: str | None, flags: Sequence[str], key_variable: str = KEY_VARIABLE
+) -> Endpoint:
+    """The model at a URL, or in a folder, which is not served yet.
 
     model: its name at a URL; None takes the first that the server lists. condition: checked for a folder. flags: for
-    the server that is started. Raises ValueError.
+    the server of a folder. key_variable: has the key of a URL; KEY_VARIABLE where it is not set. Raises ValueError.
     """
     if is_url(target):
         if flags:
             raise ValueError(f"no flag {flags[0]}; flags of a server are for a MODEL, not for a URL")
-        key = os.environ.get(KEY_VARIABLE) or "none"
-        yield Endpoint(target.rstrip("/"), key, model or _first_model(target, key), target.rstrip("/"))
-        return
+        url, key = target.rstrip("/"), os.environ.get(key_variable) or os.environ.get(KEY_VARIABLE) or "none"
+        if model is not None:
+            return Endpoint(url, key, model, url)
+        first = _first_model(url, key)
+        return Endpoint(url, key, first.id, url, getattr(first, "max_model_len", None))
     from ochat_train.serve.served import find_served  # loads transformers, which a URL does not need
 
     served = find_served(target, condition)
     if model is not None:
         raise ValueError("--model names a model at a URL; a folder has one")
     digest = hashlib.sha256((served.folder / METADATA_FILE).read_bytes()).hexdigest()
-    key = secrets.token_hex(16)
+    return Endpoint("", secrets.token_hex(16), served.name, digest, served.num_positions)
+
+
+@contextmanager
+def serve(target: str, endpoint: Endpoint, flags: Sequence[str]) -> Iterator[Endpoint]:
+    """The endpoint itself, or that of a server of the folder `target`, which runs until the block ends."""
+    if endpoint.url:
+        yield endpoint
+        return
+    arguments = [target, "--disable-log-requests", *flags]
     with (
         tempfile.TemporaryDirectory() as folder,
-        started(
-            [target, "--disable-log-requests", *flags], output=Path(folder) / "output", variables={KEYS_VARIABLE: key}
-        ) as server,
+        started(arguments, output=Path(folder) / "output", variables={KEYS_VARIABLE: endpoint.key}) as server,
     ):
-        yield Endpoint(f"http://127.0.0.1:{server.port}/v1", key, served.name, digest)
+        yield replace(endpoint, url=f"http://127.0.0.1:{server.port}/v1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +145,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, output: Path)
         time.sleep(0.1)
 
 
-def _first_model(url: str, key: str) -> str:
+def _first_model(url: str, key: str) -> Any:
     import openai
 
     try:
@@ -135,4 +155,4 @@ def _first_model(url: str, key: str) -> str:
         raise ValueError(f"{url}/models does not answer ({error}); the key is taken from {KEY_VARIABLE}") from None
     if not models:
         raise ValueError(f"{url} lists no models; name one with --model")
-    return models[0].id
+    return models[0]

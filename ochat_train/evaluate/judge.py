@@ -68,26 +68,25 @@ def read_pairs(first: Path, second: Path, questions: list[Question] | None) -> d
     questions: those of MT-bench; None for AlpacaEval, whose files hold them. Raises ValueError when the files do not
     answer the same questions.
     """
-    sides: list[dict[str, tuple[str, ...]]]
-    asked: dict[str, tuple[str, ...]]
-    try:
-        if questions is None:
-            sides = [{row["instruction"]: (row["output"],) for row in read_rows(path)} for path in (first, second)]
-            asked = {instruction: (instruction,) for instruction in sides[0]}
-        else:
-            sides = [
-                {str(row["question_id"]): tuple(row["choices"][0]["turns"]) for row in read_rows(path)}
-                for path in (first, second)
-            ]
-            asked = {question.name: question.turns for question in questions}
-    except (KeyError, TypeError, IndexError, OSError) as error:
-        raise ValueError(f"{first} and {second} are not answers of one benchmark: {error!r}") from None
+    sides = [read_answers(path, is_alpaca=questions is None) for path in (first, second)]
+    asked = {name: (name,) for name in sides[0]} if questions is None else {q.name: q.turns for q in questions}
     for path, side, other in ((first, sides[0], sides[1]), (second, sides[1], sides[0])):
         if missing := next((name for name in other if name not in side), None):
             raise ValueError(f"{path} has no answer to {missing[:60]!r}; run its `answer` to the end")
         if unknown := next((name for name in side if name not in asked), None):
             raise ValueError(f"{path} answers {unknown[:60]!r}, which is not among the questions")
     return {name: Pair(asked[name], sides[0][name], sides[1][name]) for name in sides[0]}
+
+
+def read_answers(path: Path, *, is_alpaca: bool) -> dict[str, tuple[str, ...]]:
+    """The answers of a file that `answer` wrote, by the names of their questions. Raises ValueError."""
+    try:
+        rows = read_rows(path)
+        if is_alpaca:
+            return {row["instruction"]: (row["output"],) for row in rows}
+        return {str(row["question_id"]): tuple(row["choices"][0]["turns"]) for row in rows}
+    except (KeyError, TypeError, IndexError, OSError) as error:
+        raise ValueError(f"{path} does not hold answers of this benchmark: {error!r}") from None
 
 
 async def compare_pair(judge: CachedClient, pair: Pair, *, max_tokens: int) -> Outcome:
@@ -100,14 +99,19 @@ async def compare_pair(judge: CachedClient, pair: Pair, *, max_tokens: int) -> O
 
 
 def make_prompt(question: tuple[str, ...], a: tuple[str, ...], b: tuple[str, ...]) -> ChatMessages:
-    """The request to the judge. The mark around texts is a digest of them, which a text cannot foresee."""
-    mark = "#" + hashlib.sha256(repr((question, a, b)).encode()).hexdigest()[:12]
+    """The request to the judge."""
+    mark = mark_of(question, a, b)
     parts = [_INSTRUCTIONS.format(mark=mark)]
     for label, answers in (("A", a), ("B", b)):
         for number, (asked, answer) in enumerate(zip(question, answers, strict=True), start=1):
             turn = f", turn {number}" if len(question) > 1 else ""
             parts.append(f"{mark} the user to {label}{turn}\n{asked}\n{mark} assistant {label}{turn}\n{answer}")
     return [{"role": "user", "content": "\n\n".join([*parts, f"{mark} end"])}]
+
+
+def mark_of(*texts: tuple[str, ...]) -> str:
+    """The beginning of the lines around texts: a digest of them, which a text cannot foresee."""
+    return "#" + hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def read_preference(text: str) -> Preference | None:

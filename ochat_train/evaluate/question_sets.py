@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from ochat_train.evaluate.ask import CachedClient, ChatMessages
+from ochat_train.evaluate.ask import CachedClient, ChatMessages, TooLong
 from ochat_train.evaluate.journal import Answer, key_of
 
 # FastChat's temperatures by category (llm_judge/common.py, 0.2.36), unless a question has a required_temperature.
@@ -24,16 +24,22 @@ MT_TEMPERATURES = {
     "arena-hard-200": 0.0,
 }
 _OTHER_TEMPERATURE = 0.7
+ERROR_ANSWER = "$ERROR$"  # FastChat's, for what could not be answered
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The texts that a model is asked, one after the other. fields: what goes into the file of answers as it is."""
+    """The texts that a model is asked, one after the other. fields: what goes into the file of answers as it is.
+
+    references: for the first turns, right answers that the question file gives.
+    """
 
     name: str
     turns: tuple[str, ...]
     temperature: float
     fields: dict[str, Any]
+    category: str = ""
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +103,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 async def ask_turns(
     client: CachedClient, question: Question, *, max_tokens: int, temperature: float | None
 ) -> list[Answer]:
-    """The answers to a question's turns; each is asked after all before it. Raises Unanswered."""
+    """The answers to a question's turns; each is asked after all before it. Raises Unanswered.
+
+    From a turn on that is too long for the model, they are `$ERROR$`.
+    """
     messages: ChatMessages = []
-    answers = []
+    answers: list[Answer] = []
+    temperature = question.temperature if temperature is None else temperature
     for turn in question.turns:
         messages = [*messages, {"role": "user", "content": turn}]
-        answers.append(
-            await client.ask(
-                messages,
-                temperature=question.temperature if temperature is None else temperature,
-                max_tokens=max_tokens,
-            )
-        )
+        try:
+            answers.append(await client.ask(messages, temperature=temperature, max_tokens=max_tokens))
+        except TooLong as error:
+            client.counts.too_long[question.name] = str(error)
+            return answers + [Answer(ERROR_ANSWER, False, None, None)] * (len(question.turns) - len(answers))
         messages = [*messages, {"role": "assistant", "content": answers[-1].text}]
     return answers
 
@@ -118,7 +126,15 @@ def _read_mt(row: dict[str, Any]) -> Question:
     turns = tuple(row["turns"])
     if not turns or not all(isinstance(turn, str) for turn in turns):
         raise ValueError(f"question {row['question_id']} has no turns of text")
-    return Question(str(row["question_id"]), turns, float(temperature), {"question_id": row["question_id"]})
+    references = row.get("reference") or ()
+    return Question(
+        str(row["question_id"]),
+        turns,
+        float(temperature),
+        {"question_id": row["question_id"]},
+        row["category"],
+        tuple(map(str, [references] if isinstance(references, str) else references)),
+    )
 
 
 def _write_mt(answered: Iterable[tuple[Question, Sequence[Answer]]], model: str) -> bytes:
@@ -142,7 +158,7 @@ def _read_alpaca(row: dict[str, Any]) -> Question:
             f"the instruction {row['instruction'][:60]!r} has an input of its own; write that into the instruction"
         )
     fields = {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
-    return Question(row["instruction"], (row["instruction"],), 0.0, fields)
+    return Question(row["instruction"], (row["instruction"],), 0.0, fields, fields["dataset"])
 
 
 def _write_alpaca(answered: Iterable[tuple[Question, Sequence[Answer]]], model: str) -> bytes:
