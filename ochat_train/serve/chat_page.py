@@ -28,7 +28,6 @@ _HEIGHT = "calc(100vh - 216px)"  # without the condition above and the question 
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
 _MARKUP = re.compile(r"[!-/:-@\[-`{-~]")  # what Markdown takes a backslash before
 _IDLE, _BUSY = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
-_WIDE = 900  # pixels
 _SHUTDOWN_S = 1  # for browsers, which keep connections open
 
 
@@ -88,7 +87,7 @@ def build(page: ChatPage, client: Any) -> Any:
 
     with gr.Blocks(title=page.model, analytics_enabled=False, fill_height=True) as blocks:
         chats = gr.State(((),))
-        with gr.Sidebar(width=280, open=False) as sidebar:
+        with gr.Sidebar(width=280, open=False):  # open, it would cover the chat of a narrow page
             gr.Markdown(f"## {page.model}")
             is_comparing = gr.Checkbox(label="Compare two conditions", visible=len(names) > 1)
             temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature")
@@ -117,10 +116,6 @@ def build(page: ChatPage, client: Any) -> Any:
             [question, chats, left_bubbles, right_bubbles],
             cancels=asked,
         )
-        # Open beside a wide page, over a narrow one it would cover the chat.
-        width = gr.Number(visible=False)
-        blocks.load(None, None, width, js="() => window.innerWidth")
-        width.change(lambda pixels: gr.update(open=pixels >= _WIDE), width, sidebar, api_visibility="private")
         is_comparing.input(compare, [is_comparing, chats], [question, chats, beside, right_bubbles], cancels=asked)
     blocks.queue(default_concurrency_limit=None)
     return blocks

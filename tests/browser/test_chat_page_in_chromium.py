@@ -148,6 +148,7 @@ def test_an_answer_grows(browser: Browser) -> None:
 
 
 def test_two_conditions_stand_side_by_side(browser: Browser) -> None:
+    browser.click("button.toggle-button")  # the sidebar
     browser.click("button.lg")  # a new chat, since this one may have filled the positions
     browser.click("input[type=checkbox]")
     wait_for(lambda: len(browser.all("[data-testid=chatbot], .chatbot, .bubble-wrap")) >= 2)
