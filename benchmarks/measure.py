@@ -76,15 +76,6 @@ def product_peak(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, devi
     return max(found)
 
 
-def optimizer_seconds(num_elements: int, device: torch.device) -> float:
-    """The time of one AdamW step over so many fp32 weights, fused on a GPU: read and written once."""
-    weights = torch.zeros(num_elements, device=device, requires_grad=True)
-    weights.grad = torch.ones_like(weights)
-    optimizer = torch.optim.AdamW([weights], lr=1e-5, fused=device.type == "cuda")
-    optimizer.step()
-    return median(seconds_of(optimizer.step, device) for _ in range(_REPEATS))
-
-
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
