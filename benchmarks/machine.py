@@ -58,16 +58,18 @@ def describe_gpu() -> dict[str, Any]:
     }
 
 
-def results_file(benchmark: str, results: dict[str, Any]) -> Path:
-    """Where the numbers go; results holds what `describe_machine` says."""
+def results_file(benchmark: str, results: dict[str, Any], folder: Path | None = None) -> Path:
+    """Where the numbers go, by default in benchmarks/results/; results holds what `describe_machine` says."""
     device = results.get("gpu") or f"{results['cpu']} {results['cores']} cores"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return ROOT / "benchmarks/results" / f"{benchmark}-{results['date']}-{slug}.json"
+    return (folder or ROOT / "benchmarks/results") / f"{benchmark}-{results['date']}-{slug}.json"
 
 
-def write_results(benchmark: str, results: dict[str, Any]) -> None:
-    """Write the numbers to benchmarks/results/."""
-    file = results_file(benchmark, results)
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n")
-    print(f"written to {file.relative_to(ROOT)}")
+def write_results(benchmark: str, results: dict[str, Any], folder: Path | None = None) -> None:
+    """Write the numbers, whole or not at all, so that those of before stay when the process is killed meanwhile."""
+    file = results_file(benchmark, results, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2, default=str) + b"\n")
+    partial.replace(file)
+    print(f"written to {file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}", flush=True)

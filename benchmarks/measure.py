@@ -43,8 +43,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device, known: Iterable[
     return live.peak + sum(storages.values())
 
 
-def count_waits(run: Callable[[], object], device: torch.device) -> int:
-    """How often the host waits for the device; on a CPU, operations of whose result a GPU's host would wait."""
+def find_waits(run: Callable[[], object], device: torch.device) -> list[str]:
+    """Where the host waits for the device, file and line; on a CPU, operations after which it would wait for a GPU."""
     if device.type == "cuda":
         _finish(device)
         torch.cuda.set_sync_debug_mode("warn")
@@ -54,10 +54,17 @@ def count_waits(run: Callable[[], object], device: torch.device) -> int:
                 run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        synchronizing = (one for one in caught if "called a synchronizing CUDA operation" in str(one.message))
+        return [f"{one.filename}:{one.lineno}" for one in synchronizing]
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
-    return sum(event.count for event in profiled.key_averages() if event.key in _WAITING_OPERATIONS)
+    found = [event for event in profiled.key_averages() if event.key in _WAITING_OPERATIONS]
+    return [event.key for event in found for _ in range(event.count)]
+
+
+def count_waits(run: Callable[[], object], device: torch.device) -> int:
+    """How often the host waits; see `find_waits`."""
+    return len(find_waits(run, device))
 
 
 def product_peak(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> float:
@@ -74,15 +81,6 @@ def product_peak(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, devi
         seconds = median(seconds_of(run, device) for _ in range(_REPEATS))
         found.append(_PRODUCTS * 2 * m * k * n / seconds)
     return max(found)
-
-
-def optimizer_seconds(num_elements: int, device: torch.device) -> float:
-    """The time of one AdamW step over so many fp32 weights, fused on a GPU: read and written once."""
-    weights = torch.zeros(num_elements, device=device, requires_grad=True)
-    weights.grad = torch.ones_like(weights)
-    optimizer = torch.optim.AdamW([weights], lr=1e-5, fused=device.type == "cuda")
-    optimizer.step()
-    return median(seconds_of(optimizer.step, device) for _ in range(_REPEATS))
 
 
 def _finish(device: torch.device) -> None:

@@ -5,8 +5,8 @@ its gradients to those of the same parameters:
 
     ours                PackedCausalLM, as training runs it
     padded              batches padded to their longest conversation, sdpa, full logits: transformers as it is
-    transformers        one row of all conversations, as its DataCollatorWithFlattening makes it; flash_attention_2
-                        where flash_attn is installed, else sdpa with the mask that transformers makes of the positions
+    transformers        one row of all conversations, as its DataCollatorWithFlattening makes it, with attention by the
+                        collator's cu_seqlens through the backend that ours has, so that no mask is made
     transformers+liger  the same with Liger's kernels and its fused linear cross entropy
     upstream            Llama written out over the packed tokens, full logits, loss, weights and sums in the model's
                         dtype, as OpenChat trained
@@ -24,10 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, LlamaConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.models.llama import modeling_llama
 
-from ochat_train.model.attention import AttentionOptions, varlen_attention
+from ochat_train.model.attention import AttentionOptions, Backend, varlen_attention
 from ochat_train.model.kernels import choose_kernels, require_compiler, use_kernels
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.tokens.batch import CUDA_MULTIPLE, collate
@@ -199,11 +206,10 @@ def _labels(example: Example) -> list[int]:
     return labels
 
 
-def flattened(lm: PreTrainedModel, *, policy: str, with_liger: bool) -> Way:
-    """transformers' own packed path. Raises ValueError where Liger's kernels cannot run."""
-    has_flash = lm.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    attention = "flash_attention_2" if has_flash else "sdpa"
-    model = twin(lm, attention=attention)
+def flattened(lm: PreTrainedModel, *, policy: str, with_liger: bool, attention: str) -> Way:
+    """transformers' own packed path, attention by our backend. Raises ValueError where Liger's kernels cannot run."""
+    backend = _backend_of(lm, attention)
+    model = twin(lm, attention=_register_flattened(backend))
     with _replacements_undone() as rotary:
         if with_liger:
             if lm.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
@@ -212,7 +218,7 @@ def flattened(lm: PreTrainedModel, *, policy: str, with_liger: bool) -> Way:
 
             apply_liger_kernel_to_llama(model=model)
     model = _checkpointed(model, policy)
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=has_flash, return_tensors="pt")
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
 
     def prepare(examples: Sequence[Example]) -> list[Any]:
         features = [{"input_ids": example.input_ids.tolist(), "labels": _labels(example)} for example in examples]
@@ -223,7 +229,34 @@ def flattened(lm: PreTrainedModel, *, policy: str, with_liger: bool) -> Way:
         return [inputs | {"num_items_in_batch": count_supervised(examples)}]
 
     name = "transformers+liger" if with_liger else "transformers"
-    return Way(name, lm.config.num_hidden_layers, prepare, _loss_of(model), rotary[0], f"attention {attention}")
+    return Way(name, lm.config.num_hidden_layers, prepare, _loss_of(model), rotary[0], f"attention {backend}")
+
+
+def _register_flattened(backend: Backend) -> str:
+    """Attention over what the collator says of the row, for transformers; returns the name of it."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
+        borders = options["cu_seq_lens_q"], options["max_length_q"]
+        q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # [T, H, D] of [1, H, T, D]
+        mixed = varlen_attention(q, k, v, AttentionOptions(*borders, scale=options["scaling"]), backend=backend)
+        return mixed[None], None
+
+    name = f"varlen_by_collator_{backend}".replace("sdpa", "loop").replace("flash", "f")  # names that it does not know
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
+def _backend_of(lm: PreTrainedModel, attention: str) -> Backend:
+    """What PackedCausalLM chooses."""
+    packed = PackedCausalLM(
+        twin(lm),
+        attention=attention,
+        device_type=lm.device.type,
+        checkpointing="none",
+        num_conditions=1,
+    )
+    return packed.attention.backend
 
 
 def _checkpointed(model: PreTrainedModel, policy: str) -> PreTrainedModel:
@@ -248,15 +281,7 @@ def upstream(lm: PreTrainedModel, *, policy: str, attention: str) -> Way:
     if policy not in ("full", "none"):
         raise ValueError(f"upstream has no checkpointing {policy}")
     device = lm.device
-    # Which backend that is, PackedCausalLM knows.
-    packed = PackedCausalLM(
-        twin(lm),
-        attention=attention,
-        device_type=device.type,
-        checkpointing="none",
-        num_conditions=1,
-    )
-    backend = packed.attention.backend
+    backend = _backend_of(lm, attention)
 
     def prepare(examples: Sequence[Example]) -> list[Any]:
         return [collate(examples, [0] * len(examples)).to(device)]

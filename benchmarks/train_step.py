@@ -4,10 +4,9 @@
     python benchmarks/train_step.py --preset cpu         the same code on small shapes, to try it; 2 minutes
 
 The measured step is forward and backward over one packed micro-batch, gradients added up into buffers that stay, as an
-engine's do: without optimizer and communication, which are told apart, and without copying tokens to the device. The
-model has the embedding and the head of the whole vocabulary and as many layers as fit; since it is also measured with
-fewer layers, what one layer takes, and what embedding and head take, is known apart. Weights are random, optimizer
-states are left out.
+engine's do: without optimizer and communication, which are measured or calculated on their own, and without copying
+tokens to the device. The model has the embedding and the head of the whole vocabulary and a few layers; since it is
+also measured with fewer layers, the time of one layer, and that of embedding and head, follow. Weights are random.
 
 Micro-batches are those that our plan of 8 ranks makes of ShareGPT-like lengths; about half of the tokens, in turns,
 have a loss, of weight 1, so that all ways can compute it. See steps.py for the ways. All of one capacity and
@@ -24,29 +23,34 @@ What the columns say, medians over all steps, with the quarters around them:
     GB, planned   the most memory at one time, and what model/activations.py says of it
     waits         how often the host waits for the device in a step; on a CPU, operations that would make it wait
     40 layers     tokens/s of a GPU of 8 that train the whole model: 40 layers by the time of one, embedding and head;
-                  AdamW over an eighth of the weights; ZeRO-2's communication, none of it hidden, as
-                  training/speed.py calculates it. The three are in the table of the extrapolation.
+                  the optimizer that training makes, over an eighth of the weights; the copies through buckets into
+                  fp32 sums of training's own engine (ZeRO-2), over all of them; ZeRO-2's communication, none of it
+                  hidden, as training/speed.py calculates it. +- is the extrapolation's error: the quarters of the time
+                  of a layer, over the 36 layers that were not measured.
 
-A configuration that runs out of memory, or cannot run here, is told of, and the others go on. All numbers are written
-to benchmarks/results/, the speeds as lines for the table in training/speed.py. Needs psutil.
+A configuration that runs out of memory, or cannot run here, is reported, and the others go on. Liger's kernels are in
+ours and in transformers' where they can run, each beside the same without them. All numbers are written to
+benchmarks/results/ after each repetition, the speeds as lines for the table in training/speed.py. Needs psutil.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
 import orjson
 import torch
-from machine import ROOT, describe_machine, results_file, write_results
-from measure import count_waits, optimizer_seconds, peak_bytes, product_peak, seconds_of
+from machine import describe_machine, results_file, write_results
+from measure import count_waits, peak_bytes, product_peak, seconds_of
 from packing import sharegpt_like
 from steps import (
     Way,
@@ -61,10 +65,20 @@ from steps import (
 from transformers import LlamaConfig, PreTrainedModel
 
 from ochat_train.model.activations import count_activations
+from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
+from ochat_train.recipe import OptimSection
+from ochat_train.tokens.batch import collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import DataOrder
 from ochat_train.tokens.plan import PlanShape, plan_epoch
+from ochat_train.training.engine import (
+    deepspeed_config,
+    join_process_group,
+    make_engine,
+    make_optimizer,
+    read_world,
+)
 from ochat_train.training.speed import A100, BANDWIDTHS, Speed, communication_seconds, peak_flops
 
 SEED = 0
@@ -123,32 +137,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"fastest matrix product: {peak / 1e12:,.2f} TFLOP/s")
     lm = make_lm(config, dtype, device)
 
+    results |= {"options": vars(options), "product_peak_tflops": peak / 1e12}
+
+    def save(**found: Sequence[Any]) -> None:
+        results.update({name: [asdict(one) for one in values] for name, values in found.items()})
+        if options.write:
+            write_results("train_step", results, options.results)
+
+    def save_with(before: list[Measured], group: list[Measured]) -> None:
+        save(steps=[*before, *group])
+
     deadline = time.monotonic() + 60 * options.minutes
     measured: list[Measured] = []
     for capacity in options.capacities:
         batches = make_batches(config, options, capacity)
         for policy in options.checkpointing:
-            group = measure_group(lm, batches, capacity, policy, options, deadline, peak)
+            group = measure_group(lm, batches, capacity, policy, options, deadline, peak, partial(save_with, measured))
             show_group(group)
             measured += group
     differences = compare(measured, dtype)
     show_differences(differences)
-    optimizer = optimizer_seconds(sum(p.numel() for p in lm.parameters()) // WORLD_SIZE, device)
-    per_weight = optimizer * WORLD_SIZE / sum(p.numel() for p in lm.parameters())
-    source = str(results_file("train_step", results).relative_to(ROOT))
-    whole = extrapolate(measured, config, per_weight, results.get("gpu"), source)
-    show_whole(whole, per_weight)
-
-    results |= {
-        "options": {name: value for name, value in vars(options).items()},
-        "product_peak_tflops": peak / 1e12,
-        "optimizer_s_per_1e9_weights": per_weight * 1e9,
-        "steps": [asdict(one) for one in measured],
-        "differences": [asdict(one) for one in differences],
-        "whole": [asdict(one) for one in whole],
-    }
-    if options.write:
-        write_results("train_step", results)
+    engine = time_engine(make_config(options, options.layers[0]), batches[0][:1], options)
+    source = f"benchmarks/results/{results_file('train_step', results).name}"
+    whole = extrapolate(measured, config, engine, results.get("gpu"), source)
+    show_whole(whole, engine)
+    save(steps=measured, differences=differences, whole=whole, engine=[engine])
     if wrong := [one for one in differences if not one.agrees]:
         sys.exit(f"{len(wrong)} of {len(differences)} do not agree with ours: " + ", ".join(one.name for one in wrong))
 
@@ -165,12 +178,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--attention", default="auto", help="ours: auto or a backend")
     parser.add_argument("--checkpointing", nargs="+", default=["full", "none", "every_2"])
-    parser.add_argument("--kernels", nargs="+", default=["none"], choices=("none", "liger"), help="of ours")
+    parser.add_argument("--kernels", nargs="+", choices=("none", "liger"), help="of ours; both where Liger can run")
     parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too")
     parser.add_argument("--batches", type=int, default=2, help="different micro-batches of a configuration")
     parser.add_argument("--repeats", type=int, default=3, help="of each")
     parser.add_argument("--minutes", type=float, default=8.0, help="after these no configuration is begun")
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of benchmarks/results")
     options = parser.parse_args(arguments)
     for name, value in asdict(PRESETS[options.preset]).items():
         if getattr(options, name) is None:
@@ -178,6 +192,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cpu" if options.preset == "cpu" else "cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is here; --preset cpu tries the same on a CPU")
+    if options.kernels is None:  # the first is measured at all capacities
+        has_liger = options.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+        options.kernels = ["liger", "none"] if has_liger else ["none"]
     if options.layers[0] >= options.layers[1]:
         parser.error(f"--layers {options.layers[0]} {options.layers[1]}: the second number must be the larger")
     return options
@@ -255,6 +272,7 @@ class Measured:
     tokens_per_s: float = 0.0
     quarters: tuple[float, float] = (0.0, 0.0)
     layer_tokens_per_s: float | None = None
+    layer_quarters: tuple[float, float] | None = None
     layer_of_peak: float | None = None
     rest_share: float | None = None
     padding_ratio: float = 1.0
@@ -290,8 +308,8 @@ def ways_of(
         return
     batch_size = capacity // options.max_tokens
     yield "padded", more, partial(padded, lm, policy=policy, batch_size=batch_size)
-    yield "transformers", more, partial(flattened, lm, policy=policy, with_liger=False)
-    yield "transformers+liger", more, partial(flattened, lm, policy=policy, with_liger=True)
+    for name, with_liger in (("transformers", False), ("transformers+liger", True)):
+        yield name, more, partial(flattened, lm, policy=policy, with_liger=with_liger, attention=options.attention)
     yield "upstream", more, partial(upstream, lm, policy=policy, attention=options.attention)
 
 
@@ -303,8 +321,9 @@ def measure_group(
     options: argparse.Namespace,
     deadline: float,
     peak: float,
+    save: Callable[[list[Measured]], None],
 ) -> list[Measured]:
-    """All ways of one capacity and checkpointing, their steps in turns."""
+    """All ways of one capacity and checkpointing, their steps in turns; save is called after each repetition."""
     group: list[Measured] = []
     alive: list[tuple[Way, Measured, list[list[Any]]]] = []
     for name, num_layers, make in ways_of(lm, capacity, policy, options):
@@ -334,13 +353,14 @@ def measure_group(
                     one.seconds.append(seconds)
                     one.num_tokens.append(sum(len(example.input_ids) for example in examples))
                     one.num_supervised.append(count_supervised(examples))
-    for one in group:
-        if not one.failure:
-            summarise(one, lm.config, batches, options, peak)
-    for more in group:
-        few = [one for one in group if one.name == more.name and one.num_layers < more.num_layers]
-        if few and not few[0].failure and not more.failure:
-            tell_layers_apart(few[0], more, lm.config, peak)
+        for one in group:
+            if one.seconds and not one.failure:
+                summarise(one, lm.config, batches, options, peak)
+        for more in group:
+            few = [one for one in group if one.name == more.name and one.num_layers < more.num_layers]
+            if few and few[0].seconds and more.seconds and not few[0].failure and not more.failure:
+                tell_layers_apart(few[0], more, lm.config, peak)
+        save(group)
     return group
 
 
@@ -417,8 +437,11 @@ def tell_layers_apart(few: Measured, more: Measured, config: Any, peak: float) -
     """What one layer takes: the difference of each pair of steps, which ran one after the other."""
     layers = more.num_layers - few.num_layers
     pairs = zip(more.seconds, few.seconds, more.num_tokens, strict=True)
-    per_token = median((long - short) / layers / num_tokens for long, short, num_tokens in pairs)
+    times = [(long - short) / layers / num_tokens for long, short, num_tokens in pairs]
+    per_token = median(times)
     more.layer_tokens_per_s = 1 / per_token
+    first, _, third = quantiles(times) if len(times) > 1 else times * 3
+    more.layer_quarters = 1 / third, 1 / first
     more.layer_of_peak = layer_flops(config, 1, more.pairs_per_token) / per_token / peak
     more.rest_share = 1 - more.num_layers * per_token * more.tokens_per_s
 
@@ -449,13 +472,13 @@ def compare(measured: Sequence[Measured], dtype: torch.dtype) -> list[Difference
     done = [one for one in measured if one.norms]
     for one in done:
         same = [other for other in done if (other.capacity, other.num_layers) == (one.capacity, one.num_layers)]
-        reference = same[0]
-        if one is reference:
+        mine = [other for other in same if other.name.startswith("ours")]  # none where all ran out of memory
+        if not mine or one is mine[0]:
             continue
-        assert reference.name == "ours"
+        reference = mine[0]
         gradients = [
-            np.linalg.norm(np.subtract(mine, theirs)) / np.linalg.norm(theirs)
-            for mine, theirs in zip(one.norms, reference.norms, strict=True)
+            np.linalg.norm(np.subtract(its, expected)) / np.linalg.norm(expected)
+            for its, expected in zip(one.norms, reference.norms, strict=True)
         ]
         found.append(
             Difference(
@@ -474,10 +497,50 @@ def compare(measured: Sequence[Measured], dtype: torch.dtype) -> list[Difference
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTime:
+    """Seconds a weight, on one device. optimizer: of a step of training's own optimizer with the norm before and the
+    cast after it. copies: of what its engine adds to a backward pass, buckets and fp32 sums."""
+
+    optimizer: float
+    copies: float
+
+
+def time_engine(config: LlamaConfig, examples: list[Example], options: argparse.Namespace) -> EngineTime:
+    """Training's engine beside the same model without it, in turns, on few tokens, so that weights take the time."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    join_process_group(read_world())
+    plain, inner = (
+        PackedCausalLM(
+            make_lm(config, dtype, device),
+            attention=options.attention,
+            device_type=device.type,
+            checkpointing="none",
+            num_conditions=1,
+        ).train()
+        for _ in range(2)
+    )
+    for parameter in inner.parameters():
+        parameter.grad = None
+    setting = {"stage": 2, "offload": "none", "dtype": options.dtype, "grad_accum": 1, "grad_clip": 1.0}
+    engine = make_engine(inner, make_optimizer(inner, OptimSection(), lr=1e-5), deepspeed_config(**setting, extra={}))
+    batch = collate(examples, [0] * len(examples)).to(device)
+    steps, copies = [], []
+    for _ in range(options.repeats + 2):  # the first two make states and workspaces
+        without = seconds_of(lambda: plain(batch).nll.backward(), device)
+        backward = seconds_of(lambda: engine.backward(engine(batch).nll, scale_wrt_gas=False), device)
+        copies.append(backward - without)
+        steps.append(seconds_of(engine.step, device))
+    num_weights = sum(parameter.numel() for parameter in plain.parameters())
+    engine.destroy()
+    return EngineTime(median(steps[2:]) / num_weights, median(copies[2:]) / num_weights)
+
+
+@dataclass(frozen=True, slots=True)
 class Whole:
     """The whole model on 8 GPUs, calculated: seconds of one optimizer step of one micro-batch on each.
 
-    tokens_per_s: of a GPU. speed: the line for the table in training/speed.py, without communication.
+    tokens_per_s: of a GPU; error: of layers_s + rest_s, as a share. speed: the line for the table in
+    training/speed.py, without communication.
     """
 
     name: str
@@ -486,17 +549,19 @@ class Whole:
     layers_s: float
     rest_s: float
     optimizer_s: float
+    copies_s: float
     communication_s: float
     tokens_per_s: float
+    error: float
     speed: str | None
 
 
 def extrapolate(
-    measured: Sequence[Measured], config: Any, per_weight: float, gpu: str | None, source: str
+    measured: Sequence[Measured], config: Any, engine: EngineTime, gpu: str | None, source: str
 ) -> list[Whole]:
-    """40 layers by the time of one; AdamW over an eighth of the weights; ZeRO-2's bytes over NVLink.
+    """40 layers by the time of one; the optimizer over an eighth of the weights; ZeRO-2's bytes over NVLink.
 
-    per_weight: seconds of AdamW. source: the file of the results. Without a known GPU the bandwidth is an A100's.
+    source: the file of the results. Without a known GPU the bandwidth is an A100's.
     """
     whole = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": WHOLE})
     num_weights = matrix_weights_of(whole) + config.vocab_size * config.hidden_size
@@ -509,13 +574,15 @@ def extrapolate(
     )
     found = []
     for one in measured:
-        if one.layer_tokens_per_s is None or one.rest_share is None:
+        if one.layer_tokens_per_s is None or one.rest_share is None or one.layer_quarters is None:
             continue
         num_tokens = median(one.num_tokens)
         layers_s = WHOLE * num_tokens / one.layer_tokens_per_s
         rest_s = one.rest_share * num_tokens / one.tokens_per_s
-        optimizer_s = per_weight * num_weights / WORLD_SIZE
-        alone = layers_s + rest_s + optimizer_s
+        optimizer_s, copies_s = engine.optimizer * num_weights / WORLD_SIZE, engine.copies * num_weights
+        alone = layers_s + rest_s + optimizer_s + copies_s
+        slow, fast = one.layer_quarters
+        error = (WHOLE - one.num_layers) * num_tokens * (1 / slow - 1 / fast) / 2
         speed = Speed(
             device=gpu or "",
             model=f"Llama-2-13B, {WHOLE} layers by the time of one, {one.name}, {one.capacity:,} tokens",
@@ -536,8 +603,10 @@ def extrapolate(
                 layers_s,
                 rest_s,
                 optimizer_s,
+                copies_s,
                 communication,
                 num_tokens / (alone + communication),
+                error / (layers_s + rest_s),
                 repr(speed) if gpu is not None and peak_flops(gpu) else None,
             )
         )
@@ -581,17 +650,18 @@ def show_differences(differences: Sequence[Difference]) -> None:
         )
 
 
-def show_whole(whole: Sequence[Whole], per_weight: float) -> None:
+def show_whole(whole: Sequence[Whole], engine: EngineTime) -> None:
     """The extrapolation and its assumptions."""
     print(
-        f"\n{WHOLE} layers on {WORLD_SIZE} GPUs, calculated: seconds of a step. AdamW took {1e9 * per_weight:.3f} s "
-        "for 1e9 weights; communication is 2 x 2 bytes a weight x 7/8 over 0.8 of NVLink's one direction, none hidden"
+        f"\n{WHOLE} layers on {WORLD_SIZE} GPUs, calculated: seconds of a step. For 1e9 weights the optimizer "
+        f"took {1e9 * engine.optimizer:.3f} s, the engine's copies {1e9 * engine.copies:.3f} s; communication is 2 x 2 "
+        "bytes a weight x 7/8 over 0.8 of NVLink's one direction, none hidden"
     )
     for one in whole:
         print(
             f"  {one.name:22} {one.capacity:>7,} {one.policy:8} layers {one.layers_s:.3f}, embedding and head "
-            f"{one.rest_s:.3f}, AdamW {one.optimizer_s:.3f}, communication {one.communication_s:.3f}: "
-            f"{one.tokens_per_s:,.0f} tokens/s a GPU"
+            f"{one.rest_s:.3f}, +- {100 * one.error:.1f} %, optimizer {one.optimizer_s:.3f}, copies {one.copies_s:.3f}"
+            f", communication {one.communication_s:.3f}: {one.tokens_per_s:,.0f} tokens/s a GPU"
         )
     for one in whole:
         if one.speed is not None:

@@ -35,7 +35,6 @@ OPTIONS = train_step.parse(TINY)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that results are written to, instead of the committed one."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    monkeypatch.setattr(train_step, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     return tmp_path / "benchmarks/results"
 
@@ -103,7 +102,7 @@ def test_losses_that_do_not_agree_fail_the_run(results: Path, monkeypatch: pytes
         return attention(q, k, v, whole, **others)
 
     monkeypatch.setattr(steps, "varlen_attention", leaking)
-    with pytest.raises(SystemExit, match="1 of 3 do not agree with ours: upstream"):
+    with pytest.raises(SystemExit, match="2 of 3 do not agree with ours: transformers, upstream"):
         train_step.main([*TINY, "--checkpointing", "none", "--repeats", "1"])
     (wrong,) = (one for one in written(results)["differences"] if one["name"] == "upstream")
     # The mean loss of random weights hardly notices; the gradients do, far beyond what bfloat16 is allowed.
@@ -166,7 +165,7 @@ def test_all_ways_come_to_the_loss_and_the_gradients_of_one_conversation_after_t
     ways = [
         steps.ours(low, num_layers=2, attention="sdpa", policy=policy, kernels="none", is_compiled=False),
         steps.padded(low, policy=policy, batch_size=4),
-        steps.flattened(low, policy=policy, with_liger=False),
+        steps.flattened(low, policy=policy, with_liger=False, attention="sdpa"),
         steps.upstream(low, policy=policy, attention="sdpa"),
     ]
     for way in ways:
@@ -200,7 +199,7 @@ def test_kernels_that_are_replaced_for_all_models_reach_only_the_way_that_asked(
     assert rotary == [theirs] and modeling_llama.apply_rotary_pos_emb is original
     lm = model()
     for policy in ("full", "none"):
-        way = steps.flattened(lm, policy=policy, with_liger=False)
+        way = steps.flattened(lm, policy=policy, with_liger=False, attention="sdpa")
         with pytest.raises(NotImplementedError):
             steps.Way("theirs", 2, way.prepare, way.loss, theirs).step(way.prepare(micro_batch()))
         assert modeling_llama.apply_rotary_pos_emb is original
@@ -252,17 +251,24 @@ def test_a_layer_is_told_apart_from_the_rest() -> None:
     assert more.layer_of_peak == pytest.approx(6 * weights * 50 / 1e6)
     more.pairs_per_token = 40.0
     h100 = "NVIDIA H100 80GB HBM3"
-    (whole,) = train_step.extrapolate([few, more], config, 1e-6, h100, "file.json")
+    engine = train_step.EngineTime(optimizer=1e-6, copies=1e-7)
+    (whole,) = train_step.extrapolate([few, more], config, engine, h100, "file.json")
     num_weights = 40 * weights + 2 * 128 * 32
     assert (whole.layers_s, whole.rest_s) == pytest.approx((80, 1))
     assert whole.optimizer_s == pytest.approx(1e-6 * num_weights / 8)
     assert whole.communication_s == pytest.approx(2 * 2 * num_weights * 7 / 8 / (0.8 * 450e9))
-    assert whole.tokens_per_s == pytest.approx(100 / (81 + whole.optimizer_s + whole.communication_s))
+    assert whole.copies_s == pytest.approx(1e-7 * num_weights)
+    assert whole.tokens_per_s == pytest.approx(100 / (81 + whole.optimizer_s + whole.copies_s + whole.communication_s))
+    assert whole.error == pytest.approx(0)
     assert whole.speed is not None
     speed = eval(whole.speed, {"Speed": Speed})  # as it would be pasted
     assert (speed.device, speed.num_devices, speed.origin, speed.source) == (h100, 1, "measured", "file.json")
     assert speed.num_weights == 40 * weights + 128 * 32
-    assert train_step.extrapolate([few, more], config, 1e-6, None, "")[0].speed is None
+    assert train_step.extrapolate([few, more], config, engine, None, "")[0].speed is None
+    more.seconds = [9, 8, 10]  # a layer takes 2 s, 1.5 s, 2.5 s; its quarters are these ends
+    train_step.tell_layers_apart(few, more, config, peak=1e6)
+    (whole,) = train_step.extrapolate([few, more], config, engine, None, "")
+    assert whole.error == pytest.approx((40 - 4) * 0.5 / 81)
 
 
 def test_the_planner_predicts_the_memory_that_a_step_takes(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

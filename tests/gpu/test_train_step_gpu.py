@@ -22,8 +22,7 @@ pytestmark = [
 
 def test_all_ways_run_in_bfloat16_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of 64, as many tokens as make kernels of attention use several blocks."""
-    for module in (machine, train_step):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     shape = ["--width", "256", "--heads", "4", "--mlp", "688", "--vocab", "4096", "--capacities", "8192"]
     words = ["--compared", "8192", "--checkpointing", "full", "none", "--repeats", "2"]
