@@ -29,7 +29,7 @@ from ochat_train.serve.served import Served, explain_unknown
 from ochat_train.tokens.chat_template import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
-CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
+CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
 _STOPPING = Refusal(503, "the server is stopping; ask again")
 _OTHER_APIS = ("/v1/completions", "/v1/responses")  # which clients try, some of them by default
 BODY_TIMEOUT_S = 30.0
@@ -45,13 +45,14 @@ class EngineTraits:
 
     name: for messages. can_force_a_form: it makes answers that are JSON, by a schema too. renders_text: it makes one
     string of a chat, in which text that spells special tokens becomes control. fills_room: an answer without a limit of
-    its own gets what room there is; else the engine's default holds.
+    its own gets what room there is; else the engine's default holds. has_metrics: it has METRICS, for Prometheus.
     """
 
     name: str
     can_force_a_form: bool
     renders_text: bool
     fills_room: bool
+    has_metrics: bool = False
 
 
 class Gate:
@@ -80,8 +81,9 @@ class Gate:
             Route(CHAT, self._chat, methods=["POST"]),
             Route(MODELS, self._list_models),
             Route(f"{MODELS}/{{name:path}}", self._show_model),
-            Route(HEALTH, self._health),
+            Route(HEALTH, self._pass),
         ]
+        routes += [Route(METRICS, self._pass)] if engine.has_metrics else []
         self._router = Router(routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,7 +130,7 @@ class Gate:
         path = request.scope["path"]
         # The path as it was sent, so that an engine cannot decode it to another one than was checked here.
         is_plain = (request.scope.get("raw_path") or path.encode()).partition(b"?")[0] == path.encode()
-        request.state.client.record.route = path if is_plain and path in (CHAT, MODELS, HEALTH) else "other"
+        request.state.client.record.route = path if is_plain and path in (CHAT, MODELS, HEALTH, METRICS) else "other"
         if is_plain and path == HEALTH and request.method in ("GET", "HEAD"):  # for load balancers, which have no key
             return
         if not self._keys.allow(request.headers.getlist("authorization")):
@@ -136,7 +138,7 @@ class Gate:
         if not is_plain:
             raise HTTPException(404)
 
-    async def _health(self, request: Request) -> ASGIApp:
+    async def _pass(self, request: Request) -> ASGIApp:
         return self._forward(b"")
 
     async def _list_models(self, request: Request) -> Response:

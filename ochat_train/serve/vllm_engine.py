@@ -174,7 +174,7 @@ class VllmGate:
         served = find_served(settings["folder"], settings["condition"], settings["num_positions"], settings["names"])
         log_file = Path(settings["log_file"]) if settings["log_file"] else None
         log = open_log(log_file) if settings["is_logging"] else None
-        traits = EngineTraits("vLLM", can_force_a_form=True, renders_text=True, fills_room=False)
+        traits = EngineTraits("vLLM", can_force_a_form=True, renders_text=True, fills_room=False, has_metrics=True)
         self._gate = Gate(
             app, served=served, tokenizer=served.load_tokenizer(), engine=traits, keys=ApiKeys(read_keys([])), log=log
         )
