@@ -193,7 +193,7 @@ def check_fullest(case: Case) -> Finding:
     element = DTYPES[case.recipe.model.dtype].itemsize
     positions = find_fullest(case.plan)
     num_tokens = int(case.store.lengths[positions].sum())
-    weights = element * case.size.num_weights
+    weights = case.size.weight_bytes(element)
     flop = 6 * case.size.num_weights * num_tokens
     expected = weights + element * case.size.num_trained + plan.activations.peak
     obstacle = None
@@ -245,7 +245,16 @@ def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
     before = _restart_peak(device)
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(case.config.get_text_config(), dtype=DTYPES[model.dtype])
     if lora := model.lora:
-        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, row_ids=case.row_ids, seed=0)
+        add_adapters(
+            lm,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            row_ids=case.row_ids,
+            seed=0,
+            dora=lora.dora,
+            quantise_on=None if lora.base_bits is None else device,
+        )
     lm.to(device)  # type: ignore[arg-type]  # transformers' own signature
     num_conditions = int(batch.condition_ids.max()) + 1
     packed = _pack_as_in_a_run(case, lm, checkpointing=case.memory.policy, num_conditions=num_conditions)

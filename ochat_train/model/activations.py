@@ -44,12 +44,15 @@ def count_activations(
     checkpointing: str,
     lora_rank: int | None = None,
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+    dora: bool = False,
+    base_bits: int | None = None,
     num_rows: int = 0,
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
     checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights, which need not keep their
-    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained.
+    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained. base_bits: of these frozen
+    weights, which are dequantised one at a time.
 
     A forward and a backward pass run on the meta device, and the bytes of all live tensors are added up. With C, I, A,
     K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
@@ -70,7 +73,16 @@ def count_activations(
     if lora_rank is not None:
         require_peft()
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=range(num_rows), seed=0)
+            add_adapters(
+                lm,
+                rank=lora_rank,
+                alpha=lora_rank,
+                targets=lora_targets,
+                row_ids=range(num_rows),
+                seed=0,
+                dora=dora,
+                quantise_on=None if base_bits is None else torch.device("meta"),
+            )
     model = PackedCausalLM(
         lm,
         attention="sdpa",  # replaced below

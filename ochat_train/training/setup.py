@@ -20,6 +20,7 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.quantised import require_quantising
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore, read_manifest
@@ -171,8 +172,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
-    if recipe.model.lora is not None:
-        require_peft()
+    require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
     size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
@@ -203,6 +203,14 @@ def prepare(recipe: Recipe, world: World) -> Run:
     )
     check_continues(run, world)
     return run
+
+
+def require_adapters(recipe: Recipe, device: torch.device) -> None:
+    """Raise ValueError, with the remedy, when what the recipe's adapters need is not installed for this device."""
+    if recipe.model.lora is not None:
+        require_peft()
+        if recipe.model.lora.base_bits is not None:
+            require_quantising(device)
 
 
 def attention_of(recipe: Recipe, config: Any, device_type: str) -> tuple[BackendChoice, Agreement]:
@@ -443,6 +451,9 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
             targets=lora.targets,
             row_ids=trained_rows(recipe, run.tokenizer),
             seed=recipe.train.seed,
+            dora=lora.dora,
+            rslora=lora.rslora,
+            quantise_on=None if lora.base_bits is None else world.device,
         )
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
