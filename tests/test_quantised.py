@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ochat_train.model.lora import add_adapters
+from ochat_train.model.lora import Kind, add_adapters
 from ochat_train.model.memory import measure_size
 from ochat_train.model.quantised import layers_to_quantise, require_quantising, round_to_4_bits
 from tests.test_lora import batch_with_rows, disturb, trained
@@ -16,19 +16,28 @@ from tests.test_packed_lm import make_model, make_packed
 CPU = torch.device("cpu")
 
 
-def adapted(*, dora: bool = False, quantise_on: torch.device | None = CPU) -> PreTrainedModel:
+def adapted(*, dora: bool = False, base_bits: int | None = 4) -> PreTrainedModel:
     """A small Llama with adapters; beside rounded weights where none are quantised."""
     lm = make_model("llama")
-    if quantise_on is None:
+    if base_bits is None:
         round_to_4_bits(lm, CPU)
-    add_adapters(lm, rank=3, alpha=6.0, targets=["q_proj"], row_ids=(5, 90), seed=1, dora=dora, quantise_on=quantise_on)
+    kind = Kind(dora=dora, quantise_on=None if base_bits is None else CPU)
+    add_adapters(
+        lm,
+        rank=3,
+        alpha=6.0,
+        targets=["q_proj"],
+        row_ids=(5, 90),
+        seed=1,
+        kind=kind,
+    )
     return lm
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_the_planned_bytes_are_those_of_the_real_model(dora: bool) -> None:
     lm = adapted(dora=dora)
-    plan = measure_size(lm.config, lora_rank=3, lora_targets=("q_proj",), num_rows=2, base_bits=4, dora=dora)
+    plan = measure_size(lm.config, lora_rank=3, lora_targets=("q_proj",), num_rows=2, kind=Kind(dora, quantise_on=CPU))
     storages = {}
     for parameter in lm.parameters():
         tensors = [parameter]
@@ -48,7 +57,7 @@ def test_only_linear_layers_between_embedding_and_head_are_quantised() -> None:
 
 def test_gradients_after_an_evaluation_are_those_beside_the_rounded_base_which_keeps_every_bit() -> None:
     """The plain model with the rounded weights is the naive version; an evaluation must not repack the weights."""
-    models = [adapted(quantise_on=None), adapted()]
+    models = [adapted(base_bits=None), adapted()]
     for lm in models:
         disturb(lm)
     plain, quantised = make_packed(models[0]), make_packed(models[1], checkpointing="full")

@@ -23,7 +23,7 @@ from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import RunPlan
 from ochat_train.training.engine import is_out_of_memory
-from ochat_train.training.resources import show_bytes
+from ochat_train.training.resources import kind_of, show_bytes
 
 _CPU_FLOP = 1e13  # minutes on a few cores
 _LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
@@ -252,8 +252,7 @@ def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
             targets=lora.targets,
             row_ids=case.row_ids,
             seed=0,
-            dora=lora.dora,
-            quantise_on=None if lora.base_bits is None else device,
+            kind=kind_of(lora, device),
         )
     lm.to(device)  # type: ignore[arg-type]  # transformers' own signature
     num_conditions = int(batch.condition_ids.max()) + 1

@@ -12,7 +12,7 @@ The weights of a model with adapters, by name, where X is a linear layer, and E 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,21 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 _M = ".lora_magnitude_vector.default.weight"
 _ROWS, _ROW_IDS = ".rows", ".row_ids"
 TRAINED = (_A, _B, _M, _ROWS)  # how the names of trained weights end
+
+
+class Kind(NamedTuple):
+    """Which adapters. dora: the rows of W + s B A have trained norms, s as in `add_adapters`. rslora: alpha is divided
+    by the root of rank. quantise_on: the device of quantised frozen weights, see `quantise`; None: they are not
+    quantised. targets: where the planner counts adapters, see `target_layers`.
+    """
+
+    dora: bool = False
+    rslora: bool = False
+    quantise_on: torch.device | None = None
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+PLAIN = Kind()
 
 
 class EmbeddingWithRows(nn.Embedding):
@@ -81,26 +96,23 @@ def add_adapters(
     targets: str | Sequence[str],
     row_ids: Sequence[int],
     seed: int,
-    dora: bool = False,
-    rslora: bool = False,
-    quantise_on: torch.device | None = None,
+    kind: Kind = PLAIN,
 ) -> None:
     """Freeze `lm` and put adapters into it: y = W x + alpha / rank * B A x, where B is 0 and A is drawn from `seed`.
 
     targets: see `target_layers`. row_ids: tokens whose rows of the embedding and the head are trained as well. All new
-    weights have the dtype of `lm`. dora: the rows of W + alpha / rank * B A have trained norms. rslora: alpha is
-    divided by the root of rank. quantise_on: the device of quantised weights, see `quantise`; None: none are.
-    Raises ValueError for a target that is no linear layer, and for an embedding that does more than look up.
+    weights have the dtype of `lm`. Raises ValueError for a target that is no linear layer, and for an embedding that
+    does more than look up.
     """
     from peft import LoraConfig, inject_adapter_in_model  # an extra, which runs without adapters do not need
 
     names = list(target_layers(lm, targets))
     dtype = lm.dtype
     lm.register_buffer(CHECKSUM, checksum(lm))
-    if quantise_on is not None:
-        quantise(lm, quantise_on)
+    if kind.quantise_on is not None:
+        quantise(lm, kind.quantise_on)
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=dora, use_rslora=rslora)  # type: ignore[arg-type]  # alpha may be a fraction
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=kind.dora, use_rslora=kind.rslora)  # type: ignore[arg-type]  # alpha may be a fraction
     inject_adapter_in_model(config, lm)
     for parameter in lm.parameters():
         if parameter.requires_grad:  # peft makes them fp32, and DeepSpeed keeps an fp32 copy of its own

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ochat_train.model.activations import Activations
-from ochat_train.model.lora import target_layers
+from ochat_train.model.lora import PLAIN, Kind, target_layers
 from ochat_train.model.pretrained import DTYPES, meta_model
 from ochat_train.model.quantised import bytes_of, quantise
 
@@ -118,15 +118,14 @@ def measure_size(
     *,
     lora_rank: int | None,
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
-    dora: bool = False,
-    base_bits: int | None = None,
+    kind: Kind = PLAIN,
     num_rows: int = 0,
 ) -> ModelSize:
     """The size of a model of this transformers configuration, with adapters when `lora_rank` is given.
 
-    An adapter of rank r on a linear layer of shape [out, in] has r * (in + out) elements, with dora `out` more. Only
+    An adapter of rank r on a linear layer of shape [out, in] has r * (in + out) elements, with DoRA `out` more. Only
     adapters are trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. lora_targets: see
-    `target_layers`. base_bits: see `quantise`. Raises ValueError when no model can be made of the configuration, a
+    `target_layers`. Raises ValueError when no model can be made of the configuration, a
     target is no linear layer, or there is little to quantise.
     """
     model = meta_model(config, torch.bfloat16)
@@ -135,12 +134,12 @@ def measure_size(
         return ModelSize(sum(sizes), sum(sizes), max(sizes), max(sizes))
     layers = target_layers(model, lora_targets).values()
     parts = [lora_rank * size for layer in layers for size in layer.weight.shape]
-    parts += [layer.out_features for layer in layers if dora]
+    parts += [layer.out_features for layer in layers if kind.dora]
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     parts += [num_rows * weight.shape[1] for weight in weights.values()]
-    if base_bits is not None:
-        quantise(model, torch.device("meta"))
+    if kind.quantise_on is not None:
+        quantise(model, model.device)
     total = sum(sizes) + sum(parts)
     return ModelSize(total, sum(parts), max(parts), max(sizes), num_rows, *bytes_of(model))
 

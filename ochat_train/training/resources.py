@@ -16,6 +16,7 @@ from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.gpus import usable_gpus
 from ochat_train.model.activations import Activations, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
+from ochat_train.model.lora import Kind
 from ochat_train.model.memory import (
     MemoryNeeds,
     ModelSize,
@@ -27,7 +28,7 @@ from ochat_train.model.memory import (
     run_bytes,
 )
 from ochat_train.model.pretrained import DTYPES
-from ochat_train.recipe import Recipe
+from ochat_train.recipe import LoraSection, Recipe
 
 # The share of a GPU's memory for CUDA itself and its libraries (about 1.5 GB: context, workspaces of cuBLAS, buffers of
 # NCCL), and for the gaps between allocated blocks. With expandable segments a gap is at most the rest of two pages of
@@ -181,14 +182,23 @@ def size_of(recipe: Recipe, config: Any, num_rows: int) -> ModelSize:
 
     num_rows: how many rows of embedding and head are trained beside adapters.
     """
-    return measure_size(config, num_rows=num_rows, **_adapters(recipe))
+    return measure_size(
+        config,
+        num_rows=num_rows,
+        lora_targets=recipe.model.lora.targets if recipe.model.lora else "all-linear",
+        **({"lora_rank": None} | _adapters(recipe)),
+    )
+
+
+def kind_of(lora: LoraSection, device: torch.device) -> Kind:
+    """The kind of the recipe's adapters on a device."""
+    return Kind(lora.dora, lora.rslora, None if lora.base_bits is None else device, lora.targets)
 
 
 def _adapters(recipe: Recipe) -> dict[str, Any]:
     """What of the recipe's adapters takes memory, as arguments of `measure_size` and `count_activations`."""
-    if (lora := recipe.model.lora) is None:
-        return {"lora_rank": None}
-    return {"lora_rank": lora.rank, "lora_targets": lora.targets, "dora": lora.dora, "base_bits": lora.base_bits}
+    lora = recipe.model.lora
+    return {} if lora is None else {"lora_rank": lora.rank, "kind": kind_of(lora, torch.device("meta"))}
 
 
 def plan_memory(
@@ -274,8 +284,8 @@ def nearest_that_fits(plan: MemoryPlan) -> str:
                 num_local=plan.num_local,
             )
             if other.fits(other.setting(2, offload=False, num_processes=own.num_processes)):
-                stage = " and zero.stage: 2" if own.stage == 3 else ""
-                return f"set model.lora.base_bits: 4{stage}, which rounds the base"
+                also = " and zero.stage: 2" if own.stage == 3 else ""
+                return f"set model.lora.base_bits: 4{also}, which rounds the base"
     for number in (own.num_processes * 2**power for power in range(1, 8)):
         for stage in stages:
             if plan.is_on_gpu and plan.fits(plan.setting(stage, offload=False, num_processes=number)):

@@ -56,7 +56,7 @@ from ochat_train.training.engine import (
     together,
 )
 from ochat_train.training.loading import load_once
-from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
+from ochat_train.training.resources import find_memory, kind_of, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
 from ochat_train.training.sinks import check_sinks
@@ -451,9 +451,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
             targets=lora.targets,
             row_ids=trained_rows(recipe, run.tokenizer),
             seed=recipe.train.seed,
-            dora=lora.dora,
-            rslora=lora.rslora,
-            quantise_on=None if lora.base_bits is None else world.device,
+            kind=kind_of(lora, world.device),
         )
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
