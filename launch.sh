@@ -131,7 +131,7 @@ is_named() { grep -qE -- "$1" "$recipe" || printf '%s\n' "$@" | tail -n +3 | gre
 extras=()
 if is_named '\.gguf' "$@"; then extras+=(gguf); fi
 if is_named '\blora[:.=]' "$@"; then extras+=(lora); fi
-if is_named '\badamw_8bit\b' "$@"; then extras+=(adam8bit); fi
+if is_named '\b(adamw_8bit|base_bits)\b' "$@"; then extras+=(adam8bit); fi
 if is_named '\btensorboard[:=] *true' "$@"; then extras+=(tensorboard); fi
 if has_gpu; then extras+=(gpu); fi
 set_up "${extras[@]}"

@@ -22,7 +22,9 @@ from ochat_train.files import flush_tree, publish_folder
 from ochat_train.model.exported import METADATA_FILE, read_export
 from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, require_peft, row_ids_of, save_adapter
 from ochat_train.model.pretrained import DTYPES, load_model
+from ochat_train.model.quantised import SETTING, round_to_4_bits
 from ochat_train.model.round_trip import compare_weights, empty_model, save_weights
+from ochat_train.recipe import LoraSection
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
@@ -83,9 +85,19 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
     sized = weights.values() if adapter else empty_model(config, dtype).parameters()
     with publish_folder(out) as folder, room_for(sum(weight.nbytes for weight in sized), folder):
         if adapter:
-            recipe = checkpoint.state.recipe["model"]
-            rank, alpha = recipe["lora"]["rank"], recipe["lora"]["alpha"]
-            save_adapter(folder, weights, empty_model(config, dtype), base=base or was, rank=rank, alpha=alpha)
+            lora, named = _lora(checkpoint), base or was
+            assert lora is not None
+            save_adapter(
+                folder,
+                weights,
+                empty_model(config, dtype),
+                base=named,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                rslora=lora.rslora,
+            )
+            compute = {"bnb_4bit_compute_dtype": checkpoint.state.recipe["model"]["dtype"]}
+            metadata["base"] = {"name": named, "quantization": SETTING | compute if lora.base_bits else None}
             _write_companions(folder, generation_config, tokenizer, metadata)
         else:
             write_model(
@@ -210,10 +222,10 @@ def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     (folder / METADATA_FILE).write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
 
 
-def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _lora(checkpoint: Checkpoint) -> LoraSection | None:
     """The recipe's section model.lora."""
-    section: dict[str, Any] | None = checkpoint.state.recipe["model"].get("lora")
-    return section
+    section = checkpoint.state.recipe["model"].get("lora")
+    return None if section is None else LoraSection.model_validate(section)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -243,7 +255,9 @@ def _merge(trained: dict[str, Tensor], base: PreTrainedModel, checkpoint: Checkp
     """The language model's weights by transformers' names: the adapters in their base."""
     lora = _lora(checkpoint)
     assert lora is not None
-    return merge_adapters(base.state_dict() | trained, scaling=lora["alpha"] / lora["rank"])
+    if lora.base_bits is not None:
+        round_to_4_bits(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return merge_adapters(base.state_dict() | trained, scaling=lora.scaling)
 
 
 def _read_trained(checkpoint: Checkpoint) -> dict[str, Tensor]:

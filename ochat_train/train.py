@@ -392,7 +392,7 @@ class Trainer:
         lm, lora = self.engine.module.lm, self.run.recipe.model.lora
         write_model(
             folder,
-            weights if lora is None else merge_adapters(weights, scaling=lora.alpha / lora.rank),
+            weights if lora is None else merge_adapters(weights, scaling=lora.scaling),
             config=lm.config,
             generation_config=lm.generation_config,
             tokenizer=self.run.tokenizer,

@@ -122,7 +122,15 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.router_aux_loss_coef": ("0.01", 0.01, ()),
     "model.lora": (
         "{rank: 8}",
-        {"rank": 8, "alpha": 32.0, "targets": "all-linear", "train_template_tokens": True},
+        {
+            "rank": 8,
+            "alpha": 32.0,
+            "targets": "all-linear",
+            "train_template_tokens": True,
+            "base_bits": None,
+            "dora": False,
+            "rslora": False,
+        },
         (NO_CONFIG, "model.base=some/model"),
     ),
     "packing.tokens_per_gpu": ("1024", 1024, ()),

@@ -86,6 +86,7 @@ def make_store(into: Path) -> None:
     recipe["name"] = "gpu_kit"
     recipe["data"]["store"] = str(into / "store")
     recipe["model"]["dtype"] = "bfloat16"
+    recipe["zero"] = {"stage": 2}  # the quickstart's own is for fp32
     recipe["packing"]["grad_accum"] = 2  # the golden losses are of two processes
     del recipe["log"]["question"]
     file = into / "recipe.yaml"

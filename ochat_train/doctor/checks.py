@@ -26,7 +26,6 @@ from ochat_train.doctor.rows import check_rows
 from ochat_train.doctor.trials import check_fullest, check_isolation
 from ochat_train.gpus import check_gpus, usable_gpus
 from ochat_train.model.kernels import choose_kernels, require_compiler
-from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_config
 from ochat_train.model.router import choose_router_loss
 from ochat_train.preprocess.job import check_moved
@@ -49,7 +48,13 @@ from ochat_train.training.resources import (
     show_bytes,
     size_of,
 )
-from ochat_train.training.setup import attention_of, check_options, deepspeed_configuration, peak_learning_rate
+from ochat_train.training.setup import (
+    attention_of,
+    check_options,
+    deepspeed_configuration,
+    peak_learning_rate,
+    require_adapters,
+)
 from ochat_train.training.sinks import check_sinks
 from ochat_train.training.speed import measured_rate
 
@@ -280,8 +285,7 @@ def check_settings(case: Case) -> Finding:
     recipe = case.recipe
     deepspeed_configuration(recipe)
     check_sinks(recipe)
-    if recipe.model.lora is not None:
-        require_peft()
+    require_adapters(recipe, case.device)
     config = case.config.get_text_config()
     check_options(recipe, config, case.size, case.num_processes)
     if not hasattr(case, "store"):
@@ -349,7 +353,8 @@ def _memory_by_setting(plan: MemoryPlan) -> list[str]:
             setting = plan.setting(stage, offload=offload, num_processes=number)
             cell = f"{plan.total(setting) / GIB:,.1f}{'+' if plan.fits(setting) else ' '}"
             cell = f"[{cell}]" if setting == plan.own else f" {cell} "
-            if stage == 0 and plan.recipe.model.dtype == "bfloat16":  # the recipe refuses it
+            is_exact = stage > 0 or plan.recipe.model.dtype == "float32"
+            if not is_exact or (stage == 3 and plan.size.num_quantised):  # the recipe refuses it
                 cell = "-  "
             line += f"{cell:>{len(name)}}"
         lines.append(line.rstrip())

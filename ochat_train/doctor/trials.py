@@ -23,7 +23,7 @@ from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
 from ochat_train.tokens.plan import RunPlan
 from ochat_train.training.engine import is_out_of_memory
-from ochat_train.training.resources import show_bytes
+from ochat_train.training.resources import kind_of, show_bytes
 
 _CPU_FLOP = 1e13  # minutes on a few cores
 _LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
@@ -193,7 +193,7 @@ def check_fullest(case: Case) -> Finding:
     element = DTYPES[case.recipe.model.dtype].itemsize
     positions = find_fullest(case.plan)
     num_tokens = int(case.store.lengths[positions].sum())
-    weights = element * case.size.num_weights
+    weights = case.size.weight_bytes(element)
     flop = 6 * case.size.num_weights * num_tokens
     expected = weights + element * case.size.num_trained + plan.activations.peak
     obstacle = None
@@ -245,7 +245,15 @@ def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
     before = _restart_peak(device)
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(case.config.get_text_config(), dtype=DTYPES[model.dtype])
     if lora := model.lora:
-        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, row_ids=case.row_ids, seed=0)
+        add_adapters(
+            lm,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            row_ids=case.row_ids,
+            seed=0,
+            kind=kind_of(lora, device),
+        )
     lm.to(device)  # type: ignore[arg-type]  # transformers' own signature
     num_conditions = int(batch.condition_ids.max()) + 1
     packed = _pack_as_in_a_run(case, lm, checkpointing=case.memory.policy, num_conditions=num_conditions)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-from ochat_train.model.lora import add_adapters, require_peft
+from ochat_train.model.lora import PLAIN, Kind, add_adapters, require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, meta_model
 from ochat_train.tokens.batch import PackedBatch
@@ -53,13 +53,14 @@ def count_activations(
     dtype: Literal["bfloat16", "float32"],
     checkpointing: str,
     lora_rank: int | None = None,
-    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+    kind: Kind = PLAIN,
     num_rows: int = 0,
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
     checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights, which need not keep their
-    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained.
+    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained. Quantised ones
+    are dequantised one at a time.
 
     A forward and a backward pass run on the meta device, and the bytes of all live tensors are added up. With C, I, A,
     K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
@@ -81,7 +82,15 @@ def count_activations(
     if lora_rank is not None:
         require_peft()
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=lora_targets, row_ids=range(num_rows), seed=0)
+            add_adapters(
+                lm,
+                rank=lora_rank,
+                alpha=lora_rank,
+                targets=kind.targets,
+                row_ids=range(num_rows),
+                seed=0,
+                kind=kind,
+            )
     model = PackedCausalLM(
         lm,
         attention="alone" if isinstance(num_tokens, Alone) else "sdpa",  # replaced below

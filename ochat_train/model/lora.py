@@ -4,6 +4,7 @@ The weights of a model with adapters, by name, where X is a linear layer, and E 
 
     X.base_layer.weight [out, in]                                                   frozen
     X.lora_A.default.weight [rank, in], X.lora_B.default.weight [out, rank]         trained
+    X.lora_magnitude_vector.default.weight [out]     with DoRA                      trained
     E.weight [V, C]                                                                 frozen
     E.rows [n, C], E.row_ids i64[n]     of the template's tokens                    trained
     frozen_checksum                                                                 see `checksum`
@@ -11,7 +12,7 @@ The weights of a model with adapters, by name, where X is a linear layer, and E 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ochat_train.files import require_packages
+from ochat_train.model.quantised import quantise
 
 CHECKSUM = "frozen_checksum"
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+_M = ".lora_magnitude_vector.default.weight"
 _ROWS, _ROW_IDS = ".rows", ".row_ids"
-TRAINED = (_A, _B, _ROWS)  # how the names of trained weights end
+TRAINED = (_A, _B, _M, _ROWS)  # how the names of trained weights end
+
+
+class Kind(NamedTuple):
+    """Which adapters. dora: the rows of W + s B A have trained norms, s as in `add_adapters`. rslora: alpha is divided
+    by the root of rank. quantise_on: the device of quantised frozen weights, see `quantise`; None: they are not
+    quantised. targets: where the planner counts adapters, see `target_layers`.
+    """
+
+    dora: bool = False
+    rslora: bool = False
+    quantise_on: torch.device | None = None
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+PLAIN = Kind()
 
 
 class EmbeddingWithRows(nn.Embedding):
@@ -71,7 +89,14 @@ def require_peft() -> None:
 
 
 def add_adapters(
-    lm: PreTrainedModel, *, rank: int, alpha: float, targets: str | Sequence[str], row_ids: Sequence[int], seed: int
+    lm: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str],
+    row_ids: Sequence[int],
+    seed: int,
+    kind: Kind = PLAIN,
 ) -> None:
     """Freeze `lm` and put adapters into it: y = W x + alpha / rank * B A x, where B is 0 and A is drawn from `seed`.
 
@@ -84,9 +109,12 @@ def add_adapters(
     names = list(target_layers(lm, targets))
     dtype = lm.dtype
     lm.register_buffer(CHECKSUM, checksum(lm))
+    if kind.quantise_on is not None:
+        quantise(lm, kind.quantise_on)
     torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=kind.dora, use_rslora=kind.rslora)  # type: ignore[arg-type]  # alpha may be a fraction
     # In a list, where peft sees no configuration: else it would adapt a mixture's experts in place of the shared ones.
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), nn.ModuleList([lm]))  # type: ignore[arg-type]  # alpha may be a fraction
+    inject_adapter_in_model(config, nn.ModuleList([lm]))
     for parameter in lm.parameters():
         if parameter.requires_grad:  # peft makes them fp32, and DeepSpeed keeps an fp32 copy of its own
             parameter.data = parameter.data.to(dtype)
@@ -152,7 +180,7 @@ def merge_adapters(weights: Mapping[str, Tensor], *, scaling: float) -> dict[str
     """The weights by transformers' names, in the dtype of the frozen ones, with adapters and rows merged into them.
 
     weights: all of a model with adapters. Frozen ones may also have transformers' names, as in the base.
-    scaling: alpha / rank. Merged in fp32 and rounded once.
+    scaling: of the product B A, `LoraSection.scaling`. Merged in fp32 and rounded once.
     """
     ours = (*TRAINED, _ROW_IDS, CHECKSUM)
     merged = {name.replace(_BASE, "."): weight for name, weight in weights.items() if not name.endswith(ours)}
@@ -160,7 +188,10 @@ def merge_adapters(weights: Mapping[str, Tensor], *, scaling: float) -> dict[str
         target = f"{name.removesuffix(_A).removesuffix(_ROWS)}.weight"
         if name.endswith(_A):
             change = scaling * (weights[name.replace(_A, _B)].float() @ weight.float())
-            merged[target] = (merged[target].float() + change).to(merged[target].dtype)
+            whole = merged[target].float() + change
+            if (norms := weights.get(name.replace(_A, _M))) is not None:
+                whole *= (norms.float() / torch.linalg.norm(whole, dim=1))[:, None]
+            merged[target] = whole.to(merged[target].dtype)
         elif name.endswith(_ROWS):
             row_ids = weights[name.replace(_ROWS, _ROW_IDS)].long()
             merged[target] = merged[target].index_copy(0, row_ids, weight.to(merged[target].dtype))
@@ -173,7 +204,14 @@ def row_ids_of(weights: Mapping[str, Tensor]) -> list[int]:
 
 
 def save_adapter(
-    folder: Path, weights: Mapping[str, Tensor], plain: PreTrainedModel, *, base: str, rank: int, alpha: float
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    plain: PreTrainedModel,
+    *,
+    base: str,
+    rank: int,
+    alpha: float,
+    rslora: bool = False,
 ) -> None:
     """Write adapters and rows as peft reads them: adapter_config.json and adapter_model.safetensors.
 
@@ -199,6 +237,8 @@ def save_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]  # may be a fraction
         target_modules=_shortest(layers, plain),
         trainable_token_indices={table: row_ids_of(weights) for table in tables} or None,
+        use_dora=any(name.endswith(_M) for name in weights),
+        use_rslora=rslora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
@@ -206,6 +246,7 @@ def save_adapter(
     config.save_pretrained(str(folder))
     theirs = {f"{layer}.lora_A.weight": weights[layer + _A] for layer in layers}
     theirs |= {f"{layer}.lora_B.weight": weights[layer + _B] for layer in layers}
+    theirs |= {name.replace(".default", ""): weight for name, weight in weights.items() if name.endswith(_M)}
     theirs |= {f"{table}.token_adapter.trainable_tokens_delta": weights[table + _ROWS] for table in tables}
     prefixed = {f"base_model.model.{name}": weight.contiguous() for name, weight in theirs.items()}
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})

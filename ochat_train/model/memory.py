@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ochat_train.model.activations import Activations
-from ochat_train.model.lora import target_layers
+from ochat_train.model.lora import PLAIN, Kind, target_layers
 from ochat_train.model.pretrained import DTYPES, meta_model
+from ochat_train.model.quantised import bytes_of, quantise
 
 _FP32 = 4
 # Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of one byte
@@ -23,6 +24,7 @@ _SUB_GROUP = 1_000_000_000  # elements, sub_group_size
 _BUCKET = 500_000_000  # elements, reduce_bucket_size
 # Bytes that the optimizer's step takes beside its states, for each weight of a group: on a GPU, on a CPU.
 _STEP_BYTES = {"adamw": (4, 8), "adamw_8bit": (0, 20), "sgd": (0, 0)}
+_QUANTISE_BYTES = 20  # for each weight of a layer while it is quantised on a CPU: fp32 copies, and indices
 _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and shapes
 
 
@@ -32,7 +34,8 @@ class ModelSize:
 
     num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter;
     largest_weight: of all. num_rows: tokens whose rows are trained beside adapters. largest_module: of the parameters
-    of one module itself, such as the experts of a layer, which are gathered together.
+    of one module itself, such as the experts of a layer, which are gathered together. num_quantised: of the base, which
+    take quantised_bytes.
     """
 
     num_weights: int
@@ -41,6 +44,12 @@ class ModelSize:
     largest_weight: int
     num_rows: int = 0
     largest_module: int = 0
+    num_quantised: int = 0
+    quantised_bytes: int = 0
+
+    def weight_bytes(self, element: int) -> int:
+        """Bytes of all weights, where each that is not quantised takes `element`."""
+        return element * (self.num_weights - self.num_quantised) + self.quantised_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,24 +120,31 @@ def measure_size(
     *,
     lora_rank: int | None,
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear",
+    kind: Kind = PLAIN,
     num_rows: int = 0,
 ) -> ModelSize:
     """The size of a model of this transformers configuration, with adapters when `lora_rank` is given.
 
-    An adapter of rank r on a linear layer of shape [out, in] has r * (in + out) elements. Only adapters are
-    trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. lora_targets: see
-    `target_layers`. Raises ValueError when no model can be made of the configuration, or a target is no linear layer.
+    An adapter of rank r on a linear layer of shape [out, in] has r * (in + out) elements, with DoRA `out` more. Only
+    adapters are trained, and `num_rows` rows of the embedding and, if it is not tied, of the head. lora_targets: see
+    `target_layers`. Raises ValueError when no model can be made of the configuration, a
+    target is no linear layer, or there is little to quantise.
     """
     model = meta_model(config, torch.bfloat16)
     sizes = [parameter.numel() for parameter in model.parameters()]
     module = max(sum(weight.numel() for weight in part.parameters(recurse=False)) for part in model.modules())
     if lora_rank is None:
         return ModelSize(sum(sizes), sum(sizes), max(sizes), max(sizes), largest_module=module)
-    parts = [lora_rank * size for layer in target_layers(model, lora_targets).values() for size in layer.weight.shape]
+    layers = target_layers(model, lora_targets).values()
+    parts = [lora_rank * size for layer in layers for size in layer.weight.shape]
+    parts += [layer.out_features for layer in layers if kind.dora]
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     parts += [num_rows * weight.shape[1] for weight in weights.values()]
-    return ModelSize(sum(sizes) + sum(parts), sum(parts), max(parts), max(sizes), num_rows, module)
+    if kind.quantise_on is not None:
+        quantise(model, model.device)
+    total = sum(sizes) + sum(parts)
+    return ModelSize(total, sum(parts), max(parts), max(sizes), num_rows, module, *bytes_of(model))
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed
@@ -152,9 +168,11 @@ def memory_needs(size: ModelSize, activations: Activations, setting: ZeroSetting
     those of the largest module if they are more, none in one process; two processes were measured to have 1.7 to 1.9
     times w g. While the engine is made, stage 1 in bf16 has the trained weights twice; stages 1 and 2 else take them
     through host memory where a GPU lacks room for that. Stage 3 has one whole weight at a time beside its part.
+    Quantised weights are in no stage split, and take about 0.52 bytes each; so they do while the engine is made, except
+    on a CPU, whose memory the model that is loaded is in.
     """
     n, stage, element = setting.num_processes, setting.stage, DTYPES[setting.dtype].itemsize
-    all_weights, trained = element * size.num_weights, size.num_trained
+    all_weights, trained = size.weight_bytes(element), size.num_trained
     part = -(-trained // n)
     gradients = _gradient_needs(size, setting, part)
     needs = MemoryNeeds(
@@ -195,7 +213,10 @@ def _start_needs(size: ModelSize, setting: ZeroSetting, *, on_gpu: bool) -> int:
     if setting.stage == 3 and on_gpu:
         return element * (-(-size.num_weights // setting.num_processes) + size.largest_weight)
     is_twice = setting.stage in (1, 2) and not (on_gpu and flat_copies(size, setting))
-    return element * (size.num_weights + (size.num_trained if is_twice else 0))
+    start = size.weight_bytes(element) + (element * size.num_trained if is_twice else 0)
+    if size.num_quantised and not on_gpu:
+        return max(start, element * size.num_weights + _QUANTISE_BYTES * size.largest_weight)
+    return start
 
 
 class _GradientNeeds(NamedTuple):

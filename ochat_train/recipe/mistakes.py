@@ -51,12 +51,14 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("use_liger use_liger_kernel enable_liger_kernel liger_kernel", "model.kernels", "auto, liger or none"),
     ("torch_compile", "model.compile", ""),
     (
-        "adapter finetuning_type train_type tuner_type use_peft use_lora use_dora peft_config",
+        "adapter finetuning_type train_type tuner_type use_peft use_lora peft_config",
         "model.lora",
         "a section of this name trains adapters; without it all weights are trained",
     ),
     ("lora_r lora_rank r", "model.lora.rank", ""),
     ("lora_alpha", "model.lora.alpha", ""),
+    ("use_dora", "model.lora.dora", ""),
+    ("use_rslora", "model.lora.rslora", ""),
     (
         "lora_target lora_target_modules lora_target_linear target_modules",
         "model.lora.targets",
@@ -115,8 +117,8 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("fsdp fsdp_config fsdp_version", "zero.stage", "DeepSpeed's ZeRO splits the model, 3 as FSDP's full shards"),
     (
         "load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits quant_method",
-        None,
-        "the base is never quantized; model.lora with zero.stage=3 saves memory, too",
+        "model.lora.base_bits",
+        "4 quantises the frozen base of adapters; there are no other bits",
     ),
     ("lora_dropout dropout", None, "adapters are trained without dropout"),
     ("neftune_noise_alpha", None, "no noise is added to embeddings"),

@@ -1,5 +1,6 @@
 """The sections and keys of a recipe: frozen, fully checked models. Every key is documented on its field."""
 
+import math
 import re
 import types
 import typing
@@ -232,6 +233,16 @@ class LoraSection(Section):
         True,
         description="Train the rows of the template's end and header tokens in embedding and head, added or not.",
     )
+    base_bits: Literal[4] | None = Field(
+        None, description="4: the base's linear layers but the head are quantised, by bitsandbytes' nf4."
+    )
+    dora: bool = Field(False, description="DoRA: the norms of the adapted weights' rows are trained, too.")
+    rslora: bool = Field(False, description="rsLoRA: alpha / sqrt(rank) in place of alpha / rank.")
+
+    @property
+    def scaling(self) -> float:
+        """How many times the adapters' output counts."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class ModelSection(Section):
@@ -509,6 +520,14 @@ class Recipe(Section):
                 "optim.algorithm adamw_8bit saves nothing with zero.offload: optimizer, whose updates on the CPU are "
                 "made in fp32 copies; use adamw, or zero.offload: none"
             )
+        if self.model.lora is not None and self.zero.stage == 3:
+            if self.model.lora.base_bits is not None:  # zero.Init would take the packed bytes for weights
+                raise ValueError(
+                    "model.lora.base_bits cannot be used with zero.stage 3, which splits weights that are not "
+                    "quantised; use zero.stage 2, or model.lora.base_bits=null"
+                )
+            if self.model.lora.dora:  # peft reads the base's weight outside of its layer, where it is not gathered
+                raise ValueError("model.lora.dora cannot be used with zero.stage 3; use zero.stage 2")
         if self.model.lora is not None and self.optim.lr == "auto":
             raise ValueError(
                 "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "

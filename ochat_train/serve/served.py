@@ -23,11 +23,16 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Adapters as `export --adapter` writes them. has_tokens: they contain trained rows of tokens."""
+    """Adapters as `export --adapter` writes them. has_tokens: they contain trained rows of tokens.
+
+    base_bits: of the base beside which they were trained; None: it was not quantised.
+    """
 
     base: str
     rank: int
     has_tokens: bool
+    is_dora: bool
+    base_bits: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def find_served(
     condition, num_positions: replace the model's own. names: more names, before its own. Raises ValueError.
     """
     folder, metadata = _find_export(Path(path).expanduser())
-    adapter = _read_adapter(folder)
+    adapter = _read_adapter(folder, metadata)
     if adapter is None and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither config.json nor {_ADAPTER}; export the checkpoint again")
     try:
@@ -135,9 +140,16 @@ def _find_export(path: Path) -> tuple[Path, dict[str, Any]]:
     raise ValueError(f"{path} holds no exported model, for {METADATA_FILE} is not there; {remedy}")
 
 
-def _read_adapter(folder: Path) -> Adapter | None:
+def _read_adapter(folder: Path, metadata: dict[str, Any]) -> Adapter | None:
     file = folder / _ADAPTER
     if not file.is_file():
         return None
     config = orjson.loads(file.read_bytes())
-    return Adapter(config["base_model_name_or_path"], config["r"], bool(config.get("trainable_token_indices")))
+    lora = metadata["run"].get("recipe", {}).get("model", {}).get("lora") or {}
+    return Adapter(
+        base=config["base_model_name_or_path"],
+        rank=config["r"],
+        has_tokens=bool(config.get("trainable_token_indices")),
+        is_dora=config.get("use_dora", False),
+        base_bits=lora.get("base_bits"),
+    )

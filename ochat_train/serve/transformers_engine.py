@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from ochat_train.model.exported import read_export
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_model
+from ochat_train.model.quantised import round_to_4_bits
 from ochat_train.serve.gate import CHAT, HEALTH, EngineTraits, Gate
 from ochat_train.serve.keys import ApiKeys
 from ochat_train.serve.process import listen
@@ -119,6 +120,8 @@ def _merge_adapter(served: Served, tokenizer: ChatTokenizer, options: argparse.N
     trained = (read_export(served.folder) or {})["run"]["recipe"]["model"]["dtype"]
     dtype = trained if options.dtype == "auto" else options.dtype
     base = load_model(served.adapter.base, None, dtype=dtype, num_ids=tokenizer.num_ids, added_ids=[], seed=0)
+    if served.adapter.base_bits is not None:
+        round_to_4_bits(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     merged: Any = PeftModel.from_pretrained(base, str(served.folder)).merge_and_unload()
     merged.generation_config = GenerationConfig.from_pretrained(served.folder)
     device = options.device

@@ -96,6 +96,11 @@ def _find_base(served: Served) -> str:
     """The base of the adapters, as vLLM takes it."""
     assert served.adapter is not None
     remedy = "export the merged model, without --adapter, or serve it with --engine transformers"
+    if served.adapter.is_dora or served.adapter.base_bits:
+        raise ValueError(
+            f"{served.folder} was trained with DoRA or beside a base in 4 bits, which vLLM does not serve as it was "
+            f"trained; {remedy}"
+        )
     if served.adapter.has_tokens:
         raise ValueError(f"{served.folder} has rows of tokens, which vLLM does not load; {remedy}")
     if served.adapter.rank > _RANKS[-1]:

@@ -16,6 +16,7 @@ from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.gpus import usable_gpus
 from ochat_train.model.activations import Activations, Alone, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
+from ochat_train.model.lora import Kind
 from ochat_train.model.memory import (
     MemoryNeeds,
     ModelSize,
@@ -27,7 +28,7 @@ from ochat_train.model.memory import (
     run_bytes,
 )
 from ochat_train.model.pretrained import DTYPES
-from ochat_train.recipe import Recipe
+from ochat_train.recipe import LoraSection, Recipe
 
 # The share of a GPU's memory for CUDA itself and its libraries (about 1.5 GB: context, workspaces of cuBLAS, buffers of
 # NCCL), and for the gaps between allocated blocks. With expandable segments a gap is at most the rest of two pages of
@@ -168,7 +169,7 @@ class MemoryPlan:
         """
         num_local = self.num_local or min(setting.num_processes, _MOST_LOCAL)
         element = DTYPES[setting.dtype].itemsize
-        lacks_room = element * (self.size.num_weights + self.size.num_trained) > self.limit(setting)
+        lacks_room = self.size.weight_bytes(element) + element * self.size.num_trained > self.limit(setting)
         copies = flat_copies(self.size, setting) if lacks_room else 0
         return max(element * self.size.num_weights, num_local * max(copies, self.needs(setting).host))
 
@@ -187,13 +188,23 @@ def size_of(recipe: Recipe, config: Any, num_rows: int) -> ModelSize:
 
     num_rows: how many rows of embedding and head are trained beside adapters.
     """
-    lora = recipe.model.lora
     return measure_size(
         config,
-        lora_rank=lora.rank if lora else None,
-        lora_targets=lora.targets if lora else "all-linear",
         num_rows=num_rows,
+        lora_targets=recipe.model.lora.targets if recipe.model.lora else "all-linear",
+        **({"lora_rank": None} | _adapters(recipe)),
     )
+
+
+def kind_of(lora: LoraSection, device: torch.device) -> Kind:
+    """The kind of the recipe's adapters on a device."""
+    return Kind(lora.dora, lora.rslora, None if lora.base_bits is None else device, lora.targets)
+
+
+def _adapters(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe's adapters takes memory, as arguments of `measure_size` and `count_activations`."""
+    lora = recipe.model.lora
+    return {} if lora is None else {"lora_rank": lora.rank, "kind": kind_of(lora, torch.device("meta"))}
 
 
 def plan_memory(
@@ -223,16 +234,14 @@ def plan_memory(
 def _count(
     recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None, *, is_alone: bool
 ) -> Activations:
-    lora = recipe.model.lora
     num_tokens = recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens
     return count_activations(
         config,
         num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else num_tokens,
         dtype=recipe.model.dtype,
         checkpointing=policy,
-        lora_rank=lora.rank if lora else None,
-        lora_targets=lora.targets if lora else "all-linear",
         num_rows=size.num_rows,
+        **_adapters(recipe),
     )
 
 
@@ -247,10 +256,11 @@ def nearest_that_fits(plan: MemoryPlan) -> str:
     recipe, own = plan.recipe, plan.own
     capacity, least = recipe.packing.tokens_per_gpu, recipe.data.max_tokens
     share = share_of(plan.policy)
+    stages = (2,) if plan.size.num_quantised else (2, 3)
     for policy in _policies_of(plan.config):
         if share_of(policy) > share and plan.fits(own, plan.count(policy)):
             return f"set model.checkpointing: {policy}"
-    for stage in (2, 3):
+    for stage in stages:
         if stage > own.stage and plan.fits(
             setting := plan.setting(stage, offload=own.offload, num_processes=own.num_processes)
         ):
@@ -261,20 +271,39 @@ def nearest_that_fits(plan: MemoryPlan) -> str:
             middle = (low + high) // 2
             low, high = (middle, high) if plan.fits(own, plan.count(plan.policy, middle)) else (low, middle)
         return f"set packing.tokens_per_gpu: {low} (was {capacity}), and packing.grad_accum higher for as large a step"
-    for stage in (2, 3):
+    for stage in stages:
         setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
         if own.algorithm != "adamw_8bit" and plan.fits(setting):
             host = show_bytes(plan.host_needs(setting))
             return f"set zero.stage: {stage} and zero.offload: optimizer, with {host} of host memory"
-    for stage in (2, 3):
+    for stage in stages:
         setting = plan.setting(stage, offload=False, num_processes=own.num_processes, algorithm="adamw_8bit")
         if own.algorithm == "adamw" and plan.fits(setting):
             return f"set zero.stage: {stage}, zero.offload: none and optim.algorithm: adamw_8bit, which rounds averages"
+    lora = recipe.model.lora
+    if lora is not None and lora.base_bits is None:
+        model = recipe.model.model_copy(update={"lora": lora.model_copy(update={"base_bits": 4})})
+        quantised = recipe.model_copy(update={"model": model})
+        with suppress(ValueError):  # where the base or this machine cannot have it
+            other = plan_memory(
+                quantised,
+                plan.available,
+                plan.config,
+                size_of(quantised, plan.config, plan.size.num_rows),
+                plan.num_processes,
+                num_local=plan.num_local,
+            )
+            if other.fits(other.setting(2, offload=False, num_processes=own.num_processes)):
+                also = " and zero.stage: 2" if own.stage == 3 else ""
+                return f"set model.lora.base_bits: 4{also}, which rounds the base"
     for number in (own.num_processes * 2**power for power in range(1, 8)):
-        for stage in (2, 3):
+        for stage in stages:
             if plan.is_on_gpu and plan.fits(plan.setting(stage, offload=False, num_processes=number)):
                 return f"take {number} GPUs with zero.stage: {stage}"
-    return "train adapters with model.lora, take GPUs with more memory, or a smaller model"
+    return (
+        "train adapters with model.lora, beside a base in 4 bits with model.lora.base_bits, take GPUs with more "
+        "memory, or a smaller model"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- disk

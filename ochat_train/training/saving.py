@@ -24,6 +24,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from ochat_train.files import STEP_FOLDERS, flush, flush_tree, move_folder, remove_folder
+from ochat_train.model.quantised import plain_weight
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.checkpoint import (
     MANIFEST,
@@ -244,7 +245,7 @@ def copy_weights(engine: DeepSpeedEngine, world: World) -> dict[str, Tensor]:
     for name, parameter in lm.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if world.is_main:
-                copies[name] = parameter.detach().to("cpu", copy=True)
+                copies[name] = plain_weight(parameter).to("cpu", copy=True)
     if world.is_main:
         saved, buffers = lm.state_dict().keys(), lm.named_buffers(remove_duplicate=False)
         copies |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers if name in saved}

@@ -19,6 +19,7 @@ from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model
 from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
 from ochat_train.recipe import Recipe, to_json
@@ -55,7 +56,7 @@ from ochat_train.training.engine import (
     together,
 )
 from ochat_train.training.loading import load_once
-from ochat_train.training.resources import find_memory, nearest_that_fits, plan_disk, plan_memory, size_of
+from ochat_train.training.resources import find_memory, kind_of, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
 from ochat_train.training.sinks import check_sinks
@@ -161,8 +162,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
-    if recipe.model.lora is not None:
-        require_peft()
+    require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
     size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
@@ -198,6 +198,14 @@ def prepare(recipe: Recipe, world: World) -> Run:
     )
     check_continues(run, world)
     return run
+
+
+def require_adapters(recipe: Recipe, device: torch.device) -> None:
+    """Raise ValueError, with the remedy, when what the recipe's adapters need is not installed for this device."""
+    if recipe.model.lora is not None:
+        require_peft()
+        if recipe.model.lora.base_bits is not None:
+            require_quantising(device)
 
 
 def attention_of(
@@ -452,6 +460,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
             targets=lora.targets,
             row_ids=trained_rows(recipe, run.tokenizer),
             seed=recipe.train.seed,
+            kind=kind_of(lora, world.device),
         )
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
