@@ -85,19 +85,7 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
     sized = weights.values() if adapter else empty_model(config, dtype).parameters()
     with publish_folder(out) as folder, room_for(sum(weight.nbytes for weight in sized), folder):
         if adapter:
-            lora, named = _lora(checkpoint), base or was
-            assert lora is not None
-            save_adapter(
-                folder,
-                weights,
-                empty_model(config, dtype),
-                base=named,
-                rank=lora.rank,
-                alpha=lora.alpha,
-                rslora=lora.rslora,
-            )
-            compute = {"bnb_4bit_compute_dtype": checkpoint.state.recipe["model"]["dtype"]}
-            metadata["base"] = {"name": named, "quantization": SETTING | compute if lora.base_bits else None}
+            metadata["base"] = _save_adapter(folder, weights, empty_model(config, dtype), checkpoint, base or was)
             _write_companions(folder, generation_config, tokenizer, metadata)
         else:
             write_model(
@@ -112,6 +100,17 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
             _check_weights(folder, weights, dtype)
         _record_parity(folder, checkpoint)
         flush_tree(folder)  # some file systems say only here that they are full
+
+
+def _save_adapter(
+    folder: Path, weights: dict[str, Tensor], empty: PreTrainedModel, checkpoint: Checkpoint, base: str
+) -> dict[str, Any]:
+    """Write the adapters for peft; returns what the metadata say of their base."""
+    lora = _lora(checkpoint)
+    assert lora is not None
+    save_adapter(folder, weights, empty, base=base, rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora)
+    compute = {"bnb_4bit_compute_dtype": checkpoint.state.recipe["model"]["dtype"]}
+    return {"name": base, "quantization": SETTING | compute if lora.base_bits else None}
 
 
 def write_model(

@@ -87,9 +87,9 @@ def measure(policy: str, options: argparse.Namespace, peak: float) -> dict[str, 
     batches = [collate(each, [0] * len(each), multiple=multiple).pin(device) for each in examples]
 
     def step(number: int) -> None:
-        weight_sum = float(batches[number].loss_weights.sum())
-        setting = {"weight_sum": weight_sum, "world_size": 1, "lr": 1e-5, "mark": lambda phase: None}
-        train_step(engine, [batches[number]], **setting)
+        batch = batches[number]
+        sums = {"weight_sum": float(batch.loss_weights.sum()), "num_tokens": batch.num_tokens}
+        train_step(engine, [batch], **sums, world_size=1, lr=1e-5, mark=lambda phase: None)
 
     for number in range(len(batches)):
         step(number)

@@ -29,6 +29,7 @@ from benchmarks.gpu_kit import PREPARED, ROOT, report
 
 MOST_SECONDS = 540
 CPU_PATIENCE = 10  # a CPU that others use, too, takes longer; nothing is lent there
+_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 GRACE = 10  # seconds between asking a stage to end, so that it writes what it has, and killing it
 
 
@@ -115,7 +116,9 @@ def unpack(wheels: Path, site: Path) -> dict[str, str]:
         with zipfile.ZipFile(wheel) as opened:
             opened.extractall(site)
     paths = [str(site), str(ROOT), str(ROOT / "benchmarks")]
-    found = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    # Each stage makes its own process group, of itself alone.
+    own = {name: value for name, value in os.environ.items() if name not in _GROUP}
+    found = own | {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     return found | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 

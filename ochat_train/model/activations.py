@@ -59,8 +59,8 @@ def count_activations(
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
     checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights, which need not keep their
-    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained. Quantised ones
-    are dequantised one at a time.
+    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained. Quantised ones are
+    dequantised one at a time.
 
     A forward and a backward pass run on the meta device, and the bytes of all live tensors are added up. With C, I, A,
     K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
@@ -82,15 +82,8 @@ def count_activations(
     if lora_rank is not None:
         require_peft()
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            add_adapters(
-                lm,
-                rank=lora_rank,
-                alpha=lora_rank,
-                targets=kind.targets,
-                row_ids=range(num_rows),
-                seed=0,
-                kind=kind,
-            )
+            rows = range(num_rows)
+            add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=kind.targets, row_ids=rows, seed=0, kind=kind)
     model = PackedCausalLM(
         lm,
         attention="alone" if isinstance(num_tokens, Alone) else "sdpa",  # replaced below

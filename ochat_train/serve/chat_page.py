@@ -27,7 +27,8 @@ _POLICY = (
 _HEIGHT = "calc(100vh - 216px)"  # without the condition above and the question below
 _CSS = ".fillable {max-width: 1600px !important} footer {display: none !important}"
 _MARKUP = re.compile(r"[!-/:-@\[-`{-~]")  # what Markdown takes a backslash before
-_IDLE, _BUSY = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
+# With words: a screen reader has no name for the icons.
+_IDLE, _BUSY = {"submit_btn": "Ask", "stop_btn": False}, {"submit_btn": False, "stop_btn": "Stop"}
 _SHUTDOWN_S = 1  # for browsers, which keep connections open
 
 
