@@ -196,9 +196,9 @@ def branch(bench: Bench) -> str | None:
 
 
 def change_ranks(bench: Bench) -> str | None:
-    """The run goes on with another number of ranks, another ZeRO stage, or both."""
+    """The run goes on with another number of ranks, another ZeRO stage, or both; stage 0 has states of its own."""
     was = (bench.hosts.size, bench.options.get("zero.stage"))
-    size, stage = bench.rng.choice([(n, str(s)) for n in (1, 2, 3) for s in range(4) if (n, str(s)) != was])
+    size, stage = bench.rng.choice([(n, str(s)) for n in (1, 2, 3) for s in (1, 2, 3) if (n, str(s)) != was])
     bench.hosts = OneHost(size)
     bench.options |= {"zero.stage": stage, "packing.grad_accum": str(NUM_BINS // size)}
     return "other ranks or ZeRO stage"

@@ -35,7 +35,7 @@ COMMON = [
 RECIPES = {
     "one host": [],
     "two hosts": [],
-    "other ranks": [f"packing.grad_accum={NUM_BINS // 2}"],
+    "other ranks": [f"packing.grad_accum={NUM_BINS // 2}", "zero.stage=2"],
 }
 UNDER_WAY: dict[str, dict[Fault, int]] = {
     "one host": {faults.kill: 3, faults.ask_to_stop: 3, faults.suspend: 1, faults.fill_disk: 2},
