@@ -37,7 +37,7 @@ _NUM_COMPARED = 20  # conversations of the store at each export
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export one checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m ochat_train.export", description="Checkpoint to model.")
+    parser = argparse.ArgumentParser(prog="ochat export", description="Checkpoint to model.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")

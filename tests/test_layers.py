@@ -18,6 +18,7 @@ MODULES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path
 BELOW = {"recipe", "conversations", "tokens", "model", "training"}
 MAY_IMPORT = {
     "recipe": {"recipe"},
+    "cli": {"recipe"},
     "files": set(),
     "gpus": set(),
     "conversations": {"files", "conversations"},
@@ -37,6 +38,7 @@ TORCH_IN_DATA = {"ochat_train.tokens.batch"}
 # These import starlette, of the extra serve; the command imports them when the engine is chosen.
 SERVERS = {f"ochat_train.serve.{name}" for name in ("gate", "transformers_engine", "vllm_engine")}
 EXTRAS = (
+    "argcomplete",
     "alpaca_eval",
     "flash_attn",
     "flash_attn_interface",

@@ -1,6 +1,6 @@
 """Examine a recipe on this machine before you spend GPU time.
 
-    python -m ochat_train.doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu-gib X]
+    ochat doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu-gib X]
 
 Checks versions and accelerators, the attention backend and kernels, that packed sequences do not see each other,
 special tokens, the token store, memory for each ZeRO stage and number of GPUs, disk, ports and hosts, runs the plan's
@@ -27,7 +27,7 @@ _MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print each finding as soon as it is made; exit with 1 when one is a problem."""
-    parser = argparse.ArgumentParser(prog="python -m ochat_train.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ochat doctor", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of processes, each on its GPU")

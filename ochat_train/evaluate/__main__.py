@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ochat_train.evaluate", description="Measure a trained model.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="ochat evaluate", description="Measure a trained model.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     prompts = commands.add_parser(

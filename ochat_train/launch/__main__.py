@@ -1,6 +1,6 @@
 """From a recipe's dump to a trained and exported model, on one node or several: what launch.sh starts.
 
-    python -m ochat_train.launch RECIPE [key=value ...]
+    ochat train RECIPE [key=value ...]
 
 It preprocesses, examines the recipe, trains (again after a crash, if MAX_RESTARTS says so) and reports, each as a
 command of its own. README.md lists the environment variables that it reads.
@@ -30,7 +30,7 @@ from ochat_train.recipe import (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all steps; exits with the code of the first one that fails, or with 75 when it was asked to stop."""
-    parser = argparse.ArgumentParser(prog="python -m ochat_train.launch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ochat train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe_arguments(parser)
     options = parse_arguments(parser, arguments)

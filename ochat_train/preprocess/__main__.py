@@ -1,9 +1,9 @@
 """Dumps to a token store.
 
-    python -m ochat_train.preprocess RECIPE [key=value ...]                  make the recipe's store
-    python -m ochat_train.preprocess --dry-run RECIPE [key=value ...]        only print the table of what would be in it
-    python -m ochat_train.preprocess --explain ID RECIPE [key=value ...]     follow the records of this id through it
-    python -m ochat_train.preprocess --fields PATH ...                       what the records of files hold
+    ochat preprocess RECIPE [key=value ...]                  make the recipe's store
+    ochat preprocess --dry-run RECIPE [key=value ...]        only print the table of what would be in it
+    ochat preprocess --explain ID RECIPE [key=value ...]     follow the records of this id through it
+    ochat preprocess --fields PATH ...                       what the records of files hold
 
 Files are cut into chunks of whole records. Workers make a shard of each: records are read, cleaned, given to a source,
 filtered, templated and tokenized. Then duplicates and the held-out split are decided over all shards, and the store is
@@ -28,7 +28,7 @@ from ochat_train.recipe import check_encoding, load_recipe, parse_arguments, rec
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the recipe's token store unless it is up to date, or print what the other options ask for."""
-    parser = argparse.ArgumentParser(prog="python -m ochat_train.preprocess", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ochat preprocess", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")

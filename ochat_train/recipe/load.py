@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ochat_train.recipe.mistakes import list_mistakes
 from ochat_train.recipe.schema import Recipe, fields, known_keys, required_keys
+from ochat_train.recipe.shipped import place_data, shipped_recipes
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,13 +89,17 @@ def _read_yaml(text: str) -> Any:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides applied.
 
+    Where there is no such file, `path` may be the name of a shipped recipe, such as quickstart.
+
     `key` is a dotted path (`optim.lr`, `data.sources.0.weight`), `value` is YAML. Raises ValueError with every
     wrong key's path, value, what is allowed and the nearest known key.
     """
+    shipped = None if Path(path).is_file() else shipped_recipes().get(str(path))
     try:
-        tree = _read_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = _read_yaml(Path(shipped or path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"no recipe at {path}") from None
+        hint = "" if "/" in str(path) else ", and no shipped one has this name; ochat recipes lists those"
+        raise ValueError(f"no recipe at {path}{hint}") from None
     except OSError as error:
         raise ValueError(f"{path} is not a recipe: it cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError as error:
@@ -105,6 +110,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         what = "it is empty" if tree is None else f"it is {'a list' if isinstance(tree, list) else 'one value'}"
         raise ValueError(f"{path} is not a recipe: {what}; its top level must be keys, such as name: and data:")
+    if shipped is not None:
+        tree = place_data(tree)
     for override in overrides:
         _apply_override(tree, override)
     found: dict[str, str] = {}
@@ -187,7 +194,7 @@ def _index(items: list[Any], part: str, parents: list[str], override: str) -> in
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every entry point shares: RECIPE [key=value ...]."""
-    parser.add_argument("recipe", metavar="RECIPE", help="the recipe's YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe's YAML file, or the name of a shipped one")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="override of any key: optim.lr=1e-5"
     )

@@ -1,8 +1,8 @@
 """Look at a run, at a token store, or at what a run would do.
 
-    python -m ochat_train.report run RUN [--text | --out FILE]
-    python -m ochat_train.report store STORE [--text | --out FILE]
-    python -m ochat_train.report plan RECIPE [WORD ...] [--vs [RECIPE] [WORD ...]] [--text | --out FILE]
+    ochat report run RUN [--text | --out FILE]
+    ochat report store STORE [--text | --out FILE]
+    ochat report plan RECIPE [WORD ...] [--vs [RECIPE] [WORD ...]] [--text | --out FILE]
 
 RUN is a recipe's checkpoint.dir; the run may be at any moment. Writes one HTML page, RUN/report.html or FILE, with the
 losses of each condition, the best epoch, what the condition probe means, shares of sources, speed, restarts and
@@ -36,7 +36,7 @@ from ochat_train.report.store_sections import store_document
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a report."""
-    parser = argparse.ArgumentParser(prog="python -m ochat_train.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ochat report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a run at any moment: losses, best epoch, replies, speed")

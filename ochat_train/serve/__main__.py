@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(
-        prog="python -m ochat_train.serve",
+        prog="ochat serve",
         usage="%(prog)s MODEL [options] [flags of the engine]",
         description="Serve MODEL, an exported model, the folder of a run, or exported adapters, on an "
         "OpenAI-compatible API. Flags that are not listed go to the engine.",

@@ -1,0 +1,75 @@
+"""The command ochat: `ochat WORD ...` is `python -m` of the word's module, and takes the same arguments.
+
+    ochat preprocess RECIPE [key=value ...]        is python -m ochat_train.preprocess RECIPE [key=value ...]
+
+It imports only that module, so that `ochat --help` starts at once.
+"""
+
+import difflib
+import os
+import runpy
+import sys
+from typing import NamedTuple
+
+from ochat_train import __version__
+
+
+class Word(NamedTuple):
+    """What a word runs: a module, with arguments before those of the command line."""
+
+    module: str
+    about: str
+    arguments: tuple[str, ...] = ()
+
+
+WORDS = {
+    "recipes": Word("recipe", "list the shipped recipes; their names can be given as RECIPE", ("--list",)),
+    "recipe": Word("recipe", "check a recipe and print it with all defaults"),
+    "preprocess": Word("preprocess", "dumps to a token store; --fields shows what dumps hold"),
+    "doctor": Word("doctor", "what would end a run later, its memory and its time"),
+    "train": Word("launch", "preprocess, doctor, train, export and report: launch.sh without installing anything"),
+    "report": Word("report", "look at a run, a token store or a plan"),
+    "serve": Word("serve", "a model behind an OpenAI-compatible API"),
+    "evaluate": Word("evaluate", "measure a model"),
+    "export": Word("export", "an earlier checkpoint to a model"),
+}
+
+
+def main() -> None:
+    """Run the module of the first word."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    word, *arguments = sys.argv[1:] or ["--help"]
+    if word in ("-h", "--help"):
+        lines = [f"  {name:<12}{found.about}" for name, found in WORDS.items()]
+        print("\n".join(["usage: ochat WORD ...", "", *lines, "", "ochat WORD --help says more; ochat --version"]))
+    elif word == "--version":
+        print(f"ochat_train {__version__}")
+    elif word in WORDS:
+        found = WORDS[word]
+        sys.argv = ["ochat", *found.arguments, *arguments]
+        runpy.run_module(f"ochat_train.{found.module}", run_name="__main__", alter_sys=True)
+    else:
+        near = difflib.get_close_matches(word, WORDS, n=1)
+        sys.exit(
+            f"ochat: there is no {word}{f'; did you mean {near[0]}?' if near else ''}\nochat --help lists all words"
+        )
+
+
+def _complete() -> None:
+    """Answer the shell, which asks through `register-python-argcomplete ochat`: words, shipped recipes, files."""
+    import argparse
+
+    import argcomplete
+
+    from ochat_train.recipe.shipped import shipped_recipes
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("word", choices=WORDS)
+    arguments = parser.add_argument("arguments", nargs="*")
+    arguments.completer = argcomplete.ChoicesCompleter(shipped_recipes())  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
+
+
+if __name__ == "__main__":
+    main()
