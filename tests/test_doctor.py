@@ -588,7 +588,7 @@ def fullest(recipe: Recipe, machine: AvailableMemory = HERE) -> Finding:
 def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert re.search(r"forward and backward in [\d.]+ s; peak .* planned", fullest(recipe).detail)
+    assert re.search(r"forward and backward in [\d.]+ s \(median of \d+\); peak .* planned", fullest(recipe).detail)
     original = ochat_train.model.attention.sdpa_attention
 
     def too_large(q: Tensor, *others: Any) -> Tensor:
@@ -726,6 +726,36 @@ def test_rows_that_look_untrained_are_found_and_a_warning_where_they_do_not_lear
 # ---- Steps ----
 
 
+def test_the_speed_told_is_that_of_a_warm_pass(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 50.0, 0.25, 0.5, 0.5])  # two before the measurement, then until a second is full
+    monkeypatch.setattr(trials, "_time_pass", lambda *_: next(times))
+    case = case_of(recipe, num_gpus=1)
+    checks.check_memory(case)
+    finding = trials.check_fullest(case)
+    num_tokens = int(case.store.lengths[trials.find_fullest(case.plan)].sum())
+    assert case.tokens_per_s == num_tokens / 0.5 and "in 0.5 s (median of 3)" in finding.detail
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_gpus_that_are_not_here_are_judged_by_their_name_memory_or_number(
+    recipe_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bf16 = [str(recipe_path), "model.dtype=bfloat16", "zero.stage=2"]
+    code, text = run_doctor(capsys, *bf16, "--gpus", "8", "--gpu", "4090")
+    assert code == 0 and "planned for GPUs that are not here: 4090, 23.6 GiB each" in text, text
+    assert re.search(r"a process, 23.6 GiB of a GPU", text) and re.search(r"^ +8 .*\[", text, re.MULTILINE)
+    assert "micro-batch: not run: the GPUs that this is planned for are not here" in text
+    assert re.search(
+        r"steps on 8 processes, .*\n.* GPU hours\) at [\d,]+ tokens/s a GPU, modelled on .*published", text
+    )
+    by_number = run_doctor(capsys, "--quick", *bf16, "--gpus", "8").text
+    assert "planned for GPUs that are not here: A100-80GB, 79.1 GiB each" in by_number
+    by_memory = run_doctor(capsys, *bf16, "--gpus", "8", "--gpu-gib", "30").text
+    assert "planned for GPUs that are not here: 30.0 GiB each" in by_memory
+    assert "hours are not known, since these GPUs have no name; give --gpu" in by_memory
+    assert run_doctor(capsys, *bf16, "--gpu", "5").code == 1
+
+
 def test_hours_are_given_only_where_a_speed_is_known(
     recipe: Recipe, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -736,7 +766,7 @@ def test_hours_are_given_only_where_a_speed_is_known(
 
     unknown = check(None)
     assert unknown.state == "warning" and "no speed was measured" in unknown.detail
-    assert "at 100 tokens/s a process, modelled on" in check(100.0).detail
+    assert "at 100 tokens/s a process, as measured on the micro-batch" in check(100.0).detail
     monkeypatch.setattr(checks, "measured_rate", lambda *_: Rate(50.0, "measured", 7, (2,)))
     measured = check(100.0)
     hours = make_table(case_of(recipe).plan).num_tokens / 100 * 2 / 3600

@@ -1,6 +1,6 @@
 """Examine a recipe on this machine before you spend GPU time.
 
-    ochat doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu-gib X]
+    ochat doctor RECIPE [key=value ...] [--quick] [--gpus N] [--gpu NAME | --gpu-gib X]
 
 Checks versions and accelerators, the attention backend and kernels, that packed sequences do not see each other,
 special tokens, the token store, memory for each ZeRO stage and number of GPUs, disk, ports and hosts, runs the plan's
@@ -8,11 +8,12 @@ fullest micro-batch once, and predicts steps and hours. Ends with OK, or with ea
 code 1.
 
 --quick leaves out what takes long: only a small copy of the model is run, and no plan is made. --gpus: the number of
-processes; else what launch.sh would start, by HOSTFILE, NUM_GPUS and the GPUs that are here. --gpu-gib: memory of each
-GPU, for those that are not in this machine.
+processes; else what launch.sh would start, by HOSTFILE, NUM_GPUS and the GPUs that are here. --gpu: GPUs that are not
+in this machine, by name; --gpu-gib: by the memory of each. Where there is no GPU, --gpus alone means A100-80GB.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of processes, each on its GPU")
-    parser.add_argument("--gpu-gib", type=float, metavar="X", help="memory of each GPU, for GPUs that are not here")
+    planned = parser.add_mutually_exclusive_group()
+    planned.add_argument("--gpu", metavar="NAME", help="GPUs that are not here, such as A100-80GB, H100 or 4090")
+    planned.add_argument("--gpu-gib", type=float, metavar="X", help="memory of each GPU, for GPUs that are not here")
     recipe_arguments(parser)
     options = parse_arguments(parser, arguments)
     try:
@@ -44,11 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
     # Only here: torch and transformers take seconds to import, and a mistake in the recipe is reported before.
+    from ochat_train.gpus import find_driver, usable_gpus
+
+    if not usable_gpus() and find_driver() is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no accelerator
     from ochat_train.doctor.case import Case
     from ochat_train.doctor.checks import examine
+    from ochat_train.training.speed import GPUS
 
+    gpu = options.gpu
+    if gpu is not None and gpu not in GPUS:
+        sys.exit(f"error: --gpu {gpu} is none of {', '.join(GPUS)}; give the memory of another one with --gpu-gib")
+    if options.gpus and not gpu and not options.gpu_gib and not usable_gpus():
+        gpu = "A100-80GB"
+    gib = options.gpu_gib if gpu is None else GPUS[gpu].gib
     problems = []
-    for finding in examine(Case(recipe, options.recipe, options.quick, options.gpus, options.gpu_gib)):
+    for finding in examine(Case(recipe, options.recipe, options.quick, options.gpus, gib, gpu)):
         print(show(finding), flush=True)
         if finding.state == "problem":
             problems.append(finding)

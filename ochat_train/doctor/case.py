@@ -32,8 +32,9 @@ class Case:
     """A recipe on this machine, and what the checks found, each field set by one check for those after it.
 
     path: the recipe's file. num_gpus: of the run; None: what launch.sh would start. gpu_gib: memory of each GPU, for
-    GPUs that are not here; None: of those that are. config: of transformers. row_ids: tokens whose rows are trained
-    beside adapters. num_steps: of the plan; 0: not planned. tokens_per_s: of a process; None: not tried.
+    GPUs that are not here; None: of those that are. gpu_name: what those are called in GPUS, if that is known. config:
+    of transformers. row_ids: tokens whose rows are trained beside adapters. num_steps: of the plan; 0: not planned.
+    tokens_per_s: of a process; None: not tried.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Case:
     is_quick: bool = False
     num_gpus: int | None = None
     gpu_gib: float | None = None
+    gpu_name: str | None = None
     num_steps: int = 0
     tokens_per_s: float | None = None
     machine: AvailableMemory = field(init=False)

@@ -56,7 +56,7 @@ from ochat_train.training.setup import (
     require_adapters,
 )
 from ochat_train.training.sinks import check_sinks
-from ochat_train.training.speed import measured_rate
+from ochat_train.training.speed import GPUS, Machine, measured_rate, predict, work_of
 
 _REACHED_WITHIN_S = 3.0
 _SSH_PORT = 22
@@ -111,9 +111,15 @@ def check_accelerators(case: Case) -> Finding:
     else:
         here = f"no GPU here; {here}"
     if machine.gpu_bytes is not None and not machine.is_here:
-        return Finding("ok", f"{here}; planned for GPUs of {show_bytes(machine.gpu_bytes)}")
+        planned = (
+            f"{case.gpu_name}, {show_bytes(machine.gpu_bytes)}" if case.gpu_name else show_bytes(machine.gpu_bytes)
+        )
+        detail = f"{here}; planned for GPUs that are not here: {planned} each"
+        return Finding("ok", f"{detail}. Attention and kernels below are what this machine would use")
     if machine.gpu_bytes is None and case.recipe.model.dtype == "bfloat16":
-        remedy = "set model.dtype: float32 here, or give the memory of the GPUs that you will rent with --gpu-gib N"
+        remedy = (
+            "set model.dtype: float32 here, or name the GPUs that you will rent: --gpus 8 --gpu H100, or --gpu-gib N"
+        )
         return Finding("warning", f"{here}; model.dtype bfloat16 is slow on a CPU", remedy)
     return Finding("ok", here)
 
@@ -368,17 +374,37 @@ def check_steps(case: Case) -> Finding:
     case.num_steps = table.num_steps
     num_processes = table.shape.world_size
     steps = f"{table.num_steps:,} steps on {num_processes} processes, {table.num_tokens:,} tokens"
+    if not case.machine.is_here:
+        return _predict_steps(case, table, steps)
     if measured := measured_rate(case.path, case.recipe):
         rate, origin = measured.tokens_per_s, f"as measured in {measured.num_steps:,} steps of checkpoint.dir"
     elif case.tokens_per_s is not None:
         rate = case.tokens_per_s
-        origin = "modelled on the one micro-batch run above, without optimizer and communication"
+        origin = "as measured on the micro-batch above, without optimizer and communication"
     else:
         remedy = "train a few steps with train.max_steps=20, or python -m ochat_train.report plan RECIPE tokens_per_s=X"
         return Finding("warning", f"{steps}; hours are not known, since no speed was measured", remedy)
     seconds = table.num_tokens / (rate * num_processes)
     duration = f"{timedelta(seconds=round(seconds))} ({seconds * num_processes / 3600:.3g} GPU hours)"
     return Finding("ok", f"{steps} in {duration} at {rate:,.0f} tokens/s a process, {origin}")
+
+
+def _predict_steps(case: Case, table: PlanTable, steps: str) -> Finding:
+    """The hours on GPUs that are not here, modelled on known speeds, by each source of these."""
+    gpu, work = GPUS.get(case.gpu_name or ""), None
+    if gpu is not None and hasattr(case, "memory"):
+        work = work_of(case.recipe, case.config.get_text_config(), table, case.memory.policy)
+    if gpu is None or work is None:
+        why = "these GPUs have no name; give --gpu" if gpu is None else "no speed of such a model is known"
+        remedy = "measure it there with train.max_steps=20, or ask ochat report plan RECIPE tokens_per_s=X"
+        return Finding("warning", f"{steps}; hours are not known, since {why}", remedy)
+    found = predict(work, Machine(case.gpu_name or "", gpu.device, case.num_processes))
+    lines = [
+        f"{timedelta(seconds=round(one.seconds))} ({one.seconds * case.num_processes / 3600:.3g} GPU hours) at "
+        f"{one.tokens_per_s:,.0f} tokens/s a GPU, modelled on {one.basis.source}, {one.basis.origin}"
+        for one in found
+    ]
+    return Finding("ok", "\n".join([steps, *lines]))
 
 
 def check_earlier_run(case: Case) -> Finding | None:

@@ -1,10 +1,12 @@
 """The checks of doctor that run a model: whether packed sequences see each other, and the fullest micro-batch."""
 
 import gc
+import os
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from ochat_train.training.engine import is_out_of_memory
 from ochat_train.training.resources import kind_of, show_bytes
 
 _CPU_FLOP = 1e13  # minutes on a few cores
+_MEASURED_S = 1.0
 _LENGTHS = (7, 33, 70, 18)  # of the sequences that are compared
 _NARROWER = (2, 4, 8, 16)
 _CPU_COMPARED = GIB  # on a CPU a larger model would take minutes
@@ -197,7 +200,9 @@ def check_fullest(case: Case) -> Finding:
     flop = 6 * case.size.num_weights * num_tokens
     expected = weights + element * case.size.num_trained + plan.activations.peak
     obstacle = None
-    if torch.cuda.device_count() > 1:
+    if not case.machine.is_here:
+        obstacle = "the GPUs that this is planned for are not here"
+    elif torch.cuda.device_count() > 1:
         obstacle = "there are several GPUs: one of them could not hold what ZeRO splits"
     elif case.device.type == "cpu" and weights > free // 4:
         obstacle = f"weights of {show_bytes(weights)} are above a quarter of the {show_bytes(free)} free"
@@ -219,9 +224,9 @@ def check_fullest(case: Case) -> Finding:
     case.tokens_per_s = num_tokens / used.seconds
     return Finding(
         "ok",
-        f"{num_tokens:,} tokens in {len(positions)} sequences, forward and backward in {used.seconds:.2f} s; peak "
-        f"{'not measured' if used.peak is None else show_bytes(used.peak)}, planned {show_bytes(expected)} (weights, "
-        "gradients, activations; all tokens with a loss)",
+        f"{num_tokens:,} tokens in {len(positions)} sequences, forward and backward in {used.seconds:.3g} s (median of "
+        f"{used.num_passes}); peak {'not measured' if used.peak is None else show_bytes(used.peak)}, planned "
+        f"{show_bytes(expected)} (weights, gradients, activations; all tokens with a loss)",
     )
 
 
@@ -232,14 +237,19 @@ def find_fullest(plan: RunPlan) -> Indices:
 
 
 class _Used(NamedTuple):
-    """seconds: of a pass when warm. peak: the most bytes beyond what was there before; None: not measured."""
+    """seconds: the median of the passes when warm. peak: the most bytes beyond what was there before; None: unknown."""
 
     seconds: float
     peak: int | None
+    num_passes: int
 
 
 def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
-    """What the micro-batch takes; random weights, since values change neither."""
+    """What the micro-batch takes; random weights, since values change neither.
+
+    The first pass of a process allocates and chooses kernels, and takes many times as long as later ones. So it is for
+    the peak, and passes after it are timed for about a second, on a CPU with the threads that a process of the run has.
+    """
     model, device = case.recipe.model, case.device
     gc.collect()
     before = _restart_peak(device)
@@ -259,16 +269,29 @@ def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
     packed = _pack_as_in_a_run(case, lm, checkpointing=case.memory.policy, num_conditions=num_conditions)
     warm_up = batch if model.compile else collate([], [])  # a batch of nothing warms up, but compiles nothing
     for part in (warm_up.to(device), batch.to(device)):
-        started = time.perf_counter()
-        packed(part).nll.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    if device.type == "cuda":
-        return _Used(seconds, torch.cuda.max_memory_allocated())
-    if before is None:
-        return _Used(seconds, None)
-    return _Used(seconds, max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+        _time_pass(packed, part)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    if before is not None and device.type == "cpu":
+        peak = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // case.num_processes))  # as training does
+    seconds: list[float] = []
+    try:
+        while sum(seconds) < _MEASURED_S:
+            seconds.append(_time_pass(packed, batch.to(device)))
+    finally:
+        torch.set_num_threads(num_threads)
+    return _Used(median(seconds), peak, len(seconds))
+
+
+def _time_pass(packed: PackedCausalLM, batch: PackedBatch) -> float:
+    """The seconds of a forward and a backward pass."""
+    started = time.perf_counter()
+    packed(batch).nll.backward()
+    if packed.lm.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _restart_peak(device: torch.device) -> int | None:

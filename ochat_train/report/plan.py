@@ -24,16 +24,14 @@ from ochat_train.tokens.tokenizer import load_tokenizer
 from ochat_train.training.data import check_store, make_run_plan, trained_rows
 from ochat_train.training.resources import AvailableMemory, find_memory, plan_memory, size_of
 from ochat_train.training.speed import (
-    H100,
     MACHINES,
     Machine,
     Prediction,
     Rate,
-    Work,
-    find_utilisation,
     measured_rate,
     predict,
     speed_sections,
+    work_of,
 )
 
 _MOST_GPUS = 65_536
@@ -356,25 +354,9 @@ def _micro_batches(store: TokenStore, plan: RunPlan, step: StepPlan, rank: int) 
 
 def _predict(recipe: Recipe, config: Any, table: PlanTable, num_rows: int) -> tuple[Prediction, ...]:
     """How long the steps take on this machine's GPUs, if it has any, and on other machines."""
-    utilisation = find_utilisation(
-        config,
-        quadratic_length=table.shape.quadratic_length,
-        is_frozen=recipe.model.lora is not None,
-        dtype=recipe.model.dtype,
-        device_name=H100,  # one whose peak is known
-    )
-    if utilisation is None:
+    work = work_of(recipe, config, table, "full")  # each machine's own checkpointing below
+    if work is None:
         return ()
-    work = Work(
-        utilisation=utilisation,
-        checkpointing="full",  # each machine's own below
-        num_tokens=table.num_tokens,
-        cost=int(table.rows["cost"].sum()),
-        efficiency=table.efficiency,
-        num_micro_batches=table.num_steps * table.shape.num_bins,
-        grad_accum=table.shape.grad_accum,
-        stage=recipe.zero.stage,
-    )
     machines = list(MACHINES)
     if torch.cuda.is_available():
         num_gpus = table.shape.world_size

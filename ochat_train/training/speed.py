@@ -17,6 +17,7 @@ from ochat_train.files import read_json_lines
 from ochat_train.model.checkpointing import share_of
 from ochat_train.model.pretrained import matrix_weights_of
 from ochat_train.recipe import Recipe, load_recipe
+from ochat_train.tokens.plan import PlanTable
 
 # ---------------------------------------------------------------------------------------------------- utilisation
 
@@ -47,6 +48,23 @@ PEAKS = {
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of dense bf16 matrix products, by torch's name of the device; None where the table has no figure."""
     return next((peak * _TERA for name, peak in PEAKS.items() if re.fullmatch(name, device_name)), None)
+
+
+class Gpu(NamedTuple):
+    """A GPU that can be named for a plan. device: torch's name. gib: what torch finds in one, rounded down."""
+
+    device: str
+    gib: float
+
+
+GPUS = {
+    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", 39.3),
+    "A100-80GB": Gpu("NVIDIA A100-SXM4-80GB", 79.1),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 79.1),
+    "H200": Gpu("NVIDIA H200", 139.7),
+    "3090": Gpu("NVIDIA GeForce RTX 3090", 23.6),
+    "4090": Gpu("NVIDIA GeForce RTX 4090", 23.6),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +215,29 @@ class Work:
         """FLOP of the run with repeated forward passes; a forward pass is a third of all, half for frozen matrices."""
         forward = replace(self.utilisation, is_frozen=False).flops(self.num_tokens, self.cost) / 3
         return self.utilisation.flops(self.num_tokens, self.cost) + share_of(self.checkpointing) * forward
+
+
+def work_of(recipe: Recipe, config: Any, table: PlanTable, checkpointing: str) -> Work | None:
+    """The work of a recipe's steps; None for a model about whose speed SPEEDS says nothing."""
+    utilisation = find_utilisation(
+        config,
+        quadratic_length=table.shape.quadratic_length,
+        is_frozen=recipe.model.lora is not None,
+        dtype=recipe.model.dtype,
+        device_name=H100,  # one whose peak is known
+    )
+    if utilisation is None:
+        return None
+    return Work(
+        utilisation=utilisation,
+        checkpointing=checkpointing,
+        num_tokens=table.num_tokens,
+        cost=int(table.rows["cost"].sum()),
+        efficiency=table.efficiency,
+        num_micro_batches=table.num_steps * table.shape.num_bins,
+        grad_accum=table.shape.grad_accum,
+        stage=recipe.zero.stage,
+    )
 
 
 class Machine(NamedTuple):
