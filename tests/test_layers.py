@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "training": BELOW | {"files", "gpus"},
     "export": BELOW | {"files"},
     "train": BELOW | {"files", "gpus", "preprocess", "export"},
+    "init": BELOW | {"files", "gpus", "preprocess", "init"},
     "launch": {"recipe", "files", "gpus", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "report", "evaluate"},

@@ -21,6 +21,7 @@ from ochat_train.preprocess.job import stamp_of
 _MAX_VALUES = 1000  # different ones that are counted of a field
 _MAX_NAMES = 200  # of fields and roles that are counted
 _NUM_SHOWN = 6
+_OF_ANSWER = " (of an answer)"
 _MAX_CHARS = 60
 
 
@@ -36,27 +37,42 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
         files = list_files(path, left_out)
         others = f"; left out, hidden or of other suffixes: {_show_counts(left_out)}" if left_out else ""
         yield f"{path}: {len(files):,} file{'s' * (len(files) != 1)}{others}"
-        held = _Contents(reading)
-        with tqdm(
-            total=sum(max(0, stamp_of(file)[0]) for file in files), unit="B", unit_scale=True, desc="reading", delay=2
-        ) as bar:
-            num_before = 0.0
-            for file in files:
-                try:
-                    for chunk in read_chunks([file], encoding=encoding, columns=None):
-                        for record in chunk.records():
-                            held.add(record, chunk.form)
-                        bar.update(num_before + chunk.bytes_read - bar.n)
-                    num_before = bar.n
-                except ValueError as error:
-                    num_unread += 1
-                    yield f"  error: {error}"
+        held = Contents(reading)
+        for error in _read(files, held, encoding):
+            num_unread += 1
+            yield f"  error: {error}"
         yield from held.lines()
     if num_unread:
         raise ValueError(f"{num_unread:,} files could not be read, see above")
 
 
-class _Contents:
+def contents_of(paths: Sequence[str]) -> "Contents":
+    """What all of the paths hold together. Raises ValueError for the first file that cannot be read."""
+    held = Contents(Reading())
+    for path in paths:
+        for error in _read(list_files(path, Counter()), held, None):
+            raise error
+    return held
+
+
+def _read(files: Sequence[str], held: "Contents", encoding: str | None) -> Iterator[ValueError]:
+    """Add the files' records; yields the reason for each file that cannot be read."""
+    with tqdm(
+        total=sum(max(0, stamp_of(file)[0]) for file in files), unit="B", unit_scale=True, desc="reading", delay=2
+    ) as bar:
+        num_before = 0.0
+        for file in files:
+            try:
+                for chunk in read_chunks([file], encoding=encoding, columns=None):
+                    for record in chunk.records():
+                        held.add(record, chunk.form)
+                    bar.update(num_before + chunk.bytes_read - bar.n)
+                num_before = bar.n
+            except ValueError as error:
+                yield error
+
+
+class Contents:
     """What the records so far hold, counted."""
 
     def __init__(self, reading: Reading) -> None:
@@ -93,7 +109,7 @@ class _Contents:
             if chat.turns:
                 self._num_turns[len(chat.turns)] += 1
             for name in sorted(chat.own):
-                shown = f"{name} (of an answer)"
+                shown = f"{name}{_OF_ANSWER}"
                 if chat.fields[name] is not None and _count(self._fields, shown):
                     _count(self._values.setdefault(shown, Counter()), _show(chat.fields[name]), _MAX_VALUES)
             self._add_turns(chat)
@@ -108,6 +124,29 @@ class _Contents:
             role = turn.get("role") if turn.get("from") is None else turn["from"]
             if isinstance(role, str):
                 _count(self._roles, role)
+
+    @property
+    def num_records(self) -> int:
+        return self._dialects.total()
+
+    @property
+    def num_chars(self) -> int:
+        """The characters of all texts, to two digits each."""
+        return sum(number * count for number, count in self._num_chars.items())
+
+    @property
+    def hint(self) -> str:
+        """The keys of a source that would read most of the records that are not read; empty if there are none."""
+        return next((hint for hint, _ in self._hints.most_common() if not hint.startswith("data.")), "")
+
+    def choices(self, most: int) -> dict[str, Counter[str]]:
+        """The values, as JSON, of each field that a `where` can name: 2 to `most` different ones, some repeated."""
+        return {
+            name.removesuffix(_OF_ANSWER): values
+            for name, values in self._values.items()
+            if 2 <= len(values) <= min(most, values.total() - 1)
+            and not any(value[0] in "[{" or value.endswith("…") for value in values)
+        }
 
     def lines(self) -> Iterator[str]:
         for dialect, count in self._dialects.most_common():
