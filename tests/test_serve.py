@@ -146,7 +146,8 @@ def test_flags_that_go_around_the_gate_are_refused(model: Path, flag: str) -> No
 def test_vllm_loads_adapters_beside_their_base_unless_rows_of_tokens_are_among_them(
     model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "ochat_train.json").write_bytes((model / "ochat_train.json").read_bytes())
+    for name in ("ochat_train.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
     config: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 20, "trainable_token_indices": None}
     (tmp_path / "adapter_config.json").write_bytes(orjson.dumps(config))
     words, _ = command_of(find_served(str(tmp_path)))
