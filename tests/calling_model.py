@@ -16,6 +16,7 @@ from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import Server
 from tests.small_tokenizers import write_base
+from tests.waiting import wait_until
 
 # Definitions in the system turn, and calls between tags, as Qwen 2.5's.
 TAGS = (
@@ -77,7 +78,14 @@ def check_chat_round_trip(server: Server) -> None:
         assert orjson.loads(call.function.arguments) == {"at": "the garden"}
         seen = {**SEEN, "tool_call_id": call.id}
         answer = server.client.chat.completions.create(messages=[ASKED, message, seen], **options)
+        assert answer.usage.prompt_tokens == _logged(server, answer.id)["prompt_tokens"]  # the gate's own count
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("There is a cat.", "stop")
+
+
+def _logged(server: Server, id_: str) -> dict[str, Any]:
+    """The line of the log for a request; `id_` contains the request's."""
+    wait_until(lambda: any(line["id"] in id_ for line in server.lines()))
+    return next(line for line in server.lines() if line["id"] in id_)
 
 
 def check_responses_round_trip(server: Server) -> None:

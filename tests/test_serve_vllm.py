@@ -108,7 +108,8 @@ def test_calls_come_as_calls_and_go_back_as_history(tmp_path: Path) -> None:
     with serving(tmp_path, *FLAGS, **VARIABLES) as server:
         check_chat_round_trip(server)
         check_responses_round_trip(server)
-        options: Any = {"model": "tiny-chat", "messages": [ASKED], "tools": [TOOL], "temperature": 0}
+        strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # so has every call its form
+        options: Any = {"model": "tiny-chat", "messages": [ASKED], "tools": [strict], "temperature": 0}
         create = server.client.chat.completions.create
         for choice in ("required", {"type": "function", "function": {"name": "look"}}):
             (call,) = create(tool_choice=choice, **options).choices[0].message.tool_calls

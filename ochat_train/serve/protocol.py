@@ -5,6 +5,7 @@ which), or it would change what the answer means and is refused by its name.
 """
 
 import difflib
+import json
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ochat_train.conversations.schema import Conversation, Message, ParsedRecord, Role
-from ochat_train.conversations.spell_out import Spelling, spell_out
+from ochat_train.conversations.spell_out import Spelling, read_calls, spell_out
 
 STREAM_END = b"data: [DONE]\n\n"
 _INT64 = 2**63
@@ -130,6 +131,10 @@ def _read_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _read_seed(value: Any) -> Any:
+    return None if value == -1 else value  # which many clients send for none
+
+
 def _read_stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if isinstance(stops, list):
@@ -192,7 +197,7 @@ class ChatRequest(_Fields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    seed: Whole | None = Field(None, ge=0, lt=_INT64)
+    seed: Annotated[Whole | None, BeforeValidator(_read_seed)] = Field(None, ge=-_INT64, lt=_INT64)
     stop: Annotated[list[str] | None, BeforeValidator(_read_stops)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     ignore_eos: bool | None = None
@@ -236,7 +241,8 @@ class ChatRequest(_Fields):
             where = "continue_final_message"
             raise Refusal(400, f"{where}: the last message is not the assistant's", param=where)
         named = self.tool_choice if isinstance(self.tool_choice, dict) else {}
-        if named and (named.get("type") != "function" or named.get("function", {}).get("name") not in self.tool_names):
+        names = [{"type": "function", "function": {"name": name}} for name in self.tool_names]
+        if named and named not in names:
             raise Refusal(400, "tool_choice: it names no function of tools", param="tool_choice")
         if not named and self.tool_choice not in (None, "none", "auto", "required"):
             raise Refusal(400, "tool_choice: it is none, auto, required or a function", param="tool_choice")
@@ -302,13 +308,21 @@ class ChatRequest(_Fields):
         for turn in conversation.messages:
             messages.append({"role": turn.role, "content": turn.text})
             messages[-1] |= {"reasoning_content": turn.reasoning} if turn.reasoning else {}
-            messages[-1] |= {"tool_calls": orjson.loads(turn.calls)} if turn.calls else {}
+            messages[-1] |= {"tool_calls": _to_api(turn.calls)} if turn.calls else {}
         body |= {"tools": self.tools, "tool_choice": tool_choice} if tool_choice is not None else {}
         return body | {
             "model": model,
             "messages": messages,
             "chat_template_kwargs": {"condition": conversation.condition},
         }
+
+
+def _to_api(calls: str) -> list[dict[str, Any]]:
+    """Calls as the API has them, whatever order their fields had: a template writes them in the order that it gets."""
+    return [
+        {"id": f"call_{number}", "type": "function", "function": {**call, "arguments": json.dumps(call["arguments"])}}
+        for number, call in enumerate(read_calls(calls))
+    ]
 
 
 def read_json(body: bytes) -> Any:

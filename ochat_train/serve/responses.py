@@ -28,11 +28,14 @@ def to_chat(asked: Any) -> dict[str, Any]:
     messages = [{"role": "system", "content": chat["instructions"]}] if chat.get("instructions") else []
     chat["messages"] = messages + _read_input(chat.pop("input", None))
     chat["max_completion_tokens"] = chat.pop("max_output_tokens", None)
-    form = (chat.pop("text", None) or {}).get("format") or {}
+    text = chat.pop("text", None) or {}
+    form = text.get("format") or {} if isinstance(text, dict) else None
+    if not isinstance(form, dict):
+        raise Refusal(400, "text.format: it is an object of JSON", param="text.format")
     if form.get("type") == "json_schema":
         form = {"type": "json_schema", "json_schema": {name: form[name] for name in form if name != "type"}}
     chat |= {"response_format": form or None, "logprobs": True if asked.get("top_logprobs") else None}
-    chat["tools"] = [_read_tool(tool, f"tools[{number}]") for number, tool in enumerate(asked.get("tools") or [])]
+    chat["tools"] = [_read_tool(tool, f"tools[{number}]") for number, tool in enumerate(_listed(asked, "tools"))]
     if isinstance(choice := asked.get("tool_choice"), dict):
         chat["tool_choice"] = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
     if asked.get("stream"):
@@ -66,6 +69,13 @@ def _read_input(value: Any) -> list[dict[str, Any]]:
         elif kind != "reasoning":  # which is another model's: this one's stands in its texts
             raise Refusal(400, f"{where}: messages and calls of functions are taken, and their outputs", param=where)
     return messages
+
+
+def _listed(asked: dict[str, Any], name: str) -> list[Any]:
+    value = asked.get(name) or []
+    if not isinstance(value, list):
+        raise Refusal(400, f"{name}: it is a list", param=name)
+    return value
 
 
 def _read_tool(tool: Any, where: str) -> dict[str, Any]:
