@@ -242,10 +242,11 @@ def test_answers_come_back_as_history(ask: Ask) -> None:
 
 def test_tools_and_calls_are_written_as_in_training(ask: Ask) -> None:
     # The template has no form for them, so the record's own form follows the system text.
-    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    call: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    parsed = {**call["function"], "parsed_arguments": {"at": 1}}  # as openai's package sends its own messages back
     history = [
         {"role": "user", "content": "Look"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call | {"function": parsed}]},
         {"role": "tool", "content": "a cat", "tool_call_id": "c"},
     ]
     app = EngineApp()

@@ -164,6 +164,9 @@ class RequestMessage(_Fields):
             if self.extra.get(name):
                 raise Refusal(400, f"{where}.{name}: this model takes text alone", param=f"{where}.{name}")
         calls = self.tool_calls or ([{"function": self.function_call}] if self.function_call else [])
+        for function in (call.get("function") for call in calls):
+            if isinstance(function, dict):
+                function.pop("parsed_arguments", None)  # which openai's package adds
         text = self.refusal if self.content is None else self.content
         if text is None and not calls and self.role != "assistant":
             raise Refusal(400, f"{where}.content: there is none", param=f"{where}.content")
