@@ -85,6 +85,37 @@ def test_mistakes_are_refused_before_anything_is_loaded(
         assert "cannot be used" in refusal(capsys, model, "--host", "127.0.0.1", "--port", taken.getsockname()[1])
 
 
+def test_the_command_of_a_model_card_is_understood(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("ochat_train.serve.transformers_engine.serve", lambda found, *_, **__: served.append(found))
+    log, place = tmp_path / "openchat.log", ["--engine", "transformers", "--port", str(free_port())]
+    card = (
+        f"--model-type openchat_v3.2 --model {model} --engine-use-ray --worker-use-ray --max-num-batched-tokens 5120 "
+        f"--api-keys sk-1 sk-2 --disable-log-requests --disable-log-stats --log-file {log} --tensor-parallel-size 1"
+    )
+    main([*card.split(), *place])
+    printed = capsys.readouterr().out
+    for flag in ("--engine-use-ray", "--worker-use-ray", "--max-num-batched-tokens", "--disable-log-stats"):
+        assert f"{flag} has no meaning" in printed
+    assert "below 16 characters" in printed and log.stat().st_mode & 0o777 == 0o600
+    main([*place, "--api-keys", "sk-1", "sk-2", str(model)])
+    assert [found.folder for found in served] == [model, model] and "openchat_v3.2" in served[0].names
+
+
+def test_a_broken_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ImportError("Could not import module") from error
+
+    monkeypatch.setattr("ochat_train.serve.__main__.start", start)
+    with pytest.raises(SystemExit, match=r"operator torchvision::nms does not exist\); .* may be removed$"):
+        main(["model"])
+
+
 def test_a_run_is_served_by_its_model(model: Path) -> None:
     served = find_served(str(model.parent))
     assert (served.folder, served.names) == (model, ("tiny-chat", "openchat_v3.2", "openchat"))
@@ -146,7 +177,8 @@ def test_flags_that_go_around_the_gate_are_refused(model: Path, flag: str) -> No
 def test_vllm_loads_adapters_beside_their_base_unless_rows_of_tokens_are_among_them(
     model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "ochat_train.json").write_bytes((model / "ochat_train.json").read_bytes())
+    for name in ("ochat_train.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
     config: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 20, "trainable_token_indices": None}
     (tmp_path / "adapter_config.json").write_bytes(orjson.dumps(config))
     words, _ = command_of(find_served(str(tmp_path)))

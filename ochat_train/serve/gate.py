@@ -21,17 +21,19 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from ochat_train.conversations.base_template import TemplateRefused
+from ochat_train.conversations.base_template import BaseTemplate, TemplateRefused
+from ochat_train.conversations.schema import Conversation
 from ochat_train.serve.keys import ApiKeys
-from ochat_train.serve.protocol import STREAM_END, Refusal, read_chat_request
+from ochat_train.serve.protocol import STREAM_END, ChatRequest, Refusal, read_chat_request, read_json
 from ochat_train.serve.request_log import RequestRecord
+from ochat_train.serve.responses import ResponseWriter, to_chat
 from ochat_train.serve.served import Served, explain_unknown
 from ochat_train.tokens.chat_template import ControlText, encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
-CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
+CHAT, RESPONSES, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics"
+_ROUTES = (CHAT, RESPONSES, MODELS, HEALTH, METRICS)
 _STOPPING = Refusal(503, "the server is stopping; ask again")
-_OTHER_APIS = ("/v1/completions", "/v1/responses")  # which clients try, some of them by default
 BODY_TIMEOUT_S = 30.0
 CLIENT_GONE = 499  # nginx's status for a client that did not wait for its answer
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -43,13 +45,15 @@ _KEPT_HEADERS = {b"content-type", b"content-length", b"cache-control"}
 class EngineTraits:
     """What the gate must know of the engine.
 
-    name: for messages. can_force_a_form: it makes answers that are JSON, by a schema too. renders_text: it makes one
-    string of a chat, in which text that spells special tokens becomes control. fills_room: an answer without a limit of
-    its own gets what room there is; else the engine's default holds. has_metrics: it has METRICS, for Prometheus.
+    name: for messages. can_force_a_form: it makes answers that are JSON, by a schema too, and calls of tools.
+    reads_calls: it finds calls of tools in an answer. renders_text: it makes one string of a chat, in which text that
+    spells special tokens becomes control. fills_room: an answer without a limit of its own gets what room there is;
+    else the engine's default holds. has_metrics: it has METRICS, for Prometheus.
     """
 
     name: str
     can_force_a_form: bool
+    reads_calls: bool
     renders_text: bool
     fills_room: bool
     has_metrics: bool = False
@@ -79,6 +83,7 @@ class Gate:
         self.max_body_bytes = min(2**16 + 16 * served.num_positions, 2**24)
         routes = [
             Route(CHAT, self._chat, methods=["POST"]),
+            Route(RESPONSES, self._respond, methods=["POST"]),
             Route(MODELS, self._list_models),
             Route(f"{MODELS}/{{name:path}}", self._show_model),
             Route(HEALTH, self._pass),
@@ -105,10 +110,12 @@ class Gate:
         except Refusal as refusal:
             await client.refuse(refusal)
         except HTTPException as error:
-            known = f"this server has POST {CHAT}, GET {MODELS} and GET {HEALTH}"
+            known = f"this server has POST {CHAT} and {RESPONSES}, GET {MODELS} and GET {HEALTH}"
             message = known if error.status_code == 404 else f"{scope['method']} is not allowed here; {known}"
-            if scope["path"] in _OTHER_APIS:
+            if scope["path"] == "/v1/completions":  # which clients try
                 message = f"no {scope['path']}, since the model was trained on chats alone; {known}"
+            if scope["path"].startswith(f"{RESPONSES}/"):
+                message = f"this server keeps no responses; {known}"
             await client.refuse(Refusal(error.status_code, message))
         except ClientDisconnect:
             client.is_gone = True
@@ -130,7 +137,7 @@ class Gate:
         path = request.scope["path"]
         # The path as it was sent, so that an engine cannot decode it to another one than was checked here.
         is_plain = (request.scope.get("raw_path") or path.encode()).partition(b"?")[0] == path.encode()
-        request.state.client.record.route = path if is_plain and path in (CHAT, MODELS, HEALTH, METRICS) else "other"
+        request.state.client.record.route = path if is_plain and path in _ROUTES else "other"
         if is_plain and path == HEALTH and request.method in ("GET", "HEAD"):  # for load balancers, which have no key
             return
         if not self._keys.allow(request.headers.getlist("authorization")):
@@ -155,8 +162,19 @@ class Gate:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "ochat_train"}
 
     async def _chat(self, request: Request) -> ASGIApp:
-        record: RequestRecord = request.state.client.record
-        chat = read_chat_request(await self._read_body(request))
+        fields = read_json(await self._read_body(request))
+        return self._forward(self._admit(fields, request.state.client.record))
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        client: Client = request.state.client
+        fields = read_json(await self._read_body(request))
+        body = self._admit(to_chat(fields), client.record)
+        client.writer = ResponseWriter(fields, client.record.id)
+        return self._forward(body)
+
+    def _admit(self, fields: Any, record: RequestRecord) -> bytes:
+        """The body for the engine. Raises Refusal."""
+        chat = read_chat_request(fields)
         if chat.model not in self._served.names:
             names = ", ".join(self._served.names)
             raise Refusal(404, f"no such model; this server has {names}", param="model", code="model_not_found")
@@ -194,7 +212,24 @@ class Gate:
             )
         asked = chat.max_completion_tokens or chat.max_tokens
         limit = min(asked, room) if asked else room if self._engine.fills_room else None
-        return self._forward(orjson.dumps(chat.for_engine(conversation, model=self._served.name, max_tokens=limit)))
+        choice = self._choose_tools(chat, conversation)
+        body = chat.for_engine(conversation, model=self._served.name, max_tokens=limit, tool_choice=choice)
+        return orjson.dumps(body)
+
+    def _choose_tools(self, chat: ChatRequest, conversation: Conversation) -> str | dict[str, Any] | None:
+        """With what choice the engine gets the tools; None: not at all. Raises Refusal where it cannot be honoured."""
+        if chat.forces_a_call and not self._engine.can_force_a_form:
+            raise Refusal(
+                400,
+                f"tool_choice: {self._engine.name} cannot force a call; auto and none it can, and vLLM can",
+                param="tool_choice",
+            )
+        is_base = isinstance(self._tokenizer.template, BaseTemplate)
+        if not chat.tool_names or (is_base and not conversation.tools):  # the base's template would write them anew
+            return None
+        if chat.forces_a_call or self._engine.reads_calls:
+            return chat.tool_choice or "auto"
+        return "none" if conversation.tools else None
 
     async def _read_body(self, request: Request) -> bytes:
         limit = self.max_body_bytes
@@ -230,6 +265,8 @@ class Gate:
                 return unread.pop() if unread else await receive()
 
             engine_scope = {**client.scope, "headers": headers, "query_string": b""}
+            if client.writer is not None:
+                engine_scope |= {"path": CHAT, "raw_path": CHAT.encode()}
             await self._app(engine_scope, receive_body, EngineResponse(client).send)
 
         return respond
@@ -247,7 +284,8 @@ class Client:
         self.scope, self._receive, self._send = scope, receive, send
         self.record = RequestRecord()
         self.is_complete = self.is_gone = False
-        self._is_stream = False
+        self.is_stream = False
+        self.writer: ResponseWriter | None = None  # of another API than chat completions
 
     async def receive(self) -> Message:
         """The next part of the body, or that the client has gone."""
@@ -260,7 +298,7 @@ class Client:
         """Send a part of the response, with the request's id in its headers."""
         if message["type"] == "http.response.start":
             self.record.status = message["status"]
-            self._is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             message["headers"] = [*message["headers"], (b"x-request-id", self.record.id.encode())]
         else:
             self.is_complete = not message.get("more_body", False)
@@ -273,8 +311,9 @@ class Client:
             headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else {}
             response = Response(body, refusal.status, headers, "application/json")
             await response({"type": "http"}, self.receive, self.send)
-        elif self._is_stream and not self.is_complete:
-            await self.send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + STREAM_END})
+        elif self.is_stream and not self.is_complete:
+            last = b"data: " + body + b"\n\n" + STREAM_END if self.writer is None else self.writer.failure(refusal)
+            await self.send({"type": "http.response.body", "body": last})
 
 
 class EngineResponse:
@@ -285,6 +324,7 @@ class EngineResponse:
         self._error_status = 0
         self._error_body = bytearray()
         self._tail = b""  # the last bytes of the response, where the usage stands
+        self._whole = bytearray()  # the response so far that another API needs at once
 
     async def send(self, message: Message) -> None:
         """Send a message of the engine to the client."""
@@ -294,7 +334,8 @@ class EngineResponse:
             if message["status"] >= 400:
                 self._error_status = message["status"]
                 return
-            headers = [(name, value) for name, value in message["headers"] if name.lower() in _KEPT_HEADERS]
+            kept = _KEPT_HEADERS if self._client.writer is None else _KEPT_HEADERS - {b"content-length"}
+            headers = [(name, value) for name, value in message["headers"] if name.lower() in kept]
             await self._client.send({**message, "headers": headers})
             return
         body, is_last = message.get("body", b""), not message.get("more_body", False)
@@ -303,15 +344,21 @@ class EngineResponse:
             if is_last:
                 await self._client.refuse(self._read_error())
             return
-        record = self._client.record
-        if (place := body.find(_STREAM_ERROR)) >= 0:
+        record, place = self._client.record, body.find(_STREAM_ERROR)
+        if place >= 0:
             record.error = "the stream ended in an error"
-            body = body[:place] + b"data: " + engine_failure(500, record).to_json() + b"\n\n" + STREAM_END
-            is_last = True
+            body, is_last = body[:place], False
         self._tail = (self._tail + body)[-2048:]
         if is_last and (found := _COMPLETION_TOKENS.findall(self._tail)):
             record.completion_tokens = int(found[-1])
+        if (writer := self._client.writer) is not None and self._client.is_stream:
+            body = writer.events(body)
+        elif writer is not None:
+            self._whole += body
+            body = writer.whole(self._whole) if is_last else b""
         await self._client.send({"type": "http.response.body", "body": body, "more_body": not is_last})
+        if place >= 0:
+            await self._client.refuse(engine_failure(500, record))
 
     def _read_error(self) -> Refusal:
         if self._error_status >= 500:

@@ -66,7 +66,7 @@ def listen(app: "ASGIApp", sockets: list[socket.socket], ready: Callable[[], Non
 
     config = uvicorn.Config(
         app,
-        http=_with_header_timeout(),
+        http=with_header_timeout(),
         log_level="critical",
         access_log=False,
         server_header=False,
@@ -80,7 +80,7 @@ def listen(app: "ASGIApp", sockets: list[socket.socket], ready: Callable[[], Non
         raise ValueError(f"port {port} cannot be used ({error.strerror}); name another --port") from error
 
 
-def _with_header_timeout() -> Any:
+def with_header_timeout() -> Any:
     """uvicorn's HTTP protocol, which closes a connection whose next request's headers do not come.
 
     By itself it waits without a limit for the rest of headers that have begun.

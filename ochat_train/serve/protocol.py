@@ -1,19 +1,20 @@
-"""OpenAI's protocol for chat completions, as far as this server speaks it: requests, answers, errors.
+"""OpenAI's protocol for chat completions, as far as this server speaks it: requests and errors.
 
 Clients send more than one server honours. A field is honoured, or it has no effect here and is ignored (`ignored` says
 which), or it would change what the answer means and is refused by its name.
 """
 
 import difflib
+import json
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ochat_train.conversations.schema import Conversation, Message, ParsedRecord, Role
-from ochat_train.conversations.spell_out import Spelling, spell_out
+from ochat_train.conversations.spell_out import Spelling, read_calls, spell_out
 
 STREAM_END = b"data: [DONE]\n\n"
 _INT64 = 2**63
@@ -41,10 +42,11 @@ _IGNORED = {
     "cache_salt",
     "chat_id",
     "id",
+    "include",
     "include_reasoning",
     "keep_alive",
+    "max_tool_calls",
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "priority",
     "prompt_cache_key",
@@ -56,6 +58,7 @@ _IGNORED = {
     "service_tier",
     "session_id",
     "store",
+    "truncation",
     "user",
     "verbosity",
 }
@@ -128,6 +131,10 @@ def _read_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _read_seed(value: Any) -> Any:
+    return None if value == -1 else value  # which many clients send for none
+
+
 def _read_stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if isinstance(stops, list):
@@ -157,6 +164,9 @@ class RequestMessage(_Fields):
             if self.extra.get(name):
                 raise Refusal(400, f"{where}.{name}: this model takes text alone", param=f"{where}.{name}")
         calls = self.tool_calls or ([{"function": self.function_call}] if self.function_call else [])
+        for function in (call.get("function") for call in calls):
+            if isinstance(function, dict):
+                function.pop("parsed_arguments", None)  # which openai's package adds
         text = self.refusal if self.content is None else self.content
         if text is None and not calls and self.role != "assistant":
             raise Refusal(400, f"{where}.content: there is none", param=f"{where}.content")
@@ -190,7 +200,7 @@ class ChatRequest(_Fields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    seed: Whole | None = Field(None, ge=0, lt=_INT64)
+    seed: Annotated[Whole | None, BeforeValidator(_read_seed)] = Field(None, ge=-_INT64, lt=_INT64)
     stop: Annotated[list[str] | None, BeforeValidator(_read_stops)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     ignore_eos: bool | None = None
@@ -200,6 +210,7 @@ class ChatRequest(_Fields):
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -232,10 +243,14 @@ class ChatRequest(_Fields):
         if self.continue_final_message and self.messages[-1].role != "assistant":
             where = "continue_final_message"
             raise Refusal(400, f"{where}: the last message is not the assistant's", param=where)
-        if self.tool_choice not in (None, "none", "auto"):
-            raise Refusal(
-                400, "tool_choice: this server cannot force a call; auto and none it can", param="tool_choice"
-            )
+        named = self.tool_choice if isinstance(self.tool_choice, dict) else {}
+        names = [{"type": "function", "function": {"name": name}} for name in self.tool_names]
+        if named and named not in names:
+            raise Refusal(400, "tool_choice: it names no function of tools", param="tool_choice")
+        if not named and self.tool_choice not in (None, "none", "auto", "required"):
+            raise Refusal(400, "tool_choice: it is none, auto, required or a function", param="tool_choice")
+        if self.forces_a_call and not self.tools:
+            raise Refusal(400, "tool_choice: there are no tools to call", param="tool_choice")
         if self.has_format and (self.response_format or {}).get("type") not in ("json_object", "json_schema"):
             raise Refusal(400, "response_format: its type is text, json_object or json_schema", param="response_format")
 
@@ -243,6 +258,17 @@ class ChatRequest(_Fields):
     def has_format(self) -> bool:
         """Whether the answer must have a form of its own."""
         return self.response_format is not None and self.response_format.get("type") != "text"
+
+    @property
+    def forces_a_call(self) -> bool:
+        """Whether the answer must call a tool."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The names of the tools that an answer may call."""
+        functions = [tool.get("function") for tool in self.tools or []] if self.tool_choice != "none" else []
+        return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
     @property
     def asked_condition(self) -> str | None:
@@ -265,8 +291,13 @@ class ChatRequest(_Fields):
             parsed = spell_out(replace(parsed, tools="") if self.tool_choice == "none" else parsed, spelling)
         return Conversation("", "", condition, parsed.system, parsed.messages, parsed.tools)
 
-    def for_engine(self, conversation: Conversation, *, model: str, max_tokens: int | None) -> dict[str, Any]:
-        """The body for an engine: the conversation, and what else this request sets of what engines honour."""
+    def for_engine(
+        self, conversation: Conversation, *, model: str, max_tokens: int | None, tool_choice: Any
+    ) -> dict[str, Any]:
+        """The body for an engine: the conversation, and what else this request sets of what engines honour.
+
+        tool_choice: with what choice the engine gets the tools; None: not at all.
+        """
         replaced = {"model", "messages", "condition", "max_tokens", "max_completion_tokens", "tools", "tool_choice"}
         replaced |= {"stream_options", "add_generation_prompt"} | (set() if self.has_format else {"response_format"})
         body = self.model_dump(include=type(self).model_fields.keys() - replaced, exclude_none=True)
@@ -280,9 +311,8 @@ class ChatRequest(_Fields):
         for turn in conversation.messages:
             messages.append({"role": turn.role, "content": turn.text})
             messages[-1] |= {"reasoning_content": turn.reasoning} if turn.reasoning else {}
-            messages[-1] |= {"tool_calls": orjson.loads(turn.calls)} if turn.calls else {}
-        # Engines write tools into the prompt, and leave calls in the text of the answer.
-        body |= {"tools": orjson.loads(conversation.tools), "tool_choice": "none"} if conversation.tools else {}
+            messages[-1] |= {"tool_calls": _to_api(turn.calls)} if turn.calls else {}
+        body |= {"tools": self.tools, "tool_choice": tool_choice} if tool_choice is not None else {}
         return body | {
             "model": model,
             "messages": messages,
@@ -290,12 +320,24 @@ class ChatRequest(_Fields):
         }
 
 
-def read_chat_request(body: bytes) -> ChatRequest:
-    """Parse a body. Raises Refusal 400, which names the first field that is wrong."""
+def _to_api(calls: str) -> list[dict[str, Any]]:
+    """Calls as the API has them, whatever order their fields had: a template writes them in the order that it gets."""
+    return [
+        {"id": f"call_{number}", "type": "function", "function": {**call, "arguments": json.dumps(call["arguments"])}}
+        for number, call in enumerate(read_calls(calls))
+    ]
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a body. Raises Refusal 400."""
     try:
-        fields = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))
+        return orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
         raise Refusal(400, f"the body is not JSON: {error}") from None
+
+
+def read_chat_request(fields: Any) -> ChatRequest:
+    """The request of a body. Raises Refusal 400, which names the first field that is wrong."""
     try:
         request = ChatRequest.model_validate(fields)
     except ValidationError as error:
@@ -306,67 +348,3 @@ def read_chat_request(body: bytes) -> ChatRequest:
         raise Refusal(400, f"{where or 'the body'}: {what}", param=where or None) from None
     request.check()
     return request
-
-
-# ---- Answers ----
-
-FinishReason = Literal["stop", "length"]
-
-
-class Usage(BaseModel):
-    """Tokens of a prompt and its answers."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class AnswerText(BaseModel):
-    """The message of an answer, or a piece of it in a stream."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class TokenLogprob(BaseModel):
-    """A token of an answer and the logarithm of its probability; top_logprobs: the most probable ones in its place."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list["TokenLogprob"] | None = None
-
-
-class Logprobs(BaseModel):
-    """The tokens of an answer, or of a piece of it."""
-
-    content: list[TokenLogprob]
-
-
-class Choice(BaseModel):
-    """An answer: `message` is the whole one, `delta` a piece of a stream."""
-
-    index: int = 0
-    message: AnswerText | None = None
-    delta: AnswerText | None = None
-    logprobs: Logprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatCompletion(BaseModel):
-    """An answer, or an event of a stream. created: seconds since 1970."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
-
-    def to_json(self) -> bytes:
-        """The JSON, without fields that are None."""
-        return self.model_dump_json(exclude_none=True).encode()
-
-    def to_event(self) -> bytes:
-        """The same as a server-sent event."""
-        return b"data: " + self.to_json() + b"\n\n"

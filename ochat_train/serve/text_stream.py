@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ochat_train.serve.protocol import FinishReason, TokenLogprob
+from ochat_train.serve.completion import FinishReason, TokenLogprob
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 
@@ -18,13 +18,17 @@ class TextStream(BaseStreamer):
     """Text from tokens: `generate` calls `put` and `end` in its thread, and `send` gets each piece of text.
 
     It ends before the first of the stop texts. What may be the beginning of one, and bytes that are no whole character
-    yet, are held back. Without stop texts the joined pieces are the decoded answer.
+    yet, are held back. Without stop texts the joined pieces are the decoded answer. Special tokens have no text, but
+    for those that `kept` contains.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stops: list[str], num_top: int = 0) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, stops: list[str], num_top: int = 0, kept: str = "") -> None:
         self._tokenizer, self._stops, self._num_top = tokenizer, stops, num_top
         self.end_ids = {tokenizer.end_id}
         self.logprobs: list[TokenLogprob] = []
+        special = {id_: str(token) for id_, token in tokenizer.pretrained.added_tokens_decoder.items() if token.special}
+        self._skipped = {id_ for id_, token in special.items() if token not in kept}
+        self._keeps = len(self._skipped) < len(special)
         self._seen: Tensor | None = None
         self._num_held = max(map(len, stops), default=1) - 1
         self._ids: list[int] = []
@@ -71,13 +75,18 @@ class TextStream(BaseStreamer):
             self.send(self._held)
 
     def _decode(self, *, is_last: bool) -> str:
-        decode: Any = self._tokenizer.pretrained.decode
-        before = decode(self._ids[self._context : self._num_decoded], skip_special_tokens=True)
-        text = decode(self._ids[self._context :], skip_special_tokens=True)
+        before = self._text_of(self._ids[self._context : self._num_decoded])
+        text = self._text_of(self._ids[self._context :])
         if text.endswith("\ufffd") and not is_last:
             return ""
         self._context, self._num_decoded = self._num_decoded, len(self._ids)
         return str(text[len(before) :])
+
+    def _text_of(self, ids: list[int]) -> str:
+        decode: Any = self._tokenizer.pretrained.decode
+        if self._keeps:
+            return str(decode([id_ for id_ in ids if id_ not in self._skipped]))
+        return str(decode(ids, skip_special_tokens=True))
 
     def _add(self, piece: str) -> None:
         self._held += piece

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import json
 import logging
 import secrets
 import socket
@@ -24,20 +25,14 @@ from ochat_train.model.exported import read_export
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.model.quantised import round_to_4_bits
+from ochat_train.serve.completion import AnswerText, ChatCompletion, Choice, Logprobs, ToolCall, Usage
 from ochat_train.serve.gate import CHAT, HEALTH, EngineTraits, Gate
 from ochat_train.serve.keys import ApiKeys
 from ochat_train.serve.process import listen
-from ochat_train.serve.protocol import (
-    STREAM_END,
-    AnswerText,
-    ChatCompletion,
-    ChatRequest,
-    Choice,
-    Logprobs,
-    Usage,
-)
+from ochat_train.serve.protocol import STREAM_END, ChatRequest
 from ochat_train.serve.served import Served
 from ochat_train.serve.text_stream import EndOfAnswer, TextStream
+from ochat_train.serve.tool_calls import CallForm, CallReader, find_form
 from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -136,10 +131,11 @@ def make_app(
 ) -> ASGIApp:
     """The ASGI application: the gate around one route for chats and one for health."""
     generator = Generator(model, tokenizer)
+    form = find_form(served.spelling(tokenizer))
 
     async def chat(request: Request) -> Response:
         asked = ChatRequest.model_validate_json(await request.body())
-        answer = Answer(asked, request.headers["x-request-id"], generator)
+        answer = Answer(asked, request.headers["x-request-id"], generator, form)
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         whole = await until_disconnected(request, answer.whole())
@@ -149,7 +145,9 @@ def make_app(
         return JSONResponse({"status": "ok"})
 
     app = Starlette(routes=[Route(CHAT, chat, methods=["POST"]), Route(HEALTH, health)])
-    traits = EngineTraits("the engine transformers", can_force_a_form=False, renders_text=False, fills_room=True)
+    traits = EngineTraits(
+        "the engine transformers", can_force_a_form=False, reads_calls=True, renders_text=False, fills_room=True
+    )
     return Gate(app, served=served, tokenizer=tokenizer, engine=traits, keys=keys, log=log)
 
 
@@ -240,21 +238,26 @@ class Penalties(LogitsProcessor):
 class Answer:
     """The answers to one request, as a whole or as the events of a stream."""
 
-    def __init__(self, request: ChatRequest, id_: str, generator: Generator) -> None:
-        self._request, self._id, self._generator = request, id_, generator
+    def __init__(self, request: ChatRequest, id_: str, generator: Generator, form: CallForm | None) -> None:
+        self._request, self._id, self._generator, self._form = request, id_, generator, form
         self._created = int(time.time())
         conversation = request.to_conversation(request.asked_condition or "")
         continues = bool(request.continue_final_message)
         self._prompt_ids = encode_prompt(conversation, generator.tokenizer, continues=continues)
         num_top = request.top_logprobs or 0
-        self._streams = [TextStream(generator.tokenizer, request.stop or [], num_top) for _ in range(request.n or 1)]
+        kept = f"{form.before}{form.after}" if form is not None and request.tool_names else ""
+        self._streams = [
+            TextStream(generator.tokenizer, request.stop or [], num_top, kept) for _ in range(request.n or 1)
+        ]
 
     async def whole(self) -> ChatCompletion:
         """The whole answers."""
         choices = []
         for number, stream in enumerate(self._streams):
-            text = "".join([piece async for piece in self._pieces(number)])
-            message = AnswerText(role="assistant", content=text)
+            parts = [part async for part in self._parts(number)]
+            calls = [part for part in parts if isinstance(part, ToolCall)]
+            text = "".join(part for part in parts if isinstance(part, str))
+            message = AnswerText(role="assistant", content=text, tool_calls=calls or None)
             logprobs = self._logprobs(stream)
             choices.append(Choice(index=number, message=message, logprobs=logprobs, finish_reason=stream.finish_reason))
         return self._completion("chat.completion", choices, self._usage())
@@ -263,17 +266,35 @@ class Answer:
         """Server-sent events; the last one has the usage, as a log of requests wants it."""
         for number, stream in enumerate(self._streams):
             yield self._event(Choice(index=number, delta=AnswerText(role="assistant")))
-            async for piece in self._pieces(number):
-                logprobs = self._logprobs(stream)
-                yield self._event(Choice(index=number, delta=AnswerText(content=piece), logprobs=logprobs))
+            async for part in self._parts(number):
+                delta = AnswerText(content=part) if isinstance(part, str) else AnswerText(tool_calls=[part])
+                yield self._event(Choice(index=number, delta=delta, logprobs=self._logprobs(stream)))
             logprobs, reason = self._logprobs(stream), stream.finish_reason
             end = Choice(index=number, delta=AnswerText(), logprobs=logprobs, finish_reason=reason)
             is_last = number + 1 == len(self._streams)
             yield self._event(end, self._usage() if is_last else None)
         yield STREAM_END
 
-    async def _pieces(self, number: int) -> AsyncIterator[str]:
-        """The text as it grows. Raises what `generate` raises; ends `generate` when nobody iterates any more."""
+    async def _parts(self, number: int) -> AsyncIterator[str | ToolCall]:
+        """Texts and calls as they come; the finish reason is known at the end."""
+        reader, stream = CallReader(self._form, self._request.tool_names), self._streams[number]
+        num_calls = 0
+        async for piece in self._pieces(number):
+            for part in reader.read(piece or "", is_last=piece is None):
+                if isinstance(part, str):
+                    yield part
+                elif not num_calls or self._request.parallel_tool_calls is not False:
+                    function = {"name": part["name"], "arguments": json.dumps(part["arguments"], ensure_ascii=False)}
+                    yield ToolCall(index=num_calls, id=f"call_{secrets.token_hex(12)}", function=function)
+                    num_calls += 1
+        if num_calls and stream.finish_reason == "stop":
+            stream.finish_reason = "tool_calls"
+
+    async def _pieces(self, number: int) -> AsyncIterator[str | None]:
+        """The text as it grows, and None at its end. Raises what `generate` raises.
+
+        `generate` ends when nobody iterates any more.
+        """
         stream, pieces, loop = self._streams[number], asyncio.Queue[str | None](), asyncio.get_running_loop()
         stream.send = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
         done = self._generator.submit(self._prompt_ids, self._request, number, stream)
@@ -282,6 +303,7 @@ class Answer:
             while (piece := await pieces.get()) is not None:
                 yield piece
             await done
+            yield None
         finally:
             stream.is_abandoned = True
             done.cancel()

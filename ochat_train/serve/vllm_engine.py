@@ -25,6 +25,7 @@ from ochat_train.serve.keys import KEYS_VARIABLE, ApiKeys, read_keys
 from ochat_train.serve.process import DRAIN_S, PARENT_VARIABLE, allow_origins, end_by_signal, watch_parent
 from ochat_train.serve.request_log import log_engine, open_log
 from ochat_train.serve.served import Served, find_served
+from ochat_train.serve.tool_calls import CallForm, find_form
 from ochat_train.tokens.tokenizer import locate_base
 
 GATE_VARIABLE = "OCHAT_TRAIN_GATE"
@@ -44,6 +45,7 @@ _REFUSED_FLAGS = {
     "--grpc-port": "it would be a way around the gate",
     "--config": "give flags",
 }
+_PARSER_FLAG = "--tool-call-parser"
 _END_S = 10  # for vLLM to end by itself once it was asked to; loading a model it may not
 _ERROR_LINE = re.compile(r"((?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt): .*)")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
@@ -63,14 +65,18 @@ def make_command(
         if flag.startswith("-") and name in _REFUSED_FLAGS:
             raise ValueError(f"{name} is set by ochat_train.serve: {_REFUSED_FLAGS[name]}")
     model = str(served.folder) if served.adapter is None else _find_base(served)
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    words = [sys.executable, "-m", "ochat_train.serve.vllm_command", "serve", model]
     words += ["--host", options.host, "--port", str(options.port)]
     words += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
     words += ["--tokenizer", str(served.folder), "--generation-config", str(served.folder)]
     words += ["--chat-template", str(served.folder / "chat_template.jinja")]
     words += ["--middleware", f"{__name__}.VllmGate", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
-    if "--dtype" not in {flag.partition("=")[0] for flag in flags} and served.dtype == "float32":
+    names = {flag.partition("=")[0] for flag in flags}
+    if "--dtype" not in names and served.dtype == "float32":
         words += ["--dtype", "float32"]  # vLLM's own choice would be a narrower one
+    parser = None if _PARSER_FLAG in names else _choose_call_parser(served)
+    if parser is not None:
+        words += ["--enable-auto-tool-choice", _PARSER_FLAG, parser]
     if options.max_model_len is not None:
         words += ["--max-model-len", str(options.max_model_len)]
     if served.adapter is None:
@@ -84,12 +90,23 @@ def make_command(
         "num_positions": options.max_model_len,
         "names": options.served_model_name,
         "origins": options.allowed_origins,
+        "reads_calls": parser is not None or _PARSER_FLAG in names,
         "is_logging": not options.disable_log_requests,
         "log_file": str(options.log_file.absolute()) if options.log_file else None,
     }
     environment = {GATE_VARIABLE: orjson.dumps(settings).decode(), KEYS_VARIABLE: " ".join(keys)}
     environment["VLLM_USE_RUST_FRONTEND"] = "0"  # which has no middleware
     return [*words, *flags], environment
+
+
+def _choose_call_parser(served: Served) -> str | None:
+    """vLLM's parser of the calls that training wrote; None where it has none."""
+    tokenizer = served.load_tokenizer()
+    form = find_form(served.spelling(tokenizer))
+    if form == CallForm("<tool_call>", "</tool_call>"):
+        return "hermes"
+    is_llama = "<|python_tag|>" in tokenizer.pretrained.get_vocab()  # that parser refuses to start without the token
+    return "llama3_json" if form == CallForm("", "") and is_llama else None
 
 
 def _find_base(served: Served) -> str:
@@ -180,7 +197,14 @@ class VllmGate:
         served = find_served(settings["folder"], settings["condition"], settings["num_positions"], settings["names"])
         log_file = Path(settings["log_file"]) if settings["log_file"] else None
         log = open_log(log_file) if settings["is_logging"] else None
-        traits = EngineTraits("vLLM", can_force_a_form=True, renders_text=True, fills_room=False, has_metrics=True)
+        traits = EngineTraits(
+            "vLLM",
+            can_force_a_form=True,
+            reads_calls=settings["reads_calls"],
+            renders_text=True,
+            fills_room=False,
+            has_metrics=True,
+        )
         self._gate = Gate(
             app, served=served, tokenizer=served.load_tokenizer(), engine=traits, keys=ApiKeys(read_keys([])), log=log
         )
