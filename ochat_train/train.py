@@ -41,6 +41,7 @@ from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
 from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
+from ochat_train.training.checks import Checker, name_leaks
 from ochat_train.training.data import make_batches, source_weights, verify_store
 from ochat_train.training.engine import (
     Failed,
@@ -56,6 +57,7 @@ from ochat_train.training.engine import (
     together,
     train_step,
 )
+from ochat_train.training.generate import GreedyDecoder
 from ochat_train.training.held_out import HeldOut, Interrupted
 from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
@@ -135,6 +137,8 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     saved; OutOfMemory, StoreChanged.
     """
     run = agree(run)
+    if world.is_main:
+        name_leaks(run.asked, run.store, run.tokenizer)
     with open_run_folder(run.dir, world) as folder:
         run = agree_on_resume(run, folder, world)
         was = run.store.manifest.places if run.resumed is None else run.resumed.state.recipe
@@ -195,6 +199,16 @@ class Trainer:
         self.held_out = HeldOut(
             run.held_out, self.engine, run.plan.shape, world, watchdog.progress, lambda: stop.is_made
         )
+        decoder = GreedyDecoder(
+            self.engine,
+            run.tokenizer,
+            # A cache has keys and values of all layers, of which training with checkpointing keeps only inputs.
+            max(4096, run.plan.shape.capacity // 4),
+            world,
+            watchdog.progress,
+            lambda: stop.is_made,
+        )
+        self.checker = Checker(run.asked, decoder, run.dir / "checks")
         watchdog.limit_stalls(recipe.train.stall_timeout_s)
 
     def train(self) -> None:
@@ -413,27 +427,30 @@ class Trainer:
         return gather_objects(self.metrics.has_evaluation(self.state.step))[0]
 
     def evaluate(self) -> None:
-        """Evaluate the held-out split, and at the end of an epoch or the run what conditions change."""
+        """Evaluate the held-out split, and at the end of an epoch or the run what conditions change, and the checks."""
         run, state = self.run, self.state
-        if not len(run.held_out):
-            return
         is_epoch_end, is_finished = run.is_epoch_end(state), run.is_finished(state)
+        is_end = is_epoch_end or is_finished
+        if not len(run.held_out) and not (is_end and run.asked):
+            return
         self.watchdog.mark(state.step, "evaluating")
         try:
             sums, probe = self.held_out.loss_sums(), None
-            if is_epoch_end or is_finished:
+            if is_end and len(run.held_out):
                 most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
                 probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
-            self.metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+            checks = self.checker.run(state.step) if is_end else None
+            self.metrics.evaluation(state.step, state.epoch, sums, probe, checks, is_epoch_end=is_epoch_end)
         except Interrupted:
             self.is_stopping = True
             later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"
+            later += ", without the checks" if run.asked else ""
             later = later if is_finished else "the same command begins with it"
             say(self.world, f"step {state.step}: the evaluation was left on request; {later}")
         except Exception as error:
             if not is_finished:  # other ranks may wait for this one
                 raise
-            print(f"WARNING: the held-out split could not be evaluated after the last step: {error!r}", flush=True)
+            print(f"WARNING: the model could not be evaluated after the last step: {error!r}", flush=True)
 
     def outline(self) -> RunOutline:
         """What the reports refer to."""

@@ -52,6 +52,7 @@ EXTRAS = (
     "gradio",
     "gradio_client",
     "lm_eval",
+    "math_verify",
     "openai",
     "starlette",
     "uvicorn",

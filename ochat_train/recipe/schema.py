@@ -353,10 +353,48 @@ class TrainSection(Section):
     )
 
 
-class EvalSection(Section):
-    """When the held-out split is evaluated, besides before the first step, after each epoch and at the end."""
+class CheckSection(Section):
+    """Questions that the model answers in training, and what scores its answers."""
 
-    every_steps: int | None = Field(None, ge=1, description="Also every N steps.")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="Name in metrics and reports.")
+    questions: str = Field(min_length=1, description="JSON lines with question (or messages) and answer.")
+    check: str = Field(
+        description="exact_match, regex, math, or a Python function, as module:function or path/to/file.py:function."
+    )
+    pattern: str | None = Field(None, description="Of regex, for records that have none of their own.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
+    num: int | None = Field(None, ge=1, description="Only the first N questions; null: all.")
+
+    @model_validator(mode="after")
+    def _check_is_known(self) -> Self:
+        if self.check not in ("exact_match", "regex", "math") and not re.fullmatch(r".+:[^\W\d]\w*", self.check):
+            raise ValueError(
+                f"check is exact_match, regex, math, or a function as module:function or path/to/file.py:function "
+                f"(value {self.check!r})"
+            )
+        if self.pattern is not None and self.check != "regex":
+            raise ValueError(f"pattern belongs to check: regex, not to {self.check}; leave it out")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error} (value {self.pattern!r})") from None
+        return self
+
+
+class EvalSection(Section):
+    """What is measured in training: the held-out split before the first step, after each epoch and at the end."""
+
+    every_steps: int | None = Field(None, ge=1, description="The held-out split also every N steps.")
+    checks: tuple[CheckSection, ...] = Field(
+        (), description="Questions answered under each condition, after each epoch and at the end."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [check.name for check in self.checks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two checks are named {twice[0]!r}; give each its own name")
+        return self
 
 
 class ModelsSection(Section):

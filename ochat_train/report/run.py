@@ -60,16 +60,18 @@ class RunReport:
     """The facts of a run.
 
     updated: when it last wrote a line. steps, evaluations, starts: its lines of these kinds, steps ascending, without
-    those that a restart undid. end: how the last start ended. is_held: whether a process holds the run's lock; None if
-    it never had one. num_removed: checkpoints and models that were saved and are not there. about: what a checkpoint or
-    a model says of the run (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to
-    the recipe's log.question, by condition.
+    those that a restart undid; no evaluations if nothing is held out. checked: evaluations with checks. end: how the
+    last start ended. is_held: whether a process holds the run's lock; None if it never had one. num_removed:
+    checkpoints and models that were saved and are not there. about: what a checkpoint or a model says of the run
+    (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to the recipe's
+    log.question, by condition.
     """
 
     path: str
     updated: datetime
     steps: Sequence[Event]
     evaluations: Sequence[Event]
+    checked: Sequence[Event]
     starts: Sequence[Event]
     end: Event | None
     is_held: bool | None
@@ -203,7 +205,8 @@ def read_run(run: Path) -> RunReport:
         path=str(run),
         updated=_modified(metrics),
         steps=steps,
-        evaluations=evaluations,
+        evaluations=evaluations if any(event.get("loss") is not None for event in evaluations) else [],
+        checked=[event for event in evaluations if event.get("checks")],
         starts=starts,
         end=ended if ended is not None and ended["event"] == "end" else None,
         is_held=_is_held(run / "lock"),

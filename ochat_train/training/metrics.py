@@ -8,6 +8,7 @@ import resource
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -151,6 +152,12 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _shown_score(condition: str, found: dict[str, Any]) -> str:
+    cut = f", {found['num_truncated']:,} cut" if found["num_truncated"] else ""
+    score = "-" if found["score"] is None else f"{100 * found['score']:.1f} %"
+    return f"{condition or '(none)'} {score} of {found['num']:,}{cut}"
+
+
 @dataclass(frozen=True, slots=True)
 class RunOutline:
     """What the reports of a run refer to.
@@ -252,14 +259,26 @@ class Metrics:
         self._bar.update(report.examples_consumed - self._bar.n)
 
     def evaluation(
-        self, step: int, epoch: int, sums: ConditionSums, probe: ConditionProbe | None = None, *, is_epoch_end: bool
+        self,
+        step: int,
+        epoch: int,
+        sums: ConditionSums,
+        probe: ConditionProbe | None = None,
+        checks: dict[str, Any] | None = None,
+        *,
+        is_epoch_end: bool,
     ) -> None:
-        """Report the loss sums of the held-out split after `step`."""
+        """Report the loss sums of the held-out split after `step`, and the result of `Checker.run`."""
         if not self._is_main:
             return
         line = evaluation_to_json(step, epoch, sums, probe, self._outline.conditions, is_epoch_end=is_epoch_end)
+        line["checks"] = checks
         self._write(line)
         self._evaluations.append(line)
+        for name, by_condition in (checks or {}).items():
+            tqdm.write(f"step {step}: check {name}: {', '.join(starmap(_shown_score, by_condition.items()))}")
+        if not float(sums.unweighted.weight.sum()):  # nothing is held out
+            return
         losses = line["loss_by_condition"].items()
         shown = ", ".join(f"{name or '(none)'} {loss:.4f}" for name, loss in losses if loss is not None)
         accuracy = "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %"
