@@ -230,8 +230,9 @@ def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> N
         check = {"name": "sums", "questions": "sums.jsonl", "check": "math"}
         check.pop(key.rpartition(".")[2], None)
         made.append(f"eval.checks=[{check}]")
+    made += ["train.early_stop={}"] if key == "train.early_stop.epochs" else []
     if default == "required":
-        if key.startswith("eval.checks.N."):
+        if key.startswith(("eval.checks.N.", "train.early_stop.")):
             with pytest.raises(ValueError, match=f"{key.replace('N', '0')}: missing"):
                 load_recipe(least, made)
             return

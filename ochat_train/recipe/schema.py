@@ -334,6 +334,12 @@ class ZeroSection(Section):
         return self
 
 
+class EarlyStopSection(Section):
+    """When a run ends before its last epoch."""
+
+    epochs: int = Field(ge=1, description="Stop after this many epochs in a row without a better model.")
+
+
 class TrainSection(Section):
     """What is minimised, and how long."""
 
@@ -343,6 +349,9 @@ class TrainSection(Section):
     )
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
+    )
+    early_stop: EarlyStopSection | None = Field(
+        None, description="Stop when the model gets no better, by checkpoint.best or else the held-out loss."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Of the data order, of weights made from scratch and of adapters.")
     max_skipped: int = Field(
@@ -392,6 +401,8 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         names = [check.name for check in self.checks]
+        if "loss" in names:
+            raise ValueError("a check cannot be named loss, which means the held-out loss in checkpoint.best")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two checks are named {twice[0]!r}; give each its own name")
         return self
@@ -413,6 +424,12 @@ class CheckpointSection(Section):
     every_steps: int | None = Field(None, ge=1, description="Also save every N steps.")
     keep: int = Field(2, ge=1, description="How many newest checkpoints stay.")
     models: ModelsSection = ModelsSection()
+    best: str | None = Field(
+        None,
+        min_length=1,
+        description="Keep the best epoch's model: by the held-out loss (loss), or by a check's name.",
+    )
+    export: Literal["last", "best"] = Field("last", description="Which model is exported when the run ends.")
     resume: str = Field("auto", description="auto: from the newest complete one; never; or a checkpoint's path.")
 
 
@@ -571,6 +588,12 @@ class Recipe(Section):
                 "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "
                 "optim.lr=2e-4"
             )
+        best, checks = self.checkpoint.best, [check.name for check in self.eval.checks]
+        if best not in (None, "loss", *checks):
+            named = ", ".join(checks) or "none"
+            raise ValueError(f"checkpoint.best {best} is neither loss nor one of eval.checks ({named})")
+        if self.checkpoint.export == "best" and best is None:
+            raise ValueError("checkpoint.export: best needs checkpoint.best: loss, or the name of a check")
         if self.model.config is not None and self.tokenizer is None:
             raise ValueError("model.config has no tokenizer of its own; name one in tokenizer")
         return self

@@ -18,7 +18,7 @@ from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
 Event = dict[str, Any]  # a line of metrics.jsonl; docs/recipes.md has its fields
-State = Literal["running", "finished", "max_steps", "stopped", "skipped", "dead", "unknown"]
+State = Literal["running", "finished", "max_steps", "early_stop", "stopped", "skipped", "dead", "unknown"]
 
 ALL = None  # beside the conditions: all of them together
 _MOST_REPLY_TOKENS = 96
@@ -129,7 +129,11 @@ class RunReport:
     def state(self) -> State:
         """Whether it runs, and why not."""
         reason: State | None = None if self.end is None else self.end["reason"]
-        if self.is_held and reason not in ("finished", "max_steps"):  # of those two the model may still be exported
+        if self.is_held and reason not in (
+            "finished",
+            "max_steps",
+            "early_stop",
+        ):  # of those the model may still be exported
             return "running"
         if reason is not None:
             return reason
@@ -242,7 +246,7 @@ def _find_saved(run: Path, saves: Iterable[Event]) -> tuple[SavedFolder, ...]:
     """The checkpoints and models of a run, in the order of their steps, the exported model last."""
     seconds = {event["path"]: event.get("seconds") for event in saves}
     found = []
-    for pattern in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", "model"):
+    for pattern in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", f"best/{STEP_FOLDERS}", "model"):
         for folder in sorted(filter(Path.is_dir, run.glob(pattern))):
             path = str(folder.relative_to(run))
             with suppress(FileNotFoundError):  # the run is removing it

@@ -26,7 +26,7 @@ from ochat_train.model.router import RouterSums
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
-from ochat_train.training.best_epoch import best_epoch
+from ochat_train.training.best_epoch import BestEpoch, Criterion, best_epoch, num_without_gain
 from ochat_train.training.engine import Failed, World, gather_objects
 from ochat_train.training.held_out import ConditionProbe
 from ochat_train.training.lines import LineFile
@@ -34,7 +34,7 @@ from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 from ochat_train.training.speed import Utilisation
 
-Reason = Literal["finished", "max_steps", "stopped", "skipped"]
+Reason = Literal["finished", "max_steps", "early_stop", "stopped", "skipped"]
 _RECENT_STEPS = 50  # the remaining time is estimated from their speed
 
 
@@ -294,6 +294,14 @@ class Metrics:
         """Whether the held-out split was evaluated after `step`, now or before a resume; False on other ranks."""
         return any(evaluation["step"] == step for evaluation in self._evaluations)
 
+    def best(self, criterion: Criterion) -> BestEpoch | None:
+        """The best epoch of the run so far; None on other ranks."""
+        return best_epoch(self._evaluations, criterion)
+
+    def num_without_gain(self, criterion: Criterion) -> int:
+        """How many epochs have ended since the best one; 0 on other ranks."""
+        return num_without_gain(self._evaluations, criterion)
+
     def saved(self, saved: SaveResult) -> None:
         """Report a save that succeeded."""
         if self._is_main:
@@ -308,9 +316,9 @@ class Metrics:
         best = best_epoch(self._evaluations)
         found: dict[str, Any] = {"best_epoch": None, "best_step": None, "best_loss": None}
         if best is not None:
-            found = {"best_epoch": best.epoch, "best_step": best.step, "best_loss": best.loss}
+            found = {"best_epoch": best.epoch, "best_step": best.step, "best_loss": best.value}
             tqdm.write(
-                f"best epoch: {best.epoch}, counted from 0, with held-out loss {best.loss:.4f} at step {best.step}"
+                f"best epoch: {best.epoch}, counted from 0, with held-out loss {best.value:.4f} at step {best.step}"
             )
         self._write({"event": "end", "step": step, "epoch": epoch, "reason": reason, **found})
 

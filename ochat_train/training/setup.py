@@ -26,6 +26,7 @@ from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
+from ochat_train.training.best_epoch import Criterion
 from ochat_train.training.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -140,6 +141,11 @@ class Run:
             return origin_of(self.resumed)
         return self.resumed.run.get("began_from")
 
+    @property
+    def criterion(self) -> Criterion:
+        """What makes an epoch's model better: checkpoint.best, under the condition of inference; else the loss."""
+        return Criterion(self.recipe.checkpoint.best or "loss", self.store.manifest.inference_condition)
+
     def is_finished(self, state: TrainState) -> bool:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
@@ -165,6 +171,13 @@ def prepare(recipe: Recipe, world: World) -> Run:
     deepspeed_configuration(recipe)
     check_sinks(recipe)
     checks = read_checks(recipe.eval.checks)
+    if not len(held_out) and (
+        recipe.checkpoint.best == "loss" or (recipe.train.early_stop and not recipe.checkpoint.best)
+    ):
+        what = "checkpoint.best: loss" if recipe.checkpoint.best else "train.early_stop"
+        raise ValueError(
+            f"{what} needs a held-out loss, and {recipe.data.store} holds nothing out; set data.eval_fraction"
+        )
     require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
