@@ -1,6 +1,6 @@
 """A checkpoint to a Hugging Face model that everything else can load.
 
-python -m ochat_train.export [--adapter] CHECKPOINT OUT
+python -m ochat_train.export [--adapter] CHECKPOINT OUT | --best RUN OUT | --average K RUN OUT
 """
 
 import argparse
@@ -30,20 +30,36 @@ from ochat_train.tokens.parity import check_parity
 from ochat_train.tokens.store import TokenStore, read_manifest
 from ochat_train.tokens.tokenizer import ChatTokenizer, compare_with_auto, load_tokenizer
 from ochat_train.training.checkpoint import Checkpoint, check_files, only_data, read_checkpoint
+from ochat_train.training.kept_models import average_models, copy_best, require_free
 from ochat_train.training.resources import free_host_bytes, room_for
 
 _NUM_COMPARED = 20  # conversations of the store at each export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export one checkpoint."""
+    """Export one checkpoint, or a model that a run has kept."""
     parser = argparse.ArgumentParser(prog="ochat export", description="Checkpoint to model.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, RUN/step-NNNNNNNN, or of a run, RUN"
+    )
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
     parser.add_argument("--base", help="where the base of the adapters of model.lora is now; default: where it was")
+    parser.add_argument("--best", action="store_true", help="of a run, the model that checkpoint.best has kept")
+    parser.add_argument("--average", type=int, metavar="K", help="of a run, the mean of its last K models")
     options = parser.parse_args(arguments)
+    is_average = options.average is not None
+    if options.best + is_average + bool(options.adapter or options.base) > 1:
+        parser.error("--best and --average take models that are whole: give one of them, without --adapter and --base")
     try:
+        if options.best:
+            copied = copy_best(Path(options.checkpoint), Path(options.out))
+            print(f"exported {copied} to {options.out}")
+            return
+        if is_average:
+            models = average_models(Path(options.checkpoint), options.average, Path(options.out))
+            print(f"exported the mean of {', '.join(model.name for model in models)} to {options.out}")
+            return
         export(options.checkpoint, options.out, adapter=options.adapter, base=options.base)
     except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
@@ -61,8 +77,7 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
     none, a disk without room, or when `out` holds something that is not an earlier export.
     """
     checkpoint, out = read_checkpoint(checkpoint_dir), Path(out)
-    if out.exists() and not (out / METADATA_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier export; name another folder")
+    require_free(out)
     if adapter:
         require_peft()
         if _lora(checkpoint) is None:
@@ -161,7 +176,8 @@ def is_export_of(model: Path, checkpoint_dir: Path) -> bool:
         metadata = read_export(model) or {}
     except ValueError:  # damaged: it is written anew
         return False
-    return (metadata.get("step"), metadata.get("run")) == (checkpoint.state.step, checkpoint.run)
+    made_from = (metadata.get("step"), metadata.get("run"), metadata.get("averaged_steps"))
+    return made_from == (checkpoint.state.step, checkpoint.run, None)
 
 
 def _check_weights(model: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:

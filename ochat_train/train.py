@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ochat_train.export import export, is_export_of, metadata_of, write_model
-from ochat_train.files import step_name
+from ochat_train.files import read_json_lines, step_name
 from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import LossSums, zero_sums
-from ochat_train.model.pretrained import max_positions_of
+from ochat_train.model.pretrained import DTYPES, max_positions_of
 from ochat_train.model.router import add_router_sums
 from ochat_train.recipe import (
     CheckpointSection,
@@ -40,7 +40,9 @@ from ochat_train.tokens.loss_forms import LOSS_FORMS
 from ochat_train.tokens.plan import PlanTable, StepPlan, start_table
 from ochat_train.tokens.prefetch import Ready, prefetch
 from ochat_train.tokens.store import StoreChanged
+from ochat_train.training.best_epoch import num_without_gain
 from ochat_train.training.checkpoint import Checkpoint, set_aside_newer
+from ochat_train.training.checks import Checker, name_leaks
 from ochat_train.training.data import make_batches, source_weights, verify_store
 from ochat_train.training.engine import (
     Failed,
@@ -56,11 +58,13 @@ from ochat_train.training.engine import (
     together,
     train_step,
 )
+from ochat_train.training.generate import GreedyDecoder
 from ochat_train.training.held_out import HeldOut, Interrupted
+from ochat_train.training.kept_models import copy_best
 from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
-from ochat_train.training.saving import Kind, Saver, remove_leftovers
+from ochat_train.training.saving import Kind, Saver, SaveResult, prune_best, remove_leftovers
 from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import (
     Run,
@@ -135,23 +139,38 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     saved; OutOfMemory, StoreChanged.
     """
     run = agree(run)
+    if world.is_main:
+        name_leaks(run.asked, run.store, run.tokenizer)
     with open_run_folder(run.dir, world) as folder:
         run = agree_on_resume(run, folder, world)
         was = run.store.manifest.places if run.resumed is None else run.resumed.state.recipe
         for line in moved_places(was, to_json(run.recipe)):
             say(world, f"moved, and compared by what it holds: {line}")
-        if run.resumed is not None and run.is_finished(run.resumed.state):
+        if run.resumed is not None and (run.is_finished(run.resumed.state) or has_stopped_early(run, world)):
             say(world, f"the run is complete at step {run.resumed.state.step} ({run.resumed.path}); nothing to train")
             return RunEnd(run.resumed.path, is_finished=True)
         trainer = Trainer(run, folder, world, watchdog)
         trainer.train()
-        return RunEnd(trainer.newest, is_finished=run.is_finished(trainer.state))
+        return RunEnd(trainer.newest, is_finished=trainer.is_early or run.is_finished(trainer.state))
+
+
+def has_stopped_early(run: Run, world: World) -> bool:
+    """Whether train.early_stop has ended the run at its checkpoint."""
+    assert run.resumed is not None
+    early, step = run.recipe.train.early_stop, run.resumed.state.step
+    if early is None or not run.is_epoch_end(run.resumed.state):
+        return False
+    lines = read_json_lines(run.dir / "metrics.jsonl") if world.is_main else []
+    evaluated = [line for line in lines if line.get("event") == "eval" and line["step"] <= step]
+    return gather_objects(num_without_gain(evaluated, run.criterion) >= early.epochs)[0]
 
 
 def export_model(run: Run, checkpoint: Path) -> None:
-    """Export the checkpoint to checkpoint.dir/model, unless it is there already."""
+    """Export the checkpoint, or with checkpoint.export the best model, to checkpoint.dir/model, unless it is there."""
     out = run.dir / "model"
-    if not is_export_of(out, checkpoint):
+    if run.recipe.checkpoint.export == "best":
+        print(f"exported {copy_best(run.dir, out)} to {out}", flush=True)
+    elif not is_export_of(out, checkpoint):
         export(checkpoint, out, base=run.recipe.model.base if run.recipe.model.lora else None)
         print(f"exported {checkpoint} to {out}", flush=True)
 
@@ -161,14 +180,14 @@ class Trainer:
 
     state: the position after the last step. newest: the newest checkpoint; the run's folder before there is one.
     is_stopping, is_writing: whether any rank was asked to stop, or was still writing a save, at the last step.
-    saved: the step after which the newest save of each kind was begun.
+    is_early: whether train.early_stop ends the run. saved: the step after which the newest save of each kind was begun.
     """
 
     def __init__(self, run: Run, folder: RunFolder, world: World, watchdog: Watchdog) -> None:
         recipe, state = run.recipe, run.start
         self.run, self.folder, self.world, self.watchdog, self.state = run, folder, world, watchdog, state
         self.newest = run.dir if run.resumed is None else run.resumed.path
-        self.is_stopping = self.is_writing = False
+        self.is_stopping = self.is_writing = self.is_early = False
         if folder.is_writer and (leftovers := remove_leftovers(run.dir)):
             say(world, f"removed {', '.join(leftovers)}: a save that was cut off")
         table = start_table(run.plan, state.examples_consumed)
@@ -195,6 +214,16 @@ class Trainer:
         self.held_out = HeldOut(
             run.held_out, self.engine, run.plan.shape, world, watchdog.progress, lambda: stop.is_made
         )
+        decoder = GreedyDecoder(
+            self.engine,
+            run.tokenizer,
+            # A cache has keys and values of all layers, of which training with checkpointing keeps only inputs.
+            max(4096, run.plan.shape.capacity // 4),
+            world,
+            watchdog.progress,
+            lambda: stop.is_made,
+        )
+        self.checker = Checker(run.asked, decoder, run.dir / "checks")
         watchdog.limit_stalls(recipe.train.stall_timeout_s)
 
     def train(self) -> None:
@@ -214,14 +243,16 @@ class Trainer:
             self.metrics.start(self.state.step, self.state.epoch, resumed=resumed, about=self.about)
             if (self.state.step == 0 or self.is_evaluation_due()) and not self.is_evaluated():
                 self.evaluate()
+            self.keep_best()
             started = self.begin_step()
-            for ready in () if self.is_stopping else steps:
+            for ready in () if self.is_stopping or self.is_early else steps:
                 report, parts = self.train_one_step(ready, started)
                 self.metrics.step(report)
                 self.check_skipped(report, ready.item, parts)
                 self.save()
                 if self.is_evaluation_due():
                     self.evaluate()
+                    self.keep_best()
                 end_profiled()
                 if self.is_last_step():
                     break
@@ -234,7 +265,9 @@ class Trainer:
                 "repair it, and run the same command again: it continues from "
                 f"{self.newest.name if self.newest != run.dir else 'the start'}."
             )
-        if not run.is_finished(self.state):
+        if self.is_early:
+            say(world, f"stopped early: {self.without_gain()} epochs without a better {run.criterion.name}")
+        elif not run.is_finished(self.state):
             saved = f"saved as {self.newest}" if self.newest != run.dir else "with nothing to save"
             say(world, f"stopped on request at step {self.state.step}, {saved}; run the same command again to continue")
 
@@ -322,13 +355,15 @@ class Trainer:
             raise
 
     def is_last_step(self) -> bool:
-        """Whether the loop ends here: the run is finished, or some rank was asked to stop."""
-        return self.run.is_finished(self.state) or self.is_stopping
+        """Whether the loop ends here: the run is finished, stops early, or some rank was asked to stop."""
+        return self.run.is_finished(self.state) or self.is_early or self.is_stopping
 
     def end_reason(self) -> Reason:
         """Why the loop ends, for the metrics."""
         if self.state.examples_consumed >= self.run.plan.num_examples:
             return "finished"
+        if self.is_early:
+            return "early_stop"
         return "max_steps" if self.run.is_finished(self.state) else "stopped"
 
     # ------------------------------------------------------------------------------------------------------- saving
@@ -338,15 +373,20 @@ class Trainer:
         policy, checkpoint, results = self.run.recipe.checkpoint, self.checkpoint(), []
         if self.begins("checkpoint", is_due=self.is_save_due(policy) or self.is_last_step()):
             self.watchdog.mark(self.state.step, "saving")
+            results += self.saver.finish("best")  # a run that goes on from this checkpoint must find it
             results += self.saver.save_checkpoint(checkpoint, self.run.tokenizer, keep=policy.keep)
         elif not self.is_writing:
             results += self.saver.finish()
         if self.begins("model", is_due=self.is_save_due(policy.models)):
             folder = self.run.dir / "models" / checkpoint.path.name
-            write = partial(self.write_model, checkpoint)
+            write = partial(self.write_model, checkpoint, torch.bfloat16)
             results += self.saver.save_model(folder, write, keep=policy.models.keep)
         if self.is_last_step():
             results += self.saver.finish()
+        self.report_saves(results)
+
+    def report_saves(self, results: Sequence[SaveResult]) -> None:
+        """Report saves that have ended, and remove what they replace."""
         for result in results:
             if result.error is not None:
                 say(
@@ -358,6 +398,34 @@ class Trainer:
             self.metrics.saved(result)
             if result.kind == "checkpoint":
                 self.newest = result.path
+        if results and self.newest != self.run.dir and self.folder.is_writer:
+            prune_best(self.run.dir, self.newest.name)
+
+    def keep_best(self) -> None:
+        """Begin to save the model in `best` if its epoch is the best so far, and decide whether the run stops early."""
+        run, step = self.run, self.state.step
+        early, best = run.recipe.train.early_stop, gather_objects(self.metrics.best(run.criterion))[0]
+        if early is not None and run.is_epoch_end(self.state):
+            self.is_early = self.without_gain() >= early.epochs
+        if run.recipe.checkpoint.best is None or best is None:
+            return
+        folder = run.dir / "best" / step_name(best.step)
+        if gather_objects(folder.is_dir())[0]:
+            return
+        if best.step < step:
+            if step == run.start.step:
+                say(
+                    self.world,
+                    f"WARNING: the best model is that of step {best.step}, and {folder} is not there any more",
+                )
+            return
+        self.watchdog.mark(step, "saving")
+        write = partial(self.write_model, self.checkpoint(), DTYPES[run.recipe.model.dtype])
+        self.report_saves(self.saver.save_model(folder, write, keep=None, kind="best"))
+
+    def without_gain(self) -> int:
+        """How many epochs have ended since the best one."""
+        return gather_objects(self.metrics.num_without_gain(self.run.criterion))[0]
 
     def begins(self, kind: Kind, *, is_due: bool) -> bool:
         """Whether a save that is due begins now: after a step once."""
@@ -387,8 +455,8 @@ class Trainer:
             files={},
         )
 
-    def write_model(self, checkpoint: Checkpoint, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the weights of the checkpoint's step as a model in bfloat16, adapters merged."""
+    def write_model(self, checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the weights of the checkpoint's step as a model, adapters merged."""
         lm, lora = self.engine.module.lm, self.run.recipe.model.lora
         write_model(
             folder,
@@ -396,7 +464,7 @@ class Trainer:
             config=lm.config,
             generation_config=lm.generation_config,
             tokenizer=self.run.tokenizer,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             metadata=metadata_of(checkpoint),
         )
 
@@ -413,27 +481,30 @@ class Trainer:
         return gather_objects(self.metrics.has_evaluation(self.state.step))[0]
 
     def evaluate(self) -> None:
-        """Evaluate the held-out split, and at the end of an epoch or the run what conditions change."""
+        """Evaluate the held-out split, and at the end of an epoch or the run what conditions change, and the checks."""
         run, state = self.run, self.state
-        if not len(run.held_out):
-            return
         is_epoch_end, is_finished = run.is_epoch_end(state), run.is_finished(state)
+        is_end = is_epoch_end or is_finished
+        if not len(run.held_out) and not (is_end and run.asked):
+            return
         self.watchdog.mark(state.step, "evaluating")
         try:
             sums, probe = self.held_out.loss_sums(), None
-            if is_epoch_end or is_finished:
+            if is_end and len(run.held_out):
                 most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
                 probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
-            self.metrics.evaluation(state.step, state.epoch, sums, probe, is_epoch_end=is_epoch_end)
+            checks = self.checker.run(state.step) if is_end else None
+            self.metrics.evaluation(state.step, state.epoch, sums, probe, checks, is_epoch_end=is_epoch_end)
         except Interrupted:
             self.is_stopping = True
             later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"
+            later += ", without the checks" if run.asked else ""
             later = later if is_finished else "the same command begins with it"
             say(self.world, f"step {state.step}: the evaluation was left on request; {later}")
         except Exception as error:
             if not is_finished:  # other ranks may wait for this one
                 raise
-            print(f"WARNING: the held-out split could not be evaluated after the last step: {error!r}", flush=True)
+            print(f"WARNING: the model could not be evaluated after the last step: {error!r}", flush=True)
 
     def outline(self) -> RunOutline:
         """What the reports refer to."""

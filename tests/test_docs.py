@@ -226,7 +226,16 @@ def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> N
     made = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
     made += ["model.lora={}", "optim.lr=2e-4"] if key.startswith("model.lora.") else []
     made += ["template=pieces", "pieces={header: ['{role}'], end: e}"] if key.startswith("pieces.") else []
+    if key.startswith("eval.checks.N."):
+        check = {"name": "sums", "questions": "sums.jsonl", "check": "math"}
+        check.pop(key.rpartition(".")[2], None)
+        made.append(f"eval.checks=[{check}]")
+    made += ["train.early_stop={}"] if key == "train.early_stop.epochs" else []
     if default == "required":
+        if key.startswith(("eval.checks.N.", "train.early_stop.")):
+            with pytest.raises(ValueError, match=f"{key.replace('N', '0')}: missing"):
+                load_recipe(least, made)
+            return
         if key == "log.wandb.project":
             with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):
                 load_recipe(least, ["log.wandb.mode=offline"])

@@ -1,18 +1,24 @@
 """What an exported model has beside its weights: padding, and the tokens that it names."""
 
 import json
+import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.template import TEMPLATES
+from ochat_train.export import main as export
+from ochat_train.files import step_name
 from ochat_train.model.pretrained import load_model
 from ochat_train.tokens.chat_template import encode_prompt
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
+from ochat_train.training.checkpoint import mark_file
 from tests.chat_model import write_chat_model
 from tests.small_tokenizers import write_base
 
@@ -90,3 +96,36 @@ def test_no_row_that_a_model_needs_is_frozen_by_padding(
     assert set(range(tokenizer.num_ids)) - others <= last | ({pad_id} if padding else set())
     ours = load_model(str(folder), None, dtype="float32", num_ids=tokenizer.num_ids, added_ids=[], seed=0)
     assert set(range(tokenizer.num_ids)) - trained_rows(ours) <= last
+
+
+def test_the_mean_of_the_last_models_is_exact_and_an_export(model: Path, tmp_path: Path) -> None:
+    """Of three models in bfloat16, in other files than one another, the last two."""
+    weights, kept = [], []
+    for step in (1, 2, 3):
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        torch.manual_seed(step)
+        for parameter in lm.parameters():
+            torch.nn.init.normal_(parameter)
+        folder = tmp_path / "run/models" / step_name(step)
+        shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        lm.save_pretrained(folder, max_shard_size="100KB" if step == 3 else "1GB")
+        (folder / "checksums.json").write_text(
+            json.dumps({file.name: asdict(mark_file(file)) for file in folder.iterdir()})
+        )
+        kept.append(folder)
+        weights.append(lm.state_dict())
+    arguments = [str(tmp_path / "run"), str(tmp_path / "out")]
+    export(["--average", "2", *arguments])
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    mean = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    for name, weight in mean.items():
+        assert torch.equal(weight, ((weights[1][name].float() + weights[2][name].float()) / 2).bfloat16()), name
+    assert json.loads((tmp_path / "out/ochat_train.json").read_text())["averaged_steps"] == [2, 3]
+    with pytest.raises(SystemExit, match=r"--average 4: .*models has 3; checkpoint.models.every_epochs=1"):
+        export(["--average", "4", *arguments])
+    save_file({"other": torch.zeros(1)}, kept[0] / "more.safetensors")
+    with pytest.raises(SystemExit, match=r"have other weights \(other\)"):
+        export(["--average", "3", *arguments])
+    (kept[1] / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"step-00000002 is damaged: config.json"):
+        export(["--average", "2", *arguments])

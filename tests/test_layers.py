@@ -55,6 +55,7 @@ EXTRAS = (
     "gradio",
     "gradio_client",
     "lm_eval",
+    "math_verify",
     "openai",
     "starlette",
     "uvicorn",

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 NO_CONFIG = "model.config=null"
 LONG_NAME = "a folder: #1 " * 12 + "end"
+CHECK = {"name": "a", "questions": "b", "check": "math", "pattern": None, "max_new_tokens": 256, "num": 3}
 
 # A new valid value for every leaf of the quickstart's resolved recipe: as typed, as it arrives, and what else it needs.
 CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
@@ -152,8 +153,10 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "train.max_steps": ("11", 11, ()),
     "train.seed": ("13", 13, ()),
     "train.max_skipped": ("1", 1, ()),
+    "train.early_stop": ("{epochs: 2}", {"epochs": 2}, ()),
     "train.stall_timeout_s": ("60", 60.0, ()),
     "eval.every_steps": ("50", 50, ()),
+    "eval.checks": ("[{name: a, questions: b, check: math, num: 3}]", [CHECK], ()),
     "checkpoint.dir": ("elsewhere", "elsewhere", ()),
     "checkpoint.every_epochs": ("null", None, ()),
     "checkpoint.every_steps": ("100", 100, ()),
@@ -161,6 +164,8 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "checkpoint.models.every_epochs": ("1", 1, ()),
     "checkpoint.models.every_steps": ("100", 100, ()),
     "checkpoint.models.keep": ("3", 3, ()),
+    "checkpoint.best": ("loss", "loss", ()),
+    "checkpoint.export": ("best", "best", ("checkpoint.best=loss",)),
     "checkpoint.resume": ("never", "never", ()),
     "log.wandb": ("{project: chat}", {"project": "chat", "entity": None, "mode": "online"}, ()),
     "log.tensorboard": ("true", True, ()),

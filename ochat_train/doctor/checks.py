@@ -36,6 +36,7 @@ from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
 from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.questions import read_checks
 from ochat_train.training.resources import (
     RESERVED,
     AvailableMemory,
@@ -291,6 +292,7 @@ def check_settings(case: Case) -> Finding:
     recipe = case.recipe
     deepspeed_configuration(recipe)
     check_sinks(recipe)
+    read_checks(recipe.eval.checks)
     require_adapters(recipe, case.device)
     config = case.config.get_text_config()
     check_options(recipe, config, case.size, case.num_processes)

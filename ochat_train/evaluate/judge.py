@@ -1,7 +1,6 @@
 """Which of two models answers better: a third one judges each pair of answers, in both orders."""
 
 import hashlib
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Literal
 
 from ochat_train.evaluate.ask import CachedClient, ChatMessages
 from ochat_train.evaluate.question_sets import Question, read_rows
+from ochat_train.training.interval import wilson_interval
 
 Preference = Literal["A", "B", "TIE"]
 Outcome = Literal["first", "second", "tie", "split", "unclear"]
 _VERDICT = re.compile(r"verdict:\s*(A|B|TIE)", re.IGNORECASE)
-_Z95 = 1.959964
 _INSTRUCTIONS = """\
 You compare two assistants. Both were given the same chat by a user. What counts, in this order: whether the answer is \
 true, whether it does what the user asked, whether it leaves out nothing that matters, whether it is clear. Length in \
@@ -139,16 +138,9 @@ def settle(straight: Preference | None, swapped: Preference | None) -> Outcome:
 
 
 def win_rate(outcomes: Counter[Outcome]) -> WinRate:
-    """The rate with Wilson's score interval.
-
-    The interval is meant for scores of 0 and 1. With ties it is wider than necessary, since scores of 1/2 have less
-    variance.
-    """
+    """The rate with its interval, which is wider than necessary where there are ties."""
     num = sum(outcomes.values()) - outcomes["unclear"]
     if not num:
         return WinRate(outcomes, None, 0.0, 1.0)
     rate = (outcomes["first"] + (outcomes["tie"] + outcomes["split"]) / 2) / num
-    scale = 1 + _Z95**2 / num
-    centre = (rate + _Z95**2 / (2 * num)) / scale
-    spread = _Z95 / scale * math.sqrt(rate * (1 - rate) / num + _Z95**2 / (4 * num**2))
-    return WinRate(outcomes, rate, max(0.0, centre - spread), min(1.0, centre + spread))
+    return WinRate(outcomes, rate, *wilson_interval(rate, num))

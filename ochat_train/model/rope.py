@@ -18,10 +18,10 @@ def rotate_each_alone(lm: nn.Module) -> None:
         kinds = getattr(module, "rope_type", None)  # by kind of layer, where these differ
         names = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any(name is not None and (name == "longrope" or "dynamic" in name) for name in names):
-            module.forward = _OneByOne(module.forward)
+            module.forward = OneByOne(module.forward)
 
 
-class _OneByOne:
+class OneByOne:
     """A rotary embedding's forward on each of the packed sequences, joined.
 
     It waits for the device, to read where the sequences begin.

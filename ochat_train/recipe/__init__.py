@@ -4,6 +4,7 @@ from ochat_train.recipe.load import load_recipe, parse_arguments, recipe_argumen
 from ochat_train.recipe.resume import FREE_AT_RESUME, moved_places, refused_differences
 from ochat_train.recipe.schema import (
     CheckpointSection,
+    CheckSection,
     DataSection,
     LoraSection,
     ModelSection,
@@ -21,6 +22,7 @@ from ochat_train.recipe.schema import (
 
 __all__ = [
     "FREE_AT_RESUME",
+    "CheckSection",
     "CheckpointSection",
     "DataSection",
     "LoraSection",

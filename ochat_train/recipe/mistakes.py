@@ -124,7 +124,8 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("neftune_noise_alpha", None, "no noise is added to embeddings"),
     ("type formatting format ds_type", None, "the dialect of each record is found from the record"),
     ("special_tokens added_tokens new_special_tokens", None, "the template brings its special tokens"),
-    ("load_best_model_at_end early_stopping_patience", None, "the report names the best epoch"),
+    ("load_best_model_at_end metric_for_best_model", "checkpoint.best", "loss, or the name of one of eval.checks"),
+    ("early_stopping_patience early_stopping_steps early_stopping", "train.early_stop.epochs", "in epochs"),
     (
         "gpus num_gpus n_gpus num_processes",
         None,

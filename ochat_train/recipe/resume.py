@@ -29,6 +29,7 @@ FREE_AT_RESUME = (
     "train.epochs",
     "train.max_steps",
     "train.max_skipped",
+    "train.early_stop",
     "train.stall_timeout_s",
     "eval",
     "checkpoint",

@@ -334,6 +334,12 @@ class ZeroSection(Section):
         return self
 
 
+class EarlyStopSection(Section):
+    """When a run ends before its last epoch."""
+
+    epochs: int = Field(ge=1, description="Stop after this many epochs in a row without a better model.")
+
+
 class TrainSection(Section):
     """What is minimised, and how long."""
 
@@ -344,6 +350,9 @@ class TrainSection(Section):
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
     )
+    early_stop: EarlyStopSection | None = Field(
+        None, description="Stop when the model gets no better, by checkpoint.best or else the held-out loss."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Of the data order, of weights made from scratch and of adapters.")
     max_skipped: int = Field(
         5, ge=1, description="Stop after this many steps in a row without an update: their gradient was not finite."
@@ -353,10 +362,50 @@ class TrainSection(Section):
     )
 
 
-class EvalSection(Section):
-    """When the held-out split is evaluated, besides before the first step, after each epoch and at the end."""
+class CheckSection(Section):
+    """Questions that the model answers in training, and what scores its answers."""
 
-    every_steps: int | None = Field(None, ge=1, description="Also every N steps.")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="Name in metrics and reports.")
+    questions: str = Field(min_length=1, description="JSON lines with question (or messages) and answer.")
+    check: str = Field(
+        description="exact_match, regex, math, or a Python function, as module:function or path/to/file.py:function."
+    )
+    pattern: str | None = Field(None, description="Of regex, for records that have none of their own.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
+    num: int | None = Field(None, ge=1, description="Only the first N questions; null: all.")
+
+    @model_validator(mode="after")
+    def _check_is_known(self) -> Self:
+        if self.check not in ("exact_match", "regex", "math") and not re.fullmatch(r".+:[^\W\d]\w*", self.check):
+            raise ValueError(
+                f"check is exact_match, regex, math, or a function as module:function or path/to/file.py:function "
+                f"(value {self.check!r})"
+            )
+        if self.pattern is not None and self.check != "regex":
+            raise ValueError(f"pattern belongs to check: regex, not to {self.check}; leave it out")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error} (value {self.pattern!r})") from None
+        return self
+
+
+class EvalSection(Section):
+    """What is measured in training: the held-out split before the first step, after each epoch and at the end."""
+
+    every_steps: int | None = Field(None, ge=1, description="The held-out split also every N steps.")
+    checks: tuple[CheckSection, ...] = Field(
+        (), description="Questions answered under each condition, after each epoch and at the end."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [check.name for check in self.checks]
+        if "loss" in names:
+            raise ValueError("a check cannot be named loss, which means the held-out loss in checkpoint.best")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two checks are named {twice[0]!r}; give each its own name")
+        return self
 
 
 class ModelsSection(Section):
@@ -375,6 +424,12 @@ class CheckpointSection(Section):
     every_steps: int | None = Field(None, ge=1, description="Also save every N steps.")
     keep: int = Field(2, ge=1, description="How many newest checkpoints stay.")
     models: ModelsSection = ModelsSection()
+    best: str | None = Field(
+        None,
+        min_length=1,
+        description="Keep the best epoch's model: by the held-out loss (loss), or by a check's name.",
+    )
+    export: Literal["last", "best"] = Field("last", description="Which model is exported when the run ends.")
     resume: str = Field("auto", description="auto: from the newest complete one; never; or a checkpoint's path.")
 
 
@@ -533,6 +588,12 @@ class Recipe(Section):
                 "optim.lr auto is the published rule for training all weights; with model.lora give a number, such as "
                 "optim.lr=2e-4"
             )
+        best, checks = self.checkpoint.best, [check.name for check in self.eval.checks]
+        if best not in (None, "loss", *checks):
+            named = ", ".join(checks) or "none"
+            raise ValueError(f"checkpoint.best {best} is neither loss nor one of eval.checks ({named})")
+        if self.checkpoint.export == "best" and best is None:
+            raise ValueError("checkpoint.export: best needs checkpoint.best: loss, or the name of a check")
         if self.model.config is not None and self.tokenizer is None:
             raise ValueError("model.config has no tokenizer of its own; name one in tokenizer")
         return self

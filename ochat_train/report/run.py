@@ -18,7 +18,7 @@ from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
 Event = dict[str, Any]  # a line of metrics.jsonl; docs/recipes.md has its fields
-State = Literal["running", "finished", "max_steps", "stopped", "skipped", "dead", "unknown"]
+State = Literal["running", "finished", "max_steps", "early_stop", "stopped", "skipped", "dead", "unknown"]
 
 ALL = None  # beside the conditions: all of them together
 _MOST_REPLY_TOKENS = 96
@@ -60,16 +60,18 @@ class RunReport:
     """The facts of a run.
 
     updated: when it last wrote a line. steps, evaluations, starts: its lines of these kinds, steps ascending, without
-    those that a restart undid. end: how the last start ended. is_held: whether a process holds the run's lock; None if
-    it never had one. num_removed: checkpoints and models that were saved and are not there. about: what a checkpoint or
-    a model says of the run (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to
-    the recipe's log.question, by condition.
+    those that a restart undid; no evaluations if nothing is held out. checked: evaluations with checks. end: how the
+    last start ended. is_held: whether a process holds the run's lock; None if it never had one. num_removed:
+    checkpoints and models that were saved and are not there. about: what a checkpoint or a model says of the run
+    (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to the recipe's
+    log.question, by condition.
     """
 
     path: str
     updated: datetime
     steps: Sequence[Event]
     evaluations: Sequence[Event]
+    checked: Sequence[Event]
     starts: Sequence[Event]
     end: Event | None
     is_held: bool | None
@@ -127,7 +129,11 @@ class RunReport:
     def state(self) -> State:
         """Whether it runs, and why not."""
         reason: State | None = None if self.end is None else self.end["reason"]
-        if self.is_held and reason not in ("finished", "max_steps"):  # of those two the model may still be exported
+        if self.is_held and reason not in (
+            "finished",
+            "max_steps",
+            "early_stop",
+        ):  # of those the model may still be exported
             return "running"
         if reason is not None:
             return reason
@@ -203,7 +209,8 @@ def read_run(run: Path) -> RunReport:
         path=str(run),
         updated=_modified(metrics),
         steps=steps,
-        evaluations=evaluations,
+        evaluations=evaluations if any(event.get("loss") is not None for event in evaluations) else [],
+        checked=[event for event in evaluations if event.get("checks")],
         starts=starts,
         end=ended if ended is not None and ended["event"] == "end" else None,
         is_held=_is_held(run / "lock"),
@@ -239,7 +246,7 @@ def _find_saved(run: Path, saves: Iterable[Event]) -> tuple[SavedFolder, ...]:
     """The checkpoints and models of a run, in the order of their steps, the exported model last."""
     seconds = {event["path"]: event.get("seconds") for event in saves}
     found = []
-    for pattern in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", "model"):
+    for pattern in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", f"best/{STEP_FOLDERS}", "model"):
         for folder in sorted(filter(Path.is_dir, run.glob(pattern))):
             path = str(folder.relative_to(run))
             with suppress(FileNotFoundError):  # the run is removing it

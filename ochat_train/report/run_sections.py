@@ -45,6 +45,7 @@ def run_document(report: RunReport) -> Document:
     sections = (
         Section("training", "Training", _training(report)),
         Section("held-out", "Held out", _held_out(report)),
+        Section("checks", "Checks", _checks(report)),
         Section("probe", "Condition probe", _probe(report)),
         Section("replies", "Replies", _replies(report)),
         Section("sources", "Sources", _sources(report)),
@@ -197,6 +198,40 @@ def _held_out_chart(report: RunReport, field: str, unit: str, form: Callable[[fl
     best = report.best
     drawn = replace(drawn, best=None if best is None else best["step"])
     return drawn.chart(f"Held-out {field}", unit, note)
+
+
+def _checks(report: RunReport) -> list[Block]:
+    """The scores of generated answers: a chart of each check, and a table of the last evaluation that has them."""
+    checked = report.checked
+    if not checked:
+        return []
+    x = column(checked, "step")
+    charts: list[Block] = []
+    for name in dict.fromkeys(name for event in checked for name in event["checks"]):
+        scores = [event["checks"].get(name, {}) for event in checked]
+        conditions = dict.fromkeys(condition for found in scores for condition in found)
+        curves = [
+            Curve(_group(one), x, column([found.get(one, {}) for found in scores], "score"), colour_of(number))
+            for number, one in enumerate(conditions)
+        ]
+        charts += _curves(report, curves, _share).chart(f"Check {name}", "mean score of the answers")
+    rows = [
+        (
+            name,
+            _group(condition),
+            "-" if found["score"] is None else _share(found["score"]),
+            " to ".join(map(_share, found["interval_95"] or ())),
+            *(f"{found[field]:,}" for field in ("num", "num_truncated", "num_failed")),
+        )
+        for name, by_condition in checked[-1]["checks"].items()
+        for condition, found in by_condition.items()
+    ]
+    header = ("check", "condition", "score", "95 % interval", "answers", "cut", "not scored")
+    note = (
+        f"Greedy answers after step {checked[-1]['step']:,}; the answers themselves are in {report.path}/checks. Cut: "
+        "at max_new_tokens. Not scored: the check's function failed."
+    )
+    return [Text(note), Table(header, rows, left=(0, 1)), *charts]
 
 
 def _probe(report: RunReport) -> list[Block]:
@@ -361,7 +396,7 @@ def _over_steps(
 
 def _curves(report: RunReport, curves: Sequence[Curve], form: Callable[[float], str], scale: Scale = "zero") -> Curves:
     """The curves on the axis of all charts, with its restarts."""
-    steps = [event["step"] for event in (*report.steps, *report.evaluations)]
+    steps = [event["step"] for event in (*report.steps, *report.evaluations, *report.checked)]
     first, last = min(steps, default=0), max(steps, default=0)
     restarts = [start["step"] for start in report.starts[1:] if first <= start["step"] <= last]
     return Curves(curves, form, scale, span=(first, max(last, first + 1)), restarts=restarts)

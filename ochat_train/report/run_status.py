@@ -25,6 +25,7 @@ def _state(report: RunReport) -> str:
         "running": f"In progress: {at} is done{f', about {show_duration(left)} left' if left else ''}.",
         "finished": f"Finished: all {report.last_step:,} steps are done.",
         "max_steps": f"Ended by train.max_steps at {at}. With a higher one the same command goes on.",
+        "early_stop": f"Finished: stopped early at {at}, as train.early_stop asks.",
         "stopped": f"Stopped on request at {at}. The same command {again}.",
         "skipped": (
             f"Stopped itself at {at}: too many steps in a row had a loss or a gradient that is not finite "

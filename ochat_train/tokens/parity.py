@@ -11,9 +11,9 @@ import numpy as np
 
 from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.tokens.chat_template import ControlText, encode_as_one_string, encode_prompt
-from ochat_train.tokens.encode import TokenIds
+from ochat_train.tokens.encode import Example
 from ochat_train.tokens.recondition import Frame, find_turns, frame_of
-from ochat_train.tokens.reread import read_prompts
+from ochat_train.tokens.reread import Rendering, read_prompts
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
@@ -110,9 +110,7 @@ def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> Pr
     for position in positions:
         example = store[position]
         ids, condition_id = example.input_ids, int(store.condition_ids[position])
-        frame = frames[condition_id]
-        read = _prompts(ids, frame, tokenizer) if isinstance(frame, Frame) else read_prompts(example, frame)
-        for number, (messages, end) in enumerate(read):
+        for number, (messages, end) in enumerate(prompts_of(example, frames[condition_id], tokenizer)):
             if not messages:
                 parity.num_not_text += messages is None
                 parity.num_empty += messages is not None
@@ -132,12 +130,18 @@ def check_parity(store: TokenStore, tokenizer: ChatTokenizer, *, num: int) -> Pr
     return parity
 
 
-def _prompts(ids: TokenIds, frame: Frame, tokenizer: ChatTokenizer) -> Iterator[tuple[tuple[Message, ...] | None, int]]:
+def prompts_of(
+    example: Example, frame: Frame | Rendering, tokenizer: ChatTokenizer
+) -> Iterator[tuple[tuple[Message, ...] | None, int]]:
     """For each answer the messages before it, and how many tokens of the example they are.
 
     None instead of messages when one of their texts does not encode to its ids: the second half of a text that a split
     has cut may not.
     """
+    if not isinstance(frame, Frame):
+        yield from read_prompts(example, frame)
+        return
+    ids = example.input_ids
     turns = list(find_turns(ids, frame))
     texts_ids = [ids[turn.text_start : turn.text_end] for turn in turns]
     texts = [tokenizer.pretrained.decode(text_ids, clean_up_tokenization_spaces=False) for text_ids in texts_ids]

@@ -270,7 +270,7 @@ def set_aside_newer(run: Path, step: int) -> list[str]:
     """Set aside what a run's folder holds of later steps, once it goes on from `step`; returns the names."""
     newer = [
         path
-        for kind in (STEP_FOLDERS, f"models/{STEP_FOLDERS}")
+        for kind in (STEP_FOLDERS, f"models/{STEP_FOLDERS}", f"best/{STEP_FOLDERS}", f"checks/{STEP_FOLDERS}")
         for path in sorted(run.glob(kind))
         if path.name > step_name(step)
     ]

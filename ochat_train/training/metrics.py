@@ -8,6 +8,7 @@ import resource
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -25,7 +26,7 @@ from ochat_train.model.router import RouterSums
 from ochat_train.recipe import Recipe
 from ochat_train.tokens.plan import StepPlan
 from ochat_train.tokens.store import TokenStore
-from ochat_train.training.best_epoch import best_epoch
+from ochat_train.training.best_epoch import BestEpoch, Criterion, best_epoch, num_without_gain
 from ochat_train.training.engine import Failed, World, gather_objects
 from ochat_train.training.held_out import ConditionProbe
 from ochat_train.training.lines import LineFile
@@ -33,7 +34,7 @@ from ochat_train.training.saving import SaveResult
 from ochat_train.training.sinks import Sink, flat_numbers, open_sinks
 from ochat_train.training.speed import Utilisation
 
-Reason = Literal["finished", "max_steps", "stopped", "skipped"]
+Reason = Literal["finished", "max_steps", "early_stop", "stopped", "skipped"]
 _RECENT_STEPS = 50  # the remaining time is estimated from their speed
 
 
@@ -151,6 +152,12 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _shown_score(condition: str, found: dict[str, Any]) -> str:
+    cut = f", {found['num_truncated']:,} cut" if found["num_truncated"] else ""
+    score = "-" if found["score"] is None else f"{100 * found['score']:.1f} %"
+    return f"{condition or '(none)'} {score} of {found['num']:,}{cut}"
+
+
 @dataclass(frozen=True, slots=True)
 class RunOutline:
     """What the reports of a run refer to.
@@ -252,14 +259,26 @@ class Metrics:
         self._bar.update(report.examples_consumed - self._bar.n)
 
     def evaluation(
-        self, step: int, epoch: int, sums: ConditionSums, probe: ConditionProbe | None = None, *, is_epoch_end: bool
+        self,
+        step: int,
+        epoch: int,
+        sums: ConditionSums,
+        probe: ConditionProbe | None = None,
+        checks: dict[str, Any] | None = None,
+        *,
+        is_epoch_end: bool,
     ) -> None:
-        """Report the loss sums of the held-out split after `step`."""
+        """Report the loss sums of the held-out split after `step`, and the result of `Checker.run`."""
         if not self._is_main:
             return
         line = evaluation_to_json(step, epoch, sums, probe, self._outline.conditions, is_epoch_end=is_epoch_end)
+        line["checks"] = checks
         self._write(line)
         self._evaluations.append(line)
+        for name, by_condition in (checks or {}).items():
+            tqdm.write(f"step {step}: check {name}: {', '.join(starmap(_shown_score, by_condition.items()))}")
+        if not float(sums.unweighted.weight.sum()):  # nothing is held out
+            return
         losses = line["loss_by_condition"].items()
         shown = ", ".join(f"{name or '(none)'} {loss:.4f}" for name, loss in losses if loss is not None)
         accuracy = "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %"
@@ -275,6 +294,14 @@ class Metrics:
         """Whether the held-out split was evaluated after `step`, now or before a resume; False on other ranks."""
         return any(evaluation["step"] == step for evaluation in self._evaluations)
 
+    def best(self, criterion: Criterion) -> BestEpoch | None:
+        """The best epoch of the run so far; None on other ranks."""
+        return best_epoch(self._evaluations, criterion)
+
+    def num_without_gain(self, criterion: Criterion) -> int:
+        """How many epochs have ended since the best one; 0 on other ranks."""
+        return num_without_gain(self._evaluations, criterion)
+
     def saved(self, saved: SaveResult) -> None:
         """Report a save that succeeded."""
         if self._is_main:
@@ -289,9 +316,9 @@ class Metrics:
         best = best_epoch(self._evaluations)
         found: dict[str, Any] = {"best_epoch": None, "best_step": None, "best_loss": None}
         if best is not None:
-            found = {"best_epoch": best.epoch, "best_step": best.step, "best_loss": best.loss}
+            found = {"best_epoch": best.epoch, "best_step": best.step, "best_loss": best.value}
             tqdm.write(
-                f"best epoch: {best.epoch}, counted from 0, with held-out loss {best.loss:.4f} at step {best.step}"
+                f"best epoch: {best.epoch}, counted from 0, with held-out loss {best.value:.4f} at step {best.step}"
             )
         self._write({"event": "end", "step": step, "epoch": epoch, "reason": reason, **found})
 

@@ -393,9 +393,19 @@ class DiskPlan:
 
 # What a cut save, pruning or conversion leaves in a run's folder, and the next run removes.
 LEFTOVERS = tuple(
-    f"{folder}step-*.{kind}" for folder in ("", "models/") for kind in ("partial", "replaced", "pruned", "universal")
+    f"{folder}step-*.{kind}"
+    for folder in ("", "models/", "best/")
+    for kind in ("partial", "replaced", "pruned", "universal")
 )
-_REUSED = (STEP_FOLDERS, f"models/{STEP_FOLDERS}", "model", "model.partial", "model.replaced", *LEFTOVERS)
+_REUSED = (
+    STEP_FOLDERS,
+    f"models/{STEP_FOLDERS}",
+    f"best/{STEP_FOLDERS}",
+    "model",
+    "model.partial",
+    "model.replaced",
+    *LEFTOVERS,
+)
 
 
 def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int, *, start: int | None = None) -> DiskPlan:
@@ -422,7 +432,7 @@ def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int, *, start: int | N
         model=DTYPES[recipe.model.dtype].itemsize * size.num_weights,
         light=DTYPES["bfloat16"].itemsize * size.num_weights,
         num_kept=recipe.checkpoint.keep,
-        num_light=_num_light(recipe, num_steps),
+        num_light=_num_light(recipe, num_steps) + _num_best(recipe),
         taken=sum(
             file.lstat().st_size
             for path in reused
@@ -443,3 +453,9 @@ def _num_light(recipe: Recipe, num_steps: int) -> int:
         return policy.keep + 1
     of_epochs = recipe.train.epochs // policy.every_epochs if policy.every_epochs else 0
     return of_epochs + (num_steps // policy.every_steps if policy.every_steps else 0)
+
+
+def _num_best(recipe: Recipe) -> int:
+    """As many light ones take the disk of the best models that exist at once: two, and one that is being written."""
+    dtypes = DTYPES[recipe.model.dtype].itemsize // DTYPES["bfloat16"].itemsize
+    return 0 if recipe.checkpoint.best is None else 3 * dtypes

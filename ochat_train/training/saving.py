@@ -39,7 +39,7 @@ from ochat_train.training.engine import World, gather_objects
 from ochat_train.training.resources import LEFTOVERS, free_bytes, free_host_bytes, show_bytes
 from ochat_train.training.run_folder import RunFolder
 
-Kind = Literal["checkpoint", "model"]
+Kind = Literal["checkpoint", "model", "best"]
 # The share of the host's free memory that copies leave free.
 _SPARE_MEMORY = 0.2
 
@@ -147,7 +147,12 @@ class Saver:
         return self._begin(_Save("checkpoint", checkpoint.path, publish), take)
 
     def save_model(
-        self, path: Path, write: Callable[[Path, dict[str, Tensor]], None], *, keep: int | None
+        self,
+        path: Path,
+        write: Callable[[Path, dict[str, Tensor]], None],
+        *,
+        keep: int | None,
+        kind: Literal["model", "best"] = "model",
     ) -> list[SaveResult]:
         """Begin to save the model at `path`; once saved, only the newest `keep` beside it stay, all for None.
 
@@ -169,7 +174,7 @@ class Saver:
             if self._world.is_main:
                 save.jobs.append(_Job("", lambda folder: write(folder, weights), _num_bytes(weights)))
 
-        return self._begin(_Save("model", path, publish), take)
+        return self._begin(_Save(kind, path, publish), take)
 
     def _begin(self, save: _Save, take: Callable[[_Save], None]) -> list[SaveResult]:
         results = self.finish(save.kind)
@@ -316,6 +321,14 @@ def _prune(saves: list[Path]) -> None:
                 raise OSError(f"{pruned.name} is left")
         except OSError as error:
             print(f"WARNING: the older {old} was not removed: {error}", flush=True)
+
+
+def prune_best(run_dir: Path, newest: str) -> None:
+    """Remove the models in `best` that a better one replaces, which is no newer than the newest checkpoint, by name.
+
+    Before, the run might go on from an older checkpoint, after which the older one would be the best again.
+    """
+    _prune([path for path in sorted((run_dir / "best").glob(STEP_FOLDERS)) if path.name <= newest][:-1])
 
 
 def _make_empty(folder: Path) -> None:

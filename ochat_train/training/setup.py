@@ -17,7 +17,7 @@ from ochat_train.model.kernels import KernelChoice, choose_kernels, require_comp
 from ochat_train.model.lora import add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
-from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model
+from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
 from ochat_train.model.probe import Agreement, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
@@ -26,6 +26,7 @@ from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
+from ochat_train.training.best_epoch import Criterion
 from ochat_train.training.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -56,6 +57,7 @@ from ochat_train.training.engine import (
     together,
 )
 from ochat_train.training.loading import load_once
+from ochat_train.training.questions import Asked, encode_questions, read_checks
 from ochat_train.training.resources import find_memory, kind_of, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
@@ -98,11 +100,12 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that is known before the model is loaded."""
+    """All that is known before the model is loaded. asked: the questions of eval.checks."""
 
     recipe: Recipe
     store: TokenStore
     held_out: TokenStore
+    asked: tuple[Asked, ...]
     tokenizer: ChatTokenizer
     plan: RunPlan
     resolved: Resolved
@@ -138,6 +141,11 @@ class Run:
             return origin_of(self.resumed)
         return self.resumed.run.get("began_from")
 
+    @property
+    def criterion(self) -> Criterion:
+        """What makes an epoch's model better: checkpoint.best, under the condition of inference; else the loss."""
+        return Criterion(self.recipe.checkpoint.best or "loss", self.store.manifest.inference_condition)
+
     def is_finished(self, state: TrainState) -> bool:
         """Whether nothing is left to train."""
         max_steps = self.recipe.train.max_steps
@@ -162,6 +170,14 @@ def prepare(recipe: Recipe, world: World) -> Run:
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
+    checks = read_checks(recipe.eval.checks)
+    if not len(held_out) and (
+        recipe.checkpoint.best == "loss" or (recipe.train.early_stop and not recipe.checkpoint.best)
+    ):
+        what = "checkpoint.best: loss" if recipe.checkpoint.best else "train.early_stop"
+        raise ValueError(
+            f"{what} needs a held-out loss, and {recipe.data.store} holds nothing out; set data.eval_fraction"
+        )
     require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
@@ -174,6 +190,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         recipe=recipe,
         store=store,
         held_out=held_out,
+        asked=encode_questions(checks, tokenizer, store.manifest.conditions, max_positions=max_positions_of(config)),
         tokenizer=tokenizer,
         plan=plan,
         resolved=Resolved(
