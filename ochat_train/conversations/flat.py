@@ -1,29 +1,18 @@
 """OpenAssistant's flat files: one message a row, joined over the whole file into the trees that they are of."""
 
-from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import orjson
 
 from ochat_train.conversations.containers import unreadable
+from ochat_train.conversations.parts import Part, parse_made
 from ochat_train.conversations.schema import Record
+from ochat_train.conversations.tables import MESSAGE
 
 MAX_BYTES = 1 << 30  # of the messages of a file, which are all held
-MESSAGE = frozenset(("message_id", "parent_id", "text", "role"))
 _MAX_DEPTH = 400  # of a tree; JSON that is nested deeper is not parsed everywhere
-
-
-class Part(Protocol):
-    """Whole records of one file, not parsed yet; each form of file has its own."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
-    def records(self) -> Iterator[Record]: ...
 
 
 def is_flat(part: Part) -> bool:
@@ -33,25 +22,6 @@ def is_flat(part: Part) -> bool:
         return False
     fields = next((record.fields for record in part.records()), None)
     return isinstance(fields, dict) and fields.keys() >= MESSAGE and "replies" not in fields
-
-
-@dataclass(frozen=True, slots=True)
-class _Trees:
-    """Trees, each the JSON of a record, and rows that are of none. offsets, ends: of a tree's first message."""
-
-    file: str
-    offsets: "array[int]"
-    ends: "array[int]"
-    lengths: "array[int]"
-    damages: tuple[str | None, ...]
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        at = 0
-        for offset, end, length, damage in zip(self.offsets, self.ends, self.lengths, self.damages, strict=True):
-            fields = orjson.loads(self.data[at : at + length]) if length else None
-            yield Record(self.file, offset, end, fields, damage)
-            at += length
 
 
 @dataclass(slots=True)
@@ -65,7 +35,7 @@ class _Row:
     damage: str | None = None
 
 
-def join_messages(file: str, parts: Iterator[Part], chunk_bytes: int) -> Iterator[Part]:
+def join_messages(file: str, parts: Iterator[Part]) -> Iterator[Part]:
     """The trees of a file's messages, in the order of their first ones: {"prompt": message with its `replies`}.
 
     A message whose parent is not in the file, and those after it, are records with the damage "no_parent"; one of an id
@@ -96,14 +66,8 @@ def join_messages(file: str, parts: Iterator[Part], chunk_bytes: int) -> Iterato
     found = [(row.offset, row.end, data, row.damage) for row, data in trees]
     found += [(row.offset, row.end, row.data, row.damage) for row in others]
     found += [(row.offset, row.end, b"", "no_parent") for row in rows.values() if row.data]  # _nest takes it
-    found.sort(key=lambda one: one[0])
-    start = size = 0
-    for place, (_, _, data, _) in enumerate(found):
-        if size and size + len(data) > chunk_bytes:
-            yield _pack(file, found[start:place])
-            start, size = place, 0
-        size += len(data) + 1
-    yield _pack(file, found[start:])
+    for offset, end, data, damage in sorted(found, key=lambda one: one[0]):
+        yield Part(file, offset, data, parse_made, (end, damage))
 
 
 def _row_of(record: Record) -> tuple[_Row, str | None]:
@@ -134,14 +98,3 @@ def _nest(root: str, rows: dict[str, _Row], children: dict[str | None, list[str]
         nested[id] = rows[id].data[:-1] + b',"replies":[' + replies + b"]}"
         rows[id].data = b""
     return b'{"prompt":' + nested[root] + b"}"
-
-
-def _pack(file: str, found: list[tuple[int, int, bytes, Any]]) -> _Trees:
-    return _Trees(
-        file,
-        array("q", (offset for offset, _, _, _ in found)),
-        array("q", (end for _, end, _, _ in found)),
-        array("q", (len(data) for _, _, data, _ in found)),
-        tuple(damage for _, _, _, damage in found),
-        b"".join(data for _, _, data, _ in found),
-    )

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
-from ochat_train.conversations.flat import MESSAGE
 from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.remote import RemoteFile
 
+MESSAGE = frozenset(("message_id", "parent_id", "text", "role"))  # the columns of OpenAssistant's flat files
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
 
 
