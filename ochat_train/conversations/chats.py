@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ochat_train.conversations.answers import Answer, find_list, find_pair, preference_of
-from ochat_train.conversations.fields import AS_USUAL, Reading, get_value
+from ochat_train.conversations.fields import ANSWER_KEYS, AS_USUAL, Reading, get_value, is_pair, role_field
 from ochat_train.conversations.forms import BESIDE_TURNS, Parts, is_there, parts_of
 from ochat_train.conversations.records import TURN_LISTS
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Unread
 from ochat_train.conversations.trees import Node, Tree, path_to, read_mapping, read_replies, turns_on
-from ochat_train.conversations.turn_fields import ANSWER_KEYS, is_pair, role_field
 from ochat_train.conversations.turns import NO_TURNS, Turns, look_up, turns_of_list, turns_of_side
 
 _NO_NAMES: frozenset[str] = frozenset()
