@@ -128,6 +128,8 @@ def test_an_answer_of_a_page_becomes_markdown() -> None:
         ("<table><tr><th>a</th></tr><tr><td>b<br>c</td></tr></table>", "| a |\n| --- |\n| b<br>c |"),
         ('<div class="x"><button>Regenerate</button></div><p>x</p>', "x"),
         ("<p>a<!-- -->b</p>", "ab"),
+        ('<div><span class="flex-grow flex-shrink-0">1 / 2</span></div><p>x</p>', "x"),
+        ("<p><span>3 / 4</span> of them</p>", "3 / 4 of them"),
     ],
 )
 def test_elements_of_an_answer(value: str, markdown: str) -> None:

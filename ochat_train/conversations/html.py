@@ -39,17 +39,6 @@ def is_rendered(answer: str) -> bool:
     return start.startswith("<") and (_MARK.match(start) is not None or _CODE_BAR in answer)
 
 
-def has_tags(text: str) -> bool:
-    """Whether a text has a tag that rendered texts have.
-
-    >>> has_tags("one<br>two")
-    True
-    >>> has_tags("if a < b and c > d: vector<int>")
-    False
-    """
-    return "<" in text and _RENDERED_TAG.search(text) is not None
-
-
 def is_wrapped(text: str, *, typed: bool) -> bool:
     """Whether a text of an HTML record is markup as a whole, and not plain text with tags in it.
 
@@ -100,9 +89,9 @@ def convert_text(text: str, *, typed: bool, sure: bool) -> str:
     """
     if not typed and is_fenced(text):
         return text
-    if not (has_tags(text) if sure else is_wrapped(text, typed=typed)):
+    if not (_RENDERED_TAG.search(text) if sure else is_wrapped(text, typed=typed)):
         return text if "`" in text and not (typed or sure) else unescape_entities(text)
-    html = simplify_code_blocks(remove_counter(_COMMENT.sub("", text) if "<!--" in text else text))
+    html = simplify_code_blocks(_COUNTER.sub("", _COMMENT.sub("", text)))
     html = remove_elements(remove_elements(html, "svg"), "button")
     if typed and all(tag[1].lower() in _WRAPPERS for tag in TAG.finditer(html)):
         return unwrap(html)
@@ -110,6 +99,7 @@ def convert_text(text: str, *, typed: bool, sure: bool) -> str:
 
 
 _COMMENT = re.compile(r"<!--[^<>]*-->")
+_COUNTER = re.compile(r'<span class="flex-grow flex-shrink-0">\s*\d+\s*/\s*\d+\s*</span>')  # of regenerated answers
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 
 
@@ -176,20 +166,6 @@ def _replace_elements(html: str, name: str, replace: Callable[[str], str]) -> st
         pieces += [html[at:start], replace(html[start:element_end])]
         at = element_end
     return "".join(pieces) + html[at:] if pieces else html
-
-
-_COUNTER = re.compile(r'<span class="flex-grow flex-shrink-0">\s*\d+\s*/\s*\d+\s*</span>')
-
-
-def remove_counter(html: str) -> str:
-    """The HTML without the counter of regenerated answers, which has an element of its own.
-
-    >>> remove_counter('<div><span class="flex-grow flex-shrink-0">1 / 2</span></div><p>Yes</p>')
-    '<div></div><p>Yes</p>'
-    >>> remove_counter("<p><span>3 / 4</span> of them</p>")
-    '<p><span>3 / 4</span> of them</p>'
-    """
-    return _COUNTER.sub("", html) if "flex-shrink-0" in html else html
 
 
 _LANGUAGE = re.compile(r"(?<![\w-])language-([\w+#.-]{1,30})")

@@ -37,7 +37,7 @@ def _remove_captions(message: Message) -> Message:
     if message.role == "tool":
         return message
     text = remove_glued_buttons(message.text) if message.role == "user" else message.text
-    return _with_text(message, remove_copy_counts(remove_copy_code(text)))
+    return replace(message, text=remove_copy_counts(remove_copy_code(text)))
 
 
 def _remove_counters(messages: Messages) -> Messages:
@@ -46,15 +46,11 @@ def _remove_counters(messages: Messages) -> Messages:
     for message in messages:
         if message.role != "tool":
             asked = question if message.role == "assistant" else ""
-            message = _with_text(message, remove_regenerate_counter(message.text, asked))
+            message = replace(message, text=remove_regenerate_counter(message.text, asked))
         if message.role == "user":
             question = message.text
         clean.append(message)
     return tuple(clean)
-
-
-def _with_text(message: Message, text: str) -> Message:
-    return message if text == message.text else replace(message, text=text)
 
 
 _FENCE = re.compile(r"^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$", re.MULTILINE)
