@@ -10,7 +10,6 @@ import orjson
 from ochat_train.conversations.containers import explain, unreadable
 from ochat_train.conversations.json_scan import SPACE, NotUtf8, not_valid, parse_json
 from ochat_train.conversations.schema import Record
-from ochat_train.conversations.tables import parse_rows
 
 
 class Part(NamedTuple):
@@ -91,8 +90,10 @@ def _parse_value(file: str, offset: int, data: bytes, damage: str) -> Record:
 
 def parse_slice(file: str, first: int, data: bytes) -> Iterator[Record]:
     """Rows of a table from row `first` on, as `scan_table` gives them."""
+    import pyarrow  # here, since JSON and pages do without it
+
     try:
-        rows = parse_rows(data)
+        rows = pyarrow.ipc.open_stream(data).read_next_batch().to_pylist()
     except Exception as error:  # times out of Python's range, types of other libraries
         found, remedy = f"a row from here on: {explain(error)}", "write the table again without that column"
         raise unreadable(file, first, found, remedy, unit="row") from None
