@@ -49,11 +49,11 @@ class ChatTemplate:
     bos: str
     end_token: str
     header: tuple[TemplatePart, ...]
-    system_header: tuple[TemplatePart, ...]
-    after_end: tuple[TemplatePart, ...]
     role_names: Mapping[Role, str]
     addable: tuple[str, ...]
-    inference_condition: str
+    system_header: tuple[TemplatePart, ...] = ()
+    after_end: tuple[TemplatePart, ...] = ()
+    inference_condition: str = ""
     condition_in: ConditionPlace = "header"
 
     @property
@@ -268,8 +268,6 @@ def _openchat(
         bos=bos,
         end_token=end_token,
         header=(TemplatePart("{role}:"),),
-        system_header=(),
-        after_end=(),
         role_names=_NAMES,
         addable=(end_token,),
         inference_condition=inference_condition,
@@ -300,7 +298,6 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             end_token="<|eot_id|>",
             header=_LLAMA_3_HEADER,
             system_header=_LLAMA_3_HEADER,
-            after_end=(),
             role_names=_NAMES,
             addable=("<|eot_id|>",),
             inference_condition="GPT4 Correct",
@@ -323,33 +320,24 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             bos="<|begin_of_text|>",
             end_token="<|eot_id|>",
             header=_LLAMA_3_HEADER,
-            system_header=(),
-            after_end=(),
             role_names=_LOWER_NAMES,
             addable=("<|eot_id|>",),
-            inference_condition="",
         ),
         ChatTemplate(
             name="gemma_it",
             bos="<bos>",
             end_token="<end_of_turn>",
             header=(TemplatePart("<start_of_turn>", is_special=True), TemplatePart("{role}\n")),
-            system_header=(),
-            after_end=(),
             role_names={**_LOWER_NAMES, "assistant": "model"},
             addable=("<end_of_turn>",),
-            inference_condition="",
         ),
         ChatTemplate(
             name="zephyr_mistral",
             bos="<s>",
             end_token="</s>",
             header=(TemplatePart("<|{role}|>\n"),),
-            system_header=(),
-            after_end=(),
             role_names=_LOWER_NAMES,
             addable=("</s>",),
-            inference_condition="",
         ),
     )
 }
