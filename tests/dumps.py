@@ -94,6 +94,14 @@ def ledger_of(store: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def unread_in(store: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """{file: {kind: {name: how often}}} of what was met and not read, of the ledger's metadata."""
+    by_file: dict[str, dict[str, dict[str, int]]] = json.loads(
+        pq.read_metadata(store / "ledger.parquet").metadata[b"unread"]
+    )
+    return by_file
+
+
 def reasons_in(store: Path) -> dict[str, str | None]:
     """Why each record was dropped, None for a kept one, by its id."""
     return {row["id"]: row["reason"] for row in ledger_of(store)}

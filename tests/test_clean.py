@@ -486,6 +486,7 @@ def test_captions_of_buttons_after_typed_text_are_removed() -> None:
         "What is this?\n\n" + notice,
         f'"{notice}',
         "(Share Prompt",
+        "1 / 1Write a poem.",
         "Share Promptx",
     ):
         assert remove_glued_buttons(text) == text

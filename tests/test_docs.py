@@ -107,6 +107,7 @@ NAMING_FILES = (
         f"conversations/{name}.py"
         for name in (
             "records",
+            "parts",
             "json_scan",
             "turns",
             "sharegpt",

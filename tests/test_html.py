@@ -128,6 +128,8 @@ def test_an_answer_of_a_page_becomes_markdown() -> None:
         ("<table><tr><th>a</th></tr><tr><td>b<br>c</td></tr></table>", "| a |\n| --- |\n| b<br>c |"),
         ('<div class="x"><button>Regenerate</button></div><p>x</p>', "x"),
         ("<p>a<!-- -->b</p>", "ab"),
+        ('<div><span class="flex-grow flex-shrink-0">1 / 2</span></div><p>x</p>', "x"),
+        ("<p><span>3 / 4</span> of them</p>", "3 / 4 of them"),
     ],
 )
 def test_elements_of_an_answer(value: str, markdown: str) -> None:
@@ -294,6 +296,7 @@ def test_entities_of_an_answer_with_back_ticks_stay_unless_the_record_is_surely_
 
 def test_only_chatgpts_own_marks_make_a_record_html() -> None:
     assert is_rendered('<div class="markdown prose w-full break-words dark:prose-invert light"><p>x')
+    assert is_rendered("\n<div data-x='1' class='light markdown'>Hi</div>")
     assert is_rendered(f"<div><p>x</p>{code_block('x', 'js')}")
     for text in ("<p>Hi</p>", "<div><p>Hi</p></div>", '<div class="markdownify">', '<p class="markdown">', "a < b", ""):
         assert not is_rendered(text)

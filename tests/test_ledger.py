@@ -68,7 +68,7 @@ def test_every_record_gets_a_row_in_order_over_all_shards(tmp_path: Path) -> Non
 
 def test_without_a_path_it_counts_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ledger_of([keep("a"), drop("b")]).total().num_in == 2
+    assert ledger_of([keep("a"), drop("b")]).total.num_in == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_counts_and_json_add_up_by_source() -> None:
     ledger.check(5)
     counts = ledger.counts["gpt4"]
     assert (counts.num_in, counts.num_kept, counts.num_dropped) == (4, 2, 2)
-    total = ledger.total()
+    total = ledger.total
     assert (total.num_in, total.num_kept, total.num_dropped, total.num_examples) == (5, 3, 2, 5)
     assert (total.num_tokens, total.num_supervised_tokens, total.weight_sum) == (3000, 1200, 840.0)
     as_json = json.loads(json.dumps(ledger.to_json()))

@@ -9,10 +9,9 @@ import yaml
 
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.preprocess.__main__ import main
-from ochat_train.preprocess.ledger import read_unread
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from tests.dumps import chat, failure, ids_in, ledger_of, make, source, write_lines, write_recipe
+from tests.dumps import chat, failure, ids_in, ledger_of, make, source, unread_in, write_lines, write_recipe
 
 KEEP_COPIES = {"exact": False, "prefix": False}
 
@@ -74,7 +73,7 @@ def test_the_cases_that_were_misread_are_read_or_named(tmp_path: Path, shared: P
         assert rows[id]["outcome"] == "kept", id
     assert rows["123456789012345678901234567890123"]["outcome"] == rows["x"]["outcome"] == "kept"
     assert rows["role-0"]["outcome"] == rows["role-1"]["outcome"] == "kept"
-    unread = read_unread(str(tmp_path / "store/ledger.parquet"))
+    unread = unread_in(tmp_path / "store")
     assert unread[str(cases / "roles.json")]["role"]["alice"] == 1
     assert unread[str(cases / "conversation_typo.json")] == {
         "hint": {

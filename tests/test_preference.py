@@ -14,9 +14,20 @@ from ochat_train.conversations.schema import Conversation, Message
 from ochat_train.conversations.sources import Range, Source, match_source
 from ochat_train.conversations.text_keys import text_keys
 from ochat_train.preprocess.__main__ import main
-from ochat_train.preprocess.ledger import read_unread
 from ochat_train.tokens.store import TokenStore
-from tests.dumps import ROOT, ids_in, ledger_of, make, manifest_of, prose, reasons_in, source, write_lines, write_recipe
+from tests.dumps import (
+    ROOT,
+    ids_in,
+    ledger_of,
+    make,
+    manifest_of,
+    prose,
+    reasons_in,
+    source,
+    unread_in,
+    write_lines,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
@@ -168,7 +179,7 @@ def test_answers_that_are_trained_alike_are_warned_of(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert f"WARNING: {dump}: chosen and rejected answers are trained alike; give each a source, with where: " in said
     assert f"  {dump}: answer fields preference 2, score 2\n" in said
-    assert read_unread(str(store / "ledger.parquet")) == {str(dump): {"answer field": {"preference": 2, "score": 2}}}
+    assert unread_in(store) == {str(dump): {"answer field": {"preference": 2, "score": 2}}}
 
 
 def test_sources_that_read_a_file_in_two_ways_share_it_by_its_records(tmp_path: Path) -> None:

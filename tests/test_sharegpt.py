@@ -11,12 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat_train.conversations.fields import Reading
-from ochat_train.conversations.hints import hint_fields
+from ochat_train.conversations.fields import ANSWER_KEYS, USER_KEYS, Reading
 from ochat_train.conversations.roles import CALL_ROLES, ROLES
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record
 from ochat_train.conversations.sharegpt import parse_record
-from ochat_train.conversations.turn_fields import ANSWER_KEYS, USER_KEYS
+from ochat_train.conversations.unread import hint_fields
 
 
 def record_of(fields: Any, damage: str | None = None, repairs: tuple[str, ...] = ()) -> Record:

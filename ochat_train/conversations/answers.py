@@ -1,11 +1,11 @@
 """Records with several answers, or with one that is rated: each answer, and the fields that are its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from ochat_train.conversations.fields import get_value
+from ochat_train.conversations.fields import Reading, get_value
 from ochat_train.conversations.forms import FORMS, Parts, is_there
 from ochat_train.conversations.turns import look_up, text_name, zip_lists
 
@@ -48,6 +48,18 @@ def find_pair(fields: Mapping[str, Any], parts: Parts) -> tuple[str, list[Answer
                     Answer(f"/{side}", values[side] if is_there(values[side]) else None, _with_score(own), read)
                 )
         return " + ".join(name for side, name in sides.items() if is_there(values[side])), answers
+    return "", []
+
+
+def find_single(
+    fields: Mapping[str, Any], parts: Parts, beginning: Collection[str], reading: Reading
+) -> tuple[str, list[Answer]]:
+    """(the name of the field, the record's one answer), in no field of its beginning; a list of texts is several."""
+    for (name,) in parts["answer"]:
+        value = look_up(fields, name)
+        is_several = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        if value is not None and name not in beginning and (not is_several or "answer" in reading.fields):
+            return name, [Answer("", value, read=frozenset((name,)))]
     return "", []
 
 

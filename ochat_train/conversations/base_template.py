@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import takewhile
 from typing import Any, Literal
+
+from ochat_train.conversations.template import literal, num_common
 
 BasePlace = Literal["system", "user_prefix", "assistant_prefix"]
 _OWN = "{#- ochat_train: the base's own template -#}{{ '' }}"  # no "-#}" right before it: it begins as it is
@@ -102,9 +103,9 @@ class BaseTemplate:
         `condition` defaults to `inference_condition`. With an empty one it renders as the base's own, but for the date.
         """
         own = self.source.removesuffix("\n")  # Jinja removes it at the end of a source
-        lines = [f"{{%- set {name} = {_literal(token)} -%}}" for name, token in self.variables if name in own]
+        lines = [f"{{%- set {name} = {literal(token)} -%}}" for name, token in self.variables if name in own]
         lines += [_fix_date(own)] if "strftime_now" in own else []
-        lines += ["{%- if condition is not defined -%}{%- set condition = " + _literal(inference_condition)]
+        lines += ["{%- if condition is not defined -%}{%- set condition = " + literal(inference_condition)]
         lines += [" -%}{%- endif -%}", _PLACES[self.condition_in], _OWN, own]
         if self.condition_in == "assistant_prefix":
             lines += [_AT_THE_END]
@@ -254,7 +255,7 @@ def _find_shape(template: BaseTemplate, special: Sequence[str], base: str) -> tu
         raise ValueError(f"{refused}it does not write all turns of a plain conversation, in their order{remedy}")
     for prompt, end in zip(prompts, ends, strict=True):
         if not end.startswith(prompt):
-            start = len(_common(prompt, end))
+            start = num_common(prompt, end)
             raise ValueError(
                 f"{refused}it is not prefix-stable: a prompt ends with {prompt[start:][:40]!r}, where an answer begins "
                 f"with {end[start:][:40]!r}{remedy}"
@@ -277,7 +278,7 @@ def _find_shape(template: BaseTemplate, special: Sequence[str], base: str) -> tu
         answer_tail = after_said
     else:  # up to what the header of the first turn begins with
         start = before_user.find(end_token) + len(end_token) if end_token in before_user else 0
-        answer_tail = before_user[: len(before_user) - len(_common(first[::-1], before_user[start:][::-1]))]
+        answer_tail = before_user[: len(before_user) - num_common(first[::-1], before_user[start:][::-1])]
     user_header = before_user[len(answer_tail) :]
     assistant_header = after_user[len(user_tail) :]
     before, after, has_system = _find_system(template, user_header)
@@ -316,24 +317,14 @@ def _first_of(tokens: Sequence[str], text: str) -> str:
     return min(found)[2] if found else ""
 
 
-def _common(one: str, other: str) -> str:
-    """What both texts begin with."""
-    return "".join(pair[0] for pair in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 # ---- The lines around the base's source ----
 
 
 def _fix_date(source: str) -> str:
     formats = {found[1] for found in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", source)}
-    known = ", ".join(f"{_literal(form)}: {_literal(_DATE.strftime(form))}" for form in sorted(formats))
-    other = _literal(_DATE.strftime("%d %b %Y"))
+    known = ", ".join(f"{literal(form)}: {literal(_DATE.strftime(form))}" for form in sorted(formats))
+    other = literal(_DATE.strftime("%d %b %Y"))
     return "{%- macro strftime_now(form) -%}{{- {" + known + "}.get(form, " + other + ") -}}{%- endmacro -%}"
-
-
-def _literal(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{escaped}'"
 
 
 def _prefix(role: str) -> str:

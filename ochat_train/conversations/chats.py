@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ochat_train.conversations.answers import Answer, find_list, find_pair, preference_of
-from ochat_train.conversations.fields import AS_USUAL, Reading, get_value
+from ochat_train.conversations.answers import Answer, find_list, find_pair, find_single, preference_of
+from ochat_train.conversations.fields import ANSWER_KEYS, AS_USUAL, Reading, get_value, is_pair, role_field
 from ochat_train.conversations.forms import BESIDE_TURNS, Parts, is_there, parts_of
 from ochat_train.conversations.records import TURN_LISTS
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Unread
 from ochat_train.conversations.trees import Node, Tree, path_to, read_mapping, read_replies, turns_on
-from ochat_train.conversations.turn_fields import ANSWER_KEYS, is_pair, role_field
 from ochat_train.conversations.turns import NO_TURNS, Turns, look_up, turns_of_list, turns_of_side
 
 _NO_NAMES: frozenset[str] = frozenset()
@@ -85,31 +84,31 @@ def _find(fields: dict[str, Any], reading: Reading) -> list[Chat]:
             if tree is not None:
                 return _chats_of_tree(fields, row[0], tree, reading)
     beginning = _find_beginning(fields, parts, reading)
-    name, answers = find_pair(fields, parts)
-    if answers:
-        return _chats_of_answers(fields, name, answers, beginning, reading)
-    single = _find_answer(fields, parts, beginning, reading)
     is_named = not reading.fields.keys().isdisjoint(("chosen", "rejected", "answers"))
-    if is_named or (not single and not _ends_with_answer(beginning, reading)):
+    is_complete = _ends_with_answer(beginning, reading)
+    name, answers = find_pair(fields, parts)
+    if not answers and not is_named and not is_complete:
+        name, answers = find_single(fields, parts, beginning.read, reading)
+    if not answers and (is_named or not is_complete):
         name, answers = find_list(fields, parts, reading.fields)
-        if answers:
-            return _chats_of_answers(fields, name, answers, beginning, reading)
-    if is_named:
+    if answers:
+        chats = _chats_of_answers(fields, name, answers, beginning, reading)
+    elif beginning.is_list and not is_named:
+        turns, is_text, repairs = beginning.turns
+        is_written = isinstance(look_up(fields, beginning.name), str)
+        form = f"{beginning.name} as a text" if is_written else beginning.name if is_text else ""
+        chats = [Chat(fields, turns, form, beginning.read, is_text, repairs=repairs)]
+    else:
         return [Chat(fields)]
-    chat = _chat_of_one(fields, single, beginning, reading)
-    label, preference = preference_of(fields, parts, is_message_list=not single)
-    if label and chat.turns:
-        chat = replace(
-            chat,
-            fields={"preference": preference} | fields,
-            own=frozenset(("preference",)),
-            read=chat.read | {label},
-            num_context=max(len(chat.turns) - 1, 0),
-        )
-    return [chat]
+    label, preference = preference_of(fields, parts, is_message_list=not answers)
+    if label and chats[0].turns and not chats[0].suffix:
+        own = {"preference": preference} | fields
+        read, num_context = chats[0].read | {label}, len(chats[0].turns) - 1
+        return [replace(chats[0], fields=own, own=frozenset(("preference",)), read=read, num_context=num_context)]
+    return chats
 
 
-# ---- A beginning, and one answer ----
+# ---- A beginning ----
 
 
 def _find_beginning(fields: dict[str, Any], parts: Parts, reading: Reading) -> _Beginning:
@@ -143,16 +142,6 @@ def _join(values: Sequence[Any]) -> Any:
     return others[0] if others else "\n\n".join(said) if said else values[0]
 
 
-def _find_answer(fields: dict[str, Any], parts: Parts, beginning: _Beginning, reading: Reading) -> str:
-    """The field with the record's one answer, or empty; a list of texts is several."""
-    for (name,) in parts["answer"]:
-        value = look_up(fields, name)
-        is_several = isinstance(value, list) and all(isinstance(text, str) for text in value)
-        if value is not None and name not in beginning.read and (not is_several or "answer" in reading.fields):
-            return name
-    return ""
-
-
 def _ends_with_answer(beginning: _Beginning, reading: Reading) -> bool:
     if not beginning.is_list:
         return False
@@ -166,28 +155,7 @@ def _ends_with_answer(beginning: _Beginning, reading: Reading) -> bool:
     return not is_question
 
 
-def _chat_of_one(fields: dict[str, Any], name: str, beginning: _Beginning, reading: Reading) -> Chat:
-    """The record as one conversation: its turns, or its beginning and the answer in the field `name`."""
-    start = beginning.turns
-    if beginning.is_list and (not name or _ends_with_answer(beginning, reading)):
-        is_written = isinstance(look_up(fields, beginning.name), str)
-        form = f"{beginning.name} as a text" if is_written else beginning.name if start.is_text else ""
-        return Chat(fields, start.turns, form, beginning.read, start.is_text, repairs=start.repairs)
-    if not name or (not start.turns and "answer" not in reading.fields):
-        return Chat(fields)
-    said = turns_of_side(look_up(fields, name), "assistant", reading.fields)
-    return Chat(
-        fields,
-        [*start.turns, *said.turns],
-        " / ".join(filter(None, (beginning.name, name))),
-        beginning.read | {name},
-        said.is_text and (start.is_text or not start.turns),
-        num_context=beginning.num_context,
-        repairs=start.repairs + said.repairs,
-    )
-
-
-# ---- Several answers ----
+# ---- Answers ----
 
 
 def _chats_of_answers(
@@ -195,8 +163,9 @@ def _chats_of_answers(
 ) -> list[Chat]:
     """A conversation for each answer: after the beginning, or a whole conversation itself."""
     start, last = _split_last_answer(beginning, reading)
-    said = [Turns(last) if answer.value is None else _turns_of_answer(answer.value, reading) for answer in answers]
-    whole = [_is_whole(turns, reading) for turns in said]
+    said = [Turns(last) if answer.value is None else _turns_of_answer(answer, reading) for answer in answers]
+    # The one answer of a record always follows its beginning.
+    whole = [bool(answer.suffix) and _is_whole(turns, reading) for answer, turns in zip(answers, said, strict=True)]
     is_lost = bool(last) and last not in [turns.turns for turns in said]
     unread: Unread = (("turn field", f"the last answer of {beginning.name}"),) if is_lost else ()
     common = _num_common([turns.turns for turns, is_whole in zip(said, whole, strict=True) if is_whole])
@@ -204,9 +173,10 @@ def _chats_of_answers(
     chats: list[Chat] = []
     for answer, turns, is_whole in zip(answers, said, whole, strict=True):
         before = NO_TURNS if is_whole else start
-        if not turns.turns or not (is_whole or before.turns):
+        if not turns.turns or not (is_whole or before.turns or "answer" in reading.fields):
             continue
         num_before = len(before.turns) or (min(common, len(turns.turns) - 1) if common else len(turns.turns) - 1)
+        num_context = num_before if answer.suffix else beginning.num_context
         same = next((c.suffix for c in chats if list(c.turns) == [*before.turns, *turns.turns]), None)
         has_read_beginning = not is_whole or is_copied
         chats.append(
@@ -215,10 +185,10 @@ def _chats_of_answers(
                 [*before.turns, *turns.turns],
                 " / ".join(filter(None, (beginning.name if not is_whole else "", name))),
                 answer.read | (beginning.read if has_read_beginning else _NO_NAMES),
-                turns.is_text and (is_whole or before.is_text),
+                turns.is_text and (not before.turns or before.is_text),
                 answer.suffix,
                 frozenset(answer.own),
-                num_before,
+                num_context,
                 before.repairs + turns.repairs,
                 unread if not is_whole else (),
                 same,
@@ -228,9 +198,10 @@ def _chats_of_answers(
     return [replace(chat, read=read) for chat in chats] or [Chat(fields)]
 
 
-def _turns_of_answer(value: Any, reading: Reading) -> Turns:
-    """The turns of an answer: of a text, of an object with one, or of messages."""
-    if isinstance(value, list) and value and all(isinstance(turn, list | dict) for turn in value):
+def _turns_of_answer(answer: Answer, reading: Reading) -> Turns:
+    """The turns of an answer: of a text, of an object with one, or of messages; of one of several also of pairs."""
+    value = answer.value
+    if answer.suffix and isinstance(value, list) and value and all(isinstance(turn, list | dict) for turn in value):
         return turns_of_list(value, reading.fields)
     return turns_of_side(value, "assistant", reading.fields)
 

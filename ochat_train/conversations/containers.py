@@ -115,18 +115,13 @@ class ByteStream:
         while num_missing > 0 and (piece := self._pull(num_missing)):
             pieces.append(piece)
             num_missing -= len(piece)
-        self._ahead = b"".join(pieces) if len(pieces) > 1 else self._ahead
+        self._ahead = b"".join(pieces)
         return self._ahead[:num_bytes]
 
     def read(self, num_bytes: int) -> bytes:
         """The next `num_bytes`, fewer only at the end."""
-        pieces = [self._ahead[:num_bytes]]
-        self._ahead = self._ahead[num_bytes:]
-        num_missing = num_bytes - len(pieces[0])
-        while num_missing and (piece := self._pull(num_missing)):
-            pieces.append(piece)
-            num_missing -= len(piece)
-        data = b"".join(pieces)
+        data = self.peek(num_bytes)
+        self._ahead = self._ahead[len(data) :]
         self.offset += len(data)
         return data
 

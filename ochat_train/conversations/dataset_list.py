@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ochat_train.conversations.containers import has_known_suffix
-from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.fields import TOOL_KEYS, Reading
 from ochat_train.conversations.forms import FORMS
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Role
-from ochat_train.conversations.turn_fields import TOOL_KEYS
 
 LIST = "dataset_info.json"
 _PLACES = ("hf_hub_url", "script_url", "cloud_file_name", "file_name", "ms_hub_url", "om_hub_url")  # the first counts

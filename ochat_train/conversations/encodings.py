@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 
 from ochat_train.conversations.containers import ByteStream, unreadable
@@ -13,8 +14,7 @@ _FEW = 4  # fewer that are not UTF-8 are a damaged record rather than another en
 _SAMPLE_BYTES = 1 << 16
 _WITHOUT = "give the file a source of its own without encoding"
 
-# The encodings in which dumps are saved, the commonest first. They are named before others, and of those that fit
-# equally well the first is named first.
+# The encodings in which dumps are saved, the commonest first: of those that fit equally well it is named first.
 _EAST_ASIAN = ("gb18030", "cp932", "big5", "cp949", "euc_jis_2004")
 _USUAL = ("gb18030", "cp1252", "cp932", "cp1251", "big5", "cp949", "iso8859_15", "euc_jis_2004", "koi8_r", "cp1250")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -118,18 +118,13 @@ def _guess(sample: bytes) -> list[str]:
     """Python's names of the encodings that the bytes may be in, the likeliest first; at most 4."""
     from charset_normalizer import from_bytes  # here, since most dumps are UTF-8
 
-    matches = [match for match in from_bytes(sample) if match.encoding not in ("utf_8", "ascii")]
-    usual = sorted(
-        (match for match in matches if match.encoding in _USUAL),
-        key=lambda match: (match.chaos, -match.coherence, _USUAL.index(match.encoding)),
-    )
-    names = [match.encoding for match in [*usual, *(match for match in matches if match not in usual)]]
+    matches = from_bytes(sample, cp_isolation=list(_USUAL))
+    likeliest = sorted(matches, key=lambda match: (match.chaos, -match.coherence, _USUAL.index(match.encoding)))
+    names = [match.encoding for match in likeliest]
     if not {"cp1252", "cp1251", "koi8_r", *_EAST_ASIAN} & set(names):  # too short to tell from other Latin ones
-        try:
+        with suppress(UnicodeDecodeError):
             sample.decode("cp1252")
             names.insert(0, "cp1252")
-        except UnicodeDecodeError:
-            pass
     return names[:4]
 
 

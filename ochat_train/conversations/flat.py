@@ -1,29 +1,17 @@
 """OpenAssistant's flat files: one message a row, joined over the whole file into the trees that they are of."""
 
-from array import array
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from ochat_train.conversations.containers import unreadable
-from ochat_train.conversations.schema import Record
+from ochat_train.conversations.parts import Part, left_out, parse_made
+from ochat_train.conversations.tables import MESSAGE
 
 MAX_BYTES = 1 << 30  # of the messages of a file, which are all held
-MESSAGE = frozenset(("message_id", "parent_id", "text", "role"))
 _MAX_DEPTH = 400  # of a tree; JSON that is nested deeper is not parsed everywhere
-
-
-class Part(Protocol):
-    """Whole records of one file, not parsed yet; each form of file has its own."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
-    def records(self) -> Iterator[Record]: ...
 
 
 def is_flat(part: Part) -> bool:
@@ -35,93 +23,49 @@ def is_flat(part: Part) -> bool:
     return isinstance(fields, dict) and fields.keys() >= MESSAGE and "replies" not in fields
 
 
-@dataclass(frozen=True, slots=True)
-class _Trees:
-    """Trees, each the JSON of a record, and rows that are of none. offsets, ends: of a tree's first message."""
-
-    file: str
-    offsets: "array[int]"
-    ends: "array[int]"
-    lengths: "array[int]"
-    damages: tuple[str | None, ...]
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        at = 0
-        for offset, end, length, damage in zip(self.offsets, self.ends, self.lengths, self.damages, strict=True):
-            fields = orjson.loads(self.data[at : at + length]) if length else None
-            yield Record(self.file, offset, end, fields, damage)
-            at += length
-
-
-@dataclass(slots=True)
-class _Row:
-    """A message as JSON; or what is left out, and why."""
-
-    offset: int
-    end: int
-    parent: str | None
-    data: bytes
-    damage: str | None = None
-
-
-def join_messages(file: str, parts: Iterator[Part], chunk_bytes: int) -> Iterator[Part]:
+def join_messages(file: str, parts: Iterator[Part]) -> Iterator[Part]:
     """The trees of a file's messages, in the order of their first ones: {"prompt": message with its `replies`}.
 
     A message whose parent is not in the file, and those after it, are records with the damage "no_parent"; one of an id
     that was there before has "repeated_message". Holds the whole file: raises ValueError above MAX_BYTES.
     """
-    rows: dict[str, _Row] = {}
-    others: list[_Row] = []
+    found: list[Part] = []
+    places: dict[str, tuple[int, int]] = {}
+    messages: dict[str, bytes] = {}
+    children: dict[str | None, list[str]] = {None: []}
     num_bytes = 0
     for part in parts:
         num_bytes += len(part.data)
         if num_bytes > MAX_BYTES:
             problem = f"its messages are above {MAX_BYTES:,} bytes, and those of a tree may stand anywhere in the file"
-            raise unreadable(
-                file, rows[next(reversed(rows))].offset if rows else 0, problem, "cut it between two trees"
-            )
+            raise unreadable(file, part.offset, problem, "cut it between two trees")
         for record in part.records():
-            row, id = _row_of(record)
-            if id is not None and id in rows:
-                row.damage, row.data = "repeated_message", b""
-            if id is None or row.damage:
-                others.append(row)
+            fields, place = record.fields, (record.offset, record.end)
+            if record.is_row and isinstance(fields, dict):
+                fields = {name: value for name, value in fields.items() if value is not None}
+            data = b"" if record.damage else orjson.dumps(fields, default=str)
+            id = _read_id(fields, "message_id") if isinstance(fields, dict) and "replies" not in fields else None
+            if id is None:
+                found.append(Part(file, record.offset, data, parse_made, (record.end, record.damage)))
+            elif id in places:
+                found.append(left_out(file, *place, "repeated_message"))
             else:
-                rows[id] = row
-    children: dict[str | None, list[str]] = {}
-    for id, row in rows.items():
-        children.setdefault(row.parent, []).append(id)
-    trees = [(rows[root], _nest(root, rows, children)) for root in children.get(None, ())]
-    found = [(row.offset, row.end, data, row.damage) for row, data in trees]
-    found += [(row.offset, row.end, row.data, row.damage) for row in others]
-    found += [(row.offset, row.end, b"", "no_parent") for row in rows.values() if row.data]  # _nest takes it
-    found.sort(key=lambda one: one[0])
-    start = size = 0
-    for place, (_, _, data, _) in enumerate(found):
-        if size and size + len(data) > chunk_bytes:
-            yield _pack(file, found[start:place])
-            start, size = place, 0
-        size += len(data) + 1
-    yield _pack(file, found[start:])
+                places[id], messages[id] = place, data
+                children.setdefault(_read_id(fields, "parent_id"), []).append(id)
+    for root in children[None]:
+        offset, end = places[root]
+        found.append(Part(file, offset, _nest(root, messages, children), parse_made, (end,)))
+    found += [left_out(file, *places[id], "no_parent") for id in messages]
+    yield from sorted(found, key=lambda part: part.offset)
 
 
-def _row_of(record: Record) -> tuple[_Row, str | None]:
-    """The row, and the message's id, None where it is no message."""
-    fields = record.fields
-    if record.is_row and isinstance(fields, dict):
-        fields = {name: value for name, value in fields.items() if value is not None}
-    data = b"" if record.damage else orjson.dumps(fields, default=str)
-    if not isinstance(fields, dict):
-        return _Row(record.offset, record.end, None, data, record.damage), None
-    id, parent = fields.get("message_id"), fields.get("parent_id")
-    is_message = isinstance(id, str | int) and id != "" and "replies" not in fields
-    parent = str(parent) if isinstance(parent, str | int) and parent != "" else None
-    return _Row(record.offset, record.end, parent, data), str(id) if is_message else None
+def _read_id(fields: dict[str, Any], name: str) -> str | None:
+    id = fields.get(name)
+    return str(id) if isinstance(id, str | int) and id != "" else None
 
 
-def _nest(root: str, rows: dict[str, _Row], children: dict[str | None, list[str]]) -> bytes:
-    """A tree as the JSON of a record. Takes `data` out of its rows."""
+def _nest(root: str, messages: dict[str, bytes], children: dict[str | None, list[str]]) -> bytes:
+    """A tree as the JSON of a record. Takes its messages out."""
     order, waiting = [], deque([(root, 0)])
     while waiting:
         id, depth = waiting.popleft()
@@ -131,17 +75,5 @@ def _nest(root: str, rows: dict[str, _Row], children: dict[str | None, list[str]
     nested: dict[str, bytes] = {}
     for id in reversed(order):
         replies = b",".join(nested.pop(child) for child in children.get(id, ()) if child in nested)
-        nested[id] = rows[id].data[:-1] + b',"replies":[' + replies + b"]}"
-        rows[id].data = b""
+        nested[id] = messages.pop(id)[:-1] + b',"replies":[' + replies + b"]}"
     return b'{"prompt":' + nested[root] + b"}"
-
-
-def _pack(file: str, found: list[tuple[int, int, bytes, Any]]) -> _Trees:
-    return _Trees(
-        file,
-        array("q", (offset for offset, _, _, _ in found)),
-        array("q", (end for _, end, _, _ in found)),
-        array("q", (len(data) for _, _, data, _ in found)),
-        tuple(damage for _, _, _, damage in found),
-        b"".join(data for _, _, data, _ in found),
-    )

@@ -7,9 +7,8 @@ it, or turns that hold the answers.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ochat_train.conversations.fields import Reading
+from ochat_train.conversations.fields import ANSWER_KEYS, USER_KEYS, Reading
 from ochat_train.conversations.records import TURN_LISTS
-from ochat_train.conversations.turn_fields import ANSWER_KEYS, USER_KEYS
 
 # For each part the fields that may hold it, in the order in which they are looked for: the first that is there counts.
 # Several fields in one row stand together. The parts are in the order in which a record is looked through.

@@ -67,7 +67,8 @@ def list_data_set(url: str, ask: Callable[[str, Callable[[], Any]], Any]) -> dic
         wrong = f"no split {split}" if split else "several splits and none named"
         example = url.removesuffix(f":{found['split']}") + f":{next(iter(splits))}"
         raise ValueError(f"{url}: {wrong}; config {name} has {counts}: name one, as in {example}")
-    files = {_url_of(repo, commit, path): sizes.get(path, -1) for path in splits[split]}
+    urls = {path: path if "://" in path else f"hf://datasets/{repo}@{commit}/{path}" for path in splits[split]}
+    files = {file: sizes.get(path, -1) for path, file in urls.items()}
     if constants.HF_HUB_OFFLINE and (absent := [file for file in files if "@" in file and not cached_copy(file)]):
         raise Unreachable(
             f"{url}: HF_HUB_OFFLINE is set, and {len(absent):,} of its {len(files):,} files are not in the cache, such "
@@ -91,10 +92,6 @@ def cached_copy(url: str) -> str | None:
 
     path = try_to_load_from_cache(found["repo"], found["path"], repo_type="dataset", revision=found["commit"])
     return path if isinstance(path, str) else None
-
-
-def _url_of(repo: str, commit: str, path: str) -> str:
-    return path if "://" in path else f"hf://datasets/{repo}@{commit}/{path}"
 
 
 def _look_up_hub(_url: str, repo: str, revision: str, ask_hub: Callable[..., Any]) -> tuple[str, dict[str, int]]:

@@ -1,4 +1,7 @@
-"""JSON in bytes: where values begin and end, in arrays, rows and wrappers, without parsing them; the parser of one."""
+"""JSON in a stream: the values of arrays, of rows of objects and of wrappers, one after the other; the parser of one.
+
+Where a value ends is found by Python's own parser, on the bytes as Latin-1, so that each is one character.
+"""
 
 import io
 import json
@@ -14,15 +17,14 @@ from ochat_train.conversations.containers import ByteStream, Unreadable, unreada
 SPACE = b" \t\r\n"  # JSON's own white space, no other
 
 _WINDOW_BYTES = 1 << 20
-_MAX_DEPTH = 1024  # orjson's own limit
+_HEAD_BYTES = 4 << 20  # of a file, to see how its objects stand
 _REMEDY = "fetch the file again, or cut it after its last whole record and close what is open"
 
 
 def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of every value of the array that `stream` continues with, in order, not parsed.
+    """(offset, bytes) of every value of the array that `stream` continues with, in order.
 
-    Takes linear time; memory is a small multiple of the largest value or of 1 MiB. Whether a value is valid JSON is
-    left to the parser.
+    Memory is a small multiple of 1 MiB, or what Python needs for the largest value. The bytes may be no UTF-8.
 
     Raises ValueError, with name and byte, while iterating: for an array that breaks, that the file ends inside, that is
     empty or that something follows, and for a value above `max_bytes`.
@@ -31,29 +33,26 @@ def scan_array(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, byt
     """
     window = _Window(stream, max_bytes)
     yield from _scan_elements(window)
-    if window.next_byte():
+    if window.next_sign():
         remedy = "keep one array in a file, or write one record a line"
-        raise unreadable(stream.name, window.offset, "something follows the array's ']'", remedy)
+        raise window.unreadable("something follows the array's ']'", remedy)
 
 
 def _scan_elements(window: "_Window") -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of every value of the array at the window; afterwards the window is after its ']'."""
-    window.next_byte()
+    window.next_sign()
     opening = window.offset
     window.at += 1  # the "["
-    if window.next_byte() == b"]":
+    if window.next_sign() == "]":
         raise unreadable(window.name, opening, "the array is empty", "remove the file, or fetch it again")
-    more = True
-    while more:
-        window.next_byte()
-        offset = window.offset
-        yield offset, window.take_whole("the file ends inside the array")
-        following = window.next_byte()
-        if following not in (b",", b"]"):
-            found = f"{following!r} instead of ','" if following else "the file ends inside the array"
-            raise unreadable(window.name, window.offset, found, _REMEDY)
+    following = ","
+    while following == ",":
+        window.next_sign()
+        yield window.offset, window.take("the file ends inside the array")
+        following = window.next_sign()
+        if following not in (",", "]"):
+            raise window.unreadable(f"{following!r} instead of ','" if following else "the file ends inside the array")
         window.at += 1
-        more = following == b","
 
 
 # ---- Objects that are no lines ----
@@ -61,8 +60,6 @@ def _scan_elements(window: "_Window") -> Iterator[tuple[int, bytes]]:
 # Keys under which dumps keep their list of records. Under another key a list is one of turns, unless its objects have
 # turns themselves.
 WRAPPERS = ("data", "train", "rows", "examples", "records", "instances", "samples", "test", "validation", "dev", "eval")
-_HEAD_BYTES = 1 << 16
-_MOST_AHEAD = 4 << 20  # of the first object, to see whether it is whole
 _OF_TURNS = frozenset(("from", "role", "value", "content"))
 
 
@@ -70,54 +67,41 @@ def find_layout(stream: ByteStream, turn_lists: Collection[str]) -> str | None:
     """How the objects stand in a file that begins with one: a wrapper's key, "" for a row of objects, None for lines.
 
     A wrapper is one object with a list of records under one of WRAPPERS, or under any key if the list's first object
-    has a list of turns itself; it is alone in the file, or does not end in the first 64 KiB. A record has its turns in
+    has a list of turns itself; it is alone in the file, or does not end in the first 4 MiB. A record has its turns in
     one of `turn_lists`, so it is none.
 
     Objects are a row if the first one is whole JSON and does not stand alone on one line: it spans several, or another
     object follows it on its line; and it ends in the first 4 MiB. All else is lines, of which a bad one costs
     only itself.
     """
-    num_bytes = _HEAD_BYTES
-    while True:
-        head = stream.peek(num_bytes)
-        window = _Window(stream.through(io.BytesIO(head).read), _MOST_AHEAD)
-        window.next_byte()
-        start = window.at
-        try:
-            first = window.take_value()
-            break
-        except EOFError:
-            if num_bytes == _HEAD_BYTES and (key := _find_wrapper(stream, head, turn_lists)):
-                return key
-            if len(head) < num_bytes or num_bytes >= _MOST_AHEAD:
-                return None
-            num_bytes *= 4
-        except ValueError:
-            return None
-    rest = head[start + len(first) :]
-    line, _, _ = rest.partition(b"\n")
-    follows = (line if line.strip(SPACE) else rest).lstrip(SPACE)
-    if not follows and len(head) < num_bytes and (key := _find_wrapper(stream, head, turn_lists)):
-        return key
-    is_row = b"\n" in first or line.lstrip(SPACE).startswith(b"{")
+    text = stream.peek(_HEAD_BYTES).decode("latin-1")
     try:
-        return "" if is_row and isinstance(parse_json(first)[0], dict) else None
-    except ValueError:
+        _, end = _DECODER.raw_decode(text)
+    except ValueError as error:
+        return _find_wrapper(stream, text, turn_lists) if _is_cut(error, len(text)) else None
+    except RecursionError:
         return None
+    line_end = text.find("\n", end) + 1 or len(text)
+    if _skip_space(text, end) == len(text) and (key := _find_wrapper(stream, text, turn_lists)):
+        return key
+    is_one_line = text.find("\n", 0, end) < 0
+    return None if is_one_line and not text[end:line_end].lstrip(_SPACE).startswith("{") else ""
 
 
-def _find_wrapper(stream: ByteStream, head: bytes, turn_lists: Collection[str]) -> str | None:
-    """The key of the list of records in the object that the file begins with, or None."""
-    window = _Window(stream.through(io.BytesIO(head).read), len(head))
+def _find_wrapper(stream: ByteStream, text: str, turn_lists: Collection[str]) -> str | None:
+    """The key of the list of records in the object that the file begins with, of which `text` is all or a part."""
+    window = _Window(stream.through(io.BytesIO().read), len(text))
+    window.text = text
     try:
         for key in _keys(window):
-            if window.next_byte() == b"[":
-                copy = _Window(stream.through(io.BytesIO(window.data[window.at :]).read), len(head))
-                _, first = next(_scan_elements(copy))
+            start = window.at
+            if window.next_sign() == "[":
+                _, first = next(_scan_elements(window))
                 if _is_record(key, parse_json(first)[0], turn_lists):
                     return key
-            window.take_value()
-    except (ValueError, EOFError):
+            window.at = start
+            window.take("")
+    except ValueError:
         pass  # what is broken is found by the reader of lines
     return None
 
@@ -134,20 +118,20 @@ def _is_record(key: str, value: object, turn_lists: Collection[str]) -> bool:
 
 def _keys(window: "_Window") -> Iterator[str]:
     """The keys of the object at the window, which is at the value of each; whoever asks for the next has taken it."""
-    window.next_byte()
-    window.at += 1  # the "{"
-    following = window.next_byte()
-    while following != b"}":
-        key = parse_json(window.take_value())[0]
-        if not isinstance(key, str) or window.next_byte() != b":":
-            raise ValueError("no key where one should be")
+    following = window.next_sign()  # the "{"
+    while following != "}":
         window.at += 1
-        yield key
-        following = window.next_byte()
-        if following not in (b",", b"}"):
-            raise ValueError(f"{following!r} instead of ','")
-        window.at += following == b","
-        following = window.next_byte() if following == b"," else following
+        if window.next_sign() == "}" and following == "{":
+            break
+        key = parse_json(window.take("the file ends inside the object"))[0]
+        if isinstance(key, str) and window.next_sign() == ":":
+            window.at += 1
+            window.next_sign()
+            yield key
+        following = window.next_sign()
+        if following not in (",", "}"):
+            found = f"the object around the records breaks here ({following or 'the file ends'!r})"
+            raise window.unreadable(found, "fetch the file again")
     window.at += 1
 
 
@@ -158,52 +142,18 @@ def scan_objects(stream: ByteStream, *, max_bytes: int) -> Iterator[tuple[int, b
     what follows is then unknown.
     """
     window = _Window(stream, max_bytes)
-    while following := window.next_byte():
+    while following := window.next_sign():
         offset = window.offset
         try:
-            if following != b"{":
+            if following != "{":
                 found = f"{following!r} where an object should start"
-                raise unreadable(window.name, offset, found, "put each record on one line of its own")
-            value = window.take_whole("the file ends inside the object that starts here")
-            _check_whole(window.name, offset, value)
+                raise window.unreadable(found, "put each record on one line of its own")
+            value = window.take("the file ends inside the object that starts here")
         except Unreadable:
-            window.go_back(offset)
             value = window.take_damaged()
             if not value:
                 raise
         yield offset, value
-
-
-def _check_whole(name: str, offset: int, value: bytes) -> None:
-    """Raise ValueError unless it is JSON, whatever its bytes mean: a missing quote may end a value at a wrong place."""
-    try:
-        parse_json(value)
-    except ValueError as error:
-        try:
-            json.loads(value.decode("latin-1"))
-        except (ValueError, RecursionError):
-            raise not_valid(name, offset, error) from None
-
-
-# Between two objects. In JSON no object follows another without a comma, and a text has its quotes escaped.
-_BETWEEN = re.compile(rb'(?:\}[ \t\r\n]*+|[^ \t\r\n,\[:][ \t\r]*+\n[ \t\r\n]*+)(?=\{[ \t\r\n]*+")')
-_MOST_TRIES = 1000
-
-
-def _next_object(data: bytes, start: int) -> int:
-    """Where after `start` a whole object begins that another one or the end of `data` follows; len(data) if none does.
-
-    Worked example: `{"a": x}{"b": 1}{"c": 2}` has one at 8, and `{"a": x} {"b": 1} and so on` has none.
-    """
-    text = data.decode("latin-1")  # so that characters are bytes
-    for between in islice(_BETWEEN.finditer(data, start), _MOST_TRIES):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, between.end())
-        except (ValueError, RecursionError):
-            continue
-        if text[end : end + _HEAD_BYTES].lstrip(" \t\r\n")[:1] in ("", "{"):
-            return between.end()
-    return len(data)
 
 
 def scan_wrapped(
@@ -215,158 +165,150 @@ def scan_wrapped(
     Raises ValueError for a second list of records beside it, and for what follows the object.
     """
     window = _Window(stream, max_bytes)
-    try:
-        for name in _keys(window):
-            window.next_byte()
-            if name == key:
-                yield from _scan_elements(window)
-                continue
-            offset = window.offset
-            value = window.take_whole("the file ends inside the object")
-            if value.translate(None, SPACE) not in (b"null", b'""', b"[]", b"{}"):
-                beside.append(name)
-            if value.startswith(b"["):
-                others = parse_json(value)[0]
-                if others and _is_record(name, others[0], turn_lists):
-                    found = f"a second list of records, {name!r}, beside {key!r}"
-                    raise unreadable(window.name, offset, found, "write each list into a file of its own")
-    except Unreadable:
-        raise
-    except (ValueError, EOFError) as error:
-        found = f"the object around the records breaks here ({error or 'the file ends'})"
-        raise unreadable(window.name, window.offset, found, "fetch the file again") from None
-    if window.next_byte():
+    for name in _keys(window):
+        if name == key:
+            yield from _scan_elements(window)
+            continue
+        offset = window.offset
+        value, _ = parse_json(window.take("the file ends inside the object"))
+        if value not in (None, "", [], {}):
+            beside.append(name)
+        if isinstance(value, list) and value and _is_record(name, value[0], turn_lists):
+            found = f"a second list of records, {name!r}, beside {key!r}"
+            raise unreadable(window.name, offset, found, "write each list into a file of its own")
+    if window.next_sign():
         found = "something follows the object with the list of records"
-        raise unreadable(window.name, window.offset, found, "keep one such object in a file")
+        raise window.unreadable(found, "keep one such object in a file")
 
 
-def not_valid(name: str, offset: int, error: ValueError) -> Unreadable:
+def not_valid(name: str, offset: int, error: object) -> Unreadable:
     """The error for an array's value that is not valid JSON: where the next value begins is then unknown."""
     found = f"the record that starts here is not valid JSON ({error}, counted from here)"
     return unreadable(name, offset, found, _REMEDY)
 
 
-# The end of a value is found without parsing it, so that only whole records are parsed, by one parser. Bytes above 127
-# never look like JSON's own signs, so nothing has to be decoded. Possessive (`*+`): a match never goes back, so time is
-# linear and no stack grows with the text.
-_FLAT_TEXT = rb'[^"{}\[\]]*+(?:"[^"]*+"[^"{}\[\]]*+)*+'
-# An object without another in it, such as a turn, is one step.
-_TO_BRACKET = re.compile(_FLAT_TEXT + rb"(?:\{" + _FLAT_TEXT + rb"\}" + _FLAT_TEXT + rb")*+([{}\[\]]?)")
-_DEPTH_CHANGE = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
-# A string, number or literal with a byte after it: where the window ends, `12` may be half of `123`.
-_FLAT_VALUE = re.compile(rb'(?:"[^"]*+"|[^ \t\r\n"{}\[\],]++)(?=.)', re.DOTALL)
-_SPACES = re.compile(rb"[ \t\r\n]*+")
+# ---- The window ----
+
+_DECODER = json.JSONDecoder()
+_SPACE = SPACE.decode()
+_SPACES = re.compile(r"[ \t\r\n]*+")
+# Between two objects. In JSON no object follows another without a comma, and a text has its quotes escaped.
+_BETWEEN = re.compile(r'(?:\}[ \t\r\n]*+|[^ \t\r\n,\[:][ \t\r]*+\n[ \t\r\n]*+)(?=\{[ \t\r\n]*+")')
+_MOST_TRIES = 1000
+_LONGEST_WORD = len("-Infinity")
+
+
+def _is_cut(error: ValueError, end: int) -> bool:
+    """Whether the parser may have failed only because the text ends at `end`, where more of the stream would follow."""
+    is_at_end = isinstance(error, json.JSONDecodeError) and error.pos >= end - _LONGEST_WORD
+    return is_at_end or "Unterminated string" in str(error)
+
+
+def _skip_space(text: str, at: int) -> int:
+    """Where from `at` on something else than space stands."""
+    spaces = _SPACES.match(text, at)
+    return spaces.end() if spaces else at
 
 
 class _Window:
     """The part of a stream that is in memory; it slides forward, and grows only while one value does not fit.
 
-    `data[at:]` lies ahead. Methods move `at` forward and may replace `data`.
+    `text[at:]` lies ahead. Methods move `at` forward and may replace `text`.
     """
 
     def __init__(self, stream: ByteStream, max_bytes: int) -> None:
-        self.data = b""
+        self.text = ""
         self.at = 0
-        # `data` with each escaped backslash and quote made `__`, so that every quote left bounds a string
-        self._masked = b""
         self.name = stream.name
         self._stream = stream
         self._max_bytes = max_bytes
-        self._data_offset = stream.offset
+        self._text_offset = stream.offset
 
     @property
     def offset(self) -> int:
         """Where in the stream `at` is."""
-        return self._data_offset + self.at
+        return self._text_offset + self.at
 
-    def next_byte(self) -> bytes:
-        """The next byte that is not space, at `at`; b"" at the end of the stream."""
+    def unreadable(self, found: str, remedy: str = _REMEDY) -> Unreadable:
+        """The error for what is found at `at`."""
+        return unreadable(self.name, self.offset, found, remedy)
+
+    def next_sign(self) -> str:
+        """The next character that is not space, at `at`; "" at the end of the stream."""
         while True:
-            spaces = _SPACES.match(self.data, self.at)
-            assert spaces is not None
-            self.at = spaces.end()
-            if self.at < len(self.data) or not self._grow():
-                return self.data[self.at : self.at + 1]
+            self.at = _skip_space(self.text, self.at)
+            if self.at < len(self.text) or not self._grow():
+                return self.text[self.at : self.at + 1]
 
-    def take_value(self) -> bytes:
+    def take(self, at_end: str) -> bytes:
         """The bytes of the JSON value that starts at `at`, which moves to their end.
 
-        Raises EOFError if the stream ends first, ValueError if no value starts here, or one that is nested too deeply
-        or above `max_bytes`.
+        Raises ValueError for what is no value, `at_end` if the stream ends in it, and for one above `max_bytes`.
         """
-        first = self.data[self.at : self.at + 1]
-        if first in (b",", b"]", b"}"):
-            raise ValueError(f"{first!r} where a value should start")
-        depth = 1
-        scanned = 1  # from `at`, which growing moves
+        if (first := self.text[self.at : self.at + 1]) in (",", "]", "}"):
+            raise self.unreadable(f"not valid JSON: {first!r} where a value should start")
         while True:
-            if first not in (b"{", b"["):
-                flat = _FLAT_VALUE.match(self._masked, self.at)
-                if flat:
-                    return self._take(flat.end())
-            else:
-                for step in _TO_BRACKET.finditer(self._masked, self.at + scanned):
-                    bracket = step[1]
-                    if not bracket:
-                        scanned = step.start() - self.at
-                        break
-                    depth += _DEPTH_CHANGE[bracket]
-                    if depth == 0:
-                        return self._take(step.end())
-                    if depth > _MAX_DEPTH:
-                        raise ValueError("nested too deeply")
-            self._check_size(len(self.data) - self.at)
-            if not self._grow():
-                raise EOFError
-
-    def take_whole(self, at_end: str) -> bytes:
-        """As `take_value`, but what is wrong names the file and the byte; `at_end` says what it is if the file ends."""
-        offset = self.offset
-        try:
-            return self.take_value()
-        except Unreadable:
-            raise
-        except EOFError:
-            raise unreadable(self.name, offset, at_end, _REMEDY) from None
-        except ValueError as error:
-            raise not_valid(self.name, offset, error) from None
-
-    def go_back(self, offset: int) -> None:
-        """Move `at` to an offset that lies at or before it, not before the last value that was taken."""
-        self.at = offset - self._data_offset
+            try:
+                _, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or first in ("{", "[", '"'):
+                    return self._take(end)
+                is_cut, found = True, at_end  # `12` may be half of `123`
+            except RecursionError:
+                is_cut, found = False, "nested too deeply"
+            except ValueError as error:
+                is_cut, found = _is_cut(error, len(self.text)), str(error)
+                has_ended = isinstance(error, json.JSONDecodeError) and error.pos == len(self.text)
+                if has_ended or "Unterminated string" in found:
+                    found = at_end
+            self._check_size(len(self.text) - self.at)
+            if not (is_cut and self._grow()):
+                raise self.unreadable(at_end) if found == at_end else not_valid(self.name, self.offset, found)
 
     def take_damaged(self) -> bytes:
         """The bytes from `at` to the next whole object, where `at` moves; empty if there is none."""
-        while (end := _next_object(self.data, self.at)) == len(self.data):
-            if len(self.data) - self.at > self._max_bytes or not self._grow():
+        while (end := self._next_object()) == len(self.text):
+            if len(self.text) - self.at > self._max_bytes or not self._grow():
                 return b""
-        value = self.data[self.at : end].rstrip(SPACE)
-        self.at = end
-        return value
+        return self._take(end).rstrip(SPACE)
+
+    def _next_object(self) -> int:
+        """Where after `at` a whole object begins that another one or the end of `text` follows; its length if none.
+
+        Worked example: `{"a": x}{"b": 1}{"c": 2}` has one at 8, and `{"a": x} {"b": 1} and so on` has none.
+        """
+        for between in islice(_BETWEEN.finditer(self.text, self.at), _MOST_TRIES):
+            try:
+                _, end = _DECODER.raw_decode(self.text, between.end())
+            except (ValueError, RecursionError):
+                continue
+            following = _skip_space(self.text, end)
+            if self.text[following : following + 1] in ("", "{"):
+                return between.end()
+        return len(self.text)
 
     def _take(self, end: int) -> bytes:
         self._check_size(end - self.at)
-        value = self.data[self.at : end]
+        value = self.text[self.at : end].encode("latin-1")
         self.at = end
         return value
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             found = f"the record that starts here is above {self._max_bytes:,} bytes, or has no end"
-            raise unreadable(self._stream.name, self.offset, found, "fix it or take it out")
+            raise self.unreadable(found, "fix it or take it out")
 
     def _grow(self) -> bool:
         """Whether there was more to read. Doubles what is kept, so that a large value costs linear time."""
-        kept = self.data[self.at :]
-        wanted = max(_WINDOW_BYTES, len(kept))
-        more = self._stream.read(min(wanted, self._max_bytes + 1 - len(kept)))
-        self._data_offset += self.at
-        self.at = 0
-        self.data = kept + more
-        # `at` is never inside a string, so backslashes pair up from there as JSON pairs them
-        self._masked = self.data.replace(rb"\\", b"__").replace(rb"\"", b"__")
+        kept = self.text[self.at :]
+        more = self._stream.read(min(max(_WINDOW_BYTES, len(kept)), self._max_bytes + 1 - len(kept)))
+        if more:
+            self._text_offset += self.at
+            self.at = 0
+            self.text = kept + more.decode("latin-1")
         return bool(more)
 
+
+# ---- One value ----
 
 _ESCAPE = re.compile(
     r"(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.",

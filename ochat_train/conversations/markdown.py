@@ -141,25 +141,13 @@ def _convert(html: str) -> str:
 def _options() -> "ConversionOptions":
     import html_to_markdown as library
 
-    # Members instead of their names, which the library looks up at every call: that takes as long as a short answer.
     return library.ConversionOptions(
-        heading_style=library.HeadingStyle.ATX,
-        list_indent_type=library.ListIndentType.SPACES,
         bullets="-",
         compact_tables=True,
         br_in_tables=True,
         sub_symbol="<sub>",
         sup_symbol="<sup>",
-        highlight_style=library.HighlightStyle.DOUBLE_EQUAL,
         extract_metadata=False,
-        whitespace_mode=library.WhitespaceMode.NORMALIZED,
-        newline_style=library.NewlineStyle.SPACES,
-        code_block_style=library.CodeBlockStyle.BACKTICKS,
         inline_data_media=library.InlineDataMedia.ALT_TEXT_ONLY,
-        hidden_content=library.HiddenContent.DROP,
-        url_escape_style=library.UrlEscapeStyle.ANGLE,
-        link_style=library.LinkStyle.INLINE,
-        output_format=library.OutputFormat.MARKDOWN,
-        tier_strategy=library.TierStrategy.AUTO,
         max_depth=MAX_DEPTH,
     )

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ochat_train.conversations.fields import holds_something
-from ochat_train.conversations.turn_fields import is_plain
+from ochat_train.conversations.fields import holds_something, is_plain
 
 MEDIA_HINT = "data.media: text"
 

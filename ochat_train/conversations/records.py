@@ -5,44 +5,42 @@ its `repairs`, and a file that cannot be read further raises ValueError.
 """
 
 import glob
-import io
 import os
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePath
-from typing import Any
+
+import orjson
 
 from ochat_train.conversations.containers import (
     SUFFIXES,
     ByteStream,
     escape_name,
-    explain,
     has_known_suffix,
     open_streams,
     unreadable,
 )
-from ochat_train.conversations.delimited import delimiters_of, parse_row, scan_rows
+from ochat_train.conversations.delimited import delimiters_of, scan_rows
 from ochat_train.conversations.encodings import check_utf8, decode, refuse_wide
-from ochat_train.conversations.flat import Part, is_flat, join_messages
-from ochat_train.conversations.json_scan import (
-    SPACE,
-    NotUtf8,
-    find_layout,
-    not_valid,
-    parse_json,
-    scan_array,
-    scan_objects,
-    scan_wrapped,
+from ochat_train.conversations.flat import is_flat, join_messages
+from ochat_train.conversations.json_scan import SPACE, find_layout, scan_array, scan_objects, scan_wrapped
+from ochat_train.conversations.parts import (
+    Part,
+    left_out,
+    parse_lines,
+    parse_made,
+    parse_nothing,
+    parse_page,
+    parse_slice,
+    parse_value,
 )
 from ochat_train.conversations.remote import is_remote, list_remote, read_remote
 from ochat_train.conversations.saved import leave_out, named_split, read_file
 from ochat_train.conversations.schema import Record
-from ochat_train.conversations.tables import parse_rows, scan_table
+from ochat_train.conversations.tables import scan_table
 
 MAX_RECORD_BYTES = 64 << 20
 # Fields that may hold a record's turns; the last is Gemini's.
@@ -136,7 +134,7 @@ class Chunk:
     def beside(self) -> Iterator[tuple[str, str]]:
         """(file, name) of each member of an object around records that is not read."""
         for part in self.parts:
-            yield from ((part.file, name) for name in getattr(part, "beside", ()))
+            yield from ((part.file, name) for name in part.beside)
 
 
 def read_chunks(
@@ -175,7 +173,7 @@ def read_chunks(
             first = next(parts, None)
             parts = iter(()) if first is None else chain((first,), parts)
             if first is not None and is_flat(first):
-                next_form, parts = f"{next_form}, messages of trees", join_messages(stream.name, parts, chunk_bytes)
+                next_form, parts = f"{next_form}, messages of trees", join_messages(stream.name, parts)
             for part in parts:
                 # Small parts are packed together: a shard for each of many files would cost more than their records.
                 if pending and (next_form != form or num_pending + len(part.data) > chunk_bytes):
@@ -217,7 +215,7 @@ def _recognise(
         unchecked, stream = stream, check_utf8(stream)
     if first == b"[":
         values = scan_array(stream, max_bytes=MAX_RECORD_BYTES)
-        return f"JSON array{stream.packing}", _pack_values(stream.name, values, chunk_bytes)
+        return f"JSON array{stream.packing}", _values(stream.name, values)
     if first == b"{":
         return _recognise_objects(stream, chunk_bytes)
     if first == b"<" or re.search(r"\.html?(\.gz|\.zst)?$", stream.name, re.IGNORECASE):
@@ -226,7 +224,7 @@ def _recognise(
         raise unreadable(stream.name, stream.offset, "the file is empty", "remove it, or fetch it again")
     if delimiters := delimiters_of(stream.name):
         form = "tsv" if delimiters == "\t" else "csv"
-        return f"{form}{stream.packing}", _read_delimited(stream, delimiters, chunk_bytes)
+        return f"{form}{stream.packing}", _read_delimited(stream, delimiters)
     if _SPEAKERS.search(unchecked.peek(1 << 16)):
         found = "plain text with the names of speakers; what a turn is cannot be told from a text that names them"
         raise unreadable(stream.name, stream.offset, found, _CONVERT)
@@ -255,10 +253,10 @@ def _recognise_objects(stream: ByteStream, chunk_bytes: int) -> tuple[str, Itera
         return f"JSON lines{stream.packing}", _read_lines(stream, chunk_bytes)
     if not key:
         values = scan_objects(stream, max_bytes=MAX_RECORD_BYTES)
-        return f"JSON objects{stream.packing}", _pack_values(stream.name, values, chunk_bytes, is_row=True)
+        return f"JSON objects{stream.packing}", _values(stream.name, values, is_row=True)
     beside: list[str] = []
     values = scan_wrapped(stream, key, TURN_LISTS, beside, max_bytes=MAX_RECORD_BYTES)
-    parts = _pack_values(stream.name, values, chunk_bytes, in_rows=key == "rows", beside=beside)
+    parts = _values(stream.name, values, in_rows=key == "rows", beside=beside)
     return f"JSON object with records in {key!r}{stream.packing}", parts
 
 
@@ -274,53 +272,7 @@ def _skip_space(stream: ByteStream) -> bytes:
     return b""
 
 
-# ---- JSON lines ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Lines:
-    """Whole lines of a file, the first at `offset`; only at the end of the file the last has no line end."""
-
-    file: str
-    offset: int
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        offset = self.offset
-        for line in io.BytesIO(self.data):
-            raw = line.lstrip(SPACE)
-            start = offset + len(line) - len(raw)
-            raw = raw.rstrip(SPACE)
-            end = start + len(raw)
-            has_end = line.endswith(b"\n")
-            if len(line) - has_end > MAX_RECORD_BYTES:
-                yield Record(self.file, offset, offset + len(line) - has_end, None, "record_too_large")
-            elif raw:
-                try:
-                    fields, repairs = parse_json(raw)
-                except ValueError as error:
-                    damage = "not_utf8" if isinstance(error, NotUtf8) else "not_json"
-                    damage = damage if has_end else "truncated_record"
-                    beginning = raw[:2000].decode("utf-8", "backslashreplace")
-                    yield Record(self.file, start, end, None, damage, raw=beginning)
-                else:
-                    yield Record(self.file, start, end, fields, None, repairs)
-            offset += len(line)
-
-
-@dataclass(frozen=True, slots=True)
-class _TooLarge:
-    """A record that is left out for its size."""
-
-    file: str
-    offset: int
-    end: int
-    is_page: bool = False
-    data: bytes = b""
-
-    def records(self) -> Iterator[Record]:
-        yield Record(self.file, self.offset, self.end, None, "record_too_large", is_page=self.is_page)
-
+# ---- The parts of each form ----
 
 # A pretty-printed object is no line of its own, so it tells lines from one object over many.
 _OBJECT_LINE = re.compile(rb"^[ \t\r]*+\{[^\n]*\}[ \t\r]*+$", re.MULTILINE)
@@ -335,26 +287,21 @@ def _read_lines(stream: ByteStream, chunk_bytes: int) -> Iterator[Part]:
         if not end:
             rest += block
             if len(rest) > MAX_RECORD_BYTES:
-                end = offset + len(rest) + _skip_line(stream)
-                yield _TooLarge(stream.name, offset, end)
+                yield left_out(stream.name, offset, offset + len(rest) + _skip_line(stream), "record_too_large")
                 offset, rest, has_object = stream.offset, b"", True
             continue
-        lines = _Lines(stream.name, offset, b"".join((rest, memoryview(block)[:end])))
-        has_object = has_object or _OBJECT_LINE.search(lines.data) is not None
-        yield lines
-        offset += len(lines.data)
+        lines = b"".join((rest, memoryview(block)[:end]))
+        has_object = has_object or _OBJECT_LINE.search(lines) is not None
+        yield Part(stream.name, offset, lines, parse_lines, (MAX_RECORD_BYTES,))
+        offset += len(lines)
         rest = block[end:]
     if rest:
         has_object = has_object or _OBJECT_LINE.search(rest) is not None
-        yield _Lines(stream.name, offset, rest)
+        yield Part(stream.name, offset, rest, parse_lines, (MAX_RECORD_BYTES,))
     if not has_object:
+        found = "no line of the file is a JSON object, nor does it begin with a whole one"
         remedy = "put each record on one line of its own, or all of them into one JSON array"
-        raise unreadable(
-            stream.name,
-            first_offset,
-            "no line of the file is a JSON object, nor does it begin with a whole one",
-            remedy,
-        )
+        raise unreadable(stream.name, first_offset, found, remedy)
 
 
 def _skip_line(stream: ByteStream) -> int:
@@ -369,127 +316,32 @@ def _skip_line(stream: ByteStream) -> int:
     return num_bytes
 
 
-# ---- JSON arrays, rows of objects, wrappers ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """Values of an array or a row: `data` is one after the other, without the commas and spaces between them.
-
-    `in_rows` is whether each record is the field `row` of its value, as the hub's viewer gives rows. `beside` names
-    what is not read of the object around the records, with the last ones. `is_row` is whether they are a row of
-    objects, of which a damaged one costs only itself.
-    """
-
-    file: str
-    offsets: "array[int]"
-    lengths: "array[int]"
-    data: bytes
-    in_rows: bool = False
-    beside: tuple[str, ...] = ()
-    is_row: bool = False
-
-    def records(self) -> Iterator[Record]:
-        at = 0
-        for offset, length in zip(self.offsets, self.lengths, strict=True):
-            try:
-                fields, repairs = parse_json(self.data[at : at + length])
-            except ValueError as error:
-                damage = "not_utf8" if isinstance(error, NotUtf8) else "not_json"
-                if not self.is_row and damage == "not_json":
-                    raise not_valid(self.file, offset, error) from None
-                beginning = self.data[at : at + min(length, 2000)].decode("utf-8", "backslashreplace")
-                yield Record(self.file, offset, offset + length, None, damage, raw=beginning)
-            else:
-                if self.in_rows and isinstance(fields, dict) and isinstance(fields.get("row"), dict):
-                    fields = fields["row"]
-                yield Record(self.file, offset, offset + length, fields, None, repairs)
-            at += length
-
-
-def _pack_values(
+def _values(
     file: str,
-    scanned: Iterable[tuple[int, bytes]],
-    chunk_bytes: int,
+    values: Iterable[tuple[int, bytes]],
     *,
+    is_row: bool = False,
     in_rows: bool = False,
     beside: Sequence[str] = (),
-    is_row: bool = False,
 ) -> Iterator[Part]:
-    offsets, lengths = array("q"), array("q")
-    values: list[bytes] = []
-    num_bytes = 0
-    for offset, value in scanned:
-        if values and num_bytes + len(value) > chunk_bytes:
-            yield _Values(file, offsets, lengths, b"".join(values), in_rows, (), is_row)
-            offsets, lengths, values, num_bytes = array("q"), array("q"), [], 0
-        offsets.append(offset)
-        lengths.append(len(value))
-        values.append(value)
-        num_bytes += len(value)
-    yield _Values(file, offsets, lengths, b"".join(values), in_rows, tuple(beside), is_row)
+    for offset, value in values:
+        yield Part(file, offset, value, parse_value, (is_row, in_rows))
+    if beside:  # which is known at the end
+        yield Part(file, 0, b"", parse_nothing, (), tuple(beside))
 
 
-# ---- csv and tsv ----
-
-
-@dataclass(frozen=True, slots=True)
-class _TextRows:
-    """Rows of a csv or tsv file: `data` is one after the other, with their line ends and blank lines."""
-
-    file: str
-    delimiter: str
-    columns: tuple[str, ...]
-    offsets: "array[int]"
-    lengths: "array[int]"
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        at = 0
-        for offset, length in zip(self.offsets, self.lengths, strict=True):
-            raw = self.data[at : at + length]
-            end = offset + len(raw.rstrip(b"\r\n"))
-            fields: dict[str, Any] | None = None
-            damage: str | None = "not_utf8"
-            with suppress(UnicodeDecodeError):
-                fields = parse_row(raw, self.delimiter, self.columns, MAX_RECORD_BYTES)
-                damage = "bad_row" if fields is None else None
-            yield Record(self.file, offset, end, fields, damage)
-            at += length
-
-
-def _read_delimited(stream: ByteStream, delimiters: str, chunk_bytes: int) -> Iterator[Part]:
-    offsets, lengths = array("q"), array("q")
-    rows: list[bytes] = []
-    num_bytes = 0
-    start = stream.offset
-    for offset, raw, delimiter, columns in scan_rows(stream, delimiters, MAX_RECORD_BYTES):
-        if rows and num_bytes + len(raw) > chunk_bytes:
-            yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
-            offsets, lengths, rows, num_bytes = array("q"), array("q"), [], 0
-        offsets.append(offset)
-        lengths.append(len(raw))
-        rows.append(raw)
-        num_bytes += len(raw)
-    if not rows:
-        raise unreadable(stream.name, start, "the table has no rows", "remove it, or fetch it again")
-    yield _TextRows(stream.name, delimiter, tuple(columns), offsets, lengths, b"".join(rows))
-
-
-# ---- Saved ShareGPT pages ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """A saved page of `num_bytes`, without the space before it."""
-
-    file: str
-    num_bytes: int
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        fields, damage, repairs = _parse_page(self.data)
-        yield Record(self.file, 0, self.num_bytes, fields, damage, repairs, is_page=True)
+def _read_delimited(stream: ByteStream, delimiters: str) -> Iterator[Part]:
+    for offset, raw, cells in scan_rows(stream, delimiters, MAX_RECORD_BYTES):
+        end = offset + len(raw.rstrip(b"\r\n"))
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError:
+            yield left_out(stream.name, offset, end, "not_utf8")
+            continue
+        if cells is None:
+            yield left_out(stream.name, offset, end, "bad_row")
+        else:
+            yield Part(stream.name, offset, orjson.dumps(cells), parse_made, (end,))
 
 
 def _read_page(stream: ByteStream) -> Iterator[Part]:
@@ -497,62 +349,14 @@ def _read_page(stream: ByteStream) -> Iterator[Part]:
     while stream.read(1 << 20):
         pass
     if len(data) > MAX_RECORD_BYTES:
-        yield _TooLarge(stream.name, 0, stream.offset, is_page=True)
+        yield left_out(stream.name, 0, stream.offset, "record_too_large", is_page=True)
     else:
-        yield _Page(stream.name, stream.offset, data)
-
-
-# Next.js writes no `<` or `>` into the attributes of this tag.
-_NEXT_DATA = re.compile(rb"""<script\s[^<>]*?\bid\s*=\s*["']?__NEXT_DATA__["']?(?=[\s/>])[^<>]*>""", re.IGNORECASE)
-_SCRIPT_END = re.compile(rb"</script", re.IGNORECASE)
-
-
-def _parse_page(data: bytes) -> tuple[dict[str, Any] | None, str | None, tuple[str, ...]]:
-    """The fields of a saved page, the damage if there are none, and the repairs."""
-    opening = _NEXT_DATA.search(data)
-    if opening is None:
-        return None, "no_next_data", ()
-    closing = _SCRIPT_END.search(data, opening.end())
-    try:
-        page, repairs = parse_json(data[opening.end() : closing.start() if closing else len(data)])
-    except NotUtf8:
-        return None, "not_utf8", ()
-    except ValueError:
-        return None, "not_json", ()
-    try:
-        page_props = page["props"]["pageProps"]
-        content = page_props["content"]
-    except (KeyError, TypeError):
-        content = None
-    if not isinstance(content, dict):
-        return None, "no_page_content", repairs
-    return {key: page_props[key] for key in ("id", "views") if key in page_props} | content, None, repairs
-
-
-# ---- Tables ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of a table from row `first` on, as `scan_table` gives them."""
-
-    file: str
-    first: int
-    data: bytes
-
-    def records(self) -> Iterator[Record]:
-        try:
-            rows = parse_rows(self.data)
-        except Exception as error:  # times out of Python's range, types of other libraries
-            found, remedy = f"a row from here on: {explain(error)}", "write the table again without that column"
-            raise unreadable(self.file, self.first, found, remedy, unit="row") from None
-        for row, fields in enumerate(rows, start=self.first):
-            yield Record(self.file, row, row + 1, fields, is_row=True)
+        yield Part(stream.name, 0, data, parse_page, (stream.offset,))
 
 
 def _read_table(stream: ByteStream, columns: Sequence[str] | None, chunk_bytes: int) -> Iterator[Part]:
     for row, data in scan_table(stream, columns, chunk_bytes=chunk_bytes, max_bytes=MAX_RECORD_BYTES):
         if data is None:
-            yield _TooLarge(stream.name, row, row + 1)
+            yield left_out(stream.name, row, row + 1, "record_too_large")
         else:
-            yield _Rows(stream.name, row, data)
+            yield Part(stream.name, row, data, parse_slice)

@@ -22,17 +22,26 @@ import orjson
 
 from ochat_train.conversations.chats import Chat, find_chats, get_system
 from ochat_train.conversations.fields import (
+    ANSWER_KEYS,
     AS_USUAL,
+    TEXT_PARTS,
+    TOOL_KEYS,
+    USER_KEYS,
     Reading,
+    are_texts,
+    find_calls,
+    find_reasoning,
     first_name,
     get_value,
     is_empty_json,
+    is_pair,
     kind_of,
     own_id,
+    parts_of_text,
     show,
+    text_field,
 )
 from ochat_train.conversations.forms import FORMS, parts_of
-from ochat_train.conversations.hints import find_hint, unknown_roles
 from ochat_train.conversations.media import (
     MEDIA_HINT,
     find_media,
@@ -44,19 +53,7 @@ from ochat_train.conversations.own_weights import product, weight_of_record, wei
 from ochat_train.conversations.records import MAX_RECORD_BYTES
 from ochat_train.conversations.roles import find_role
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record, RecordError, Unread
-from ochat_train.conversations.turn_fields import (
-    ANSWER_KEYS,
-    TEXT_PARTS,
-    TOOL_KEYS,
-    USER_KEYS,
-    are_texts,
-    find_calls,
-    find_reasoning,
-    is_pair,
-    parts_of_text,
-    text_field,
-)
-from ochat_train.conversations.unread import find_unread
+from ochat_train.conversations.unread import find_hint, find_unread, unknown_roles
 
 _DAMAGES = {
     "not_json": "it is not JSON",

@@ -27,7 +27,7 @@ class Range(NamedTuple):
             return False
         return (self.min is None or value >= self.min) and (self.max is None or value < self.max)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         bounds = (f"{name}: {bound:g}" for name, bound in self._asdict().items() if bound is not None)
         return f"{{{', '.join(bounds)}}}"
 
@@ -111,13 +111,9 @@ def _field_equals(fields: Mapping[str, object], name: str, wanted: object) -> bo
 
 
 def _show_filter(source: Source) -> str:
-    rules = [f"where {name}={_show_wanted(value)}" for name, value in source.where.items()]
-    rules += [f"where_not {name}={_show_wanted(value)}" for name, value in source.where_not.items()]
+    rules = [f"where {name}={show(value)}" for name, value in source.where.items()]
+    rules += [f"where_not {name}={show(value)}" for name, value in source.where_not.items()]
     return f"{source.name} ({', '.join(rules) or 'takes every record'})"
-
-
-def _show_wanted(value: object) -> str:
-    return str(value) if isinstance(value, Range) else show(value)
 
 
 def assign_source(parsed: ParsedRecord, source: Source) -> Conversation:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any, Literal
 
 from ochat_train.conversations.schema import Message, ParsedRecord
+from ochat_train.conversations.template import num_common
 
 _SYSTEM, _USER, _ANSWER = "\u2983system\u2984", "\u2983user\u2984", "\u2983answer\u2984"  # in no template
 _DATE = "26 Jul 2024"  # for templates that would write today's, so that the same dump gives the same text every day
@@ -94,8 +94,8 @@ def _write_system(spelling: Spelling, system: str, tools: str) -> str:
     messages = [{"role": "system", "content": _SYSTEM}, _ASKED]
     bare, full = _render(spelling, messages), _render(spelling, messages, tools=definitions)
     if definitions and bare and full:
-        start = _num_common(bare, full)
-        num_after = _num_common(bare[start:][::-1], full[start:][::-1])
+        start = num_common(bare, full)
+        num_after = num_common(bare[start:][::-1], full[start:][::-1])
         before, after = full[:start], full[len(full) - num_after :]
         added = full[start : len(full) - num_after].replace(bare[start : len(bare) - num_after] or "\0", "", 1)
         if _USER in after and not _has_control(spelling, added) and added.strip():
@@ -105,11 +105,6 @@ def _write_system(spelling: Spelling, system: str, tools: str) -> str:
                 gap = after[: after.index(_SYSTEM)]
                 return added + ("" if gap.strip() else gap) + system if system else added.strip()
     return f"{system}\n\n{tools}" if system else tools
-
-
-def _num_common(first: str, second: str) -> int:
-    """How many characters both texts begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 # ---- Answers ----

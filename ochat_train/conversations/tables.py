@@ -1,4 +1,4 @@
-"""Tables, parquet files and Arrow streams: slices of rows as bytes, without making Python objects, and their parser.
+"""Tables, parquet files and Arrow streams: slices of rows as bytes, without making Python objects.
 
 An Arrow stream is what `datasets` writes, into its cache and by `save_to_disk`. Arrow's other form, the IPC file, which
 is also Feather 2, is not read.
@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ochat_train.conversations.containers import ByteStream, Unreadable, explain, unreadable
-from ochat_train.conversations.flat import MESSAGE
 from ochat_train.conversations.hub import Unreachable
 from ochat_train.conversations.remote import RemoteFile
 
+MESSAGE = frozenset(("message_id", "parent_id", "text", "role"))  # the columns of OpenAssistant's flat files
 _BOMB_REMEDY = "write it as JSON lines if you trust it"
 
 
@@ -52,14 +52,6 @@ def scan_table(
         raise unreadable(stream.name, row, f"reading stops here ({explain(error)})", remedy, unit="row") from error
     if not row:
         raise unreadable(stream.name, 0, "the table has no rows", "remove it, or fetch it again", unit="row")
-
-
-def parse_rows(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a slice of `scan_table`. Raises whatever Arrow raises for values that Python cannot hold."""
-    import pyarrow  # as in scan_table
-
-    rows: list[dict[str, Any]] = pyarrow.ipc.open_stream(data).read_next_batch().to_pylist()
-    return rows
 
 
 def _read_parquet(stream: ByteStream, columns: Sequence[str] | None) -> Iterator[Any]:

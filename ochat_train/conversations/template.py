@@ -6,6 +6,7 @@ A template is data, not code, so that its two readers cannot drift apart: `segme
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from ochat_train.conversations.schema import Conversation, Role
@@ -48,11 +49,11 @@ class ChatTemplate:
     bos: str
     end_token: str
     header: tuple[TemplatePart, ...]
-    system_header: tuple[TemplatePart, ...]
-    after_end: tuple[TemplatePart, ...]
     role_names: Mapping[Role, str]
     addable: tuple[str, ...]
-    inference_condition: str
+    system_header: tuple[TemplatePart, ...] = ()
+    after_end: tuple[TemplatePart, ...] = ()
+    inference_condition: str = ""
     condition_in: ConditionPlace = "header"
 
     @property
@@ -124,21 +125,21 @@ class ChatTemplate:
         after_turn = self.after_end[-1].is_special if self.after_end else True
         header = self._jinja_parts(self.header, after_turn, joint)
         system_header = self._jinja_parts(self.system_header, after_turn, joint)
-        said = _output(f"said.text + {_literal(self.end_token)}")
+        said = _output(f"said.text + {literal(self.end_token)}")
         system_text = joint.jinja_text(self.system_header[-1].is_special if self.system_header else True) + said
         role = "(condition + ' ' + role) | trim" if self.condition_in == "header" else "role"
-        names = ", ".join(f"'{key}': {_literal(name)}" for key, name in self.role_names.items() if key != "system")
+        names = ", ".join(f"'{key}': {literal(name)}" for key, name in self.role_names.items() if key != "system")
         is_prefixed = self.condition_in == "assistant_prefix"
         prefix = "{%- if condition -%}" + self._jinja_prefix(joint) + "{%- endif -%}" if is_prefixed else ""
         after_end = _output(self._jinja_parts(self.after_end, True, joint)) if self.after_end else ""
-        set_system = "{%- set role = " + _literal(self.role_names["system"]) + " -%}" if system_header else ""
+        set_system = "{%- set role = " + literal(self.role_names["system"]) + " -%}" if system_header else ""
         system_start = set_system + (_output(system_header) if system_header else "")
         return "".join(
             [
                 "{%- if condition is not defined -%}",
-                "{%- set condition = " + _literal(inference_condition) + " -%}{%- endif -%}",
+                "{%- set condition = " + literal(inference_condition) + " -%}{%- endif -%}",
                 "{%- set names = {" + names + "} -%}",
-                _output(_literal(self.bos)) if self.bos else "",
+                _output(literal(self.bos)) if self.bos else "",
                 self._jinja_condition_turn(system_start, after_end, joint),
                 "{%- for message in messages -%}",
                 _READ_TEXT,
@@ -165,7 +166,7 @@ class ChatTemplate:
             lead, start = joint.before_text(is_special), system_start
         else:
             return ""
-        turn = start + _output(_literal(lead) + " + condition + " + _literal(self.end_token)) + after_end
+        turn = start + _output(literal(lead) + " + condition + " + literal(self.end_token)) + after_end
         return "{%- if condition -%}" + turn + "{%- endif -%}"
 
     def _jinja_turn(self, said: str, joint: "Joint") -> str:
@@ -184,7 +185,7 @@ class ChatTemplate:
 
     def _jinja_prefix(self, joint: "Joint") -> str:
         """The condition in a line of its own, after a header."""
-        return _output(_literal(joint.before_text(self.header[-1].is_special)) + " + condition + " + _literal("\n"))
+        return _output(literal(joint.before_text(self.header[-1].is_special)) + " + condition + " + literal("\n"))
 
     @staticmethod
     def _jinja_parts(parts: tuple[TemplatePart, ...], after_special: bool, joint: "Joint") -> str:
@@ -193,8 +194,8 @@ class ChatTemplate:
         for part in parts:
             lead = "" if part.is_special else joint.before_text(after_special)
             before, has_role, after = part.text.partition("{role}")
-            terms += [_literal(text) for text in (lead, before) if text]
-            terms += ["role"] * bool(has_role) + [_literal(after)] * bool(after)
+            terms += [literal(text) for text in (lead, before) if text]
+            terms += ["role"] * bool(has_role) + [literal(after)] * bool(after)
             after_special = part.is_special
         return " + ".join(terms)
 
@@ -219,8 +220,8 @@ class Joint:
     def jinja_text(self, is_after_special: bool) -> str:
         """The Jinja source of what is written before the text `said.text` of a message."""
         lead = self.before_text(is_after_special)
-        tests = ["said.text", *(f"not said.text.startswith({_literal(first)})" for first in self.unless)]
-        return "{%- if " + " and ".join(tests) + " -%}" + _output(_literal(lead)) + "{%- endif -%}" if lead else ""
+        tests = ["said.text", *(f"not said.text.startswith({literal(first)})" for first in self.unless)]
+        return "{%- if " + " and ".join(tests) + " -%}" + _output(literal(lead)) + "{%- endif -%}" if lead else ""
 
 
 # The text of `message`: a string, or OpenAI's list of parts. The loop has this form because vLLM and SGLang search for
@@ -240,9 +241,15 @@ def _output(expression: str) -> str:
     return "{{- " + expression + " -}}"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A text as a literal of Jinja."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"
+
+
+def num_common(first: str, second: str) -> int:
+    """How many characters both texts begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 _NAMES: Mapping[Role, str] = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
@@ -261,8 +268,6 @@ def _openchat(
         bos=bos,
         end_token=end_token,
         header=(TemplatePart("{role}:"),),
-        system_header=(),
-        after_end=(),
         role_names=_NAMES,
         addable=(end_token,),
         inference_condition=inference_condition,
@@ -293,7 +298,6 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             end_token="<|eot_id|>",
             header=_LLAMA_3_HEADER,
             system_header=_LLAMA_3_HEADER,
-            after_end=(),
             role_names=_NAMES,
             addable=("<|eot_id|>",),
             inference_condition="GPT4 Correct",
@@ -316,33 +320,24 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             bos="<|begin_of_text|>",
             end_token="<|eot_id|>",
             header=_LLAMA_3_HEADER,
-            system_header=(),
-            after_end=(),
             role_names=_LOWER_NAMES,
             addable=("<|eot_id|>",),
-            inference_condition="",
         ),
         ChatTemplate(
             name="gemma_it",
             bos="<bos>",
             end_token="<end_of_turn>",
             header=(TemplatePart("<start_of_turn>", is_special=True), TemplatePart("{role}\n")),
-            system_header=(),
-            after_end=(),
             role_names={**_LOWER_NAMES, "assistant": "model"},
             addable=("<end_of_turn>",),
-            inference_condition="",
         ),
         ChatTemplate(
             name="zephyr_mistral",
             bos="<s>",
             end_token="</s>",
             header=(TemplatePart("<|{role}|>\n"),),
-            system_header=(),
-            after_end=(),
             role_names=_LOWER_NAMES,
             addable=("</s>",),
-            inference_condition="",
         ),
     )
 }

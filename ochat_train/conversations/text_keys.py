@@ -9,12 +9,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 from ochat_train.conversations.schema import Conversation
 
@@ -54,11 +55,6 @@ class TextKeys:
     record: U64
     signatures: Signatures
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The keys of all conversations of `parts`, of which there is at least one, in order."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
-
     def save(self, path: Path) -> None:
         """Write the arrays into one file, `.npy` files in a zip; equal keys make equal bytes."""
         with path.open("wb") as file:
@@ -86,22 +82,11 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
     if the same answers have a loss; its one prefix is then the own key of "Hi" / "Hello, you."; its words are hi,
     hello, you, bye, bye; its question, of one word, is that of all that begin with "Hi" / "Hello, you.".
     """
-    normalised = _normalise(
-        [
-            text
-            for conversation in conversations
-            for text in (
-                conversation.system + conversation.tools,
-                *(message.all_text for message in conversation.messages),
-            )
-        ]
-    )
     num_prefixes, own, prefixes, largest, supervised = [], [], [], [], []
     exact, conditions, questions, records, turns = [], [], [], [], []
-    start = 0
     for conversation in conversations:
-        end = start + 1 + len(conversation.messages)
-        chain = _hash_chain(conversation, normalised[start:end])
+        texts = [_normalise(message.all_text) for message in conversation.messages]
+        chain = _hash_chain(conversation, _normalise(conversation.system + conversation.tools), texts)
         own.append(chain[-1])
         prefixes += chain[:-1]
         num_prefixes.append(len(chain) - 1)
@@ -110,10 +95,9 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         supervised.append(min(sum(length for _, length in weighted), _LARGEST_U32))
         exact.append(_hash_exactly(conversation))
         conditions.append(_digest(_encode(conversation.condition)))
-        questions.append(_hash_question(conversation, normalised[start + 1 : end]))
+        questions.append(_hash_question(conversation, texts))
         records.append(_digest(_encode(conversation.record)) if conversation.record else bytes(8))
-        turns.append(b" ".join(normalised[start + 1 : end]))
-        start = end
+        turns.append(" ".join(texts))
     # The bits of a float32 that is not negative are in the order of its values.
     first = np.array(largest, np.float32).view(np.uint32).astype(np.uint64) << 32 | np.array(supervised, np.uint64)
     keys = _to_u64(own)
@@ -130,7 +114,6 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
 
 
 _LARGEST_U32 = 2**32 - 1
-_BLANKS = bytes.maketrans(b"\t\n\v\f\r\x1c\x1d\x1e\x1f", b" " * 9)
 
 
 def _encode(text: str) -> bytes:
@@ -145,33 +128,15 @@ def _to_u64(digests: Sequence[bytes]) -> U64:
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def _normalise(texts: Sequence[str]) -> list[bytes]:
-    """`" ".join(normalize("NFKC", text).split())` of each text as UTF-8, in one pass of numpy over all of them."""
-    encoded = [_encode(_compose(text)) for text in texts]
-    # A blank follows each text. A space that follows a space goes, so that one is left after what is no space.
-    joined = np.frombuffer(b" ".join([b"", *encoded, b""]).translate(_BLANKS), np.uint8)
-    is_space = joined == ord(" ")
-    removed = np.flatnonzero(is_space[1:] & is_space[:-1])
-    bounds = np.cumsum([0] + [len(text) + 1 for text in encoded])
-    bounds -= np.searchsorted(removed, bounds)
-    squeezed = np.delete(joined[1:], removed).tobytes()
-    return [squeezed[start : max(start, end - 1)] for start, end in pairwise(bounds.tolist())]
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _compose(text: str) -> str:
-    if text.isascii():
-        return text
-    text = unicodedata.normalize("NFKC", text)
-    for space in "\x85\u1680\u2028\u2029":  # the white space that NFKC leaves and that is not ASCII
-        text = text.replace(space, " ")
-    return text
-
-
-def _hash_chain(conversation: Conversation, texts: Sequence[bytes]) -> list[bytes]:
-    """The hash up to each answer, and last the hash of all; `texts` are the system text's and the messages'."""
-    state = blake2b(_frame(texts[0]), digest_size=8)
+def _hash_chain(conversation: Conversation, system: str, texts: Sequence[str]) -> list[bytes]:
+    """The hash up to each answer, and last the hash of all."""
+    state = blake2b(_frame(system), digest_size=8)
     chain = []
-    for message, text in zip(conversation.messages, texts[1:], strict=True):
+    for message, text in zip(conversation.messages, texts, strict=True):
         # With the loss, so that what goes as a copy trains nothing that the one that stays does not.
         state.update(b"%b %d %b" % (message.role.encode(), bool(message.weight), _frame(text)))
         if message.role == "assistant":
@@ -181,15 +146,15 @@ def _hash_chain(conversation: Conversation, texts: Sequence[bytes]) -> list[byte
     return chain
 
 
-def _hash_question(conversation: Conversation, texts: Sequence[bytes]) -> bytes:
+def _hash_question(conversation: Conversation, texts: Sequence[str]) -> bytes:
     """What `TextKeys.question` holds; `texts` are the messages'."""
     roles = [message.role for message in conversation.messages]
     asked = roles.index("user") if "user" in roles else -1
-    question = texts[asked] if asked >= 0 else b""
+    question = texts[asked] if asked >= 0 else ""
     data = _frame(question)
-    if len(list(islice(_WORD.finditer(question), MIN_QUESTION_WORDS))) < MIN_QUESTION_WORDS:
+    if len(list(islice(_WORD.finditer(_encode(question)), MIN_QUESTION_WORDS))) < MIN_QUESTION_WORDS:
         has_answer = "assistant" in roles[asked + 1 :]
-        data += _frame(texts[roles.index("assistant", asked + 1)] if has_answer else b"")
+        data += _frame(texts[roles.index("assistant", asked + 1)] if has_answer else "")
     return _digest(data)
 
 
@@ -204,21 +169,14 @@ def _hash_exactly(conversation: Conversation) -> bytes:
     return _digest(_encode("".join([f"{len(piece)}:{piece}" for piece in pieces])))
 
 
-def _frame(data: bytes) -> bytes:
+def _frame(text: str) -> bytes:
     # The length before it keeps "ab", "c" and "a", "bc" apart.
+    data = _encode(text)
     return b"%d:%b" % (len(data), data)
 
 
-# A byte of a word as itself, in lower case; 0 for a byte between words.
-_WORD_BYTES = bytes(
-    byte if byte >= 0x80 else ord(chr(byte).lower()) if chr(byte).isalnum() else 0 for byte in range(256)
-)
-_FILLER = b" \xff" * (SHINGLE_WORDS - 1) + b" "  # words that no text has, since UTF-8 has no such byte
-_HASHED_AT_ONCE = 1 << 16  # bytes
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-_POWERS = np.cumprod(np.full(_HASHED_AT_ONCE, _BASE, np.uint64))
-_INVERSES = np.cumprod(np.full(_HASHED_AT_ONCE, pow(_BASE, -1, 2**64), np.uint64))
 _SEED = 20230911
+_FACTORS = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(SHINGLE_WORDS)], np.uint64)
 
 
 def mix(values: U64) -> U64:
@@ -228,57 +186,18 @@ def mix(values: U64) -> U64:
     return values ^ (values >> np.uint64(31))
 
 
-def _sign(texts: Sequence[bytes], own: U64) -> Signatures:
-    """u16[N, 128]: MinHash of the shingles of each text; of its own key where it has no word.
-
-    Words are hashed here and not by rensa, which takes shingles as Python objects: 9 instead of 29 ms for a megabyte of
-    text, of about 200 that the whole of preprocessing takes.
-    """
+def _sign(texts: Sequence[str], own: U64) -> Signatures:
+    """u16[N, 128]: MinHash of the shingles of each text; of its own key where it has no word."""
     import rensa  # needed only here, and only by workers
 
-    # Lower case of ASCII is left to `_WORD_BYTES`. With the filler, a text of fewer than 5 words is one shingle too.
-    lowered = (text if text.isascii() else _encode(text.decode("utf-8", "surrogatepass").lower()) for text in texts)
-    padded = [text + _FILLER for text in lowered]
-    word_starts, words = _hash_words(b"".join([*padded, _FILLER]))
-    bounds = np.searchsorted(word_starts, np.cumsum([0, *map(len, padded)]))
-    num_words = np.diff(bounds) - (SHINGLE_WORDS - 1)
-    num_shingles = np.maximum(num_words - (SHINGLE_WORDS - 1), 1)
-    rows = np.concatenate([[0], np.cumsum(num_shingles)])
-
-    windows = np.convolve(words, _POWERS[:SHINGLE_WORDS][::-1], "valid")
-    shingles = windows[np.arange(rows[-1]) + np.repeat(bounds[:-1] - rows[:-1], num_shingles)]
-    is_empty = num_words == 0
-    shingles[rows[:-1][is_empty]] = own[is_empty]
-
-    digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(mix(shingles), rows, NUM_HASHES, _SEED).to_rows()
+    shingles = []
+    for text, key in zip(texts, own, strict=True):
+        words = list(map(xxh3_64_intdigest, _WORD.findall(_encode(text.lower()))))
+        filled = np.array(words + [0] * (SHINGLE_WORDS - len(words)), np.uint64)
+        # A shingle's hash is the polynomial of its words': rensa would need each shingle as a Python object.
+        shingles.append(np.convolve(filled, _FACTORS, "valid") if words else np.array([key]))
+    rows = np.cumsum([0, *map(len, shingles)])
+    hashes = mix(np.concatenate([np.empty(0, np.uint64), *shingles]))
+    digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, rows, NUM_HASHES, _SEED).to_rows()
     # 16 of the 32 bits: half the space, and different values are taken for equal once in 65,536 times.
     return (np.array(digests, np.uint32) & 0xFFFF).astype(np.uint16).reshape(len(texts), NUM_HASHES)
-
-
-def _hash_words(text: bytes) -> tuple[Indices, U64]:
-    """(where each word of `text` begins, its hash); `text` is UTF-8 and ends with a byte that is in no word.
-
-    Of a word above 65,536 bytes only those count.
-    """
-    letters = np.frombuffer(text.translate(_WORD_BYTES), np.uint8)
-    is_word = letters != 0
-    # Chinese, Japanese and Korean characters are three bytes; a word begins at each and after each.
-    is_cut = (letters >= 0xE3) & (letters <= 0xED)
-    is_cut[3:] |= is_cut[:-3].copy()
-    goes_on = is_word[1:] & is_word[:-1] & ~is_cut[1:]
-    starts = np.flatnonzero(is_word & np.concatenate([[True], ~goes_on]))
-    ends = np.flatnonzero(is_word[:-1] & ~goes_on) + 1
-
-    hashes = np.empty(len(starts), np.uint64)
-    sums = np.zeros(_HASHED_AT_ONCE + 1, np.uint64)
-    first = 0
-    while first < len(starts):
-        # A word's hash is its polynomial in _BASE: the difference of two prefix sums, moved to power 1.
-        origin = starts[first]
-        last = max(first + 1, int(np.searchsorted(ends, origin + _HASHED_AT_ONCE, "right")))
-        part = letters[origin : min(ends[last - 1], origin + _HASHED_AT_ONCE)]
-        np.cumsum(part * _POWERS[: len(part)], out=sums[1 : len(part) + 1])
-        begin, end = starts[first:last] - origin, np.minimum(ends[first:last] - origin, _HASHED_AT_ONCE)
-        hashes[first:last] = (sums[end] - sums[begin]) * _INVERSES[begin]
-        first = last
-    return starts, mix(hashes)

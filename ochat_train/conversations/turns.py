@@ -53,31 +53,23 @@ def turns_of_list(value: Any, names: Mapping[str, Any]) -> Turns:
 
 def turns_of_side(value: Any, role: str, names: Mapping[str, Any]) -> Turns:
     """The turns of a question or an answer: one of `role` for a text; or those of messages, of one or of a list."""
+    messages: Any = value
+    repairs: tuple[str, ...] = ()
     if isinstance(value, str):
-        if value.lstrip().startswith(("### Human:", "[", "{")) or value.startswith("\n\nHuman:"):
-            if marked := split_marked(value):
-                return Turns(marked)
-            written, repairs = read_written(value)
-            if _are_messages(written, names):
-                return Turns(rename(written, names), False, repairs)
-        return Turns([_say(role, value)], True)
+        is_marked = value.startswith("\n\nHuman:") or value.lstrip().startswith("### Human:")
+        if is_marked and (marked := split_marked(value)):
+            return Turns(marked)
+        messages, repairs = read_written(value)
+    elif isinstance(value, dict):
+        messages = [value]
+    if _are_messages(messages, names):
+        return Turns(rename(messages, names), False, repairs)
     if isinstance(value, dict):
-        if _are_messages([value], names):
-            return Turns(rename([value], names))
         for name in TURN_LISTS:
             if isinstance(value.get(name), list) and value[name]:
                 return turns_of_list(value[name], names)
-        text = text_of(value, names)
-        return Turns([_say(role, value if text is None else text)], True)
-    if _are_messages(value, names):
-        return Turns(rename(value, names))
+        value = value.get(text_name(value, names), value)
     return Turns([_say(role, value)], True)
-
-
-def text_of(answer: Mapping[str, Any], names: Mapping[str, Any]) -> Any:
-    """The text of an answer that is an object without a role, or None."""
-    name = text_name(answer, names)
-    return answer[name] if name else None
 
 
 def text_name(answer: Mapping[str, Any], names: Mapping[str, Any]) -> str:
@@ -104,15 +96,14 @@ def rename(turns: Sequence[Any], names: Mapping[str, Any]) -> Sequence[Any]:
     """The turns with role and text under the usual names too."""
     if "role" not in names and "text" not in names:
         return turns
-    return [_rename(turn, names) if isinstance(turn, dict) else turn for turn in turns]
-
-
-def _rename(turn: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    renamed = dict(turn)
-    if (role := look_up(turn, str(names.get("role", "")))) is not None:
-        renamed |= {"from": None, "role": role}
-    if (text := look_up(turn, str(names.get("text", "")))) is not None:
-        renamed |= {"value": None, "content": text}
+    renamed = []
+    for turn in turns:
+        if isinstance(turn, dict):
+            if (role := look_up(turn, str(names.get("role", "")))) is not None:
+                turn = turn | {"from": None, "role": role}
+            if (text := look_up(turn, str(names.get("text", "")))) is not None:
+                turn = turn | {"value": None, "content": text}
+        renamed.append(turn)
     return renamed
 
 
@@ -179,17 +170,11 @@ def _with_commas(text: str) -> str:
     """The Python literal with a comma between each two values."""
     if _NO_COMMA.search(text) is None:
         return text
-    lines = [0]
-    for line in text.split("\n"):
-        lines.append(lines[-1] + len(line) + 1)
-    pieces, end = [], 0
+    pieces = []
     was_value = False
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.NL, tokenize.NEWLINE):
-            continue
-        if was_value and (token.type == tokenize.STRING or token.string in ("{", "[")):
-            start = lines[token.start[0] - 1] + token.start[1]
-            pieces += [text[end:start], ", "]
-            end = start
-        was_value = token.type == tokenize.STRING or token.string in ("}", "]")
-    return "".join([*pieces, text[end:]])
+        if token.type not in (tokenize.NL, tokenize.NEWLINE):
+            begins = token.type == tokenize.STRING or token.string in ("{", "[")
+            pieces += [", "] * (was_value and begins) + [token.string]
+            was_value = token.type == tokenize.STRING or token.string in ("}", "]")
+    return " ".join(pieces)

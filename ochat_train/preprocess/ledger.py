@@ -1,7 +1,7 @@
 """The ledger of a preprocess run: what happened to every record and why, a row for each of its conversations."""
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -89,11 +89,6 @@ class Tally:
     num_records: int = 0
     ids: list[str] = field(default_factory=list)
 
-    def add(self, num_records: int, ids: Iterable[str]) -> None:
-        """Count more records, of which `ids` are the first."""
-        self.num_records += num_records
-        self.ids = [*self.ids, *ids][:NUM_EXAMPLES]
-
 
 @dataclass(slots=True)
 class SourceCounts:
@@ -135,7 +130,9 @@ class SourceCounts:
         ):
             for name in pc.unique(names).to_pylist():
                 of_name = ids.filter(pc.equal(names, name))
-                tallies.setdefault(name, Tally()).add(len(of_name), of_name.slice(0, NUM_EXAMPLES).to_pylist())
+                tally = tallies.setdefault(name, Tally())
+                tally.num_records += len(of_name)
+                tally.ids += of_name.slice(0, NUM_EXAMPLES - len(tally.ids)).to_pylist()
 
 
 class Ledger:
@@ -147,11 +144,13 @@ class Ledger:
 
     def __init__(self, path: str | None, sources: Sequence[str] = ()) -> None:
         self.counts = {source: SourceCounts() for source in sources}
+        self.total = SourceCounts()
         self.unread: Mapping[tuple[str, str, str], int] = {}
         self._file = pq.ParquetWriter(path, LEDGER_SCHEMA, compression="zstd") if path is not None else None
 
     def add(self, table: pa.Table) -> None:
         """Count and write the rows of a LEDGER_SCHEMA table, a shard's."""
+        self.total.add(table)
         for source in pc.unique(table["source"]).to_pylist():
             self.counts.setdefault(source, SourceCounts()).add(table.filter(pc.equal(table["source"], source)))
         if self._file is not None:
@@ -161,41 +160,19 @@ class Ledger:
         """Raise RuntimeError, a bug of ours, unless every conversation is kept or dropped, by source too, and those
         that are the first of a record are as many as the `num_records` that were read.
         """
-        total = self.total()
-        for name, counts in [*self.counts.items(), ("total", total)]:
+        for name, counts in [*self.counts.items(), ("total", self.total)]:
             if counts.num_in != counts.num_kept + counts.num_dropped:
-                raise RuntimeError(
-                    f"{name}: {counts.num_in:,} records in, but {counts.num_kept:,} kept and {counts.num_dropped:,} "
-                    "dropped; this is a bug in preprocessing, please report it"
-                )
-        if total.num_records != num_records:
-            raise RuntimeError(
-                f"total: {num_records:,} records in, but {total.num_records:,} in the ledger; "
-                "this is a bug in preprocessing, please report it"
-            )
+                outcomes = f"{counts.num_kept:,} kept and {counts.num_dropped:,} dropped"
+                raise _bug(f"{name}: {counts.num_in:,} records in, but {outcomes}")
+        if self.total.num_records != num_records:
+            raise _bug(f"total: {num_records:,} records in, but {self.total.num_records:,} in the ledger")
 
     def check_examples(self, splits: Collection[Mapping[str, float]]) -> None:
         """Raise RuntimeError, a bug of ours, unless the examples of a store's splits are those of the kept records."""
-        total = self.total()
         for name in ("num_examples", "num_tokens", "num_supervised_tokens"):
-            if (num_written := sum(split[name] for split in splits)) != getattr(total, name):
-                raise RuntimeError(
-                    f"{name}: {num_written:,} in the store, but {getattr(total, name):,} of the records kept; "
-                    "this is a bug in preprocessing, please report it"
-                )
-
-    def total(self) -> SourceCounts:
-        """The counts of all sources together; of reasons only the numbers."""
-        total = SourceCounts()
-        for counts in self.counts.values():
-            total.num_in += counts.num_in
-            total.num_records += counts.num_records
-            total.num_kept += counts.num_kept
-            for name in _NUMBERS:
-                setattr(total, name, getattr(total, name) + getattr(counts, name))
-            for reason, tally in counts.dropped.items():
-                total.dropped.setdefault(reason, Tally()).add(tally.num_records, ())
-        return total
+            num_written, num_kept = sum(split[name] for split in splits), getattr(self.total, name)
+            if num_written != num_kept:
+                raise _bug(f"{name}: {num_written:,} in the store, but {num_kept:,} of the records kept")
 
     def table(self) -> str:
         """The counts as aligned text: a row a source and one of totals, below each its reasons and actions.
@@ -203,7 +180,7 @@ class Ledger:
         Share supervised is supervised tokens / tokens, mean weight is weight sum / supervised tokens; a division by 0
         is shown as "-".
         """
-        total = _cells("total", self.total())
+        total = _cells("total", self.total)
         rows = [tuple(total), *(tuple(_cells(*item).values()) for item in self.counts.items()), tuple(total.values())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
@@ -252,10 +229,8 @@ def read_rows(path: str, id: str) -> list[dict[str, Any]]:
     return rows
 
 
-def read_unread(path: str) -> dict[str, dict[str, dict[str, int]]]:
-    """{file: {kind: {name: how often}}} of what was met and not read, from a ledger file; "" is for saved pages."""
-    by_file: dict[str, dict[str, dict[str, int]]] = orjson.loads(pq.read_metadata(path).metadata[b"unread"])
-    return by_file
+def _bug(found: str) -> RuntimeError:
+    return RuntimeError(f"{found}; this is a bug in preprocessing, please report it")
 
 
 def _cells(name: str, counts: SourceCounts) -> dict[str, str]:

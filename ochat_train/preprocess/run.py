@@ -50,7 +50,7 @@ def preprocess(
             num_shards = _make_missing_shards(job, work, executor, num_workers)
             ledger, summary = _decide(job, work, num_shards, None)
         print(make_table(job, ledger, summary) + "\ndry run: nothing was written")
-        if not ledger.total().num_kept:
+        if not ledger.total.num_kept:
             raise ValueError("no conversation is kept: see above")
         return
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced

@@ -14,10 +14,12 @@ _MAX_LINES = 20  # for files, and names on a line; more are counted
 
 def make_table(job: Job, ledger: Ledger, summary: InputSummary) -> str:
     """All of it, for a person."""
+    total = ledger.total
+    several = f"{total.num_records:,} records are {total.num_in:,} conversations, which are counted here"
     lines = [
         *_input_lines(summary, job.left_out),
         *_unread_lines(summary, job.data),
-        *_several_lines(ledger),
+        *([several, ""] if total.num_in != total.num_records else []),
         ledger.table(),
         *_overlong_lines(summary.overlong, job.data),
         *_warning_lines(summary, ledger, job.data),
@@ -64,15 +66,6 @@ def _used_fields(data: DataSection) -> set[str | None]:
     """The fields that the sources of the recipe test or weigh by."""
     tested = {name for source in data.sources for name in (*source.where, *source.where_not)}
     return tested | {source.weight_field for source in data.sources}
-
-
-def _several_lines(ledger: Ledger) -> list[str]:
-    """How many conversations the records are, where these are more."""
-    total = ledger.total()
-    if total.num_in == total.num_records:
-        return []
-    line = f"{total.num_records:,} records are {total.num_in:,} conversations, which are counted here"
-    return [line, ""]
 
 
 def _show_name(name: str, max_chars: int = 80) -> str:
