@@ -21,7 +21,7 @@ def test_python_sources_are_clean(command: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("script", ["launch.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch.sh", ".ci/run", ".ci/release"])
 def test_shell_scripts_parse_and_may_be_run(script: str) -> None:
     result = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
