@@ -51,6 +51,7 @@ ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "alibi": ("bloom", {"attention_dropout": 0.0}, "an attention of the model's own"),
     "an attention that takes no arguments of ours": ("nemotron", {"num_key_value_heads": 8}, "without cu_seqlens"),
     "a recurrence": ("mamba", {}, "sequences see each other"),
+    "a softcap, and a head at whose weight the model looks": ("xlstm", {}, "sequences see each other"),
     "convolutions": ("lfm2", {"layer_types": ["conv"] * 31 + ["full_attention"]}, "keep packed sequences apart"),
     "linear attention in three of four layers, experts": ("qwen3_next", {}, "keep packed sequences apart"),
     "state-space layers, attention that several layers share": ("zamba2", {}, "keep packed sequences apart"),

@@ -89,9 +89,15 @@ class _Output(tuple[Tensor]):
 
 
 class _Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
+    """A function in place of a module, whose attributes it has: xLSTM looks at the dtype of its head's weight."""
+
+    def __init__(self, function: Callable[..., Any], replaced: nn.Module) -> None:
         super().__init__()
         self.forward = function
+        vars(self)["replaced"] = replaced  # no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["replaced"], name)
 
 
 class _Replaced:
@@ -99,7 +105,7 @@ class _Replaced:
 
     def __init__(self, lm: nn.Module, functions: dict[Any, Callable[..., Any]]) -> None:
         self.places = [
-            (parent._modules, name, module, _Function(functions[module]))
+            (parent._modules, name, module, _Function(functions[module], module))
             for parent in lm.modules()
             for name, module in parent.named_children()
             if module in functions

@@ -101,7 +101,11 @@ def _shallow(config: Any, longest: int) -> Any:
 
 def _counts_layers(part: Any) -> bool:
     """Whether a configuration has a number of layers that can be set."""
-    return "num_hidden_layers" in vars(part) or "num_hidden_layers" in getattr(part, "attribute_map", {})
+    try:
+        part.num_hidden_layers = part.num_hidden_layers
+    except (AttributeError, NotImplementedError):  # of BLT, of ProphetNet
+        return False
+    return True
 
 
 def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
