@@ -215,7 +215,8 @@ class _Pair(NamedTuple):
 
 
 def _run_alone(small: PreTrainedModel) -> _Stock:
-    lm, examples, logits = copy.deepcopy(small), _examples(small), {}
+    lm, examples = copy.deepcopy(small), _examples(small)
+    logits: dict[int, Tensor] = {}
     for example in _by_length(examples):
         ids = _ids(example)
         found = lm(ids[None], use_cache=False).logits[0].float()
