@@ -104,7 +104,7 @@ class _Replaced:
     """Functions in place of modules of `lm`, for a while; its forward finds them where the modules were."""
 
     def __init__(self, lm: nn.Module, functions: dict[Any, Callable[..., Any]]) -> None:
-        self.places = [
+        self.places: list[tuple[Any, str, nn.Module, _Function]] = [
             (parent._modules, name, module, _Function(functions[module], module))
             for parent in lm.modules()
             for name, module in parent.named_children()
@@ -115,6 +115,6 @@ class _Replaced:
         for modules, name, _, function in self.places:
             modules[name] = function
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for modules, name, module, _ in self.places:
             modules[name] = module

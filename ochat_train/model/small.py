@@ -161,8 +161,9 @@ def _narrow_more(settings: dict[str, Any], num_experts: int) -> None:
 
 def most_experts(config: Any) -> int:
     """How many experts a small copy has at most: more than a token chooses, and some in each group."""
-    chosen = (getattr(config, name, None) for name in CHOSEN)
-    return max(8, 4 * (getattr(config, "n_group", None) or 1), *(2 * number for number in chosen if _is_int(number)))
+    chosen: list[Any] = [getattr(config, name, None) for name in CHOSEN]
+    most: int = max(8, 4 * (getattr(config, "n_group", None) or 1), *(2 * each for each in chosen if _is_int(each)))
+    return most
 
 
 def _fit_state_heads(settings: dict[str, Any], width: str) -> None:
