@@ -102,11 +102,12 @@ def test_each_kind_of_model_has_the_counted_activations_under_each_policy(kind: 
     assert abs(compare(small(kind), "bfloat16", "every_2", lora_rank=lora_rank, num_tokens=300).error) < 0.01
 
 
+@EACH_DTYPE
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_mixture_has_the_counted_activations_with_those_of_its_routers(policy: str) -> None:
+def test_a_mixture_has_the_counted_activations_with_those_of_its_routers(dtype: Dtype, policy: str) -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     config = AutoConfig.for_model("mixtral", vocab_size=512, num_key_value_heads=2, num_local_experts=8, **sizes)
-    assert abs(compare(config, "bfloat16", policy, num_tokens=300).error) < 0.01
+    assert abs(compare(config, dtype, policy, num_tokens=300).error) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "phi3"])

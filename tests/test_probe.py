@@ -42,19 +42,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of several sizes, shared keys": ("gemma4_text", {}),
     "attention sinks, a window in every second layer, experts": ("gpt_oss", {}),
     "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
+    "layers before the head": ("bert", {"is_decoder": True}),
+    "layers before the head that are no part of its module": ("modernbert-decoder", {}),
+    "experts whose width is another part's setting": ("dbrx", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
 }
 # With attention of their own or one that ours cannot do, or with layers that are none.
 ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "alibi": ("bloom", {"attention_dropout": 0.0}, "an attention of the model's own"),
     "an attention that takes no arguments of ours": ("nemotron", {"num_key_value_heads": 8}, "without cu_seqlens"),
     "a recurrence": ("mamba", {}, "sequences see each other"),
+    "a softcap, and a head at whose weight the model looks": ("xlstm", {}, "sequences see each other"),
     "convolutions": ("lfm2", {"layer_types": ["conv"] * 31 + ["full_attention"]}, "keep packed sequences apart"),
     "linear attention in three of four layers, experts": ("qwen3_next", {}, "keep packed sequences apart"),
+    "state-space layers, attention that several layers share": ("zamba2", {}, "keep packed sequences apart"),
     "chunks": ("llama4_text", {}, "sequences of more than its chunk of"),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "both directions": ("bert", {}, "its tokens see later ones"),
-    "layers before the head": ("bert", {"is_decoder": True}, "after the layers"),
+    "logits of several predictions": (
+        "prophetnet",
+        {"is_decoder": True, "num_decoder_layers": 1, "num_encoder_layers": 1},
+        "after the layers",
+    ),
     "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
     "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
 }
@@ -127,6 +136,9 @@ def test_a_small_copy_has_layers_of_all_kinds() -> None:
     deepseek = small_model(AutoConfig.for_model("deepseek_v3"), longest=ANY_LENGTH)
     kinds = [type(layer.mlp).__name__ for layer in deepseek.base_model.layers]
     assert kinds == ["DeepseekV3MLP"] * 3 + ["DeepseekV3MoE"]
+    # Of 54 layers the attention of the second hybrid one is the first one's.
+    zamba = small_model(AutoConfig.for_model("zamba2"), longest=ANY_LENGTH).config
+    assert zamba.layer_types == ["linear_attention", "hybrid", "hybrid"] and zamba.hybrid_layer_ids == [1, 2]
     # The only sliding layers are the last of many.
     types = ["full_attention"] * 28 + ["sliding_attention"] * 4
     qwen = AutoConfig.for_model("qwen2", use_sliding_window=True, layer_types=types, num_hidden_layers=32)

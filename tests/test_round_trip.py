@@ -22,13 +22,22 @@ from tests.small_tokenizers import write_base
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_a_small_copy_has_the_same_logits_after_its_export(family: str, targets: str | None) -> None:
     """Adapters beside shared experts are those layers' own: by names, peft would put them into the experts."""
-    assert check_round_trip(AutoConfig.for_model(family), longest=64, is_alone=False, lora_targets=targets) < 5e-6
+    config = AutoConfig.for_model(family)
+    assert check_round_trip(config, longest=64, is_alone=False, is_extended=True, lora_targets=targets) < 5e-6
 
 
 def test_a_model_that_transformers_does_not_load_again_is_refused() -> None:
     """Of Emu3 the text model is trained, whose files have no class for AutoModelForCausalLM."""
     with pytest.raises(ValueError, match=r"^emu3 cannot be exported: Unrecognized configuration class"):
-        check_round_trip(AutoConfig.for_model("emu3"), longest=64, is_alone=False)
+        check_round_trip(AutoConfig.for_model("emu3"), longest=64, is_alone=False, is_extended=True)
+
+
+def test_tokens_are_added_only_where_the_run_adds_some() -> None:
+    """Moshi has a row more in its embedding than in its head, which transformers cannot extend."""
+    moshi = AutoConfig.for_model("moshi")
+    assert check_round_trip(moshi, longest=64, is_alone=False, is_extended=False) < 5e-6
+    with pytest.raises(ValueError, match=r"^moshi cannot be exported: "):
+        check_round_trip(moshi, longest=64, is_alone=False, is_extended=True)
 
 
 def test_an_export_with_another_weight_is_refused_with_its_size(

@@ -74,9 +74,8 @@ def count_activations(
     head has, for a chunk of CHUNK_TOKENS tokens, twice the logits in fp32 (with their log-softmax), beside the
     gradients by its weight in fp32 and by the hidden states.
 
-    Experts of a mixture run as grouped products over the tokens that choose them, as on a GPU; torch has them without
-    values in bfloat16 alone. Raises ValueError for a model that cannot run without values, and for adapters without the
-    package peft.
+    Experts of a mixture run as grouped products over the tokens that choose them, as on a GPU. Raises ValueError for a
+    model that cannot run without values, and for adapters without the package peft.
     """
     lm = meta_model(config, DTYPES[dtype])
     if lora_rank is not None:
@@ -191,7 +190,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _run_operation(func, args, kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
@@ -214,6 +213,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _run_operation(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operation's result; torch has grouped products on the meta device in bfloat16 alone."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+        products: Tensor = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs)
+        return products.to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 @contextmanager

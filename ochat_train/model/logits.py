@@ -1,6 +1,7 @@
-"""What a model of transformers does to hidden states and logits around its head, measured."""
+"""What a model of transformers does to hidden states and logits around its head."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def measure_logits(lm: PreTrainedModel) -> LogitsForm:
     head = lm.get_output_embeddings()
     numbers = torch.tensor([[[0.0, 0.25, 1.0, -2.0, 2.0**100]]])  # the last one is at the softcap, if there is one
     try:
-        with torch.no_grad(), _Stubs({base_of(lm): lambda *_, **__: _Output(numbers), head: _same}):
+        with torch.no_grad(), _Replaced(lm, {base_of(lm): lambda *_, **__: _Output(numbers), head: _same}):
             made = lm(input_ids=torch.zeros(1, numbers.shape[-1], dtype=torch.long), use_cache=False).logits[0, 0]
     except Exception:  # of any kind: a forward that needs more than this is compared by the probe
         return LogitsForm()
@@ -41,6 +42,29 @@ def measure_logits(lm: PreTrainedModel) -> LogitsForm:
     scale = at_quarter / 0.25 if softcap is None else 4 * softcap * math.atanh(at_quarter / softcap)
     form = LogitsForm(1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale, softcap)
     return form if torch.allclose(form(numbers[0, 0]), made.float(), rtol=1e-5) else LogitsForm()
+
+
+def has_parts_before_head(lm: PreTrainedModel) -> bool:
+    """Whether hidden states pass weights between the base and the head, as in BERT: those that are in neither."""
+    of_both = {*base_of(lm).parameters(), *lm.get_output_embeddings().parameters()}
+    return not of_both.issuperset(lm.parameters())
+
+
+def before_head(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What the forward of `lm` gives its head for last hidden states [T, C] of its base, [T, C of the head].
+
+    The forward runs with the hidden states in place of the base, and without the head. Their modules are replaced, not
+    called, because ZeRO's hooks would gather their weights.
+    """
+    given: list[Tensor] = []
+
+    def take(states: Tensor) -> Tensor:
+        given.append(states)
+        return states
+
+    with _Replaced(lm, {base_of(lm): lambda *_, **__: _Output(hidden[None]), lm.get_output_embeddings(): take}):
+        type(lm).forward(lm, input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False)
+    return given[0][0]
 
 
 def base_of(lm: PreTrainedModel) -> nn.Module:
@@ -64,20 +88,33 @@ class _Output(tuple[Tensor]):
         return self[0] if name == "last_hidden_state" else None
 
 
-class _Stubs:
-    """Other functions in place of modules' forwards, for a while."""
+class _Function(nn.Module):
+    """A function in place of a module, whose attributes it has: xLSTM looks at the dtype of its head's weight."""
 
-    def __init__(self, forwards: dict[nn.Module, Any]) -> None:
-        self.forwards = forwards
-        self.before = {module: vars(module).get("forward") for module in forwards}
+    def __init__(self, function: Callable[..., Any], replaced: nn.Module) -> None:
+        super().__init__()
+        self.forward = function
+        vars(self)["replaced"] = replaced  # no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["replaced"], name)
+
+
+class _Replaced:
+    """Functions in place of modules of `lm`, for a while; its forward finds them where the modules were."""
+
+    def __init__(self, lm: nn.Module, functions: dict[Any, Callable[..., Any]]) -> None:
+        self.places: list[tuple[Any, str, nn.Module, _Function]] = [
+            (parent._modules, name, module, _Function(functions[module], module))
+            for parent in lm.modules()
+            for name, module in parent.named_children()
+            if module in functions
+        ]
 
     def __enter__(self) -> None:
-        for module, forward in self.forwards.items():
-            vars(module)["forward"] = forward
+        for modules, name, _, function in self.places:
+            modules[name] = function
 
-    def __exit__(self, *_: object) -> None:
-        for module, forward in self.before.items():
-            if forward is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
+    def __exit__(self, *error: object) -> None:
+        for modules, name, module, _ in self.places:
+            modules[name] = module

@@ -10,7 +10,7 @@ from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
-from ochat_train.model.logits import base_of, measure_logits
+from ochat_train.model.logits import base_of, before_head, has_parts_before_head, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.model.pretrained import head_dim_of
@@ -61,6 +61,7 @@ class PackedCausalLM(nn.Module):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")
         self.balance, self.router_coefficient = balance_of(lm), router_coefficient
         self.logits_form = measure_logits(lm)
+        self.has_parts_before_head = has_parts_before_head(lm)
         self.loss_head = LossHead(
             head, softcap=self.logits_form.softcap, scale=self.logits_form.scale, num_conditions=num_conditions
         )
@@ -82,11 +83,11 @@ class PackedCausalLM(nn.Module):
         return sums._replace(router=router)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """The last hidden states, [T, C]."""
+        """The hidden states that the head gets, [T, C]."""
         return self.run_layers(batch)[0]
 
     def run_layers(self, batch: PackedBatch) -> tuple[Tensor, RouterSums | None]:
-        """The last hidden states, [T, C], and in training what the routers of a mixture chose."""
+        """The hidden states that the head gets, [T, C], and in training what the routers of a mixture chose."""
         is_balanced = self.balance is not None and self.training
         # Recorded in the forward pass alone, and parts of its graph: what is recomputed is not recorded again.
         options = {"output_router_logits": True} if is_balanced else {}
@@ -106,6 +107,8 @@ class PackedCausalLM(nn.Module):
                 **options,
             )
             hidden, router_logits = output.last_hidden_state[0], output.router_logits if is_balanced else None
+        if self.has_parts_before_head:
+            hidden = before_head(self.lm, hidden)
         if self.balance is None or router_logits is None:
             return hidden, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.router_coefficient != 0):

@@ -11,12 +11,10 @@ import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from ochat_train.model.small import EXPERTS, most_experts
+from ochat_train.model.small import CHOSEN, EXPERTS, most_experts
 from ochat_train.tokens.plan import quadratic_length
 from ochat_train.tokens.tokenizer import ChatTokenizer, locate_base
 
-# What families call the number of experts that a token chooses; all but a few by the first name.
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -31,7 +29,10 @@ def load_config(base: str | None, config: dict[str, Any] | None, num_ids: int) -
         made.get_text_config().vocab_size = max(num_ids, made.get_text_config().vocab_size)
         return made
     assert config is not None
-    made = AutoConfig.for_model(**{"vocab_size": num_ids, **config})
+    try:
+        made = AutoConfig.for_model(**{"vocab_size": num_ids, **config})
+    except Exception as error:  # of many kinds: whatever the configuration's own checks raise
+        raise ValueError(f"model.config is no configuration of transformers: {_all_of(error)}") from error
     if (vocab_size := made.get_text_config().vocab_size) < num_ids:
         raise ValueError(
             f"model.config.vocab_size {vocab_size:,} is below the tokenizer's {num_ids:,} ids; leave vocab_size out"
@@ -46,6 +47,13 @@ def _base_config(base: str) -> Any:
         return AutoConfig.from_pretrained(files.name, **files.options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
+    except Exception as error:  # of many kinds: whatever the configuration's own checks raise
+        raise ValueError(f"model.base {base}: config.json is no configuration: {_all_of(error)}") from error
+
+
+def _all_of(error: Exception) -> str:
+    """The message in one line: the checks of transformers give their reason in the last of several."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,7 +93,7 @@ def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int 
             if name.endswith("intermediate_size") and isinstance(value, int):
                 setattr(small, name, value * num_heads // old)
             elif name in EXPERTS and isinstance(value, int):
-                setattr(small, name, min(value, most_experts(vars(config))))
+                setattr(small, name, min(value, most_experts(config)))
     return small
 
 
@@ -117,7 +125,7 @@ def expert_weights(module: Any) -> int:
 def experts_of_a_token(config: Any) -> int:
     """How many experts of a layer a token chooses; at most, where layers differ."""
     places = [place for place in (config, getattr(config, "ffn_config", None)) if place is not None]
-    found = [getattr(place, name, None) for place in places for name in _CHOSEN]
+    found = [getattr(place, name, None) for place in places for name in CHOSEN]
     chosen: Any = next(value for value in found if value)
     return max(chosen) if isinstance(chosen, list) else int(chosen)
 
@@ -136,7 +144,8 @@ def head_dim_of(config: Any) -> int:
     """The size of a head of a text configuration's attention; the largest, where layers differ (Gemma 4)."""
     if vars(config).get("_heterogeneity_spec"):
         return max(head_dim_of(layer) for layer in config.per_layer_config)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1))
+    width = getattr(config, "hidden_size", 0)  # BLT has one in each of its parts
+    return int(getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1))
 
 
 def max_positions_of(config: Any) -> int:

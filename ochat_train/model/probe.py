@@ -88,7 +88,7 @@ def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: i
         try:
             small = small_model(config, longest=longest)
             _avoid_ties(small)
-            found = _probe_each(wanted, small, checkpointing)
+            found = _probe_each(wanted, small, _run_alone(small), checkpointing)
             if repr(without_dropout(config)) != repr(config):
                 _try_dropout(config, "alone" if found.why_alone or wanted == "alone" else "sdpa", longest)
             return found
@@ -96,22 +96,24 @@ def probe(config: Any, wanted: Literal["auto"] | Backend = "auto", *, longest: i
             raise ValueError(f"{name} cannot be trained exactly: {_reason(error)}; {_REMEDY}") from error
 
 
-def _probe_each(wanted: Literal["auto"] | Backend, small: PreTrainedModel, checkpointing: str) -> Agreement:
+def _probe_each(
+    wanted: Literal["auto"] | Backend, small: PreTrainedModel, stock: "_Stock", checkpointing: str
+) -> Agreement:
     """The agreement with packed attention or, where it is not exact and the choice is free, on each sequence alone."""
     try:
-        return _probe_with("alone" if wanted == "alone" else "sdpa", small, checkpointing)
+        return _probe_with("alone" if wanted == "alone" else "sdpa", small, stock, checkpointing)
     except ValueError as error:
         if wanted != "auto":
             raise
         why = str(error)
-    return _probe_with("alone", small, checkpointing)._replace(why_alone=why)
+    return _probe_with("alone", small, stock, checkpointing)._replace(why_alone=why)
 
 
-def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) -> Agreement:
+def _probe_with(attention: Backend, small: PreTrainedModel, stock: "_Stock", checkpointing: str) -> Agreement:
     """The agreement of a small model with this attention. Raises ValueError with the reason when there is none."""
     started = time.perf_counter()
     try:
-        pair = _make_pair(small, attention, checkpointing)
+        pair = _Pair(stock, _pack_model(small, attention, checkpointing))
         if attention == "alone":  # packed attention is always causal, or refuses
             _require_causal(small)
         logits, gradients = _compare(pair)
@@ -127,9 +129,9 @@ def _probe_with(attention: Backend, small: PreTrainedModel, checkpointing: str) 
 def _try_dropout(config: Any, attention: Backend, longest: int) -> None:
     """Run sequences through a small copy with the configured dropout, which attention may refuse."""
     lm = small_model(config, longest=longest, has_dropout=True)
-    pair = _make_pair(lm, attention, "none")
+    packed = _pack_model(lm, attention, "none")
     with torch.no_grad():
-        pair.packed(_pack(pair.examples))
+        packed(_pack(_examples(lm)))
 
 
 def _reason(error: Exception) -> str:
@@ -167,9 +169,10 @@ def _avoid_ties(lm: PreTrainedModel) -> None:
     This is decided on transformers' own model alone, before anything is compared.
     """
     for seed in (1, 2, 3):
+        stock = copy.deepcopy(lm)
         with torch.no_grad(), _Choices() as choices:  # type: ignore[no-untyped-call]
-            for example in _examples(lm):
-                copy.deepcopy(lm)(torch.from_numpy(example.input_ids.astype(np.int64))[None], use_cache=False)
+            for example in _by_length(_examples(lm)):
+                stock(_ids(example)[None], use_cache=False)
         if choices.smallest > _NEAR_TIE:
             return
         randomise(lm, seed=seed)
@@ -193,20 +196,50 @@ class _Choices(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Pair(NamedTuple):
-    """A small model of transformers, the same one packed, and sequences for both, by length."""
+class _Stock(NamedTuple):
+    """A small model of transformers, with the gradients of the sum of all losses, after it ran on each sequence alone.
 
-    stock: PreTrainedModel
-    packed: PackedCausalLM
+    logits: of each sequence, by its length.
+    """
+
+    lm: PreTrainedModel
     examples: list[Example]
+    logits: dict[int, Tensor]
 
 
-def _make_pair(small: PreTrainedModel, attention: Backend, checkpointing: str) -> _Pair:
-    stock = copy.deepcopy(small)
-    packed = PackedCausalLM(
-        copy.deepcopy(small), attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
-    )
-    return _Pair(stock, packed.train(), _examples(small))
+class _Pair(NamedTuple):
+    """A small model of transformers, and the same one packed."""
+
+    stock: _Stock
+    packed: PackedCausalLM
+
+
+def _run_alone(small: PreTrainedModel) -> _Stock:
+    lm, examples = copy.deepcopy(small), _examples(small)
+    logits: dict[int, Tensor] = {}
+    for example in _by_length(examples):
+        ids = _ids(example)
+        found = lm(ids[None], use_cache=False).logits[0].float()
+        F.cross_entropy(found[:-1], ids[1:], reduction="sum").backward()
+        logits[len(ids)] = found.detach()
+    return _Stock(lm, examples, logits)
+
+
+def _pack_model(small: PreTrainedModel, attention: Backend, checkpointing: str) -> PackedCausalLM:
+    """A copy of a small model, packed."""
+    lm = copy.deepcopy(small)
+    return PackedCausalLM(
+        lm, attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
+    ).train()
+
+
+def _by_length(examples: list[Example]) -> list[Example]:
+    """Shortest first: a model with dynamic RoPE keeps the frequencies of the longest sequence so far."""
+    return sorted(examples, key=lambda example: len(example.input_ids))
+
+
+def _ids(example: Example) -> Tensor:
+    return torch.from_numpy(example.input_ids.astype(np.int64))
 
 
 def _examples(lm: PreTrainedModel) -> list[Example]:
@@ -228,18 +261,11 @@ class _Difference(NamedTuple):
 
 def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
     """How far the logits are from each other, and the gradients of the sum of all losses."""
-    batch = _pack(pair.examples)
+    batch = _pack(pair.stock.examples)
     pair.packed(batch).nll.backward()
     with torch.no_grad():
         packed = pair.packed.logits(batch).split(_LENGTHS)
-    alone = dict.fromkeys(_LENGTHS, torch.empty(0))
-    # By length: a model with dynamic RoPE keeps the frequencies of the longest sequence so far.
-    for example in sorted(pair.examples, key=lambda example: len(example.input_ids)):
-        ids = torch.from_numpy(example.input_ids.astype(np.int64))
-        logits = pair.stock(ids[None], use_cache=False).logits[0].float()
-        F.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
-        alone[len(ids)] = logits.detach()
-    of_logits = [_compare_logits(mine, alone[len(mine)]) for mine in packed]
+    of_logits = [_compare_logits(mine, pair.stock.logits[len(mine)]) for mine in packed]
     return max(of_logits, key=_size), _compare_gradients(pair)
 
 
@@ -256,7 +282,7 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     """The largest difference over the parameters."""
     zero = torch.zeros(())
     of_packed = {name: zero if p.grad is None else p.grad for name, p in pair.packed.lm.named_parameters()}
-    of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.named_parameters()}
+    of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.lm.named_parameters()}
     smallest = _SMALLEST_GRADIENT * max(float(gradient.norm()) for gradient in of_stock.values())
     sizes = {
         name: float((of_packed[name] - gradient).norm()) / max(float(gradient.norm()), smallest)
@@ -270,12 +296,12 @@ def _compare_gradients(pair: _Pair) -> _Difference:
 
 def _compare_router_loss(pair: _Pair) -> None:
     """Raise ValueError when the loss that balances a mixture's experts is not transformers', on one sequence."""
-    example = pair.examples[1]
-    ids = torch.from_numpy(example.input_ids.astype(np.int64))
+    example = pair.stock.examples[1]
+    ids = _ids(example)
     with torch.no_grad():
         if (router := pair.packed(_pack([example])).router) is None:
             return
-        stock = float(pair.stock(ids[None], use_cache=False, output_router_logits=True).aux_loss)
+        stock = float(pair.stock.lm(ids[None], use_cache=False, output_router_logits=True).aux_loss)
     if not abs(mine := float(router.loss) / len(ids) - stock) <= _LOGITS_TOLERANCE * stock:
         raise ValueError(f"the router loss differs from that of transformers, {stock:.4g}, by {mine:.1g}")
 
@@ -290,17 +316,17 @@ def _pack(examples: Sequence[Example]) -> PackedBatch:
 
 def _where_it_begins(pair: _Pair) -> str:
     """The first layer that differs, and whether sequences see each other: in words, to follow those of a difference."""
-    longest = max(pair.examples, key=lambda example: len(example.input_ids))
-    ids = torch.from_numpy(longest.input_ids.astype(np.int64))
+    lm, longest = pair.stock.lm, _by_length(pair.stock.examples)[-1]
+    ids = _ids(longest)
     with torch.no_grad():
-        stock = _outputs_of_layers(pair.stock, lambda: pair.stock(ids[None], use_cache=False))
+        stock = _outputs_of_layers(lm, lambda: lm(ids[None], use_cache=False))
         alone = _outputs_of_layers(pair.packed.lm, lambda: pair.packed.hidden(_pack([longest])))
         logits = pair.packed.logits(_pack([longest]))
-        differs_alone = _compare_logits(logits, pair.stock(ids[None], use_cache=False).logits[0].float()).size
+        differs_alone = _compare_logits(logits, pair.stock.logits[len(ids)]).size
     if differs_alone <= _LOGITS_TOLERANCE:
         own = "" if pair.packed.lm.is_backend_compatible() else ", in an attention of the model's own"
         return f", and not in a batch of one sequence: sequences see each other{own}"
-    types = getattr(pair.stock.config.get_text_config(), "layer_types", None) or []
+    types = getattr(lm.config.get_text_config(), "layer_types", None) or []
     for number, (mine, theirs) in enumerate(zip(alone, stock, strict=False)):
         if not float((mine - theirs).norm()) <= _LOGITS_TOLERANCE * float(theirs.norm()):
             kind = f" ({types[number]})" if number < len(types) else ""

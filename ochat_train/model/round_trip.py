@@ -74,13 +74,18 @@ def compare_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dt
 
 
 def check_round_trip(
-    config: Any, *, longest: int, is_alone: bool, lora_targets: str | Sequence[str] | None = None
+    config: Any,
+    *,
+    longest: int,
+    is_alone: bool,
+    is_extended: bool,
+    lora_targets: str | Sequence[str] | None = None,
 ) -> float:
     """How far logits of packed sequences are from those of the exported model, on a small copy, relative to their norm.
 
-    The copy gets added tokens and, with `lora_targets`, adapters, which are merged; it is written as exports are, and
-    loaded by transformers. config, longest: see `probe`. Raises ValueError with one line when it cannot be written or
-    loaded, or when the logits differ.
+    The copy gets added tokens where the run's model is_extended by some and, with `lora_targets`, adapters, which are
+    merged; it is written as exports are, and loaded by transformers. config, longest: see `probe`. Raises ValueError
+    with one line when it cannot be written or loaded, or when the logits differ.
     """
     name = config.model_type
     # Adapters of a layer whose weight is used without its forward (LongCat's router) train nothing, and are merged.
@@ -89,7 +94,7 @@ def check_round_trip(
         torch.manual_seed(0)
         lm = small_model(config, longest=longest)
         try:
-            plain = _add_parts(lm, lora_targets)
+            plain = _add_parts(lm, lora_targets, is_extended=is_extended)
             error = _round_trip(lm, plain, is_alone=is_alone)
         except Exception as problem:  # of any kind: whatever a model's code says about its files
             reason = str(problem) if type(problem) is ValueError else one_line(problem)
@@ -101,11 +106,12 @@ def check_round_trip(
     return error
 
 
-def _add_parts(lm: PreTrainedModel, targets: str | Sequence[str] | None) -> Any:
-    """Add tokens and adapters with weights of any values to a small model; returns its configuration before."""
-    old = lm.config.get_text_config().vocab_size
-    added = list(range(old, old + _NUM_ADDED))
-    add_token_rows(lm, old + _NUM_ADDED, added)
+def _add_parts(lm: PreTrainedModel, targets: str | Sequence[str] | None, *, is_extended: bool) -> Any:
+    """Add tokens and adapters with weights of any values to a small model; returns its configuration without those."""
+    num_ids = lm.config.get_text_config().vocab_size + (_NUM_ADDED if is_extended else 0)
+    added = list(range(num_ids - _NUM_ADDED, num_ids))
+    if is_extended:
+        add_token_rows(lm, num_ids, added)
     plain = copy.deepcopy(lm.config)
     if targets is not None:
         tables = type(lm.get_input_embeddings()), type(lm.get_output_embeddings())

@@ -20,8 +20,10 @@ _MOST_WEIGHTS = 60_000_000  # of a small copy: some seconds on two cores
 
 # Sizes are recognised by what transformers calls them in all of its families.
 _BORDERS = ("window", "chunk_size", "chunk_length", "index_topk", "floor_scale")
-_WIDTHS = ("intermediate", "ffn", "mlp_hidden")
+_WIDTHS = ("intermediate", "ffn", "mlp_hidden", "lora_rank")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What families call the number of experts that a token chooses; all but a few by the first name.
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 
 
 def small_model(config: Any, *, longest: int, has_dropout: bool = False) -> PreTrainedModel:
@@ -34,20 +36,24 @@ def small_model(config: Any, *, longest: int, has_dropout: bool = False) -> PreT
     """
     config = copy.deepcopy(config) if has_dropout else without_dropout(config)
     shallow = _shallow(config, longest)
-    reasons: list[str] = []
+    reason = ""  # of the copy that is nearest to the configuration
     for small in (_narrow(shallow, has_free_width=True), _narrow(shallow, has_free_width=False), shallow):
         try:
             return _try(small)
         except Exception as error:  # of any kind: what a model's code says about sizes that it does not expect
-            reasons.append(one_line(error))
-    raise ValueError(f"no small copy of it works ({reasons[0]})")
+            reason = reason if reason and isinstance(error, _TooLarge) else one_line(error)
+    raise ValueError(f"no small copy of it works ({reason})")
+
+
+class _TooLarge(ValueError):
+    pass
 
 
 def _try(small: Any) -> PreTrainedModel:
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(small).parameters())
     if size > _MOST_WEIGHTS:
-        raise ValueError(f"it has {size:,} weights, too many to try")
+        raise _TooLarge(f"it has {size:,} weights, too many to try")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager")
     randomise(model, seed=0)
     # A copy, because some models keep a state.
@@ -85,21 +91,34 @@ def _shallow(config: Any, longest: int) -> Any:
                     settings[name] = _each_int(value, lambda size: BORDER if BORDER < size < longest else size)
         _scale_lengths(part, longest)
     text = small.get_text_config()
-    if hasattr(text, "num_hidden_layers"):
+    if _counts_layers(text):
         _keep_layers(text, _kinds_of_layers(config))
+    else:  # BLT has layers in each of its parts
+        for part in filter(_counts_layers, _parts(small)):
+            _keep_layers(part, list(range(min(2, part.num_hidden_layers))))
     return small
+
+
+def _counts_layers(part: Any) -> bool:
+    """Whether a configuration has a number of layers that can be set."""
+    try:
+        part.num_hidden_layers = part.num_hidden_layers
+    except (AttributeError, NotImplementedError):  # of BLT, of ProphetNet
+        return False
+    return True
 
 
 def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
     """A copy with narrow layers and few experts. has_free_width: whether heads may be wider than their share of it."""
     small = copy.deepcopy(shallow)
+    widths: dict[Any, Any] = {}  # as configured, and of the copy
     for part in _parts(small):
         own, real_name = vars(part), getattr(part, "attribute_map", {})
         heads, of_keys, width = (
             real_name.get(name, name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")
         )
-        old = own.get(heads)
-        has_head_dim = _is_int(own.get("head_dim")) and has_free_width
+        old, old_width = own.get(heads), own.get(width)
+        has_head_dim = _is_int(own.get(real_name.get("head_dim", "head_dim"))) and has_free_width
         for settings in _settings(part):
             if _is_int(old) and old > _HEADS:
                 for name in {heads, of_keys, width} & settings.keys():
@@ -111,15 +130,20 @@ def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
                 settings[width] = min(settings[width], 2 * _WIDTH)
             elif _is_int(settings.get(width)) and not _is_int(own.get("head_dim")) and _is_int(old):
                 settings[width] = -(-settings[width] // (8 * _HEADS)) * 8 * _HEADS  # what grouped products can take
-            if old is None and _is_int(settings.get(width)):  # no attention: recurrent layers
+            if old is None and _is_int(settings.get(width)):  # no attention: recurrent layers, or those of another part
                 for name in settings.keys() & {width, "attention_hidden_size", "embedding_dim"}:
-                    settings[name] = min(settings[name], 2 * _WIDTH)
-            _narrow_more(settings)
+                    settings[name] = widths.get(settings[name], min(settings[name], 2 * _WIDTH))
+            if _is_int(old_width):
+                widths.setdefault(old_width, own[width])
+                for name in (name for name in settings if "hidden_size" in name and name != width):
+                    if _is_int(settings[name]) and settings[name] % old_width == 0:  # twice as wide in Zamba
+                        settings[name] = settings[name] // old_width * own[width]
+            _narrow_more(settings, most_experts(part))
             _fit_state_heads(settings, width)
     return small
 
 
-def _narrow_more(settings: dict[str, Any]) -> None:
+def _narrow_more(settings: dict[str, Any], num_experts: int) -> None:
     """Make the inner widths of layers small, and experts and heads of linear attention few, in place."""
     most_linear = max((value for name, value in settings.items() if _counts_linear_heads(name, value)), default=1)
     for name, value in settings.items():
@@ -132,13 +156,14 @@ def _narrow_more(settings: dict[str, Any]) -> None:
         if any(word in name for word in _WIDTHS):
             settings[name] = min(value, _WIDTH)
         elif name in EXPERTS:
-            settings[name] = min(value, most_experts(settings))
+            settings[name] = min(value, num_experts)
 
 
-def most_experts(settings: dict[str, Any]) -> int:
+def most_experts(config: Any) -> int:
     """How many experts a small copy has at most: more than a token chooses, and some in each group."""
-    groups, chosen = settings.get("n_group") or 1, settings.get("num_experts_per_tok") or 1
-    return max(8, 4 * groups, 2 * chosen)
+    chosen: list[Any] = [getattr(config, name, None) for name in CHOSEN]
+    most: int = max(8, 4 * (getattr(config, "n_group", None) or 1), *(2 * each for each in chosen if _is_int(each)))
+    return most
 
 
 def _fit_state_heads(settings: dict[str, Any], width: str) -> None:
@@ -212,7 +237,8 @@ def _scale_lengths(part: Any, longest: int) -> None:
 def _kinds_of_layers(config: Any) -> list[int]:
     """The first layer of each kind, by number; all up to the last of these if they are few.
 
-    Kinds differ in layer_types, in the classes of modules, or in settings that are no floats: a window, no RoPE.
+    Kinds differ in layer_types, in the classes of modules, in settings that are no floats (a window, no RoPE), or in
+    whether weights are those of an earlier layer.
     """
     text = config.get_text_config()
     count = text.num_hidden_layers
@@ -226,8 +252,11 @@ def _kinds_of_layers(config: Any) -> list[int]:
         return list(range(min(_MOST_LAYERS, count)))
     types = vars(text).get("layer_types") or [None] * count
     first: dict[Any, int] = {}
+    seen: set[nn.Parameter] = set()
     for number, layer in enumerate(stacks[0]):
-        first.setdefault((types[number], _signature(layer)), number)
+        weights = set(layer.parameters())
+        first.setdefault((types[number], _signature(layer), weights.isdisjoint(seen)), number)
+        seen |= weights
     needed = max(2, max(first.values()) + 1)
     return list(range(min(needed, count))) if needed <= _MOST_LAYERS else sorted(first.values())[:_MOST_LAYERS]
 
@@ -250,8 +279,10 @@ def _keep_layers(text: Any, kept: list[int]) -> None:
     for name, value in vars(text).items():
         if isinstance(value, list | tuple) and len(value) == old and "moe_layers" not in name:
             vars(text)[name] = type(value)(value[number] for number in kept)
-        elif isinstance(value, list | tuple) and "layers" in name:
-            vars(text)[name] = [number for number in value if _is_int(number) and number < len(kept)]
+        elif isinstance(value, list | tuple) and ("layers" in name or "layer_ids" in name):
+            vars(text)[name] = [new for new, number in enumerate(kept) if number in value]
+        elif name == "num_blocks" and value == old:  # of xLSTM, beside num_hidden_layers
+            vars(text)[name] = len(kept)
         elif "layers" in name and _is_int(value) and value >= len(kept):
             vars(text)[name] = min(len(kept), max(1, value * len(kept) // old))
     text.num_hidden_layers = len(kept)

@@ -232,17 +232,24 @@ def attention_of(
 
     See `choose_attention` and `check_round_trip`. Raises ValueError as they do.
     """
-    longest, lora = recipe.data.max_tokens, recipe.model.lora
+    longest, lora, base = recipe.data.max_tokens, recipe.model.lora, recipe.model.base
+    text_config = config.get_text_config()
     attention, agreement = choose_attention(
         recipe.model.attention,
         config,
-        attention_needs(config.get_text_config(), DTYPES[recipe.model.dtype], device_type),
+        attention_needs(text_config, DTYPES[recipe.model.dtype], device_type),
         longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
     if is_exported:
-        is_alone, targets = attention.backend == "alone", lora.targets if lora else None
-        exported = check_round_trip(config, longest=longest, is_alone=is_alone, lora_targets=targets)
+        own_size = text_config.vocab_size if base is None else load_config(base, None, 0).get_text_config().vocab_size
+        exported = check_round_trip(
+            config,
+            longest=longest,
+            is_alone=attention.backend == "alone",
+            is_extended=text_config.vocab_size > own_size,
+            lora_targets=lora.targets if lora else None,
+        )
         agreement = agreement._replace(exported=exported)
     return attention, agreement
 

@@ -59,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
     },
+    # Weights between the layers and the head, which are no part of its module.
+    "modernbert-decoder": SIZES | {"local_attention": 16, "pad_token_id": 0},
     "granite": SIZES
     | {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 6.0, "attention_multiplier": 0.2},
 }
@@ -104,6 +106,7 @@ class Naive:
         self.start: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.start.set_attn_implementation("eager")
         self.start.set_experts_implementation("eager")  # which takes float64
+        self.start.get_input_embeddings().padding_idx = None  # nothing is padded
 
     def train(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float]]:
         model = copy.deepcopy(self.start).to(dtype).train()
