@@ -65,6 +65,7 @@ from steps import (
 from transformers import LlamaConfig, PreTrainedModel
 
 from ochat_train.model.activations import count_activations
+from ochat_train.model.memory import ZeroSetting
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import matrix_weights_of, quadratic_length_of
 from ochat_train.recipe import OptimSection
@@ -79,7 +80,7 @@ from ochat_train.training.engine import (
     make_optimizer,
     read_world,
 )
-from ochat_train.training.speed import A100, BANDWIDTHS, Speed, communication_seconds, peak_flops
+from ochat_train.training.speed import A100, BANDWIDTHS, Speed, bytes_sent, peak_flops
 
 SEED = 0
 NUM_EXAMPLES = 20_000
@@ -565,13 +566,8 @@ def extrapolate(
     """
     whole = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": WHOLE})
     num_weights = matrix_weights_of(whole) + config.vocab_size * config.hidden_size
-    communication = communication_seconds(
-        num_weights,
-        num_devices=WORLD_SIZE,
-        stage=2,
-        grad_accum=1,
-        bytes_per_s=BANDWIDTHS.get(gpu or A100, BANDWIDTHS[A100]),
-    )
+    sent = bytes_sent(num_weights, num_weights, ZeroSetting(2, False, WORLD_SIZE, "bfloat16"))
+    communication = sent / BANDWIDTHS.get(gpu or A100, BANDWIDTHS[A100])
     found = []
     for one in measured:
         if one.layer_tokens_per_s is None or one.rest_share is None or one.layer_quarters is None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, MistralConfig, MistralModel
 
 from ochat_train.model.attention import AttentionOptions, Backend, register, varlen_attention
+from ochat_train.model.sdpa import repeat_heads
 
 LENGTHS = (5, 1, 23, 16, 1)
 
@@ -123,6 +124,11 @@ def check_against_naive(
 
 
 # ------------------------------------------------------------------------------------------------ values
+
+
+def test_keys_and_values_are_not_copied_where_there_is_nothing_to_repeat() -> None:
+    k, v = torch.randn(2, 5, 4, 8)
+    assert all(after is before for after, before in zip(repeat_heads(k, v, 4), (k, v), strict=True))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (8, 2)])

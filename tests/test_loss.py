@@ -410,6 +410,24 @@ def test_bf16_gradients_are_as_near_as_their_roundings_allow(scale: float) -> No
         assert errors[0] < BF16[0] and errors[1] < BF16[1], errors
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_get_bf16_gradients_in_rows_of_whole_cache_lines(
+    dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strides = []
+    add = loss._Gradients.add
+
+    def watched(gradients: Any, chunk: slice, by_logits: Tensor, *others: Any) -> None:
+        strides.append(by_logits.stride())
+        add(gradients, chunk, by_logits, *others)
+
+    monkeypatch.setattr(loss._Gradients, "add", watched)
+    head = make_head(dtype=dtype)
+    LossHead(head, softcap=softcap, num_conditions=CONDITIONS)(*make_inputs(20, 20, dtype), torch.arange(20))
+    assert strides == [(VOCABULARY if dtype == torch.float32 else 192, 1)] * 3
+
+
 def test_many_chunks_lose_nothing_in_bf16() -> None:
     """Sums that were bf16 after each of 128 chunks would be off by 1 %."""
     assert bf16_errors(128 * CHUNK)[1] < BF16[1]

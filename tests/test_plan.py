@@ -551,12 +551,17 @@ def test_the_openchat_13b_recipe_means_this_deepspeed_configuration(openchat: Re
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 200_000_000,
+            "use_multi_rank_bucket_allreduce": False,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},
         "checkpoint": {"use_node_local_storage": False, "load_universal": False},
     }
 
@@ -585,13 +590,19 @@ def test_the_openchat_13b_recipe_has_the_published_learning_rate(openchat: Recip
 def test_extra_deepspeed_keys_are_merged() -> None:
     extra = [
         "deepspeed.zero_optimization.overlap_comm=true",
+        "deepspeed.zero_optimization.reduce_bucket_size=1000",
         "deepspeed.zero_optimization.stage=2",  # said twice, but the same
         "deepspeed.wall_clock_breakdown=true",
         "deepspeed.bf16.immediate_grad_update=true",
     ]
     recipe = load_recipe(OPENCHAT_RECIPE, extra)
     config = deepspeed_configuration(recipe)
-    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert config["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1000,
+        "use_multi_rank_bucket_allreduce": True,
+    }
     assert config["wall_clock_breakdown"] is True
     assert config["bf16"] == {"enabled": True, "immediate_grad_update": True}
     plain = deepspeed_configuration(load_recipe(OPENCHAT_RECIPE))

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -45,6 +47,7 @@ from ochat_train.tokens.store import TokenStore
 from ochat_train.train import Trainer, export_model
 from ochat_train.train import train as train_run
 from ochat_train.training.checkpoint import (
+    Checkpoint,
     FileMark,
     check_resume,
     find_checkpoints,
@@ -54,9 +57,10 @@ from ochat_train.training.checkpoint import (
     read_checkpoint,
 )
 from ochat_train.training.data import check_lengths, make_batch
-from ochat_train.training.engine import Failed, World, join_process_group, make_optimizer
+from ochat_train.training.engine import Failed, World, deepspeed_config, join_process_group, make_engine, make_optimizer
 from ochat_train.training.held_out import HeldOut
 from ochat_train.training.resources import AvailableMemory
+from ochat_train.training.run_folder import describe_run
 from ochat_train.training.schedule import learning_rate
 from ochat_train.training.setup import CheckpointingChoice, agree, build_engine, prepare
 from ochat_train.training.stopping import Watchdog
@@ -733,6 +737,44 @@ def test_vectors_decay_where_the_recipe_says_so(decays: bool) -> None:
     optimizer.step()
     assert torch.allclose(model.weight, matrix * 0.95)
     assert torch.allclose(model.bias, vector * (0.95 if decays else 1.0))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_of_before_adamw_was_fused_goes_on_with_the_fused_one(stage: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"offload": "none", "dtype": "float32", "grad_accum": 1, "grad_clip": 1.0, "extra": {}}
+
+    def engine(fused: bool | None) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        optimizer = make_optimizer(model, OptimSection(), lr=0.01)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        return make_engine(model, optimizer, deepspeed_config(stage=stage, **options))
+
+    def step(engine: Any) -> list[list[float]]:
+        engine.backward(engine(torch.ones(2, 8)).sum())
+        engine.step()
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+            return [parameter.detach().flatten().tolist() for parameter in engine.module.parameters()]
+
+    was, now = engine(None), engine(True)
+    step(was)
+    was.save_checkpoint(str(tmp_path), tag="deepspeed")
+    load_checkpoint(now, Checkpoint(tmp_path, *[None] * 7), ALONE)  # type: ignore[arg-type]  # only its folder is read
+    assert all(group["fused"] for group in now.optimizer.param_groups)
+    for after_was, after_now in zip(step(was), step(now), strict=True):
+        assert after_now == pytest.approx(after_was, rel=1e-5, abs=1e-6)
+    assert {float(state["step"]) for state in now.basic_optimizer.state.values()} == {2.0}
+
+
+def test_versions_are_those_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.setattr(metadata, "version", None)  # a package may come without what pip writes beside it
+    recipe = load_recipe(ROOT / "recipes/openchat_v3.2_super_13b.yaml")
+    versions = describe_run(recipe, 1, attention="sdpa", checkpointing="full")["versions"]
+    assert versions["torch"] == torch.__version__
+    assert "datasets" not in versions
 
 
 def test_a_model_whose_tokens_see_later_ones_is_refused_by_name(recipe_path: Path, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ STATE_BYTES: dict[str, float] = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "sgd": 0
 _REDUCED_AT_ONCE = 500_000_000  # elements, that DeepSpeed reduces at once where no ZeRO optimizer is used
 _GATHERED = 1_000_000_000  # elements, stage3_max_live_parameters
 _SUB_GROUP = 1_000_000_000  # elements, sub_group_size
-_BUCKET = 500_000_000  # elements, reduce_bucket_size
-# Bytes that the optimizer's step takes beside its states, for each weight of a group: on a GPU, on a CPU.
-_STEP_BYTES = {"adamw": (4, 8), "adamw_8bit": (0, 20), "sgd": (0, 0)}
+# Elements of reduce_bucket_size, where DeepSpeed has 5e8: the bucket and its copy take 1.2 GB less in bfloat16, and
+# messages of 400 MB are still so long that their start does not count.
+BUCKET = 200_000_000
+_STEP_BYTES_8BIT = 20  # on a CPU, for each weight of a group, beside the states
 _QUANTISE_BYTES = 20  # for each weight of a layer while it is quantised on a CPU: fp32 copies, and indices
 _SMALL_FILES = 32 * 2**20  # configuration, tokenizer, random states, names and shapes
 
@@ -64,9 +65,14 @@ class ZeroSetting:
     num_processes: int
     dtype: Literal["bfloat16", "float32"]
     algorithm: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
-    bucket: int = _BUCKET
+    bucket: int = BUCKET
     grad_accum: int = 1
     num_buckets: int = 1
+
+    @property
+    def all_reduces(self) -> bool:
+        """Whether all ranks get the reduced gradients, of which each keeps its part; see `deepspeed_config`."""
+        return self.stage == 0 or is_bf16_optimizer(self) or (self.stage < 3 and self.num_buckets > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,16 +271,14 @@ def _gradient_needs(size: ModelSize, setting: ZeroSetting, part: int) -> _Gradie
 def _step_needs(size: ModelSize, setting: ZeroSetting, part: int, gradients: int, *, on_gpu: bool) -> int:
     """Bytes in the optimizer's step beside what is there all the time. part: as in `_gradient_needs`.
 
-    The step of AdamW has one more average for a moment on a GPU, and two on a CPU; that of 8 bits works in place on a
-    GPU, and on a CPU in fp32 copies, 20 bytes a weight. In stage 3, or with fp32 weights, the part of the gradients is
-    copied once.
+    The steps of AdamW and SGD work in place; that of 8 bits on a GPU too, and on a CPU in fp32 copies, 20 bytes a
+    weight. In stage 3, or with fp32 weights, the part of the gradients is copied once.
     """
     stage, is_bf16 = setting.stage, setting.dtype == "bfloat16"
     group = min(part, _SUB_GROUP) if stage == 3 else part
-    # torch updates all tensors at once on a GPU, and one after the other on a CPU.
-    updated = group if stage else size.num_trained if on_gpu else size.largest
-    step = _STEP_BYTES[setting.algorithm][not on_gpu] * updated
-    step += gradients if stage == 0 or (stage == 1 and is_bf16) else _FP32 * part
+    step = gradients if stage == 0 or (stage == 1 and is_bf16) else _FP32 * part
+    if setting.algorithm == "adamw_8bit" and not on_gpu:
+        step += _STEP_BYTES_8BIT * (group if stage else size.largest)
     if stage == 3 or (stage in (1, 2) and not is_bf16):
         step += _FP32 * group
     return step

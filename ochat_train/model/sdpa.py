@@ -125,6 +125,8 @@ def _with_sink(
 
 
 def repeat_heads(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """k and v [N, Hkv, ...] with each head repeated, so that there are `num_heads`."""
+    """k and v [N, Hkv, ...] with each head repeated, so that there are `num_heads`; themselves where there are."""
     groups = num_heads // k.shape[1]
+    if groups == 1:  # repeat_interleave would copy them
+        return k, v
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

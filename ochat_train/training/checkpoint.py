@@ -342,12 +342,12 @@ def load_checkpoint(
     if clip is not None:  # the recipe's, which may have changed; DeepSpeed takes that of the checkpoint
         engine.optimizer.clip_grad = clip
     # From converted states, stage 3 gives every group the weight decay of the first, and all states one shared step
-    # count, which each of them would then increment.
+    # count, which each of them would then increment. Checkpoints of before AdamW was fused have it on the host.
     for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(values)
-    for state in engine.basic_optimizer.state.values():
+    for parameter, state in engine.basic_optimizer.state.items():
         if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device, copy=True)
     file = checkpoint.path / f"random-{world.rank:05d}.pt"
     if not file.is_file():  # there were fewer ranks
         return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ochat_train.files import free_port, require_packages
 from ochat_train.model.loss import ConditionSums, LossSums
-from ochat_train.model.memory import ModelSize
+from ochat_train.model.memory import BUCKET, ModelSize
 from ochat_train.model.router import RouterSums
 from ochat_train.recipe import OptimSection
 from ochat_train.tokens.batch import PackedBatch
@@ -87,11 +87,16 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict, with the keys of `extra` merged in.
 
-    Raises ValueError when an extra key would change one that this configuration sets.
+    Stages 1 and 2 reduce gradients to the rank that keeps them, which sends half of what all-reducing them would.
+    `extra` may change how: DeepSpeed's `overlap_comm` would wait for the device before each of these, so that with it
+    they are all-reduced. Raises ValueError when another extra key would change one that this configuration sets.
     """
     if taken := sorted(_DECIDED_ELSEWHERE & extra.keys()):
         raise ValueError(f"deepspeed.{taken[0]}: the recipe's other sections decide this; change those")
-    zero: dict[str, Any] = {"stage": stage}
+    of_zero = extra.get("zero_optimization")
+    of_zero = of_zero if isinstance(of_zero, dict) else {}  # anything else is refused below
+    chosen = {"reduce_bucket_size": BUCKET, "use_multi_rank_bucket_allreduce": bool(of_zero.get("overlap_comm"))}
+    zero: dict[str, Any] = {"stage": stage, **{key: of_zero.get(key, value) for key, value in chosen.items()}}
     if offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
@@ -103,6 +108,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam needs a compiler
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         "checkpoint": {"use_node_local_storage": False, "load_universal": False},
     }
     if dtype == "bfloat16":
@@ -142,7 +148,7 @@ def make_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torch
 
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=optim.betas, eps=optim.eps)
         return optimizer
-    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 # bitsandbytes' kernels count elements in 32 bits: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1785

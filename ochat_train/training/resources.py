@@ -18,6 +18,7 @@ from ochat_train.model.activations import Activations, Alone, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.lora import Kind
 from ochat_train.model.memory import (
+    BUCKET,
     MemoryNeeds,
     ModelSize,
     ZeroSetting,
@@ -108,7 +109,7 @@ class MemoryPlan:
     def setting(self, stage: int, *, offload: bool, num_processes: int, algorithm: Any = None) -> ZeroSetting:
         """The recipe's setting with another stage, offload, number of processes and, if given, optimizer."""
         zero = self.recipe.deepspeed.get("zero_optimization", {})
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000))
+        bucket = int(zero.get("reduce_bucket_size", BUCKET))
         if not self.is_on_gpu:  # host memory that is never written is never allocated
             bucket = min(bucket, self.size.num_trained)
         return ZeroSetting(

@@ -4,11 +4,11 @@ import os
 import secrets
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,12 @@ def device_name() -> str:
 def describe_run(recipe: Recipe, world_size: int, *, attention: str, checkpointing: str) -> dict[str, Any]:
     """What is saved with every checkpoint: the resolved recipe, the commit of the code, versions, hardware."""
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
+    imported = {name: sys.modules[name] for name in packages if name in sys.modules}
     return {
         "recipe": to_json(recipe),
         "commit": _git_commit(),
-        "versions": {name: metadata.version(name) for name in packages} | {"ochat_train": ochat_train.__version__},
+        "versions": {name: str(module.__version__) for name, module in imported.items()}
+        | {"ochat_train": ochat_train.__version__},
         "device": device_name(),
         "num_processes": world_size,
         "attention": attention,

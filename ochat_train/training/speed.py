@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from ochat_train.files import read_json_lines
 from ochat_train.model.checkpointing import share_of
-from ochat_train.model.pretrained import matrix_weights_of
+from ochat_train.model.memory import ZeroSetting
+from ochat_train.model.pretrained import DTYPES, matrix_weights_of
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.plan import PlanTable
 
@@ -169,24 +170,23 @@ SPEEDS = (
 # gives for both), of which collectives of large messages are assumed to reach 0.8.
 _REACHED = 0.8
 BANDWIDTHS = {A100: _REACHED * 300e9, H100: _REACHED * 450e9, "NVIDIA H200": _REACHED * 450e9}
-_BYTES = 2  # of a weight and of a gradient when it is sent, in bfloat16
 
 
-def communication_seconds(
-    num_weights: int, *, num_devices: int, stage: int, grad_accum: int, bytes_per_s: float
-) -> float:
-    """Seconds that ZeRO communicates in one optimizer step, when nothing overlaps with it.
+def bytes_sent(num_weights: int, num_trained: int, setting: ZeroSetting) -> float:
+    """Bytes that each of n processes sends in one optimizer step, in the mean.
 
-    Ring collectives move num_weights * 2 bytes * (n - 1) / n out of each of n devices. Stages 0 and 1 reduce gradients
-    once a step, stages 2 and 3 once a micro-batch. All stages gather the weights: once a step, stage 3 in each forward
-    and backward pass. (Stage 0 all-reduces gradients instead, which is as many bytes.)
+    A ring sends (n - 1) / n of a tensor to reduce, scatter or gather it, and all-reduces it by both. Gradients, of the
+    trained weights, are reduced once a step in stages 0 and 1, and once a micro-batch in stages 2 and 3. These
+    are gathered once a step in stages 1 and 2; in stage 3 all weights are, in each forward and backward pass. Both are
+    sent in the weights' dtype.
 
-    >>> round(communication_seconds(13 * 10**9, num_devices=8, stage=2, grad_accum=1, bytes_per_s=240e9), 4)
-    0.1896
+    >>> bytes_sent(13 * 10**9, 13 * 10**9, ZeroSetting(2, False, 8, "bfloat16")) / 1e9
+    45.5
     """
-    reduced = grad_accum if stage >= 2 else 1
-    gathered = 2 * grad_accum if stage == 3 else 1
-    return (reduced + gathered) * _BYTES * num_weights * (num_devices - 1) / num_devices / bytes_per_s
+    reduced = (1 + setting.all_reduces) * (setting.grad_accum if setting.stage >= 2 else 1) * num_trained
+    gathered = (0, num_trained, num_trained, 2 * setting.grad_accum * num_weights)[setting.stage]
+    share = (setting.num_processes - 1) / setting.num_processes
+    return DTYPES[setting.dtype].itemsize * share * (reduced + gathered)
 
 
 # --------------------------------------------------------------------------------------------------- predictions
@@ -304,15 +304,11 @@ def predict(work: Work, machine: Machine, speeds: Sequence[Speed] = SPEEDS) -> t
 def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Prediction:
     busy = work.flops / (basis.share * peak * machine.num_devices * work.efficiency)
     num_steps = work.num_micro_batches / (machine.num_devices * work.grad_accum)
-    communication = 0.0
-    if machine.num_devices > 1 and not work.utilisation.is_frozen:  # adapters are small
-        communication = num_steps * communication_seconds(
-            work.utilisation.num_weights,
-            num_devices=machine.num_devices,
-            stage=work.stage,
-            grad_accum=work.grad_accum,
-            bytes_per_s=BANDWIDTHS.get(machine.device, BANDWIDTHS[A100]),
-        )
+    num_weights = work.utilisation.num_weights
+    num_trained = 0 if work.utilisation.is_frozen else num_weights  # adapters are small
+    setting = ZeroSetting(work.stage, False, machine.num_devices, "bfloat16", grad_accum=work.grad_accum)
+    bytes_per_s = BANDWIDTHS.get(machine.device, BANDWIDTHS[A100])
+    communication = num_steps * bytes_sent(num_weights, num_trained, setting) / bytes_per_s
     seconds = busy + communication
     of_step = replace(work.utilisation, peak=peak).of_step
     return Prediction(

@@ -2,11 +2,13 @@
 
 python -m tests.e2e.engine_bytes KIND ...      one engine after the other; a JSON line of the first rank for each
 
-KIND: JSON, the arguments of `engine_bytes` or, with the key `policy`, of `engine_peak`.
+KIND: JSON, the arguments of `engine_bytes`, with the key `policy` of `engine_peak`, with `overlap_comm` of
+`engine_sent`.
 """
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,11 +124,74 @@ def engine_peak(
     return peaks
 
 
+def engine_sent(
+    stage: int, dtype: str, grad_accum: int, overlap_comm: bool | None, lora_rank: int | None = None
+) -> dict[str, int]:
+    """What an engine does in its fourth step: bytes that collectives get, by kind; how often it waits for the device.
+
+    Bytes are those of the whole tensor, before it is scattered or after it is gathered. In stage 3 weights are given
+    back after every use, as those of models above 1e9 weights are.
+    """
+    lm = AutoModelForCausalLM.from_config(small_config(), dtype=DTYPES[dtype])
+    if lora_rank is not None:
+        add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=(), seed=0)
+    model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing="none", num_conditions=1)
+    released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0} if stage == 3 else {}
+    overlap = {} if overlap_comm is None else {"overlap_comm": overlap_comm}
+    engine = _make_engine(model, stage, dtype, "adamw", grad_accum, bucket=200_000, **released, **overlap)
+    ids = np.arange(NUM_TOKENS, dtype=np.int32)
+    batch = collate([Example(ids, np.ones(NUM_TOKENS, np.float32))], [0])
+    for _ in range(4):  # DeepSpeed's timers begin in the third
+        SENT.clear()
+        for _ in range(grad_accum):
+            engine.backward(engine(batch).nll, scale_wrt_gas=False)
+            engine.step()
+    engine.destroy()
+    return dict(SENT)
+
+
+SENT: Counter[str] = Counter()
+# Where each of torch's collectives has its whole tensor: the number of its argument, or of a list of tensors.
+_WHOLE = {
+    "all_reduce": 0,
+    "reduce": 0,
+    "broadcast": 0,
+    "all_gather": 0,
+    "all_gather_into_tensor": 0,
+    "reduce_scatter_tensor": 1,
+    "all_to_all_single": 1,
+}
+
+
+def count_what_is_sent() -> None:
+    """Count it in SENT from now on; before the process group is made, since DeepSpeed takes the functions then."""
+
+    def counting(name: str, function: Any, place: int) -> Any:
+        def count(*arguments: Any, **options: Any) -> Any:
+            whole = arguments[place] if len(arguments) > place else next(iter(options.values()))
+            tensors = whole if isinstance(whole, list) else [whole]
+            SENT[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return function(*arguments, **options)
+
+        return count
+
+    for name, place in _WHOLE.items():
+        setattr(dist, name, counting(name, getattr(dist, name), place))
+    accelerator: Any = get_accelerator()
+    synchronize = accelerator.synchronize
+
+    def wait(*arguments: Any) -> None:
+        SENT["waits"] += 1
+        synchronize(*arguments)
+
+    accelerator.synchronize = wait
+
+
 def _make_engine(
-    model: PackedCausalLM, stage: int, dtype: str, algorithm: Any, grad_accum: int, bucket: int = 1000
+    model: PackedCausalLM, stage: int, dtype: str, algorithm: Any, grad_accum: int, bucket: int = 1000, **zero: Any
 ) -> Any:
     optimizer = make_optimizer(model, OptimSection(algorithm=algorithm), lr=1e-3)
-    extra = {"zero_optimization": {"reduce_bucket_size": bucket}}
+    extra = {"zero_optimization": {"reduce_bucket_size": bucket, **zero}}
     config = deepspeed_config(
         stage=stage, offload="none", dtype=dtype, grad_accum=grad_accum, grad_clip=1.0, extra=extra
     )
@@ -145,11 +212,13 @@ def _live_bytes() -> int:
 
 def main() -> None:
     """Print the bytes of each engine that the command line names."""
+    count_what_is_sent()
     world = read_world()
     join_process_group(world)
     for word in sys.argv[1:]:
         kind = orjson.loads(word)
-        found = engine_peak(**kind) if "policy" in kind else engine_bytes(**kind)
+        measure = engine_sent if "overlap_comm" in kind else engine_peak if "policy" in kind else engine_bytes
+        found = measure(**kind)
         if world.is_main:
             print("BYTES " + orjson.dumps(found).decode(), flush=True)
 
