@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig
 
 from ochat_train.conversations.described import describe_template
-from ochat_train.export import write_model
+from ochat_train.export import Configs, write_model
 from ochat_train.tokens.tokenizer import ChatTokenizer
 
 NUM_POSITIONS = 512
@@ -40,8 +40,7 @@ def write_chat_model(
     write_model(
         folder,
         dict(AutoModelForCausalLM.from_config(config).state_dict()),
-        config=config,
-        generation_config=GenerationConfig(suppress_tokens=None if can_end else [tokenizer.end_id]),
+        configs=Configs(config, GenerationConfig(suppress_tokens=None if can_end else [tokenizer.end_id])),
         tokenizer=tokenizer,
         dtype=torch.float32,
         metadata={

@@ -42,6 +42,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of several sizes, shared keys": ("gemma4_text", {}),
     "attention sinks, a window in every second layer, experts": ("gpt_oss", {}),
     "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
+    "the text part of a multimodal model": ("mistral3", {}),
+    "the text part, with a window in five of six layers": ("gemma3", {}),
+    "the text part, with positions in time, height and width": ("qwen2_5_vl", {}),
+    "the text part, with interleaved positions": ("qwen3_vl", {}),
 }
 # With attention of their own or one that ours cannot do, or with layers that are none.
 ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -56,6 +60,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "both directions": ("bert", {}, "its tokens see later ones"),
     "layers before the head": ("bert", {"is_decoder": True}, "after the layers"),
     "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
+    "layers of its text part for pictures alone": (
+        "mllama",
+        {},
+        "text does not pass .*cross_attn.* more of its weights",
+    ),
+    "text that sees what follows, as beside a picture": ("paligemma", {}, "logits differ from those of each sequence"),
     "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
 }
 

@@ -20,6 +20,7 @@ from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
+from ochat_train.model.text_part import is_multimodal, keep_text_part
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 
@@ -204,7 +205,11 @@ class _Pair(NamedTuple):
 def _make_pair(small: PreTrainedModel, attention: Backend, checkpointing: str) -> _Pair:
     stock = copy.deepcopy(small)
     packed = PackedCausalLM(
-        copy.deepcopy(small), attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
+        keep_text_part(copy.deepcopy(small)),
+        attention=attention,
+        device_type="cpu",
+        checkpointing=checkpointing,
+        num_conditions=1,
     )
     return _Pair(stock, packed.train(), _examples(small))
 
@@ -240,6 +245,10 @@ def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
         F.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
         alone[len(ids)] = logits.detach()
     of_logits = [_compare_logits(mine, alone[len(mine)]) for mine in packed]
+    if is_multimodal(pair.stock.config):
+        unreached = [name for name, p in pair.packed.lm.named_parameters() if p.grad is None]
+        if unreached:  # the optimizer's weight decay would change them all the same
+            raise ValueError(f"text does not pass {unreached[0]} and {len(unreached) - 1} more of its weights")
     return max(of_logits, key=_size), _compare_gradients(pair)
 
 
@@ -259,7 +268,7 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.named_parameters()}
     smallest = _SMALLEST_GRADIENT * max(float(gradient.norm()) for gradient in of_stock.values())
     sizes = {
-        name: float((of_packed[name] - gradient).norm()) / max(float(gradient.norm()), smallest)
+        name: float((of_packed.get(name, zero) - gradient).norm()) / max(float(gradient.norm()), smallest)
         for name, gradient in of_stock.items()
     }
     name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])
