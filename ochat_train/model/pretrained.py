@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoConfig, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from ochat_train.model.small import EXPERTS, most_experts
 from ochat_train.model.text_part import auto_class, is_multimodal, keep_text_part, processor_files, untrained_of
@@ -175,7 +175,8 @@ def load_model(
         # With the package kernels installed transformers would keep the weights quantized, which cannot be trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        loads = auto_class(AutoConfig.from_pretrained(files.name, **files.options))
+        is_text = files.gguf_file is not None  # such a file has the language model alone
+        loads = AutoModelForCausalLM if is_text else auto_class(AutoConfig.from_pretrained(files.name))
         model = keep_text_part(loads.from_pretrained(files.name, dtype=DTYPES[dtype], **options))
         if untrained := untrained_of(model):
             untrained.files = processor_files(files.name)
