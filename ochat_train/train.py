@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ochat_train.export import export, is_export_of, metadata_of, write_model
+from ochat_train.export import Configs, export, is_export_of, metadata_of, write_model
 from ochat_train.files import read_json_lines, step_name
 from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import LossSums, zero_sums
 from ochat_train.model.pretrained import DTYPES, max_positions_of
 from ochat_train.model.router import add_router_sums
+from ochat_train.model.text_part import untrained_of
 from ochat_train.recipe import (
     CheckpointSection,
     ModelsSection,
@@ -460,9 +461,9 @@ class Trainer:
         lm, lora = self.engine.module.lm, self.run.recipe.model.lora
         write_model(
             folder,
-            weights if lora is None else merge_adapters(weights, scaling=lora.scaling),
-            config=lm.config,
-            generation_config=lm.generation_config,
+            merge_adapters(weights, scaling=1 if lora is None else lora.scaling),
+            untrained=untrained_of(lm),
+            configs=Configs(lm.config, lm.generation_config),
             tokenizer=self.run.tokenizer,
             dtype=dtype,
             metadata=metadata_of(checkpoint),

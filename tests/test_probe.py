@@ -45,6 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "layers before the head": ("bert", {"is_decoder": True}),
     "layers before the head that are no part of its module": ("modernbert-decoder", {}),
     "experts whose width is another part's setting": ("dbrx", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
+    "the text part of a multimodal model": ("mistral3", {}),
+    "the text part, with a window in five of six layers": ("gemma3", {}),
+    "the text part, with positions in time, height and width": ("qwen2_5_vl", {}),
+    "the text part, with interleaved positions": ("qwen3_vl", {}),
 }
 # With attention of their own or one that ours cannot do, or with layers that are none.
 ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -65,6 +69,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "after the layers",
     ),
     "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
+    "layers of its text part for pictures alone": (
+        "mllama",
+        {},
+        "text does not pass .*cross_attn.* more of its weights",
+    ),
+    "text that sees what follows, as beside a picture": ("paligemma", {}, "logits differ from those of each sequence"),
     "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
 }
 

@@ -60,6 +60,16 @@ def test_auto_takes_the_first_policy_that_fits() -> None:
     assert too_small.policy == "full" and not too_small.fits_device(too_small.own)
 
 
+def test_a_host_has_what_a_multimodal_model_has_beside_its_text_part_and_a_gpu_has_not() -> None:
+    whole = AutoConfig.for_model("llava", text_config=llama(2))
+    of_text, of_whole = (plan(published(), 80 * GIB, config) for config in (whole.text_config, whole))
+    assert of_whole.needs(of_whole.own) == of_text.needs(of_text.own)
+    more = 2 * of_whole.size.num_untrained  # bytes, in bfloat16
+    assert more > 0 and of_whole.host_needs(of_whole.own) == of_text.host_needs(of_text.own) + more
+    on_cpu = plan(published(), None, whole)
+    assert on_cpu.total(on_cpu.own) == plan(published(), None, whole.text_config).total(on_cpu.own) + more
+
+
 def test_auto_tries_no_policy_of_more_layers_than_there_are() -> None:
     recipe, config = published("model.checkpointing=auto"), llama(2)
     none, full = (plan(published(f"model.checkpointing={name}"), 80 * GIB, config) for name in ("none", "full"))

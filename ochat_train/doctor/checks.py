@@ -28,6 +28,7 @@ from ochat_train.gpus import check_gpus, usable_gpus
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.pretrained import DTYPES, load_config
 from ochat_train.model.router import choose_router_loss
+from ochat_train.model.text_part import text_part_of
 from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import moved_places, to_json
 from ochat_train.tokens.plan import PlanTable, make_table
@@ -226,7 +227,7 @@ def check_model(case: Case) -> None:
     model = case.recipe.model
     case.config = load_config(model.base, model.config, case.tokenizer.num_ids)
     case.row_ids = trained_rows(case.recipe, case.tokenizer)
-    case.size = size_of(case.recipe, case.config.get_text_config(), len(case.row_ids))
+    case.size = size_of(case.recipe, case.config, len(case.row_ids))
     if model.base is not None:
         require_model(model.base)
 
@@ -237,6 +238,8 @@ def check_attention(case: Case) -> Finding:
     model = case.recipe.model
     router = choose_router_loss(model.router_aux_loss_coef, case.config, is_frozen=model.lora is not None)
     detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}{f'; {router}' if router else ''}"
+    if part := text_part_of(case.config):
+        detail += f"; {part}"
     if agreement.why_alone is None:
         return Finding("ok", detail)
     return Finding(
@@ -269,7 +272,7 @@ def check_token_store(case: Case) -> Finding:
         check_store(case.recipe, train.manifest, case.tokenizer)
         if not case.is_quick:  # launch.sh has just done it
             check_moved(case.recipe, train.manifest)
-        plan = make_run_plan(case.recipe, train, case.config.get_text_config(), case.num_processes)
+        plan = make_run_plan(case.recipe, train, case.config, case.num_processes)
         for split in (train, held_out):
             if len(split):
                 split[len(split) - 1]  # the far end of the Arrow files
@@ -294,11 +297,10 @@ def check_settings(case: Case) -> Finding:
     check_sinks(recipe)
     read_checks(recipe.eval.checks)
     require_adapters(recipe, case.device)
-    config = case.config.get_text_config()
-    check_options(recipe, config, case.size, case.num_processes)
+    check_options(recipe, case.config, case.size, case.num_processes)
     if not hasattr(case, "store"):
         return Finding("ok", f"optim.lr {recipe.optim.lr}, zero.stage {recipe.zero.stage}")
-    peak_lr, reason = peak_learning_rate(recipe, config, case.store.manifest, case.num_processes)
+    peak_lr, reason = peak_learning_rate(recipe, case.config, case.store.manifest, case.num_processes)
     return Finding("ok", f"peak learning rate {peak_lr:.3g} ({reason}), zero.stage {recipe.zero.stage}")
 
 
@@ -307,7 +309,7 @@ def check_settings(case: Case) -> Finding:
 
 def check_memory(case: Case) -> Finding:
     """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
-    config, machine = case.config.get_text_config(), case.machine
+    config, machine = case.config, case.machine
     is_alone = hasattr(case, "attention") and case.attention.backend == "alone"
     plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes, is_alone=is_alone)
     there = (

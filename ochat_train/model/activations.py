@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from ochat_train.model.lora import PLAIN, Kind, add_adapters, require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, meta_model
+from ochat_train.model.text_part import base_of, set_attention
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -91,8 +92,8 @@ def count_activations(
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
     )
-    if model.lm.config._attn_implementation != "eager":
-        model.lm.set_attn_implementation(register_sized_attention())
+    if base_of(model.lm).config._attn_implementation != "eager":
+        set_attention(model.lm, register_sized_attention())
     try:
         if isinstance(num_tokens, Alone):
             return _extrapolate(model.train(), num_tokens.num_tokens, min(num_tokens))

@@ -10,12 +10,13 @@ from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
-from ochat_train.model.logits import base_of, before_head, has_parts_before_head, measure_logits
+from ochat_train.model.logits import before_head, has_parts_before_head, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
 from ochat_train.model.router import RouterSums, balance_of, sum_router_loss
+from ochat_train.model.text_part import base_of, set_attention
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -52,7 +53,7 @@ class PackedCausalLM(nn.Module):
         if self.attention.backend == "alone":
             use_own_attention(lm)
         else:
-            lm.set_attn_implementation(register(self.attention.backend))
+            set_attention(lm, register(self.attention.backend))
         rotate_each_alone(lm)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
@@ -139,7 +140,7 @@ def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, 
     name = f"lm.{CHECKSUM}"
     mine, theirs = dict(module.named_buffers()).get(name), state.get(prefix + name)
     if mine is not None and theirs is not None and int(mine) != int(theirs):
-        raise ValueError("the checkpoint's adapters were trained beside other weights than those of model.base now")
+        raise ValueError("the checkpoint was trained beside other weights than those of model.base now")
 
 
 def attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:

@@ -20,6 +20,7 @@ from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
+from ochat_train.model.text_part import is_multimodal, keep_text_part
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 
@@ -227,7 +228,7 @@ def _run_alone(small: PreTrainedModel) -> _Stock:
 
 def _pack_model(small: PreTrainedModel, attention: Backend, checkpointing: str) -> PackedCausalLM:
     """A copy of a small model, packed."""
-    lm = copy.deepcopy(small)
+    lm = keep_text_part(copy.deepcopy(small))
     return PackedCausalLM(
         lm, attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
     ).train()
@@ -266,6 +267,10 @@ def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
     with torch.no_grad():
         packed = pair.packed.logits(batch).split(_LENGTHS)
     of_logits = [_compare_logits(mine, pair.stock.logits[len(mine)]) for mine in packed]
+    if is_multimodal(pair.stock.lm.config):
+        unreached = [name for name, p in pair.packed.lm.named_parameters() if p.grad is None]
+        if unreached:  # the optimizer's weight decay would change them all the same
+            raise ValueError(f"text does not pass {unreached[0]} and {len(unreached) - 1} more of its weights")
     return max(of_logits, key=_size), _compare_gradients(pair)
 
 
@@ -285,7 +290,7 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.lm.named_parameters()}
     smallest = _SMALLEST_GRADIENT * max(float(gradient.norm()) for gradient in of_stock.values())
     sizes = {
-        name: float((of_packed[name] - gradient).norm()) / max(float(gradient.norm()), smallest)
+        name: float((of_packed.get(name, zero) - gradient).norm()) / max(float(gradient.norm()), smallest)
         for name, gradient in of_stock.items()
     }
     name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])

@@ -283,12 +283,14 @@ def _read_about(run: Path, saved: Sequence[SavedFolder]) -> dict[str, Any]:
 def generate_replies(model_dir: Path, question: str, conditions: Sequence[str]) -> dict[str, str]:
     """The model's greedy reply to one question under each condition."""
     import torch  # the facts of a run do without
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
+
+    from ochat_train.model.text_part import auto_class
 
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    model: Any = auto_class(AutoConfig.from_pretrained(model_dir)).from_pretrained(model_dir, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     replies = {}
     for condition in conditions:

@@ -145,7 +145,11 @@ class MemoryPlan:
     def total(self, setting: ZeroSetting, activations: Activations | None = None) -> int:
         """Bytes of a process on its device; on a CPU including what is offloaded, which is the same memory."""
         needs = self.needs(setting, activations)
-        return needs.total + (0 if self.is_on_gpu else needs.host)
+        return needs.total + (0 if self.is_on_gpu else needs.host + self._untrained_bytes)
+
+    @property
+    def _untrained_bytes(self) -> int:
+        return DTYPES[self.recipe.model.dtype].itemsize * self.size.num_untrained
 
     def limit(self, setting: ZeroSetting) -> int:
         """The bytes that each process may take: of its GPU, or its share of host memory."""
@@ -172,7 +176,8 @@ class MemoryPlan:
         element = DTYPES[setting.dtype].itemsize
         lacks_room = self.size.weight_bytes(element) + element * self.size.num_trained > self.limit(setting)
         copies = flat_copies(self.size, setting) if lacks_room else 0
-        return max(element * self.size.num_weights, num_local * max(copies, self.needs(setting).host))
+        in_run = num_local * max(copies, self.needs(setting).host)
+        return self._untrained_bytes + max(element * self.size.num_weights, in_run)
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""
@@ -248,7 +253,7 @@ def _count(
 
 def _policies_of(config: Any) -> list[str]:
     """The policies of BY_TIME that a model of this configuration can have."""
-    num_layers = getattr(config, "num_hidden_layers", 1)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     return [policy for policy in BY_TIME if policy in ("none", "full") or (period_of(policy) or 0) <= num_layers]
 
 
@@ -430,8 +435,8 @@ def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int, *, start: int | N
             dtype=recipe.model.dtype,
             algorithm=recipe.optim.algorithm,
         ),
-        model=DTYPES[recipe.model.dtype].itemsize * size.num_weights,
-        light=DTYPES["bfloat16"].itemsize * size.num_weights,
+        model=DTYPES[recipe.model.dtype].itemsize * (size.num_weights + size.num_untrained),
+        light=DTYPES["bfloat16"].itemsize * (size.num_weights + size.num_untrained),
         num_kept=recipe.checkpoint.keep,
         num_light=_num_light(recipe, num_steps) + _num_best(recipe),
         taken=sum(

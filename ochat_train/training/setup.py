@@ -14,7 +14,7 @@ from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
 from ochat_train.model.checkpointing import check_policy, share_of
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
-from ochat_train.model.lora import add_adapters, require_peft
+from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
@@ -22,6 +22,7 @@ from ochat_train.model.probe import Agreement, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
+from ochat_train.model.text_part import text_part_of, untrained_of
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
@@ -83,6 +84,7 @@ class Resolved:
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
     router: RouterChoice | None
+    text_part: str | None
 
     def describe(self) -> str:
         """The choices with their reasons, a line each."""
@@ -92,6 +94,7 @@ class Resolved:
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
             str(self.agreement),
+            *([self.text_part] if self.text_part else []),
             *([str(self.router)] if self.router else []),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
@@ -165,8 +168,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if recipe.model.base is not None:
         require_model(recipe.model.base)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
-    text_config = config.get_text_config()
-    plan = make_run_plan(recipe, store, text_config, world.size)
+    plan = make_run_plan(recipe, store, config, world.size)
     check_lengths(held_out, recipe.packing.tokens_per_gpu)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
@@ -181,8 +183,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
-    size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
-    check_options(recipe, text_config, size, world.size)
+    size = size_of(recipe, config, len(trained_rows(recipe, tokenizer)))
+    check_options(recipe, config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
     attention, agreement = attention_of(recipe, config, world.device.type, is_exported=world.is_main)
@@ -194,7 +196,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         tokenizer=tokenizer,
         plan=plan,
         resolved=Resolved(
-            peak_lr=peak_learning_rate(recipe, text_config, store.manifest, world.size),
+            peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
             attention=attention,
             agreement=agreement,
             kernels=choose_kernels(
@@ -204,12 +206,11 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 dtype=DTYPES[recipe.model.dtype],
                 is_compiled=recipe.model.compile,
             ),
-            checkpointing=_choose_checkpointing(
-                recipe, text_config, size, world, is_alone=attention.backend == "alone"
-            ),
+            checkpointing=_choose_checkpointing(recipe, config, size, world, is_alone=attention.backend == "alone"),
             router=choose_router_loss(
                 recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
             ),
+            text_part=text_part_of(config),
         ),
         resumed=resumed,
     )
@@ -257,7 +258,7 @@ def attention_of(
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
     """Raise ValueError when a model of this size cannot have the recipe's checkpointing or optimizer."""
     if recipe.model.checkpointing != "auto":
-        check_policy(recipe.model.checkpointing, getattr(config, "num_hidden_layers", 1))
+        check_policy(recipe.model.checkpointing, getattr(config.get_text_config(), "num_hidden_layers", 1))
     if recipe.optim.algorithm == "adamw_8bit":
         check_adam8bit(size, stage=recipe.zero.stage, num_processes=num_processes)
 
@@ -291,13 +292,15 @@ def check_continues(run: Run, world: World) -> None:
         )
 
 
-def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> PeakRate:
+def peak_learning_rate(recipe: Recipe, config: Any, manifest: Manifest, world_size: int) -> PeakRate:
     """The recipe's learning rate; for `auto` that of the published rule."""
     if recipe.optim.lr != "auto":
         return PeakRate(recipe.optim.lr, "asked for by the recipe")
     train = manifest.splits["train"]
     tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
-    return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
+    return auto_learning_rate(
+        config.get_text_config(), tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"]
+    )
 
 
 def _choose_checkpointing(
@@ -486,6 +489,8 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
             seed=recipe.train.seed,
             kind=kind_of(lora, world.device),
         )
+    elif untrained := untrained_of(lm):
+        lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
         lm,
