@@ -62,6 +62,7 @@ from ochat_train.training.engine import (
 from ochat_train.training.generate import GreedyDecoder
 from ochat_train.training.held_out import HeldOut, Interrupted
 from ochat_train.training.kept_models import copy_best
+from ochat_train.training.leanings import write_leanings
 from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
@@ -494,8 +495,11 @@ class Trainer:
             if is_end and len(run.held_out):
                 most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
                 probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
+                if self.world.is_main:
+                    write_leanings(run.dir / "leanings.json", state.step, run.held_out, probe.leanings, run.tokenizer)
             checks = self.checker.run(state.step) if is_end else None
-            self.metrics.evaluation(state.step, state.epoch, sums, probe, checks, is_epoch_end=is_epoch_end)
+            by_condition = sums.by_condition(len(run.store.manifest.conditions))
+            self.metrics.evaluation(state.step, state.epoch, by_condition, probe, checks, is_epoch_end=is_epoch_end)
         except Interrupted:
             self.is_stopping = True
             later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"

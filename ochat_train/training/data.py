@@ -151,16 +151,20 @@ def check_lengths(store: TokenStore, capacity: int) -> None:
     )
 
 
-def make_batches(store: Examples, step: StepPlan, world: World) -> list[PackedBatch]:
-    """This rank's micro-batches of a step, in pinned memory where the device is an accelerator."""
+def make_batches(store: Examples, step: StepPlan, world: World, *, by_example: bool = False) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, in pinned memory where the device is an accelerator.
+
+    by_example: each example has a condition id of its own, its place in the micro-batch.
+    """
     multiple = CUDA_MULTIPLE if world.device.type == "cuda" else 1
     return [
-        make_batch(store, positions, multiple=multiple).pin(world.device)
+        make_batch(store, positions, multiple=multiple, by_example=by_example).pin(world.device)
         for positions in step.bins[world.rank :: world.size]
     ]
 
 
-def make_batch(store: Examples, positions: Indices, *, multiple: int = 1) -> PackedBatch:
+def make_batch(store: Examples, positions: Indices, *, multiple: int = 1, by_example: bool = False) -> PackedBatch:
     """The packed batch of the store's examples at `positions` i64[n]; multiple: see `collate`."""
     examples = [store[position] for position in positions.tolist()]
-    return collate(examples, store.condition_ids[positions], multiple=multiple)
+    condition_ids = np.arange(len(positions)) if by_example else store.condition_ids[positions]
+    return collate(examples, condition_ids, multiple=multiple)
