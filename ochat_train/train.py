@@ -135,6 +135,7 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     saved; OutOfMemory, StoreChanged.
     """
     run = agree(run)
+    world = replace(world, sequence_parallel=run.recipe.packing.sequence_parallel)
     with open_run_folder(run.dir, world) as folder:
         run = agree_on_resume(run, folder, world)
         was = run.store.manifest.places if run.resumed is None else run.resumed.state.recipe

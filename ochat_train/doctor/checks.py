@@ -272,7 +272,7 @@ def check_token_store(case: Case) -> Finding:
     detail = (
         f"{path}, {train.fingerprint[:12]}: {len(train):,} examples, {int(train.lengths.sum()):,} tokens, weight "
         f"{float(train.weight_sums.sum()):,.6g}; {len(held_out):,} held out; longest {int(train.lengths.max()):,} of "
-        f"packing.tokens_per_gpu {case.recipe.packing.tokens_per_gpu:,}"
+        f"{case.recipe.packing.capacity_in_words}"
     )
     return Finding("ok", detail)
 
@@ -347,7 +347,7 @@ def _memory_by_setting(plan: MemoryPlan) -> list[str]:
     columns = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
     names = [f"   stage {stage}{' offload' if offload else ''}" for stage, offload in columns]
     lines = ["GiB a process; + fits, [] the recipe's:", f"  GPUs{''.join(names)}"]
-    for number in numbers:
+    for number in (number for number in numbers if number % plan.recipe.packing.sequence_parallel == 0):
         line = f"  {number:<4,}"
         for (stage, offload), name in zip(columns, names, strict=True):
             setting = plan.setting(stage, offload=offload, num_processes=number)
@@ -366,7 +366,7 @@ def check_steps(case: Case) -> Finding:
     table = make_table(case.plan)
     table = PlanTable(table.rows[: case.recipe.train.max_steps], table.shape)
     case.num_steps = table.num_steps
-    num_processes = table.shape.world_size
+    num_processes = case.num_processes
     steps = f"{table.num_steps:,} steps on {num_processes} processes, {table.num_tokens:,} tokens"
     if measured := measured_rate(case.path, case.recipe):
         rate, origin = measured.tokens_per_s, f"as measured in {measured.num_steps:,} steps of checkpoint.dir"

@@ -197,7 +197,9 @@ def check_fullest(case: Case) -> Finding:
     flop = 6 * case.size.num_weights * num_tokens
     expected = weights + element * case.size.num_trained + plan.activations.peak
     obstacle = None
-    if torch.cuda.device_count() > 1:
+    if case.recipe.packing.sequence_parallel > 1:
+        obstacle = "packing.sequence_parallel divides it among GPUs, and one of them could not hold it"
+    elif torch.cuda.device_count() > 1:
         obstacle = "there are several GPUs: one of them could not hold what ZeRO splits"
     elif case.device.type == "cpu" and weights > free // 4:
         obstacle = f"weights of {show_bytes(weights)} are above a quarter of the {show_bytes(free)} free"

@@ -180,7 +180,7 @@ class Work:
 
     utilisation: of the model; its peak is replaced by the machine's. num_tokens, cost: sum(L) and sum(L * (q + L)) over
     all sequences. efficiency: the share of the time in which ranks do not wait. num_micro_batches: over all ranks and
-    steps.
+    steps, each rank's share of one counting as one.
     """
 
     utilisation: Utilisation
