@@ -35,7 +35,7 @@ from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
-from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.data import check_store, groups_of, make_run_plan, trained_rows
 from ochat_train.training.resources import (
     RESERVED,
     AvailableMemory,
@@ -237,6 +237,16 @@ def check_attention(case: Case) -> Finding:
     )
 
 
+def check_groups(case: Case) -> Finding | None:
+    """Whether so many processes can share micro-batches as the recipe says; no finding where none does."""
+    packing = case.recipe.packing
+    case.num_groups = groups_of(case.recipe, case.num_processes)
+    if packing.sequence_parallel == 1:
+        return None
+    shared = f"each {packing.sequence_parallel} of {case.num_processes:,} processes share micro-batches"
+    return Finding("ok", f"{shared} of {packing.capacity:,} tokens")
+
+
 def check_kernels(case: Case) -> Finding:
     """Which kernels a run here would use and how well they agree, and whether layers can be compiled."""
     model = case.recipe.model
@@ -429,7 +439,8 @@ class Check(NamedTuple):
 _PREPROCESS = "run python -m ochat_train.preprocess with this recipe"
 _TOKENIZER = "name a template that fits the base, or a tokenizer that is there"
 _MODEL = "name a model that is there, or correct model.config"
-_ATTENTION = "set model.attention: auto, or take another model"
+_ATTENTION = "follow the message, set model.attention: auto, or take another model"
+_GROUPS = "set packing.sequence_parallel, or NUM_GPUS, as the message says"
 _KERNELS = "correct model.kernels or model.compile, or install what they need, as the message says"
 _SETTINGS = "correct the recipe, or install what it needs, as the message says"
 _MEMORY = "measure it with train.max_steps=2"
@@ -445,7 +456,8 @@ CHECKS = (
     Check("model", check_model, _MODEL, needs=("tokenizer",)),
     Check("attention", check_attention, _ATTENTION, needs=("size",)),
     Check("kernels", check_kernels, _KERNELS, needs=("size",)),
-    Check("store", check_token_store, _PREPROCESS, needs=("size",)),
+    Check("groups", check_groups, _GROUPS, needs=("num_processes",)),
+    Check("store", check_token_store, _PREPROCESS, needs=("size", "num_groups")),
     Check("settings", check_settings, _SETTINGS, needs=("size",)),
     Check("resume", check_earlier_run, "go back to the old values, or name another checkpoint.dir", needs=("plan",)),
     Check("isolation", check_isolation, needs=_RUNS, is_long=True),

@@ -94,18 +94,25 @@ def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:
     return rows_to_train(model.base, tokenizer, with_template=model.lora.train_template_tokens)
 
 
+def groups_of(recipe: Recipe, num_processes: int) -> int:
+    """How many groups of processes share micro-batches. Raises ValueError when the processes cannot be grouped so."""
+    shared = recipe.packing.sequence_parallel
+    if num_processes % shared:
+        raise ValueError(
+            f"packing.sequence_parallel {shared} does not divide {num_processes:,} processes; set it to one of their "
+            "divisors, or start another number"
+        )
+    return num_processes // shared
+
+
 def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:
     """The plan of the recipe's run on `world_size` processes; config: the model's transformers configuration.
 
     Raises ValueError when data.max_tokens is above the model's positions, an example is longer than a micro-batch, no
-    example has a loss weight above 0, or packing.sequence_parallel does not divide the processes.
+    example has a loss weight above 0, or processes cannot share micro-batches as the recipe says.
     """
     packing = recipe.packing
-    if world_size % packing.sequence_parallel:
-        raise ValueError(
-            f"packing.sequence_parallel {packing.sequence_parallel} does not divide {world_size:,} processes; set it "
-            "to one of their divisors, or start another number"
-        )
+    num_groups = groups_of(recipe, world_size)
     if recipe.data.max_tokens > (most := max_positions_of(config)):
         raise ValueError(
             f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
@@ -118,7 +125,7 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
         )
     shape = PlanShape(
         capacity=packing.capacity,
-        world_size=world_size // packing.sequence_parallel,
+        world_size=num_groups,
         grad_accum=packing.grad_accum,
         quadratic_length=quadratic_length_of(config, max_tokens=recipe.data.max_tokens),
     )
