@@ -141,6 +141,7 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     saved; OutOfMemory, StoreChanged.
     """
     run = agree(run)
+    world = replace(world, sequence_parallel=run.recipe.packing.sequence_parallel)
     if world.is_main:
         name_leaks(run.asked, run.store, run.tokenizer)
     with open_run_folder(run.dir, world) as folder:

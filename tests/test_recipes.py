@@ -114,6 +114,7 @@ GPT_OSS_ROPE = {
 # What the makers publish in config.json, by recipe.
 BASES = {
     "llama_3.1_8b_8x80gb": sizes("llama", 4096, 14_336, 32, 32, 8, **LLAMA_3),
+    "llama_3.1_8b_128k_8x80gb": sizes("llama", 4096, 14_336, 32, 32, 8, **LLAMA_3),
     "llama_3.3_70b_lora_8x80gb": sizes("llama", 8192, 28_672, 80, 64, 8, **LLAMA_3),
     "qwen3_8b_8x80gb": sizes("qwen3", 4096, 12_288, 36, 32, 8, **QWEN_3),
     "qwen3_30b_a3b_8x80gb": sizes("qwen3_moe", 2048, 6144, 48, 32, 4, **QWEN_3, **QWEN_3_EXPERTS),
@@ -285,8 +286,8 @@ def test_its_plan_fills_steps_as_large_as_the_published_ones(name: str) -> None:
     most = recipe.data.max_tokens
     assert most <= max_positions_of(config)
     shape = PlanShape(
-        capacity=recipe.packing.tokens_per_gpu,
-        world_size=gpus_of(name)[0],
+        capacity=recipe.packing.capacity,
+        world_size=gpus_of(name)[0] // recipe.packing.sequence_parallel,
         grad_accum=recipe.packing.grad_accum,
         quadratic_length=quadratic_length_of(config, max_tokens=most),
     )
@@ -326,6 +327,7 @@ def test_two_steps_of_its_small_copy_are_trained(name: str, dump: Path, tmp_path
             "data.max_tokens=256",
             "packing.tokens_per_gpu=256",
             "packing.grad_accum=2",
+            "packing.sequence_parallel=1",
             "optim.lr=1e-3",
             "train.max_steps=2",
             f"checkpoint.dir={tmp_path / 'run'}",

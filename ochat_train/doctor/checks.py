@@ -36,7 +36,7 @@ from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
-from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.data import check_store, groups_of, make_run_plan, trained_rows
 from ochat_train.training.questions import read_checks
 from ochat_train.training.resources import (
     RESERVED,
@@ -247,6 +247,16 @@ def check_attention(case: Case) -> Finding:
     )
 
 
+def check_groups(case: Case) -> Finding | None:
+    """Whether so many processes can share micro-batches as the recipe says; no finding where none does."""
+    packing = case.recipe.packing
+    case.num_groups = groups_of(case.recipe, case.num_processes)
+    if packing.sequence_parallel == 1:
+        return None
+    shared = f"each {packing.sequence_parallel} of {case.num_processes:,} processes share micro-batches"
+    return Finding("ok", f"{shared} of {packing.capacity:,} tokens")
+
+
 def check_kernels(case: Case) -> Finding:
     """Which kernels a run here would use and how well they agree, and whether layers can be compiled."""
     model = case.recipe.model
@@ -282,7 +292,7 @@ def check_token_store(case: Case) -> Finding:
     detail = (
         f"{path}, {train.fingerprint[:12]}: {len(train):,} examples, {int(train.lengths.sum()):,} tokens, weight "
         f"{float(train.weight_sums.sum()):,.6g}; {len(held_out):,} held out; longest {int(train.lengths.max()):,} of "
-        f"packing.tokens_per_gpu {case.recipe.packing.tokens_per_gpu:,}"
+        f"{case.recipe.packing.capacity_in_words}"
     )
     return Finding("ok", detail)
 
@@ -357,7 +367,7 @@ def _memory_by_setting(plan: MemoryPlan) -> list[str]:
     columns = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
     names = [f"   stage {stage}{' offload' if offload else ''}" for stage, offload in columns]
     lines = ["GiB a process; + fits, [] the recipe's:", f"  GPUs{''.join(names)}"]
-    for number in numbers:
+    for number in (number for number in numbers if number % plan.recipe.packing.sequence_parallel == 0):
         line = f"  {number:<4,}"
         for (stage, offload), name in zip(columns, names, strict=True):
             setting = plan.setting(stage, offload=offload, num_processes=number)
@@ -376,7 +386,7 @@ def check_steps(case: Case) -> Finding:
     table = make_table(case.plan)
     table = PlanTable(table.rows[: case.recipe.train.max_steps], table.shape)
     case.num_steps = table.num_steps
-    num_processes = table.shape.world_size
+    num_processes = case.num_processes
     steps = f"{table.num_steps:,} steps on {num_processes} processes, {table.num_tokens:,} tokens"
     if not case.machine.is_here:
         return _predict_steps(case, table, steps)
@@ -459,7 +469,8 @@ class Check(NamedTuple):
 _PREPROCESS = "run python -m ochat_train.preprocess with this recipe"
 _TOKENIZER = "name a template that fits the base, or a tokenizer that is there"
 _MODEL = "name a model that is there, or correct model.config"
-_ATTENTION = "set model.attention: auto, or take another model"
+_ATTENTION = "follow the message, set model.attention: auto, or take another model"
+_GROUPS = "set packing.sequence_parallel, or NUM_GPUS, as the message says"
 _KERNELS = "correct model.kernels or model.compile, or install what they need, as the message says"
 _SETTINGS = "correct the recipe, or install what it needs, as the message says"
 _MEMORY = "measure it with train.max_steps=2"
@@ -475,7 +486,8 @@ CHECKS = (
     Check("model", check_model, _MODEL, needs=("tokenizer",)),
     Check("attention", check_attention, _ATTENTION, needs=("size",)),
     Check("kernels", check_kernels, _KERNELS, needs=("size",)),
-    Check("store", check_token_store, _PREPROCESS, needs=("size",)),
+    Check("groups", check_groups, _GROUPS, needs=("num_processes",)),
+    Check("store", check_token_store, _PREPROCESS, needs=("size", "num_groups")),
     Check("settings", check_settings, _SETTINGS, needs=("size",)),
     Check("resume", check_earlier_run, "go back to the old values, or name another checkpoint.dir", needs=("plan",)),
     Check("isolation", check_isolation, needs=_RUNS, is_long=True),

@@ -205,6 +205,8 @@ def check_fullest(case: Case) -> Finding:
     obstacle = None
     if not case.machine.is_here:
         obstacle = "the GPUs that this is planned for are not here"
+    elif case.recipe.packing.sequence_parallel > 1:
+        obstacle = "packing.sequence_parallel divides it among GPUs, and one of them could not hold it"
     elif torch.cuda.device_count() > 1:
         obstacle = "there are several GPUs: one of them could not hold what ZeRO splits"
     elif case.device.type == "cpu" and weights > free // 4:

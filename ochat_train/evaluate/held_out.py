@@ -36,7 +36,8 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     examples = TokenStore(store, split, loss)
     tokenizer = served.load_tokenizer()
     _check_store(examples, tokenizer, metadata, str(store))
-    capacity = tokens_per_batch or recipe.get("packing", {}).get("tokens_per_gpu")
+    packing = recipe.get("packing", {})
+    capacity = tokens_per_batch or packing.get("tokens_per_gpu", 0) * packing.get("sequence_parallel", 1)
     if not capacity:
         raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
     if not len(examples):

@@ -17,6 +17,7 @@ from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
 from ochat_train.model.router import RouterSums, balance_of, sum_router_loss
 from ochat_train.model.text_part import base_of, set_attention
+from ochat_train.model.ulysses import Exchange
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -26,7 +27,8 @@ class PackedCausalLM(nn.Module):
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
     device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`.
     `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient only if this
-    is not 0. Whether logits and gradients are those of the model is for `probe` to say.
+    is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this one has all.
+    Whether logits and gradients are those of the model is for `probe` to say.
 
     base_digest: of `digest_base` where the model has a base and this is the first rank of its node.
 
@@ -45,16 +47,17 @@ class PackedCausalLM(nn.Module):
         checkpointing: str,
         num_conditions: int,
         router_coefficient: float = 0.0,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
-        self.lm = lm
+        self.lm, self.exchange = lm, exchange
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
         if self.attention.backend == "alone":
             use_own_attention(lm)
         else:
             set_attention(lm, register(self.attention.backend))
-        rotate_each_alone(lm)
+        rotate_each_alone(lm, exchange)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
         head = lm.get_output_embeddings()
@@ -105,6 +108,7 @@ class PackedCausalLM(nn.Module):
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
+                exchange=self.exchange,
                 **options,
             )
             hidden, router_logits = output.last_hidden_state[0], output.router_logits if is_balanced else None
@@ -113,7 +117,7 @@ class PackedCausalLM(nn.Module):
         if self.balance is None or router_logits is None:
             return hidden, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.router_coefficient != 0):
-            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens)
+            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens, self.exchange)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """f32[T, V], all at once: for tests and small batches."""

@@ -18,7 +18,7 @@ from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
-from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.probe import Agreement, check_split, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
@@ -62,6 +62,7 @@ from ochat_train.training.questions import Asked, encode_questions, read_checks
 from ochat_train.training.resources import find_memory, kind_of, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
+from ochat_train.training.sequence_parallel import Group, join_group
 from ochat_train.training.sinks import check_sinks
 
 
@@ -169,7 +170,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         require_model(recipe.model.base)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
     plan = make_run_plan(recipe, store, config, world.size)
-    check_lengths(held_out, recipe.packing.tokens_per_gpu)
+    check_lengths(held_out, recipe.packing.capacity)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
     checks = read_checks(recipe.eval.checks)
@@ -242,6 +243,7 @@ def attention_of(
         longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
+    check_split(config, attention, recipe.packing.sequence_parallel, longest=longest)
     if is_exported:
         own_size = text_config.vocab_size if base is None else load_config(base, None, 0).get_text_config().vocab_size
         exported = check_round_trip(
@@ -454,7 +456,8 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     """
     recipe = run.recipe
     lm = load_once(partial(load_base, run), world)
-    model = together(lambda: build_model(run, world, lm))
+    group = join_group(world)
+    model = together(lambda: build_model(run, world, lm, group))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
     optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr.value)
     configuration = deepspeed_configuration(recipe)
@@ -475,8 +478,11 @@ def load_base(run: Run) -> PreTrainedModel:
     )
 
 
-def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
-    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches."""
+def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None = None) -> PackedCausalLM:
+    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches.
+
+    group: of `join_group`.
+    """
     recipe, lora = run.recipe, run.recipe.model.lora
     base_digest = _digest_base(run, lm) if world.local_rank == 0 else None
     if lora is not None:
@@ -499,6 +505,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
         router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
+        exchange=group,
     )
     packed.base_digest = base_digest
     if recipe.model.compile:
