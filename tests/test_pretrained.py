@@ -241,12 +241,13 @@ def test_a_gguf_base_is_never_loaded_packed(tmp_path: Path, monkeypatch: pytest.
     assert asked[0]["quantization_config"].dequantize is True
 
 
-def test_a_base_that_stays_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized = save_base(tmp_path)
-    vars(quantized)["hf_quantizer"] = object()  # as after loading 4-bit weights
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: quantized)
-    with pytest.raises(ValueError, match="has quantized weights, which cannot be trained"):
-        load(tmp_path, VOCABULARY, [])
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+def test_a_quantized_base_is_refused_before_its_weights_are_read(tmp_path: Path, method: str) -> None:
+    config = LlamaConfig(quantization_config={"quant_method": method})
+    config.save_pretrained(tmp_path)
+    for read in (lambda: load_config(str(tmp_path), None, 0), lambda: load(tmp_path, VOCABULARY, [])):
+        with pytest.raises(ValueError, match=rf"has quantized weights \({method}\), which cannot be trained"):
+            read()
 
 
 # ------------------------------------------------------------------------------------ what a sequence costs
