@@ -1,6 +1,7 @@
 """Loading a base model, and giving it embeddings for the template's tokens."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,27 @@ def test_a_folder_with_a_config_but_without_weights_is_refused(tmp_path: Path) -
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.base .*no file named"):
         load(tmp_path, VOCABULARY, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": "abc"}, "config.json is no configuration: .* 'hidden_size' expected int, got str"),
+        ({"intermediate_size": None}, "config.json is no configuration: .*'intermediate_size' expected int"),
+        ({"rope_scaling": "linear"}, "config.json is no configuration: .*'rope_parameters'"),
+        ({"model_type": None}, "Should have a `model_type` key in its config.json"),
+        ({"model_type": "no such"}, "model type `no such`"),
+    ],
+)
+def test_a_config_json_of_wrong_types_or_of_no_model_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: value for name, value in (CONFIG | change).items() if (name, value) != ("model_type", None)})
+    )
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_config(str(tmp_path), None, VOCABULARY)
+    assert str(caught.value).startswith("model.base ") and "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ GGUF
