@@ -191,6 +191,22 @@ def test_compiled_layers_give_the_same_for_every_number_of_tokens_and_are_compil
         assert 0 < counters["stats"]["unique_graphs"] <= most_graphs
 
 
+@pytest.mark.parametrize(("model_type", "attention"), [("mixtral", "sdpa"), ("llama", "alone")])
+def test_compiled_layers_of_a_mixture_and_of_sequences_that_run_alone_give_the_same(
+    model_type: str, attention: str
+) -> None:
+    lm = make_model(model_type)
+    options: dict[str, Any] = {"attention": attention, "device_type": "cpu", "checkpointing": "full"}
+    eager, packed = (
+        PackedCausalLM(model, **options, num_conditions=1, router_coefficient=1.0).train()
+        for model in (copy.deepcopy(lm), lm)
+    )
+    compile_layers(packed.lm)
+    for batch in batches_of_many_lengths()[1:3]:
+        check_equal(packed, eager, batch)
+    assert counters["stats"]["unique_graphs"]
+
+
 def test_compiled_layers_take_a_batch_without_examples_and_evaluate() -> None:
     lm = make_model("llama")
     eager, packed = make_packed(copy.deepcopy(lm)).train(), compiled(lm, checkpointing="none")
@@ -205,9 +221,10 @@ def check_equal(packed: PackedCausalLM, eager: PackedCausalLM, batch: PackedBatc
     sums = []
     for model in (packed, eager):
         model.zero_grad()
-        out = model(batch).nll
-        out.backward()
-        sums.append(float(out.detach()))
+        out = model(batch)
+        loss = out.nll if out.router is None else out.nll + out.router.loss
+        loss.backward()
+        sums.append(float(loss.detach()))
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in eager.named_parameters()}
     for name, parameter in packed.named_parameters():
@@ -260,22 +277,21 @@ def test_functions_that_no_layer_calls_are_told() -> None:
         kernels._call_instead(make_model("llama"), {"rotate_all": print}, vars(modeling_llama))
 
 
-def test_a_model_that_has_no_layers_of_transformers_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = make_model("llama")
-    monkeypatch.setattr(kernels, "GradientCheckpointingLayer", type(None))
-    with pytest.raises(ValueError, match=r"model\.compile: LlamaForCausalLM has no layers"):
-        compile_layers(lm)
+def test_a_model_that_has_no_layers_of_transformers_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"model\.compile: OpenAIGPTLMHeadModel has no layers"):
+        require_compiler("cpu", config_of("openai-gpt"))
 
 
 def test_a_missing_compiler_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_compiler("cpu")
+    config = config_of("llama")
+    require_compiler("cpu", config)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"there is no no-such-compiler; install g\+\+"):
-        require_compiler("cpu")
+        require_compiler("cpu", config)
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="there is no no-such-compiler"):
-        require_compiler("cuda")
+        require_compiler("cuda", config)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package triton"):
-        require_compiler("cuda")
+        require_compiler("cuda", config)

@@ -1,6 +1,7 @@
 """Loading a base model, and giving it embeddings for the template's tokens."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,27 @@ def test_a_folder_with_a_config_but_without_weights_is_refused(tmp_path: Path) -
         load(tmp_path, VOCABULARY, [])
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": "abc"}, "config.json is no configuration: .* 'hidden_size' expected int, got str"),
+        ({"intermediate_size": None}, "config.json is no configuration: .*'intermediate_size' expected int"),
+        ({"rope_scaling": "linear"}, "config.json is no configuration: .*'rope_parameters'"),
+        ({"model_type": None}, "Should have a `model_type` key in its config.json"),
+        ({"model_type": "no such"}, "model type `no such`"),
+    ],
+)
+def test_a_config_json_of_wrong_types_or_of_no_model_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: value for name, value in (CONFIG | change).items() if (name, value) != ("model_type", None)})
+    )
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_config(str(tmp_path), None, VOCABULARY)
+    assert str(caught.value).startswith("model.base ") and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------ GGUF
 
 
@@ -241,12 +263,13 @@ def test_a_gguf_base_is_never_loaded_packed(tmp_path: Path, monkeypatch: pytest.
     assert asked[0]["quantization_config"].dequantize is True
 
 
-def test_a_base_that_stays_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized = save_base(tmp_path)
-    vars(quantized)["hf_quantizer"] = object()  # as after loading 4-bit weights
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: quantized)
-    with pytest.raises(ValueError, match="has quantized weights, which cannot be trained"):
-        load(tmp_path, VOCABULARY, [])
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+def test_a_quantized_base_is_refused_before_its_weights_are_read(tmp_path: Path, method: str) -> None:
+    config = LlamaConfig(quantization_config={"quant_method": method})
+    config.save_pretrained(tmp_path)
+    for read in (lambda: load_config(str(tmp_path), None, 0), lambda: load(tmp_path, VOCABULARY, [])):
+        with pytest.raises(ValueError, match=rf"has quantized weights \({method}\), which cannot be trained"):
+            read()
 
 
 # ------------------------------------------------------------------------------------ what a sequence costs

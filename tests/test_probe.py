@@ -45,7 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned positions": ("gpt2", {"attn_pdrop": 0.0}),
     "layers before the head": ("bert", {"is_decoder": True}),
     "layers before the head that are no part of its module": ("modernbert-decoder", {}),
-    "experts whose width is another part's setting": ("dbrx", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
+    "experts and keys whose sizes are another part's settings": (
+        "dbrx",
+        {"n_heads": 48, "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 8}},
+    ),
     "the text part of a multimodal model": ("mistral3", {}),
     "the text part, with a window in five of six layers": ("gemma3", {}),
     "the text part, with positions in time, height and width": ("qwen2_5_vl", {}),
@@ -184,3 +187,11 @@ def test_a_small_copy_has_layers_of_all_kinds() -> None:
     types = ["full_attention"] * 28 + ["sliding_attention"] * 4
     qwen = AutoConfig.for_model("qwen2", use_sliding_window=True, layer_types=types, num_hidden_layers=32)
     assert small_model(qwen, longest=ANY_LENGTH).config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_state_space_layers_of_a_small_copy_are_as_wide_as_their_heads() -> None:
+    """Falcon-H1 1.5B: the width is a setting of its own, and not mamba_expand times that of the model."""
+    sizes = {"hidden_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+    layer = {"mamba_d_ssm": 3072, "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_expand": 2}
+    small = small_model(AutoConfig.for_model("falcon_h1", **sizes, **layer), longest=ANY_LENGTH).config
+    assert small.mamba_d_ssm == small.mamba_n_heads * small.mamba_d_head < 3072

@@ -554,6 +554,14 @@ def test_a_point_lies_where_its_values_are() -> None:
     assert half == pytest.approx((bottom + top) / 2, abs=0.1) and top < bottom
 
 
+def test_a_router_loss_is_drawn_from_its_least_value(run: Path) -> None:
+    """With 8 experts a token it never is below 8."""
+    found = read_run(run)
+    steps = [event | {"router_loss": 8.1 + 0.01 * (number % 3)} for number, event in enumerate(found.steps)]
+    low, high = axes_of(chart_of(replace(found, steps=steps), "Router loss")).get_ylim()
+    assert 8 < low < 8.1 < high < 8.2
+
+
 def test_restarts_skipped_steps_and_the_best_epoch_are_marked_where_they_were(run: Path) -> None:
     found = read_run(run)
     for title in ("Training loss", "Held-out accuracy", "Gradient norm", "Peak memory"):

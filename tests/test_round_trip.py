@@ -41,6 +41,14 @@ def test_a_model_that_transformers_does_not_load_again_is_refused() -> None:
         )
 
 
+def test_where_adapters_cannot_be_exported_the_remedy_has_been_tried() -> None:
+    """Zamba 2's attention stands in several places, and the adapters of each place are its own: q_proj's as well."""
+    zamba = AutoConfig.for_model("zamba2")
+    refused = r"^zamba2 cannot be exported: .* logits differ by .*; train all weights, without model.lora$"
+    with pytest.raises(ValueError, match=refused):
+        check_round_trip(zamba, longest=64, is_alone=True, is_extended=True, lora_targets="all-linear")
+
+
 def test_tokens_are_added_only_where_the_run_adds_some() -> None:
     """Moshi has a row more in its embedding than in its head, which transformers cannot extend."""
     moshi = AutoConfig.for_model("moshi")

@@ -261,7 +261,7 @@ def check_kernels(case: Case) -> Finding:
     """Which kernels a run here would use and how well they agree, and whether layers can be compiled."""
     model = case.recipe.model
     if model.compile:
-        require_compiler(case.device.type)
+        require_compiler(case.device.type, case.config)
     case.kernels = choose_kernels(
         model.kernels, case.config, device=case.device, dtype=DTYPES[model.dtype], is_compiled=model.compile
     )

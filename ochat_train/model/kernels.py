@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ochat_train.model.attention import is_ours
-from ochat_train.model.pretrained import shrink_config
+from ochat_train.model.pretrained import meta_model, shrink_config
 from ochat_train.model.text_part import base_of
 
 Kernels = Literal["liger", "none"]
@@ -210,8 +210,11 @@ def _distance(values: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 # --------------------------------------------------------------------------------------------------- compiling
 
 
-def require_compiler(device_type: str) -> None:
-    """Raise ValueError, with the remedy, when torch.compile could not make code for the device."""
+def require_compiler(device_type: str, config: Any) -> None:
+    """Raise ValueError, with the remedy, when torch.compile could not make code for the device or the model.
+
+    config: of transformers.
+    """
     if device_type == "cpu":
         wanted = [os.environ.get("CXX", "g++")]
     else:
@@ -223,23 +226,27 @@ def require_compiler(device_type: str) -> None:
             f"model.compile needs a C++ compiler, and there is no {' or '.join(wanted)}; install g++ (Debian's package "
             "build-essential), name another in CXX and CC, or set model.compile: false"
         )
+    if not _layers_of(lm := meta_model(config, torch.bfloat16)):
+        raise ValueError(f"model.compile: {type(lm).__name__} has no layers of transformers' kind; set it to false")
 
 
 def compile_layers(lm: PreTrainedModel) -> None:
     """Compile the forward of each layer, in place: once for each kind of layer, whatever the number of tokens.
 
     Our attention stays as it is, between two compiled parts; so do checkpointing and hooks, which are around a layer.
-    To be called after the attention has been set. Raises ValueError for models without transformers' layers.
+    To be called after the attention has been set, for a model that `require_compiler` admits.
     """
-    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"model.compile: {type(lm).__name__} has no layers of transformers' kind; set it to false")
+    layers = _layers_of(lm)
     name = base_of(lm).config._attn_implementation
     if is_ours(name):
         AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
     compiled: dict[type, Any] = {kind: _compiled_class(kind) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = compiled[type(layer)]
+
+
+def _layers_of(lm: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:

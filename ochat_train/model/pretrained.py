@@ -45,11 +45,19 @@ def _base_config(base: str) -> Any:
     files = locate_base(base)
     files.require("model", ("config.json",))
     try:
-        return AutoConfig.from_pretrained(files.name, **files.options)
+        config: Any = AutoConfig.from_pretrained(files.name, **files.options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
     except Exception as error:  # of many kinds: whatever the configuration's own checks raise
         raise ValueError(f"model.base {base}: config.json is no configuration: {_all_of(error)}") from error
+    for part in (config, config.get_text_config()):
+        if quantization := getattr(part, "quantization_config", None):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise ValueError(
+                f"model.base {base} has quantized weights ({method}), which cannot be trained; "
+                "take its unquantized base"
+            )
+    return config
 
 
 def _all_of(error: Exception) -> str:
@@ -180,7 +188,9 @@ def load_model(
         return model
     files = locate_base(base)
     options: dict[str, Any] = dict(files.options)
-    if files.gguf_file is not None:
+    if files.gguf_file is None:
+        _base_config(base)  # refuses quantized weights, which may take long to load
+    else:
         # With the package kernels installed transformers would keep the weights quantized, which cannot be trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
@@ -191,8 +201,6 @@ def load_model(
             untrained.files = processor_files(files.name)
     except OSError as error:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(f"model.base {base} has quantized weights, which cannot be trained; take its unquantized base")
     _forget_padding(model)
     add_token_rows(model, num_ids, sorted(added_ids))
     return model

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ _LENGTHS = (37, 5, 20)
 # In float32, as between packed sequences and each alone: some hundred operations in a row, each of 6e-8.
 _TOLERANCE = 2e-5
 _NUM_ADDED, _RANK = 3, 2
+# What is tried where a model with adapters is refused. Those of a layer whose weight is used without its forward
+# (LongCat's router) train nothing, and are merged; those of a layer that several places share are theirs alone.
+_OTHER_TARGETS = {
+    "set model.lora.targets: [q_proj, v_proj]": ("q_proj", "v_proj"),
+    "train all weights, without model.lora": None,
+}
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -92,25 +98,31 @@ def check_round_trip(
 
     The copy gets added tokens where the run's model is_extended by some and, with `lora_targets`, adapters, which are
     merged; it is written as exports are, and loaded by transformers. config, longest: see `probe`. Raises ValueError
-    with one line when it cannot be written or loaded, or when the logits differ.
+    with one line when it cannot be written or loaded, or when the logits differ; of other targets those are named that
+    have been tried.
     """
-    name = config.model_type
-    # Adapters of a layer whose weight is used without its forward (LongCat's router) train nothing, and are merged.
-    remedy = "take another model" if lora_targets is None else "take other model.lora.targets, such as [q_proj, v_proj]"
-    with torch.random.fork_rng([]), _quiet():
-        torch.manual_seed(0)
-        try:
+
+    def difference(targets: str | Sequence[str] | None) -> float:
+        with torch.random.fork_rng([]), _quiet():
+            torch.manual_seed(0)
             lm = keep_text_part(small_model(config, longest=longest))
-            plain = _add_parts(lm, lora_targets, is_extended=is_extended)
+            plain = _add_parts(lm, targets, is_extended=is_extended)
             error = _round_trip(lm, plain, is_alone=is_alone)
-        except Exception as problem:  # of any kind: whatever a model's code says about its files
-            reason = str(problem) if type(problem) is ValueError else one_line(problem)
-            raise ValueError(f"{name} cannot be exported: {reason.splitlines()[0]}; {remedy}") from problem
-    if not error <= _TOLERANCE:
-        raise ValueError(
-            f"{name} cannot be exported: loaded by transformers, its logits differ by {error:.0e}; {remedy}"
-        )
-    return error
+        if not error <= _TOLERANCE:
+            raise ValueError(f"loaded by transformers, its logits differ by {error:.0e}")
+        return error
+
+    try:
+        return difference(lora_targets)
+    except Exception as problem:  # of any kind: whatever a model's code says about its files
+        reason = str(problem) if type(problem) is ValueError else one_line(problem)
+        remedy = "take another model"
+        for said, targets in _OTHER_TARGETS.items() if lora_targets is not None else ():
+            with suppress(Exception):  # as above
+                difference(targets)
+                remedy = said
+                break
+        raise ValueError(f"{config.model_type} cannot be exported: {reason.splitlines()[0]}; {remedy}") from problem
 
 
 def _add_parts(lm: PreTrainedModel, targets: str | Sequence[str] | None, *, is_extended: bool) -> Any:

@@ -1,6 +1,7 @@
 """Small copies of models: the same kinds of layers with random weights, in sizes that a CPU runs in a second."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,6 +182,8 @@ def _narrow_more(settings: dict[str, Any], num_experts: int) -> None:
             settings[name] = min(value, _WIDTH)
         elif name in EXPERTS:
             settings[name] = min(value, num_experts)
+        elif name == "kv_n_heads":  # of DBRX, in another part than its other heads
+            settings[name] = math.gcd(value, 2)
 
 
 def most_experts(config: Any) -> int:
@@ -202,6 +205,8 @@ def _fit_state_heads(settings: dict[str, Any], width: str) -> None:
     if not all(_is_int(settings.get(name)) for name in (expand, number, size)):
         return
     inner = settings[expand] * settings[width]
+    if _is_int(settings.get("mamba_d_ssm")):  # of Falcon-H1, in place of that product
+        settings["mamba_d_ssm"] = inner
     if inner >= 2 * settings[size]:
         settings[number] = inner // settings[size]
     else:

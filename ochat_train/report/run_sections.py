@@ -96,21 +96,23 @@ def _groups(report: RunReport) -> list[str | None]:
     return [*([ALL] if len(report.conditions) > 1 else []), *report.conditions]
 
 
-# The charts of speed: the names and fields of their curves, the text of a value, title and unit.
-_SERIES: tuple[tuple[dict[str, str], Callable[[float], str], str, str], ...] = (
-    ({"learning rate": "lr"}, show_number, "Learning rate", "at the end of a step"),
-    ({"gradient norm": "grad_norm"}, show_number, "Gradient norm", "before clipping"),
+# The charts of speed: the names and fields of their curves, the text of a value, title, unit and scale.
+_SERIES: tuple[tuple[dict[str, str], Callable[[float], str], str, str, Scale], ...] = (
+    ({"learning rate": "lr"}, show_number, "Learning rate", "at the end of a step", "zero"),
+    ({"gradient norm": "grad_norm"}, show_number, "Gradient norm", "before clipping", "log"),
     (
         {"tokens/s": "tokens_per_s", "supervised tokens/s": "supervised_tokens_per_s"},
         show_number,
         "Tokens a second",
         "of all processes",
+        "zero",
     ),
-    ({"router loss": "router_loss"}, show_number, "Router loss", "before its coefficient"),
-    ({"largest expert": "largest_expert_share"}, _share, "Largest expert", "of the choices of a layer"),
-    ({"MFU": "mfu"}, _share, "MFU", "of the peak"),
-    ({"data wait": "data_wait_s"}, _share, "Data wait", "of a step"),
-    ({"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process"),
+    # Of even choices it is the number of a token's experts: from zero, all that is above would look flat.
+    ({"router loss": "router_loss"}, show_number, "Router loss", "before its coefficient", "linear"),
+    ({"largest expert": "largest_expert_share"}, _share, "Largest expert", "of the choices of a layer", "zero"),
+    ({"MFU": "mfu"}, _share, "MFU", "of the peak", "zero"),
+    ({"data wait": "data_wait_s"}, _share, "Data wait", "of a step", "zero"),
+    ({"peak memory": "peak_memory_bytes"}, _gigabytes, "Peak memory", "of the fullest process", "zero"),
 )
 
 
@@ -295,16 +297,15 @@ def _speed(report: RunReport) -> list[Block]:
     steps, skipped = report.steps, [event["step"] for event in report.steps if event.get("skipped")]
     charts: list[Block] = []
     rows = []
-    for fields, form, title, unit in _SERIES:
-        is_norm = "gradient norm" in fields
+    for fields, form, title, unit, scale in _SERIES:
         curves: list[Curve] = []
         for number, (name, field) in enumerate(fields.items()):
             values = column(steps, field) / (column(steps, "seconds") if field == "data_wait_s" else 1)
             if np.isfinite(values).any():
                 rows.append((name, *map(form, (np.nanmedian(values), np.nanmin(values), np.nanmax(values)))))
-                curves += _over_steps(report, name, values, colour_of(number), is_log=is_norm)
-        drawn = _curves(report, curves, form, "log" if is_norm else "zero")
-        charts += replace(drawn, skipped=skipped if is_norm else ()).chart(title, unit)
+                curves += _over_steps(report, name, values, colour_of(number), is_log=scale == "log")
+        drawn = _curves(report, curves, form, scale)
+        charts += replace(drawn, skipped=skipped if scale == "log" else ()).chart(title, unit)
     note = [Text("Marks above the gradient norm: skipped steps.")] if skipped else []
     return [*note, *charts, Table(("", "median", "least", "most"), rows, folded=_AS_A_TABLE)] if rows else []
 

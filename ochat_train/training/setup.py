@@ -183,7 +183,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         )
     require_adapters(recipe, world.device)
     if recipe.model.compile:
-        require_compiler(world.device.type)
+        require_compiler(world.device.type, config)
     size = size_of(recipe, config, len(trained_rows(recipe, tokenizer)))
     check_options(recipe, config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
