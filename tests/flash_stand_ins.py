@@ -198,8 +198,8 @@ def varlen_attn_2_13(
     assert enable_gqa or query.shape[1] == key.shape[1]
     return varlen_attn_2_11(
         query,
-        key.repeat_interleave(query.shape[1] // key.shape[1], dim=1),
-        value.repeat_interleave(query.shape[1] // value.shape[1], dim=1),
+        key,
+        value,
         cu_seq_q,
         cu_seq_k,
         max_q,
@@ -224,7 +224,7 @@ def varlen_attn_2_11(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Any:
     """It is causal when the right end of its window is 0."""
-    assert query.shape[1] == key.shape[1] and cu_seq_k is cu_seq_q and max_k == max_q
+    assert cu_seq_k is cu_seq_q and max_k == max_q
     out, log_sums = documented(query, key, value, cu_seq_q, max_q, scale, False, window_size, 0.0)
     return (out, log_sums.detach()) if return_aux is not None and return_aux.lse else out  # a gradient is ignored
 

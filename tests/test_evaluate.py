@@ -119,7 +119,7 @@ def test_the_held_out_figures_of_an_export_are_those_that_training_reported(
     manifest.write_bytes(orjson.dumps(fields | {"digest": ochat_train.tokens.store._digest(fields)}))
     assert "has the template chatml" in refusal("held-out", tmp_path / "run", recipe.data.store)
     manifest.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"packing.tokens_per_gpu 8"):
+    with pytest.raises(ValueError, match="above the 8 of a micro-batch; raise --tokens-per-batch"):
         measure_held_out(str(tmp_path / "run"), recipe.data.store, split="eval", tokens_per_batch=8)
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ochat_train.model.masks import PackedMask, packed_mask
-from ochat_train.model.sdpa import AttentionOptions, repeat_heads, sdpa_attention
+from ochat_train.model.sdpa import AttentionOptions, sdpa_attention
 from ochat_train.model.sinks import attend_with_sinks
 from ochat_train.model.ulysses import Exchange, attend_in_group
 
@@ -268,13 +268,11 @@ def _flash_kernel(function: Callable[..., Any]) -> Kernel:
 def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    # torch 2.11 takes no groups of heads.
+    # torch 2.11 has no such flag: its call and kernels, forward and backward, take fewer heads of keys without it.
     groups: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         assert options.softcap is None  # choose_backend
-        if not groups:
-            k, v = repeat_heads(k, v, q.shape[1])
         if options.sinks is not None:
             return attend_with_sinks(q, k, v, options, forward=call, backward=torch_backward)
         out, _ = call(q, k, v, options)

@@ -84,8 +84,8 @@ class PlanShape:
     def __post_init__(self) -> None:
         if self.num_bins * self.capacity * (self.quadratic_length + self.capacity) > _MAX_COST:
             raise ValueError(
-                f"a step of {self.num_bins:,} micro-batches of packing.tokens_per_gpu {self.capacity:,} tokens is too "
-                "large to be planned; lower it"
+                f"a step of {self.num_bins:,} micro-batches of {self.capacity:,} tokens is too large to be planned; "
+                "lower packing.tokens_per_gpu or packing.sequence_parallel"
             )
 
     @property
@@ -147,9 +147,9 @@ def plan_epoch(
             tokens = lengths[examples[first:num_read]].astype(np.int64)
             if (longest := int(tokens.max())) > shape.capacity:
                 raise ValueError(
-                    f"example {examples[first + int(tokens.argmax())]} of the store has {longest:,} tokens, above "
-                    f"packing.tokens_per_gpu {shape.capacity:,}; raise it, or lower data.max_tokens and preprocess "
-                    "again"
+                    f"example {examples[first + int(tokens.argmax())]} of the store has {longest:,} tokens, above the "
+                    f"{shape.capacity:,} of a micro-batch; raise packing.tokens_per_gpu or packing.sequence_parallel, "
+                    "or lower data.max_tokens and preprocess again"
                 )
             ends = np.concatenate([[0], np.cumsum(tokens)])
             continue

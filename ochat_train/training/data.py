@@ -153,14 +153,16 @@ def source_weights(store: TokenStore, step: StepPlan) -> npt.NDArray[np.float64]
     return weights.astype(np.float64)
 
 
-def check_lengths(store: TokenStore, capacity: int) -> None:
+def check_lengths(
+    store: TokenStore, capacity: int, *, raised_by: str = "packing.tokens_per_gpu or packing.sequence_parallel"
+) -> None:
     """Raise ValueError, with its name, when an example of the store is longer than `capacity` tokens."""
     if not len(store) or (longest := int(store.lengths.max())) <= capacity:
         return
     name = store.name(int(store.lengths.argmax()))
     raise ValueError(
-        f"conversation {name} has {longest:,} tokens, above packing.tokens_per_gpu {capacity:,}; raise it, or lower "
-        "data.max_tokens and preprocess again"
+        f"conversation {name} has {longest:,} tokens, above the {capacity:,} of a micro-batch; raise {raised_by}, or "
+        "lower data.max_tokens and preprocess again"
     )
 
 
