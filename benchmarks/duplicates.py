@@ -97,7 +97,10 @@ def make_keys(num_conversations: int, *, minhash: bool) -> Iterator[TextKeys]:
             priority=_random(rng, size, 2),
             condition=np.zeros(size, np.uint64),
             question=question,
+            record=np.zeros(size, np.uint64),
             signatures=signatures if minhash else np.zeros((size, 0), np.uint16),
+            held_out=np.zeros(size, np.bool_),
+            said=np.zeros(0, np.uint64),
         )
 
 

@@ -519,7 +519,7 @@ class Trainer:
             recipe=run.recipe,
             dir=run.dir,
             conditions=run.store.manifest.conditions,
-            sources=run.store.manifest.sources,
+            sources=run.store.manifest.trained_sources,
             start=start,
             num_steps=self.num_steps,
             num_tokens=int(self.table.rows["num_tokens"][: self.num_steps - start].sum()),

@@ -437,7 +437,8 @@ def keys_of(signatures: np.ndarray, own: np.ndarray) -> TextKeys:
     size = len(own)
     priority = np.stack([np.arange(size, 0, -1), np.zeros(size)], axis=1).astype(np.uint64)
     none = np.zeros(size, np.uint64)
-    return TextKeys(own, np.zeros(size, np.int32), none[:0], priority, none, own, none, signatures.astype(np.uint16))
+    signatures, held_out = signatures.astype(np.uint16), np.zeros(size, np.bool_)
+    return TextKeys(own, np.zeros(size, np.int32), none[:0], priority, none, own, none, signatures, held_out, none[:0])
 
 
 def one_run(rng: np.random.Generator) -> np.ndarray:

@@ -194,7 +194,8 @@ def test_every_record_is_kept_or_dropped_under_the_name_of_its_reason(messy: Mes
         "bad_row",
         "no_parent",
         "repeated_message",
-    }  # test_preference.py, test_records.py, test_flat.py
+        "in_eval_source",
+    }  # test_preference.py, test_records.py, test_flat.py, test_eval_sources.py
     assert all(row["outcome"] == ("dropped" if row["reason"] else "kept") for row in rows)
     assert all(row["detail"] for row in rows if row["reason"])
     assert {row["id"]: row["detail"] for row in rows if row["id"] in DUPLICATE_OF} == DUPLICATE_OF

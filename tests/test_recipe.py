@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from ochat_train.conversations.template import TEMPLATES
-from ochat_train.recipe import Recipe, differences, known_keys, load_recipe, to_json
+from ochat_train.recipe import EvalSourceSection, Recipe, differences, known_keys, load_recipe, to_json
 from ochat_train.recipe.__main__ import main
 from ochat_train.recipe.mistakes import FOREIGN_KEYS
 
@@ -88,6 +88,11 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "data.media": ("text", "text", ()),
     "data.verify": ("false", False, ()),
     "data.eval_fraction": ("0.5", 0.5, ()),
+    "data.eval_sources": (
+        "[{name: asked, path: asked.json}]",
+        [to_json(EvalSourceSection(name="asked", path="asked.json"))],
+        (),
+    ),
     "template": ("chatml", "chatml", ()),
     "pieces": (
         "{header: ['{role}'], end: e}",

@@ -340,7 +340,9 @@ def test_old_lines_without_the_new_fields_are_shown_as_far_as_they_go(tmp_path: 
 def test_a_run_without_a_held_out_split_shows_its_training_losses(tmp_path: Path) -> None:
     events = [event for event in run_events() if event["event"] != "eval"]
     found = read_run(write(tmp_path / "run", events))
-    assert "Best epoch: not known, because nothing is held out (data.eval_fraction)." in as_text(found)
+    assert "Best epoch: not known, because nothing is held out (data.eval_fraction, data.eval_sources)." in as_text(
+        found
+    )
     steps = [event for event in events if event["event"] == "step"]
     first, last = (event["loss_by_condition"]["GPT3"] for event in (steps[0], steps[-1]))
     assert cells_of(as_summary(found), "training loss") == [["training loss", "step 1", "step 240"]]

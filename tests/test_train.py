@@ -909,6 +909,33 @@ def test_a_resume_on_another_store_is_refused(recipe_path: Path, finished: Path,
         prepare(recipe_for(recipe_path, finished, "zero.stage=1", *other), ALONE)
 
 
+def test_an_eval_source_alone_is_evaluated_and_is_part_of_what_a_resume_compares(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    dump = orjson.loads((recipe_path.parent / "dump.json").read_bytes())
+    careful = load_recipe(recipe_path).data.sources[0]
+    asked = [record for record in dump if record["model"] == careful.where["model"]][:5]
+    (tmp_path / "asked.json").write_bytes(orjson.dumps(asked))
+    source = f"{{name: asked, path: {tmp_path / 'asked.json'}, condition: {careful.condition}}}"
+    options = [f"data.eval_sources=[{source}]", f"data.store={tmp_path / 'store'}", f"checkpoint.dir={tmp_path}"]
+    options += ["checkpoint.best=loss", "train.early_stop={epochs: 9}", "train.epochs=1", "zero.stage=1"]
+    preprocess(recipe_path, *options)
+    store = TokenStore(tmp_path / "store", "eval")
+    assert len(store) == 5 and store.manifest.counts["careful"]["dropped"]["in_eval_source"] == 5
+    train(load_recipe(recipe_path, options), ALONE)
+    first, *_, last = events(tmp_path, "eval")
+    assert first["loss"] > last["loss"] > 0
+    assert (tmp_path / "best").is_dir()
+    assert {frozenset(step["weight_by_source"]) for step in events(tmp_path, "step")} == {
+        frozenset(("careful", "hasty"))
+    }
+
+    options += ["data.eval_sources.0.weight=2", "train.epochs=2", f"data.store={tmp_path / 'other'}"]
+    preprocess(recipe_path, *options)
+    with pytest.raises(ValueError, match=r"data\.eval_sources\.0\.weight: 1\.0 -> 2\.0"):
+        prepare(load_recipe(recipe_path, options), ALONE)
+
+
 def damage(checkpoint: Path, kind: str) -> str:
     """Damage a checkpoint; returns what of it."""
     file = checkpoint / "checkpoint.json" if kind == "manifest" else next(checkpoint.glob("deepspeed/*optim_states.pt"))

@@ -1,4 +1,4 @@
-"""Duplicates and the held-out split: one decision over the keys of all conversations.
+"""Duplicates, leaks and the held-out split: one decision over the keys of all conversations.
 
 It depends on the conversations alone: not on their order, their batches or the number of workers. Only among records
 equal to the last byte, ids included, the earlier one counts as the better.
@@ -10,7 +10,7 @@ time that takes.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +22,13 @@ from ochat_train.conversations.text_keys import NUM_HASHES, U64, Indices, Signat
 
 Flags = npt.NDArray[np.bool_]
 
-KEEP, EXACT, PREFIX, NEAR = range(4)  # Decisions.status
-DROP_REASONS = {EXACT: "exact_duplicate", PREFIX: "earlier_snapshot", NEAR: "near_duplicate"}
+KEEP, EXACT, PREFIX, NEAR, LEAK = range(5)  # Decisions.status
+DROP_REASONS = {
+    EXACT: "exact_duplicate",
+    PREFIX: "earlier_snapshot",
+    NEAR: "near_duplicate",
+    LEAK: "in_eval_source",
+}
 
 GROUP_NEAR = 0.8  # the similarity that puts conversations into one group of the split, where `near` names none
 BAND_RECALL = 0.98  # of the pairs exactly at the threshold; more of those above it
@@ -35,9 +40,10 @@ BLOCK_SIZE = 1 << 16  # signatures that are copied at once
 class Decisions:
     """Which of N conversations stay and which are held out, in the order in which they came.
 
-    status: u8[N], KEEP, EXACT, PREFIX or NEAR. of: i64[N], the position of the conversation for which this one is
+    status: u8[N], KEEP, EXACT, PREFIX, NEAR or LEAK. of: i64[N], the position of the conversation for which this one is
     dropped, -1 where it stays. For EXACT and PREFIX that one is dropped by neither of the two rules; it, or a NEAR's,
-    may itself be NEAR to a third. held_out: bool[N], never true of a dropped one.
+    may itself be NEAR to a third. A LEAK's is held out, and may be dropped for another that is. held_out: bool[N],
+    never true of a dropped one.
     """
 
     status: npt.NDArray[np.uint8]
@@ -64,6 +70,8 @@ def find_duplicates(
     `shards` is iterated once. Their keys are mapped from files in `work_dir` (None: the system's folder for temporary
     files), which are removed at the end. The rules, in their order:
 
+    Those whose source is held out, by `keys.held_out`, are. What they have in common with the others is LEAK, as
+    `_drop_leaks` says; by the rules below none of either side is a duplicate of the other.
     `prefix`: a conversation that another one begins with, up to one of its answers, is PREFIX of the one with most
     answers that begins so, the best of these by priority. Sources and conditions play no part, and of the weights only
     which are above 0: it begins so only if it has a loss on the same messages.
@@ -75,7 +83,7 @@ def find_duplicates(
     chance of at least 0.98 (at 0.8, a pair at 0.9: 0.99999). Conversations of one record are no copies. Among more
     than 64 that share a band, and are not similar to one another, only the best 64 are compared with all the others;
     the rest stay.
-    `eval_fraction` above 0: conversations that stay are grouped over all conditions, where they are of one record, or
+    `eval_fraction` above 0: the others that stay are grouped over all conditions, where they are of one record, or
     the first question is the same (below 5 words: it and its answer), whatever the system text and the rest, or the
     estimated similarity is at least `near`, or 0.8 where that is None, and on from one to the next; where more than 64
     share a band, the rest are in one group. A group is held out if a hash of its smallest own key says so, which it
@@ -97,14 +105,16 @@ def find_duplicates(
         decisions = Decisions(np.zeros(size, np.uint8), np.full(size, -1), np.zeros(size, np.bool_))
         if needs_minhash(near, eval_fraction):
             assert keys.signatures.size == size * NUM_HASHES, "the keys were made without MinHash"
+        if keys.held_out.any():
+            _drop_leaks(keys, decisions, near)
+            keys = _set_apart(keys, decisions)
         if prefix:
             _drop_prefixes(keys, decisions)
         if exact:
             _drop_copies(keys, decisions)
         if near is not None:
             _drop_near(keys, decisions, threshold)
-        if eval_fraction:
-            _hold_out(keys, decisions, threshold, eval_fraction)
+        _hold_out(keys, decisions, threshold, eval_fraction)
     return decisions
 
 
@@ -126,6 +136,57 @@ def _map(path: Path, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not path.stat().st_size:  # an empty file cannot be mapped
         return like[:0]
     return np.asarray(np.memmap(path, like.dtype, "r")).reshape(-1, *like.shape[1:])
+
+
+def _drop_leaks(keys: TextKeys, decisions: Decisions, near: float | None) -> None:
+    """Drop each conversation that leaks one that is held out.
+
+    It leaks the one whose turns are its own, or begin with its own up to an answer, or begin its own, whatever the
+    system texts, conditions and weights; or, where `near` is not None, one that shares a band with it and is estimated
+    to be similar to it by at least that. Of those that share a band the best 64 are compared.
+    """
+    ends = np.cumsum(keys.num_prefixes + 1)
+    assert len(keys.said) == ends[-1], "the keys were made without what is said"
+    is_eval = np.repeat(keys.held_out, keys.num_prefixes + 1)
+    is_whole = np.zeros(len(keys.said), np.bool_)
+    is_whole[ends - 1] = True
+    # What is whole on one side is looked for among all beginnings on the other, the whole ones among them.
+    for trained, held_out in ((~is_eval & is_whole, is_eval), (~is_eval, is_eval & is_whole)):
+        looked_for, table = np.flatnonzero(trained), np.flatnonzero(held_out)
+        table = table[np.argsort(keys.said[table], kind="stable")]
+        is_there, places = _look_up(keys.said[looked_for], keys.said[table])
+        leaks = np.searchsorted(ends, looked_for[is_there], "right")
+        decisions.status[leaks] = LEAK
+        decisions.of[leaks] = np.searchsorted(ends, table[places[is_there]], "right")
+    if near is not None:
+        _drop_near_leaks(keys, decisions, near)
+
+
+def _drop_near_leaks(keys: TextKeys, decisions: Decisions, near: float) -> None:
+    for band_keys, positions in _bands(keys, decisions, near):
+        is_eval = keys.held_out[positions]
+        order = np.lexsort((*_best_first(keys.priority, positions[is_eval]), band_keys[is_eval]))
+        held_out, table = positions[is_eval][order], band_keys[is_eval][order]
+        first, end = (np.searchsorted(table, band_keys[~is_eval], side) for side in ("left", "right"))
+        trained = positions[~is_eval]
+        for place in range(MAX_LEADERS):
+            left = (first + place < end) & (decisions.status[trained] == KEEP)
+            trained, first, end = trained[left], first[left], end[left]
+            similar = _are_similar(keys.signatures, held_out[first + place], trained, near)
+            decisions.status[trained[similar]] = LEAK
+            decisions.of[trained[similar]] = held_out[first[similar] + place]
+
+
+def _set_apart(keys: TextKeys, decisions: Decisions) -> TextKeys:
+    """Keys by which a conversation and a held-out one are no duplicates, and a leak is none of any."""
+    side = keys.held_out * np.uint64(0x9E3779B97F4A7C15)
+    side ^= (decisions.status == LEAK) * mix(np.arange(1, len(side) + 1, dtype=np.uint64))
+    return replace(
+        keys,
+        own=keys.own ^ side,
+        prefixes=keys.prefixes ^ np.repeat(side, keys.num_prefixes),
+        condition=keys.condition ^ side,
+    )
 
 
 def _drop_prefixes(keys: TextKeys, decisions: Decisions) -> None:
@@ -268,6 +329,10 @@ def _are_similar(signatures: Signatures, left: Indices, right: Indices, threshol
 
 
 def _hold_out(keys: TextKeys, decisions: Decisions, threshold: float, eval_fraction: float) -> None:
+    decisions.held_out[keys.held_out & (decisions.status == KEEP)] = True
+    if not eval_fraction:
+        return
+    decisions = replace(decisions, status=np.where(keys.held_out, LEAK, decisions.status))
     parents = np.arange(len(keys.own))
     kept = np.flatnonzero(decisions.status == KEEP)
     questions, positions = _sort_shared(keys.question[kept], kept, keys.priority)

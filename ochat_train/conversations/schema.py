@@ -64,7 +64,7 @@ class Conversation:
     """One training example as text. `condition`, `system` and `tools` are empty strings where there is none.
 
     `tools` are definitions that the template takes as arguments, as the record writes them. `record` is the place of
-    its record where that has several conversations, else empty.
+    its record where that has several conversations, else empty. `held_out`: its source is, whole.
     """
 
     id: str
@@ -74,6 +74,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: str = ""
     record: str = ""
+    held_out: bool = False
 
 
 # What was found and not read, once for each time: ("record field" | "answer field" | "turn field" | "part field" |

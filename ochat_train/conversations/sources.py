@@ -39,7 +39,7 @@ class Source:
     `where` and `where_not` map a field's name to a value, to a list that means any of its values, or to a Range.
     `condition` None leaves the condition to the record. `weight` is the loss weight of every assistant token.
     `html` says whether the texts are HTML, `encoding` is the encoding of the files if it is not UTF-8, and `reading`
-    says how the records are written.
+    says how the records are written. `held_out`: no record of it is trained.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Source:
     html: Literal["auto", "always", "never"] = "auto"
     encoding: str | None = None
     reading: Reading = field(default_factory=Reading)
+    held_out: bool = False
 
 
 def match_source(
@@ -139,4 +140,6 @@ def assign_source(parsed: ParsedRecord, source: Source) -> Conversation:
             )
         messages.append(replace(message, weight=weight))
     condition = source.condition if source.condition is not None else parsed.condition or ""
-    return Conversation(parsed.id, source.name, condition, parsed.system, tuple(messages), parsed.tools)
+    return Conversation(
+        parsed.id, source.name, condition, parsed.system, tuple(messages), parsed.tools, held_out=source.held_out
+    )

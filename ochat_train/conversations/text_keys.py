@@ -44,6 +44,8 @@ class TextKeys:
     one group.
     record: u64[N], a hash of the record that it shares with other conversations; 0 where it is its record's only one.
     signatures: u16[N, 128], MinHash of the words; u16[N, 0] if it was not requested.
+    held_out: bool[N], whether its source is. said: u64[N + sum of num_prefixes], hashes like prefixes and own, one
+    conversation after another, but of the turns' roles and texts alone; u64[0] if it was not requested.
     """
 
     own: U64
@@ -54,6 +56,8 @@ class TextKeys:
     question: U64
     record: U64
     signatures: Signatures
+    held_out: npt.NDArray[np.bool_]
+    said: U64
 
     def save(self, path: Path) -> None:
         """Write the arrays into one file, `.npy` files in a zip; equal keys make equal bytes."""
@@ -70,8 +74,8 @@ class TextKeys:
 _FIELDS = tuple(field.name for field in fields(TextKeys))
 
 
-def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKeys:
-    """The keys of `conversations`, whose weights are numbers as `assign_source` leaves them.
+def text_keys(conversations: Sequence[Conversation], *, minhash: bool, said: bool = False) -> TextKeys:
+    """The keys of `conversations`, whose weights are numbers as `assign_source` leaves them; with `said`, that too.
 
     With `minhash`, also signatures: MinHash over the shingles of 5 words in a row, of the messages in their order,
     lower case, without the system text, which would make all conversations of one long system text alike. A word is
@@ -84,6 +88,7 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
     """
     num_prefixes, own, prefixes, largest, supervised = [], [], [], [], []
     exact, conditions, questions, records, turns = [], [], [], [], []
+    said_by_turn: list[bytes] = []
     for conversation in conversations:
         texts = [_normalise(message.all_text) for message in conversation.messages]
         chain = _hash_chain(conversation, _normalise(conversation.system + conversation.tools), texts)
@@ -98,6 +103,8 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         questions.append(_hash_question(conversation, texts))
         records.append(_digest(_encode(conversation.record)) if conversation.record else bytes(8))
         turns.append(" ".join(texts))
+        if said:
+            said_by_turn += _hash_chain(conversation, "", texts, with_loss=False)
     # The bits of a float32 that is not negative are in the order of its values.
     first = np.array(largest, np.float32).view(np.uint32).astype(np.uint64) << 32 | np.array(supervised, np.uint64)
     keys = _to_u64(own)
@@ -110,6 +117,8 @@ def text_keys(conversations: Sequence[Conversation], *, minhash: bool) -> TextKe
         question=_to_u64(questions),
         record=_to_u64(records),
         signatures=_sign(turns, keys) if minhash else np.zeros((len(keys), 0), np.uint16),
+        held_out=np.array([conversation.held_out for conversation in conversations], np.bool_),
+        said=_to_u64(said_by_turn),
     )
 
 
@@ -132,13 +141,15 @@ def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _hash_chain(conversation: Conversation, system: str, texts: Sequence[str]) -> list[bytes]:
+def _hash_chain(
+    conversation: Conversation, system: str, texts: Sequence[str], *, with_loss: bool = True
+) -> list[bytes]:
     """The hash up to each answer, and last the hash of all."""
     state = blake2b(_frame(system), digest_size=8)
     chain = []
     for message, text in zip(conversation.messages, texts, strict=True):
         # With the loss, so that what goes as a copy trains nothing that the one that stays does not.
-        state.update(b"%b %d %b" % (message.role.encode(), bool(message.weight), _frame(text)))
+        state.update(b"%b %d %b" % (message.role.encode(), with_loss and bool(message.weight), _frame(text)))
         if message.role == "assistant":
             chain.append(state.digest())
     if not conversation.messages or conversation.messages[-1].role != "assistant":

@@ -41,7 +41,7 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     if not capacity:
         raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
     if not len(examples):
-        raise ValueError(f"the split {split} of {store} is empty; data.eval_fraction makes one")
+        raise ValueError(f"the split {split} of {store} is empty; data.eval_fraction or data.eval_sources makes one")
     check_lengths(examples, capacity, raised_by="--tokens-per-batch")
     world = read_world()
     join_process_group(world)  # of one process: training sums over ranks

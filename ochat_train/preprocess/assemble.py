@@ -14,7 +14,7 @@ from ochat_train.conversations.dedupe import DROP_REASONS, KEEP, Decisions
 from ochat_train.preprocess.ledger import Ledger, drop_rows
 from ochat_train.preprocess.shard import OVERLONG_COLUMNS, Shard, count_unread
 from ochat_train.preprocess.shard_files import WorkFolder
-from ochat_train.tokens.store import StoreWriter
+from ochat_train.tokens.store import SPLITS, Split, StoreWriter
 
 
 @dataclass(slots=True)
@@ -22,7 +22,8 @@ class InputSummary:
     """What was read, over all shards.
 
     dialects, unread: as of a Shard. overlong: sums of OVERLONG_COLUMNS. outcomes: how many records of which (file,
-    reason of the drop), with the reason "" where they are kept. details: the detail of the first of each.
+    reason of the drop), with the reason "" where they are kept. details: the detail of the first of each. conditions:
+    of each split, each (source, condition).
     """
 
     dialects: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -30,6 +31,7 @@ class InputSummary:
     overlong: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OVERLONG_COLUMNS, 0))
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     details: dict[tuple[str, str], str] = field(default_factory=dict)
+    conditions: dict[Split, set[tuple[str, str]]] = field(default_factory=lambda: {split: set() for split in SPLITS})
 
     def add(self, shard: Shard, records: pa.Table) -> None:
         """Count a shard. `records`: its rows of the ledger, after the decisions over all shards."""
@@ -75,9 +77,15 @@ def assemble(
         records = drop_rows(shard.records, reasons)
         ledger.add(records)
         summary.add(shard, records)
-        if writer is not None:
-            conversation = shard.rows["conversation"].to_numpy()
-            is_kept, is_held_out = (status == KEEP)[conversation], held_out[conversation]
-            writer.add("train", shard.rows.filter(pa.array(is_kept & ~is_held_out)))
-            writer.add("eval", shard.rows.filter(pa.array(is_kept & is_held_out)))
+        conversation = shard.rows["conversation"].to_numpy()
+        is_kept, is_held_out = (status == KEEP)[conversation], held_out[conversation]
+        of_split: dict[Split, pa.Table] = {
+            "train": shard.rows.filter(pa.array(is_kept & ~is_held_out)),
+            "eval": shard.rows.filter(pa.array(is_kept & is_held_out)),
+        }
+        for split, rows in of_split.items():
+            named = rows.group_by(["source", "condition"], use_threads=False).aggregate([]).to_pylist()
+            summary.conditions[split].update((row["source"], row["condition"]) for row in named)
+            if writer is not None:
+                writer.add(split, rows)
     return summary

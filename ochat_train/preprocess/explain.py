@@ -116,7 +116,8 @@ def _show_stages(trace: Trace, sources: tuple[Source, ...], job: Job) -> Iterato
     if filtered is None:
         yield f"-- source {trace.source.name}: dropped, {trace.reason}: {trace.detail}"
         return
-    yield f"-- source {trace.source.name}, condition {filtered.conversation.condition!r}"
+    held_out = ", held out whole" if trace.source.held_out else ""
+    yield f"-- source {trace.source.name}{held_out}, condition {filtered.conversation.condition!r}"
     if filtered.reason is not None:
         yield f"-- filtered: dropped, {filtered.reason}: {filtered.detail}"
         return

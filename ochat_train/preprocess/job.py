@@ -29,7 +29,7 @@ from ochat_train.conversations.records import list_files, read_chunks
 from ochat_train.conversations.remote import identify, is_remote
 from ochat_train.conversations.sources import Range, Source
 from ochat_train.preprocess.shard import ShardSettings, Task
-from ochat_train.recipe import DataSection, RangeSection, Recipe, SourceSection, moved_places, to_json
+from ochat_train.recipe import DataSection, EvalSourceSection, RangeSection, Recipe, moved_places, to_json
 from ochat_train.tokens.store import Manifest, check_store_path
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer, require_model
 
@@ -91,7 +91,7 @@ def make_job(recipe: Recipe, *, needs_dumps: bool = True) -> Job:
         require_model(recipe.model.base)
     template = tokenizer.template
     if isinstance(template, BaseTemplate):
-        if any(source.condition for source in data.sources):
+        if any(source.condition for source in data.by_key.values()):
             template.check_condition()
         print(f"template: base, of {recipe.tokenizer_name}: {'; '.join(template.notes())}")
     chat_template(tokenizer, template.inference_condition)  # a model that could not be exported is refused here
@@ -103,6 +103,7 @@ def make_job(recipe: Recipe, *, needs_dumps: bool = True) -> Job:
         overlong=data.overlong,
         overlong_context=data.overlong_context,
         minhash=needs_minhash(data.dedupe.near, data.eval_fraction),
+        said=bool(data.eval_sources),
         leading_answers=data.leading_answers,
         spelling=spelling_of(
             tokenizer, tokenizer.pretrained.chat_template, reasoning=data.reasoning, tool_calls=data.tool_calls
@@ -119,8 +120,8 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
     store = os.path.realpath(data.store)
     files: dict[str, list[Source]] = {}
     names: dict[str, str] = {}  # of each file that sources name in several ways, the first
-    for position, section in enumerate(data.sources):
-        of_section = _make_source(section, data)
+    for key, section in data.by_key.items():
+        of_section = _make_source(section, data, held_out=section in data.eval_sources)
         for path in section.paths:
             try:
                 found = [
@@ -129,7 +130,7 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
                     for file in list_once(place)
                 ]
             except ValueError as error:
-                mistake = f"data.sources.{position}.path: {error}"
+                mistake = f"{key}.path: {error}"
                 left = [] if is_remote(path) else glob.glob(path, recursive=True)
                 is_left = is_remote(path) or not all(
                     os.path.isdir(folder) and not os.listdir(folder) for folder in left
@@ -142,22 +143,22 @@ def _find_files(data: DataSection) -> tuple[dict[str, tuple[Source, ...]], Count
                 real = file if is_remote(file) else os.path.realpath(file)
                 if real.startswith((f"{store}/", f"{store}.partial-")):  # the folder that WorkFolder.beside makes
                     raise ValueError(
-                        f"data.sources.{position}.path: {file} lies in data.store {data.store}, so the store would be "
-                        "read as a dump; move the store, or name the dump's files more narrowly"
+                        f"{key}.path: {file} lies in data.store {data.store}, so the store would be read as a dump; "
+                        "move the store, or name the dump's files more narrowly"
                     )
                 sources = files.setdefault(names.setdefault(real, file), [])
                 if source not in sources:
                     sources.append(source)
                 if source.encoding != sources[0].encoding:
                     raise ValueError(
-                        f"data.sources.{position}.encoding: source {sources[0].name} reads {file} in "
+                        f"{key}.encoding: source {sources[0].name} reads {file} in "
                         f"{sources[0].encoding or 'UTF-8'}, and {source.name} in {source.encoding or 'UTF-8'}; "
                         "give both the same encoding"
                     )
     return {file: tuple(sources) for file, sources in files.items()}, left_out, gone
 
 
-def _make_source(section: SourceSection, data: DataSection) -> Source:
+def _make_source(section: EvalSourceSection, data: DataSection, *, held_out: bool) -> Source:
     return Source(
         section.name,
         section.condition,
@@ -169,6 +170,7 @@ def _make_source(section: SourceSection, data: DataSection) -> Source:
         Reading(
             section.fields.model_dump(exclude_none=True), section.roles, section.weight_field, data.media, section.tree
         ),
+        held_out,
     )
 
 
@@ -212,7 +214,10 @@ def fingerprint_of(made_from: dict[str, Any]) -> str:
 
 def without_places(made_from: dict[str, Any]) -> dict[str, Any]:
     """What a store is made from, wherever it lies."""
-    data = made_from["data"] | {"sources": [source | {"path": None} for source in made_from["data"]["sources"]]}
+    data = {
+        key: [source | {"path": None} for source in value] if key in ("sources", "eval_sources") else value
+        for key, value in made_from["data"].items()
+    }
     return made_from | {"data": data, "places": None}
 
 
@@ -256,7 +261,7 @@ def _describe_inputs(files: Mapping[str, Sequence[Source]], stamps: Stamps, data
 
     Of a name only what decides how its file is read counts; of a URL all does, since its content is not read here.
     """
-    positions = {source.name: position for position, source in enumerate(data.sources)}
+    positions = {source.name: position for position, source in enumerate(data.by_key.values())}
     digest = hashlib.blake2b(digest_size=32)
     total = sum(size for file, (size, _) in stamps.items() if not is_remote(file))
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking inputs", delay=5) as bar:

@@ -30,7 +30,7 @@ from ochat_train.preprocess.shard import Task
 from ochat_train.preprocess.shard_files import WorkFolder, find_leftovers
 from ochat_train.preprocess.summary import make_table
 from ochat_train.preprocess.workers import Executor, make_shards
-from ochat_train.recipe import Recipe, moved_places, to_json
+from ochat_train.recipe import DataSection, Recipe, moved_places, to_json
 from ochat_train.tokens.store import SPLITS, Manifest, StoreWriter, read_manifest
 from ochat_train.tokens.store_files import StoreDamaged, check_blocks, check_sizes
 from ochat_train.tokens.tokenizer import compare_with_auto
@@ -50,8 +50,6 @@ def preprocess(
             num_shards = _make_missing_shards(job, work, executor, num_workers)
             ledger, summary = _decide(job, work, num_shards, None)
         print(make_table(job, ledger, summary) + "\ndry run: nothing was written")
-        if not ledger.total.num_kept:
-            raise ValueError("no conversation is kept: see above")
         return
     store = Path(recipe.data.store).resolve()  # a link stays, and what it leads to is replaced
     manifest = _read_whole(store, verify=recipe.data.verify)
@@ -85,6 +83,8 @@ def preprocess(
     num_tokens = sum(split["num_tokens"] for split in splits.values())
     num_train, num_eval = (int(splits[split]["num_examples"]) for split in SPLITS)
     share = f"{100 * num_eval / (num_train + num_eval):.1f} %, data.eval_fraction {job.data.eval_fraction:g}"
+    if job.data.eval_sources:
+        share += f", data.eval_sources {', '.join(source.name for source in job.data.eval_sources)}"
     print(
         f"token store {store}: {num_train:,} examples to train on, {num_eval:,} held out ({share}); "
         f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s; {fingerprint[:12]}"
@@ -205,26 +205,45 @@ def _decide(job: Job, work: WorkFolder, num_shards: int, writer: StoreWriter | N
         work_dir=work.folder("duplicates"),
     )
     path = str(writer.staging / "ledger.parquet") if writer is not None else None
-    with Ledger(path, [source.name for source in data.sources]) as ledger:
+    with Ledger(path, [source.name for source in data.by_key.values()]) as ledger:
         summary = assemble(work, num_shards, decisions, ledger, writer)
         ledger.unread = summary.unread
     ledger.check(summary.dialects.total())
+    try:
+        _check_splits(data, summary)
+    except ValueError:
+        print(make_table(job, ledger, summary))
+        raise
     return ledger, summary
+
+
+def _check_splits(data: DataSection, summary: InputSummary) -> None:
+    """Raise ValueError if nothing is trained, or nothing under a condition that an eval source has."""
+    trained = {condition for _, condition in summary.conditions["train"]}
+    if not trained:
+        names = {source.name for source in data.sources}
+        is_fraction = any(name in names for name, _ in summary.conditions["eval"])
+        why = "all of it is held out by data.eval_fraction" if is_fraction else "see above"
+        raise ValueError(f"no conversation is left to train on: {why}")
+    for key, source in data.by_key.items():
+        found = {condition for name, condition in summary.conditions["eval"] if name == source.name}
+        if source in data.eval_sources and (unknown := sorted(found - trained)):
+            raise ValueError(
+                f"{key}: source {source.name} has conversations under the condition {unknown[0]!r}, under which "
+                f"nothing is trained ({', '.join(sorted(map(repr, trained)))}); set {key}.condition to one of these"
+            )
 
 
 def _write_store(
     job: Job, work: WorkFolder, num_shards: int, store: Path, made_from: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
     """Make the store of the shards; the totals of its splits. Raises ValueError if a file changed meanwhile."""
-    writer = StoreWriter(work.folder("store"), [source.name for source in job.data.sources], job.tokenizer.num_ids)
+    names = [source.name for source in job.data.by_key.values()]
+    writer = StoreWriter(work.folder("store"), names, job.tokenizer.num_ids)
     job.tokenizer.save(writer.staging / "tokenizer")
     ledger, summary = _decide(job, work, num_shards, writer)
     splits = writer.split_totals()
     ledger.check_examples(splits.values())
-    if not splits["train"]["num_examples"]:
-        why = "all of it is held out by data.eval_fraction" if splits["eval"]["num_examples"] else "see above"
-        print(make_table(job, ledger, summary))
-        raise ValueError(f"no conversation is left to train on: {why}")
     if changed := [file for file, stamp in stamps_of(job.files).items() if stamp != job.stamps[file]]:
         work.remove()  # its shards are of what the file was between
         raise ValueError(f"{changed[0]} was changed while it was read; run again when it is complete")

@@ -58,7 +58,10 @@ _OTHER_NAMES = ("", "record field", "...")
 
 @dataclass(frozen=True, slots=True)
 class ShardSettings:
-    """Everything but the chunk that decides a shard. `minhash`: whether near-duplicates will be looked for."""
+    """Everything but the chunk that decides a shard.
+
+    minhash: whether near-duplicates will be looked for; said: whether leaks of held-out sources will be.
+    """
 
     template: ChatTemplate | BaseTemplate
     encoder: TextEncoder
@@ -67,6 +70,7 @@ class ShardSettings:
     overlong: Overlong
     overlong_context: int
     minhash: bool
+    said: bool = False
     leading_answers: LeadingAnswers = "context"
     spelling: Spelling = field(default_factory=Spelling)
 
@@ -150,7 +154,7 @@ def make_shard(settings: ShardSettings, task: Task) -> Shard:
     return Shard(
         rows=_rows(kept),
         records=ledger_table([_ledger_row(trace) for trace in traces]),
-        keys=text_keys([conversation for conversation, _ in kept], minhash=settings.minhash),
+        keys=text_keys([conversation for conversation, _ in kept], minhash=settings.minhash, said=settings.said),
         overlong=np.array([_overlong_counts(trace, settings.max_tokens) for trace in traces], np.int64),
         dialects=dialects,
         unread=unread,

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from ochat_train.conversations.dedupe import DROP_REASONS
+from ochat_train.conversations.dedupe import DROP_REASONS, LEAK
 from ochat_train.preprocess.assemble import InputSummary
 from ochat_train.preprocess.job import Job
 from ochat_train.preprocess.ledger import Ledger
@@ -21,6 +21,7 @@ def make_table(job: Job, ledger: Ledger, summary: InputSummary) -> str:
         *_unread_lines(summary, job.data),
         *([several, ""] if total.num_in != total.num_records else []),
         ledger.table(),
+        *_leak_lines(ledger, job.data),
         *_overlong_lines(summary.overlong, job.data),
         *_warning_lines(summary, ledger, job.data),
     ]
@@ -64,14 +65,31 @@ def _unread_lines(summary: InputSummary, data: DataSection) -> list[str]:
 
 def _used_fields(data: DataSection) -> set[str | None]:
     """The fields that the sources of the recipe test or weigh by."""
-    tested = {name for source in data.sources for name in (*source.where, *source.where_not)}
-    return tested | {source.weight_field for source in data.sources}
+    sources = data.by_key.values()
+    tested = {name for source in sources for name in (*source.where, *source.where_not)}
+    return tested | {source.weight_field for source in sources}
 
 
 def _show_name(name: str, max_chars: int = 80) -> str:
     """A name out of a dump, on one line."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
+
+
+def _leak_lines(ledger: Ledger, data: DataSection) -> list[str]:
+    """How many conversations are not trained because an eval source has them; nothing if there is no eval source."""
+    if not data.eval_sources:
+        return []
+    leak = DROP_REASONS[LEAK]
+    counts = [ledger.counts[source.name].dropped.get(leak) for source in data.sources]
+    near = (
+        f"nearly the same by data.dedupe.near {data.dedupe.near:g}" if data.dedupe.near else "data.dedupe.near is off"
+    )
+    return [
+        "",
+        f"in data.eval_sources too, and so not trained: {sum(tally.num_records for tally in counts if tally):,} "
+        f"conversations ({leak}: the same turns, or one begins with the other; {near})",
+    ]
 
 
 def _overlong_lines(counts: Mapping[str, int], data: DataSection) -> list[str]:
@@ -95,7 +113,7 @@ def _warning_lines(summary: InputSummary, ledger: Ledger, data: DataSection) -> 
     lines = [
         f"WARNING: source {source.name} has no record: {', '.join(source.paths)} holds none that its where and "
         "where_not take"
-        for source in data.sources
+        for source in data.by_key.values()
         if not ledger.counts[source.name].num_in
     ]
     alike = [file for file, kind, name in summary.unread if (kind, name) == ("answer field", "preference")]
@@ -108,7 +126,7 @@ def _warning_lines(summary: InputSummary, ledger: Ledger, data: DataSection) -> 
     for (file, reason), count in summary.outcomes.items():
         reasons.setdefault(file, Counter())[reason] += count
     # A file whose records are all copies of kept ones is not lost.
-    saved = {"", *DROP_REASONS.values()}
+    saved = {"", *DROP_REASONS.values()} - {DROP_REASONS[LEAK]}
     lost = [file for file in sorted(reasons) if "" not in reasons[file] and not reasons[file].keys() <= saved]
     for file in lost[:_MAX_LINES]:
         forms = {f"{form}, {dialect}" for name, form, dialect in summary.dialects if name == file} or {"ShareGPT page"}

@@ -27,8 +27,8 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("val_set_size val_size test_size split_dataset_ratio", "data.eval_fraction", "a share from 0 to 1, not a count"),
     (
         "test_datasets eval_dataset val_dataset validation_file",
-        "data.eval_fraction",
-        "the share of data.sources that is held out",
+        "data.eval_sources",
+        "a list of sections, each with a name and a path",
     ),
     (
         "train_on_inputs train_on_prompt roles_to_train loss_scale assistant_only_loss",

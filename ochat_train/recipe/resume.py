@@ -38,7 +38,7 @@ FREE_AT_RESUME = (
 
 
 # Where a recipe finds what a run reads. What it finds there is compared, not its name.
-_PLACE = re.compile(r"tokenizer|model\.base|data\.sources\.\d+\.path(\.\d+)?")
+_PLACE = re.compile(r"tokenizer|model\.base|data\.(eval_)?sources\.\d+\.path(\.\d+)?")
 
 
 def refused_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -73,7 +73,8 @@ def _places_of(recipe: dict[str, Any]) -> dict[str, str | None]:
     """What a recipe as JSON, or a part of one, says of places."""
     base = recipe.get("model", {}).get("base")
     places = {"model.base": base, "tokenizer": recipe.get("tokenizer") or base}
-    for number, source in enumerate(recipe["data"]["sources"]):
-        path = source["path"]
-        places[f"data.sources.{number}.path"] = path if isinstance(path, str) else ", ".join(path)
+    for key in ("sources", "eval_sources"):
+        for number, source in enumerate(recipe["data"].get(key, ())):
+            path = source["path"]
+            places[f"data.{key}.{number}.path"] = path if isinstance(path, str) else ", ".join(path)
     return places

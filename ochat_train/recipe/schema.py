@@ -90,16 +90,13 @@ Wanted = Annotated[
 ]
 
 
-class SourceSection(Section):
+class EvalSourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
     path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, URL, or a list of them.")
     condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
-    epochs: float = Field(
-        1.0, gt=0, le=1000, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
-    )
     where: dict[str, Wanted] = Field(
         default_factory=dict,
         description="Record fields that must equal the value (or one of the list), or be in the range {min:, max:}.",
@@ -134,6 +131,14 @@ class SourceSection(Section):
     def paths(self) -> tuple[str, ...]:
         """The source's paths and globs, as written."""
         return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class SourceSection(EvalSourceSection):
+    """A source that is trained."""
+
+    epochs: float = Field(
+        1.0, gt=0, le=1000, description="Passes over this source in an epoch of the run, such as 2 or 0.25."
+    )
 
 
 class DedupeSection(Section):
@@ -197,18 +202,39 @@ class DataSection(Section):
         "drop", description="Records with pictures, sound or video: dropped, or trained on their text alone."
     )
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of conversations held out of training.")
+    eval_sources: tuple[EvalSourceSection, ...] = Field(
+        (), description="Sources that are held out whole; what is in them too is not trained. No epochs."
+    )
     verify: bool = Field(
         True, description="Compare the store's files with their checksums before it is used; false: only their sizes."
     )
 
     @model_validator(mode="after")
     def _names_are_unique_and_something_is_trained(self) -> Self:
-        names = [source.name for source in self.sources]
+        names = [source.name for source in self.by_key.values()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sources are named {twice[0]!r}; give each its own name")
         if all(source.weight == 0 for source in self.sources):
             raise ValueError("every source has weight 0, so nothing would be trained; give one a weight above 0")
+        trained = {source.condition for source in self.sources}
+        for source in self.eval_sources:
+            if source.weight == 0:
+                raise ValueError(f"eval source {source.name} has weight 0, so none of it would be held out; raise it")
+            if not trained & {None, source.condition} and source.condition is not None:
+                raise ValueError(
+                    f"eval source {source.name} has the condition {source.condition!r}, under which nothing is trained "
+                    f"({', '.join(sorted(map(repr, trained)))}); give it one of these"
+                )
         return self
+
+    @property
+    def by_key(self) -> dict[str, EvalSourceSection]:
+        """All sources by their dotted keys: those that are trained, then those that are held out."""
+        return {
+            f"data.{key}.{position}": source
+            for key in ("sources", "eval_sources")
+            for position, source in enumerate(getattr(self, key))
+        }
 
     def of_store(self) -> dict[str, Any]:
         """What decides a store's content, as JSON: all but where it lies and how its files and sources are used."""
@@ -216,6 +242,8 @@ class DataSection(Section):
         del section["store"], section["verify"]
         for source in section["sources"]:
             del source["epochs"]
+        if not self.eval_sources:  # as in stores from before there were any
+            del section["eval_sources"]
         return section
 
 

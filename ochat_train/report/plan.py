@@ -281,7 +281,7 @@ def _scale(plan: RunPlan, store: TokenStore, scaled: dict[str, tuple[float, floa
 def _count_sources(recipe: Recipe, store: TokenStore, plan: RunPlan, num_examples: int) -> dict[str, SourceTotals]:
     """What the first `num_examples` of the run are, a window at a time."""
     epochs = {source.name: source.epochs for source in recipe.data.sources}
-    names = store.manifest.sources
+    names = list(epochs)
     examples, tokens, weights = (np.zeros(len(names)) for _ in range(3))  # whole numbers are exact up to 2^53
     with tqdm(total=num_examples, unit=" examples", desc="sources", delay=5) as bar:
         for epoch in range(plan.num_epochs):

@@ -52,7 +52,7 @@ def _best(report: RunReport) -> str:
     if best is None:
         if report.evaluations:
             return "Best epoch: none has ended yet."
-        return "Best epoch: not known, because nothing is held out (data.eval_fraction)."
+        return "Best epoch: not known, because nothing is held out (data.eval_fraction, data.eval_sources)."
     last = report.epoch_ends[-1]
     found = f"Best epoch: {best['epoch']}, held-out loss {show_loss(best['loss'])} at step {best['step']:,}"
     if best is last:

@@ -90,7 +90,8 @@ class StoreReport:
     """The facts about a store.
 
     records: what became of each source's records, sources in the recipe's order. train, held_out: by source and
-    condition. lengths: by source, i64[max_tokens + 1], how many examples of the train split have so many tokens.
+    condition. lengths: by source that is not held out whole, i64[max_tokens + 1], how many examples of the train split
+    have so many tokens.
     """
 
     path: str
@@ -138,8 +139,9 @@ def read_store(store: Path) -> StoreReport:
     if manifest is None:
         raise ValueError(f"no complete token store at {store}; make it with python -m ochat_train.preprocess RECIPE")
     data = manifest.made_from["data"]
-    records, split_ids = _read_ledger(store / "ledger.parquet", [source["name"] for source in data["sources"]])
-    lengths = {source: np.zeros(data["max_tokens"] + 1, dtype=np.int64) for source in records}
+    records, split_ids = _read_ledger(store / "ledger.parquet", manifest.sources)
+    is_held_out = set(manifest.sources) - set(manifest.trained_sources)
+    lengths = {name: np.zeros(data["max_tokens"] + 1, np.int64) for name in records if name not in is_held_out}
     for batch in _batches(store, "train"):
         _add_lengths(lengths, batch)
     tokenizer = Tokenizer.from_file(str(store / "tokenizer" / "tokenizer.json"))

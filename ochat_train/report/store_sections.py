@@ -39,7 +39,8 @@ _CONDITIONS_SHOWN = 3  # of one source
 
 def store_document(report: StoreReport) -> Document:
     """The whole report."""
-    sources, conditions = _shares("source", report.by_source), _shares("condition", report.by_condition)
+    trained = {name: sums for name, sums in report.by_source.items() if name in report.lengths}
+    sources, conditions = _shares("source", trained), _shares("condition", report.by_condition)
     sections = (
         Section("sources", "Sources", _sources(report)),
         Section("source-shares", "What each source counts in the loss", sources),
@@ -94,12 +95,15 @@ def _figures(report: StoreReport) -> list[tuple[str, str, str]]:
 def _sources(report: StoreReport) -> list[Block]:
     rows = []
     for (name, sums), counts in zip(report.by_source.items(), report.records.values(), strict=True):
-        conditions = [show_condition(condition) for source, condition in report.train if source == name]
+        groups = report.train | report.held_out
+        conditions = [show_condition(condition) for source, condition in groups if source == name]
         if (more := len(conditions) - _CONDITIONS_SHOWN) > 0:
             conditions[_CONDITIONS_SHOWN:] = [f"{more:,} more"]
         records = (f"{number:,}" for number in (counts.num_in, counts.num_kept, counts.num_dropped))
         rows.append((name, ", ".join(conditions) or "-", _weight(sums), *records, *_counts(sums)))
     note = "Records are what was read, the rest is what is trained on. Weight is the mean over the supervised tokens."
+    if held_out := [name for name in report.records if name not in report.lengths]:
+        note += f" Held out whole: {', '.join(held_out)}."
     header = ("source", "condition", "weight", "records", "kept", "dropped", *_COUNTS)
     return [Text(note), Table(header, rows, left=(0, 1))]
 

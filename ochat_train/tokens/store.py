@@ -79,10 +79,10 @@ class Manifest:
 
     fingerprint: hash over `made_from`, which holds the tokenizer's digest, the template, the recipe's data section,
     the code's version and the input files' digests, and over no path in it. conditions[i] is the name of condition id
-    i, sources[i] that of source id i, in the recipe's order. added_tokens: ids of special tokens that the base
-    tokenizer lacked. splits: num_examples, num_tokens, num_supervised_tokens and weight_sum of each. counts: the
-    ledger's. overlong: shard.py's OVERLONG_COLUMNS. files: those of the splits, as they were written; StoreWriter fills
-    it in.
+    i, sources[i] that of source id i, in the recipe's order, those that are held out whole last. added_tokens: ids of
+    special tokens that the base tokenizer lacked. splits: num_examples, num_tokens, num_supervised_tokens and
+    weight_sum of each. counts: the ledger's. overlong: shard.py's OVERLONG_COLUMNS. files: those of the splits, as they
+    were written; StoreWriter fills it in.
     """
 
     fingerprint: str
@@ -97,6 +97,12 @@ class Manifest:
     overlong: dict[str, int]
     files: dict[str, StoreFile] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def trained_sources(self) -> list[str]:
+        """The sources that are not held out whole."""
+        held_out = {source["name"] for source in self.made_from["data"].get("eval_sources", ())}
+        return [name for name in self.sources if name not in held_out]
 
     @property
     def places(self) -> dict[str, Any]:

@@ -134,8 +134,10 @@ def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: in
 
 def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
     """The order in which examples are trained. Raises ValueError for a source of which none would be."""
-    epochs, num_epochs = {source.name: source.epochs for source in recipe.data.sources}, recipe.train.epochs
-    shares = [SourceShare(name, store.members(id), epochs[name]) for id, name in enumerate(store.manifest.sources)]
+    num_epochs = recipe.train.epochs
+    shares = [
+        SourceShare(source.name, store.members(id), source.epochs) for id, source in enumerate(recipe.data.sources)
+    ]
     for number, share in enumerate(shares):
         if len(share.members) and not share.num_drawn(num_epochs):
             raise ValueError(
@@ -147,9 +149,9 @@ def data_order(recipe: Recipe, store: TokenStore) -> DataOrder:
 
 
 def source_weights(store: TokenStore, step: StepPlan) -> npt.NDArray[np.float64]:
-    """f64[S], the sum of the loss weights of each source in a step."""
-    positions = np.concatenate(step.bins)
-    weights = np.bincount(store.source_ids[positions], store.weight_sums[positions], len(store.manifest.sources))
+    """f64[S], the sum of the loss weights of each source that is trained in a step."""
+    positions, num_sources = np.concatenate(step.bins), len(store.manifest.trained_sources)
+    weights = np.bincount(store.source_ids[positions], store.weight_sums[positions], num_sources)
     return weights.astype(np.float64)
 
 

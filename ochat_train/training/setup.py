@@ -179,7 +179,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     ):
         what = "checkpoint.best: loss" if recipe.checkpoint.best else "train.early_stop"
         raise ValueError(
-            f"{what} needs a held-out loss, and {recipe.data.store} holds nothing out; set data.eval_fraction"
+            f"{what} needs a held-out loss, and {recipe.data.store} holds nothing out; set data.eval_fraction or "
+            "data.eval_sources"
         )
     require_adapters(recipe, world.device)
     if recipe.model.compile:
