@@ -53,8 +53,8 @@ class HeldOut:
     progress: Callable[[], None] = lambda: None
     is_asked_to_stop: Callable[[], bool] = lambda: False
 
-    def loss_sums(self, examples: Examples | None = None) -> ConditionSums:
-        """f64 sums over all examples of the split, or over `examples`, on the CPU of every rank."""
+    def loss_sums(self, examples: Examples | None = None, title: str = "evaluate") -> ConditionSums:
+        """f64 sums over all examples of the split, or over `examples`, on the CPU of every rank. title: of its bar."""
         examples = self.store if examples is None else examples
         sums = zero_sums(len(self.store.manifest.conditions), self.world.device)
         order = DataOrder(len(examples), seed=None)
@@ -65,7 +65,7 @@ class HeldOut:
             tqdm(
                 total=len(examples),
                 unit=" examples",
-                desc="evaluate",
+                desc=title,
                 mininterval=1.0,
                 delay=1.0,
                 leave=False,
@@ -98,8 +98,8 @@ class HeldOut:
         fits = np.logical_and.reduce([view.lengths <= max_tokens for view in views.values()])
         kept, num_left_out = np.flatnonzero(fits), int(np.count_nonzero(~fits))
         return ConditionProbe(
-            own=self.loss_sums(Selected(store, kept)) if num_left_out else own_sums,
-            other=self.loss_sums(Selected(views["other"], kept)) if "other" in views else None,
-            none=self.loss_sums(Selected(views["none"], kept)),
+            own=self.loss_sums(Selected(store, kept), "probe, own condition") if num_left_out else own_sums,
+            other=self.loss_sums(Selected(views["other"], kept), "probe, another") if "other" in views else None,
+            none=self.loss_sums(Selected(views["none"], kept), "probe, none"),
             num_left_out=num_left_out,
         )
