@@ -24,6 +24,7 @@ class Word(NamedTuple):
 
 WORDS = {
     "init": Word("init", "write a recipe for your dumps, from five questions or flags"),
+    "migrate": Word("init.migrate", "a recipe from settings of OpenChat, axolotl, LLaMA-Factory or TRL"),
     "recipes": Word("recipe", "list the shipped recipes; their names can be given as RECIPE", ("--list",)),
     "recipe": Word("recipe", "check a recipe and print it with all defaults"),
     "preprocess": Word("preprocess", "dumps to a token store; --fields shows what dumps hold"),

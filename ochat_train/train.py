@@ -523,7 +523,6 @@ class Trainer:
             start=start,
             num_steps=self.num_steps,
             num_tokens=int(self.table.rows["num_tokens"][: self.num_steps - start].sum()),
-            num_examples=run.plan.num_examples,
             utilisation=find_utilisation(
                 self.engine.module.lm.config,
                 quadratic_length=run.plan.shape.quadratic_length,

@@ -46,7 +46,7 @@ def recipe_for(run: Path, *overrides: str) -> Recipe:
 
 
 def metrics_for(run: Path, *overrides: str, is_main: bool = True, **changes: Any) -> Metrics:
-    outline = RunOutline(recipe_for(run, *overrides), run, CONDITIONS, SOURCES, 0, 10, 1000, 50, None)
+    outline = RunOutline(recipe_for(run, *overrides), run, CONDITIONS, SOURCES, 0, 10, 1000, None)
     return Metrics(replace(outline, **changes), is_main=is_main)
 
 
@@ -222,7 +222,19 @@ def test_starts_saves_and_the_end_are_told_by_the_main_process_alone(
     ]
     best = {"best_epoch": 0, "best_step": 1, "best_loss": 2.5}
     assert lines(run, "end") == [{"event": "end", "step": 1, "epoch": 0, "reason": "finished", **best}]
-    assert capsys.readouterr().out.count("best epoch: 0") == 1
+    assert capsys.readouterr().out.count("best epoch: 1,") == 1
+
+
+def test_the_progress_line_shows_what_matters_within_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))
+    with metrics_for(tmp_path / "run", num_steps=120_000) as metrics:
+        for step in (99_998, 99_999):  # an hour each would be left
+            metrics.step(report_for(step, epoch=11, num_tokens=2_000_000, seconds=1.5))
+    shown = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
+    assert max(map(len, shown)) <= 80
+    assert re.match(r"step 99999/120000 \|.+\| .+ left, epoch 12, loss 3\.0000, 1,333,333 tokens/s$", shown[-1])
 
 
 def test_the_best_epoch_is_the_first_of_lowest_loss_at_an_epochs_end() -> None:

@@ -332,7 +332,7 @@ def test_old_lines_without_the_new_fields_are_shown_as_far_as_they_go(tmp_path: 
         *("Training loss", "Held-out loss", "Learning rate", "Gradient norm", "Tokens a second", "Data wait")
     ]
     assert cells_of(text, "skipped steps") == [["skipped steps", "3", "gradient not finite"]]
-    assert "Best epoch: 2, held-out loss " in text
+    assert "Best epoch: 3, held-out loss " in text
     assert not re.search(r"\bnan\b", text + page.text)
     assert "PROBE" not in text and "SOURCES" not in text and "STARTS" not in text
 
@@ -411,7 +411,7 @@ def test_the_best_epoch_is_the_one_with_the_lowest_loss_at_its_end(tmp_path: Pat
     found = read_run(run)
     assert [end["step"] for end in found.epoch_ends] == [60, 120, 180, 240]
     assert found.best is not None and (found.best["step"], found.best["epoch"]) == (120, 1)
-    sentence = "Best epoch: 1, held-out loss 1.1000 at step 120. The last one, 3, is worse by 0.2000."
+    sentence = "Best epoch: 2, held-out loss 1.1000 at step 120. The last one, 4, is worse by 0.2000."
     lost = "The better model was not kept; checkpoint.models.every_epochs=1 keeps one of each epoch."
     assert f"{sentence} {lost}" in joined(as_text(found))
     save(run, "step-00000120")
@@ -429,13 +429,13 @@ def test_an_epoch_whose_loss_is_not_finite_is_never_the_best(tmp_path: Path) -> 
         event | {"loss": None} if event["event"] == "eval" and event["step"] == 240 else event for event in run_events()
     ]
     text = joined(as_text(read_run(write(tmp_path / "run", events))))
-    assert "Best epoch: 2, held-out loss 1.5528 at step 180. The last one, 3, has none." in text
+    assert "Best epoch: 3, held-out loss 1.5528 at step 180. The last one, 4, has none." in text
 
 
 def test_when_the_last_epoch_is_the_best_nothing_is_advised(tmp_path: Path) -> None:
     by_step = {60: 1.4, 120: 1.1, 180: 1.2, 240: 1.0}
     text = joined(as_text(read_run(write(tmp_path / "run", set_losses(list(run_events()), by_step)))))
-    assert "Best epoch: 3, held-out loss 1.0000 at step 240, the last one." in text and "better model" not in text
+    assert "Best epoch: 4, held-out loss 1.0000 at step 240, the last one." in text and "better model" not in text
 
 
 # ---- The condition probe ----
@@ -470,9 +470,9 @@ def test_the_probe_is_put_into_words(
     assert whole in joined(as_text(found)) and whole in page.text
     (table,) = (table for table in page.tables if table[0][:4] == ["condition", "own", "other", "none"])
     shown = ["-" if loss is None else f"{loss:.4f}" for loss in probe]
-    assert [row[:4] for row in table[1:]] == [["all", *shown], ["GPT4", *shown]]
+    assert [row[:4] for row in table[1:]] == [["(all)", *shown], ["GPT4", *shown]]
     assert [row[5] for row in table[1:]] == [verdict] * 2
-    assert [title for title in titles(page.page) if title.startswith("Probe")] == ["Probe, all", "Probe, GPT4"]
+    assert [title for title in titles(page.page) if title.startswith("Probe")] == ["Probe, (all)", "Probe, GPT4"]
 
 
 # ---- Charts ----

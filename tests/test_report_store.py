@@ -361,7 +361,7 @@ def test_the_funnel_and_the_changes_say_what_the_ledger_says(quickstart: ChatTok
     facts, tables = show(write(tmp_path / "store", quickstart, rows, (), [*kept, *dropped], sources=["good", "bad"]))
     funnel = next(table for table in tables if table[1][0] == "records in")
     assert funnel == [
-        ["all", "good", "bad", "some ids"],
+        ["(all)", "good", "bad", "some ids"],
         ["records in", "11", "10", "1"],
         ["no_answer", "4 (36.4 %)", "4 (40.0 %)", "0", "d0, d1, d2"],
         ["language", "1 (9.1 %)", "0", "1 (100.0 %)", "e"],

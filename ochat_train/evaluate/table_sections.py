@@ -127,11 +127,12 @@ def _bars(
         axes.set_xlim(0, 1.12 * top)
         axes.set_ylim(len(categories) - 0.5, -0.5)
         axes.set_xticks([top * step / 5 for step in range(6)])
+        axes.set_xlabel(unit)
         axes.grid(False)
         axes.grid(True, axis="x")
 
     legend = [LegendEntry(row["name"], colour_of(number)) for number, row in enumerate(models)]
-    height = 40 + round(len(categories) * _BAR_HEIGHT / width)
+    height = 55 + round(len(categories) * _BAR_HEIGHT / width)
     return Chart(title, unit, draw, legend, height=height)
 
 

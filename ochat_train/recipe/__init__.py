@@ -1,6 +1,7 @@
 """The recipe: one YAML file that describes a whole run. `docs/recipes.md` shows every key with examples."""
 
-from ochat_train.recipe.load import load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe.load import load_recipe, parse_arguments, read_yaml, recipe_arguments
+from ochat_train.recipe.mistakes import foreign_key
 from ochat_train.recipe.resume import FREE_AT_RESUME, moved_places, refused_differences
 from ochat_train.recipe.schema import (
     CheckpointSection,
@@ -34,11 +35,13 @@ __all__ = [
     "Recipe",
     "check_encoding",
     "differences",
+    "foreign_key",
     "known_keys",
     "leaves",
     "load_recipe",
     "moved_places",
     "parse_arguments",
+    "read_yaml",
     "recipe_arguments",
     "refused_differences",
     "to_json",

@@ -70,7 +70,7 @@ _YAML_REMEDIES = {
 }
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
     """The value of a YAML text. Raises ValueError in one line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -96,7 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     shipped = None if Path(path).is_file() else shipped_recipes().get(str(path))
     try:
-        tree = _read_yaml(Path(shipped or path).read_text(encoding="utf-8"))
+        tree = read_yaml(Path(shipped or path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "" if "/" in str(path) else ", and no shipped one has this name; ochat recipes lists those"
         raise ValueError(f"no recipe at {path}{hint}") from None
@@ -161,7 +161,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all([*parents, last]):
         raise ValueError(f"override {override!r} is not of the form key=value, such as optim.lr=1e-5")
     try:
-        value = _read_yaml(text)
+        value = read_yaml(text)
     except ValueError as error:
         raise ValueError(f"override {override!r}: the value is not YAML: {error}") from None
     here: Any = tree

@@ -65,7 +65,8 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "all-linear, or a list of names",
     ),
     (
-        "micro_batch_size per_device_train_batch_size train_batch_size train_micro_batch_size_per_gpu batch_size",
+        "micro_batch_size per_device_train_batch_size train_batch_size train_micro_batch_size_per_gpu batch_size"
+        " batch_size_per_gpu",
         "packing.tokens_per_gpu",
         "it counts tokens, not sequences: 2 sequences are 2 x data.max_tokens",
     ),
@@ -83,15 +84,15 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("moe_aux_loss_coef output_router_logits router_aux_loss", "model.router_aux_loss_coef", "auto: the base's own"),
     ("learning_rate", "optim.lr", ""),
     ("optim optimizer optimizer_type optimizer_name", "optim.algorithm", "adamw, adamw_8bit or sgd"),
-    ("adam_beta1 adam_beta2", "optim.betas", "a list of both"),
+    ("adam_beta1 adam_beta2 beta1 beta2", "optim.betas", "a list of both"),
     ("adam_epsilon", "optim.eps", ""),
     (
-        "warmup_ratio warmup_steps num_warmup_steps",
+        "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
         "optim.warmup",
         "a share of the run's examples, from 0 to 1, not a number of steps",
     ),
     (
-        "lr_scheduler lr_scheduler_type lr_scheduler_kwargs scheduler cosine_min_lr_ratio min_lr_rate",
+        "lr_scheduler lr_scheduler_type lr_scheduler_kwargs scheduler cosine_min_lr_ratio min_lr_rate lr_min_ratio",
         "optim.min_lr",
         "the schedule is always a cosine, which ends at this share of optim.lr",
     ),
@@ -99,7 +100,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("num_steps total_steps max_train_steps", "train.max_steps", ""),
     ("num_epochs num_train_epochs max_epochs", "train.epochs", "a whole number"),
     ("data_seed random_seed", "train.seed", ""),
-    ("output_dir save_dir", "checkpoint.dir", ""),
+    ("output_dir save_dir save_path", "checkpoint.dir", ""),
     ("save_steps save_interval", "checkpoint.every_steps", ""),
     ("save_strategy saves_per_epoch", "checkpoint.every_epochs", ""),
     ("save_total_limit", "checkpoint.keep", ""),
@@ -126,6 +127,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "4 quantises the frozen base of adapters; there are no other bits",
     ),
     ("lora_dropout dropout", None, "adapters are trained without dropout"),
+    ("loss_balancing", None, "data.sources.N.weight says what the answers of a source count"),
     ("neftune_noise_alpha", None, "no noise is added to embeddings"),
     ("type formatting format ds_type", None, "the dialect of each record is found from the record"),
     ("special_tokens added_tokens new_special_tokens", None, "the template brings its special tokens"),
@@ -146,6 +148,10 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "preprocess takes --workers N, and training loads batches ahead by itself",
     ),
     ("hub_model_id push_to_hub", None, "nothing is uploaded; checkpoint.dir/model can be, by hand"),
+    ("tokenizer_type strict local_rank ddp_timeout overwrite_cache overwrite_output_dir plot_loss", None, "not needed"),
+    ("max_samples", None, "data.sources.N.epochs is the share of a source that is drawn"),
+    ("tf32", None, "torch's own default"),
+    ("plugins", None, "model.kernels chooses Liger's kernels"),
     ("trust_remote_code", None, "no code of a base is run"),
     ("do_train do_eval rl trainer_type", None, "a recipe is always supervised fine-tuning, with evaluation"),
 )
@@ -223,13 +229,14 @@ def _generic(key: str) -> str:
     return ".".join("N" if part.isdecimal() else part for part in key.split("."))
 
 
-def _foreign(key: str) -> tuple[str | None, str] | None:
+def foreign_key(key: str) -> tuple[str | None, str] | None:
+    """Our key, or None, and a note, for another framework's; None for a key that no known framework has."""
     return _FOREIGN.get(key.rpartition(".")[2].lower().replace("-", "_"))
 
 
 def _unknown(key: str, value: Any, known: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """The unknown key; or all that are below it, if it is a section that resembles none of ours."""
-    if isinstance(value, dict) and value and _right_key(key, known)[0] is None and _foreign(key) is None:
+    if isinstance(value, dict) and value and _right_key(key, known)[0] is None and foreign_key(key) is None:
         for name, inner in value.items():
             yield from _unknown(f"{key}.{name}", inner, known)
     else:
@@ -241,7 +248,7 @@ def _right_key(wrong: str, known: Sequence[str]) -> tuple[str | None, str]:
     wrong = _generic(wrong).replace("/", ".")
     section, _, last = wrong.lower().rpartition(".")
     names = {key: key.rpartition(".")[2] for key in known}
-    if last not in names.values() and (foreign := _foreign(wrong)) is not None:
+    if last not in names.values() and (foreign := foreign_key(wrong)) is not None:
         ours, note = foreign
         if ours is None:
             return None, f"; there is nothing like it here: {note}"

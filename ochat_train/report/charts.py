@@ -31,6 +31,7 @@ _STYLE: dict[Any, Any] = {
     "path.simplify_threshold": 0.5,
     "font.size": 11,
     "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -92,7 +93,7 @@ class Chart:
     legend: Sequence[LegendEntry] = ()
     note: str = ""
     width: int = _NARROW
-    height: int = 190
+    height: int = 205
     kind: ClassVar[str] = "chart"
 
     @property
@@ -171,15 +172,20 @@ class Curves:
 
     def chart(self, title: str, unit: str, note: str = "") -> list[Chart]:
         """The chart in a list, which is empty where no curve has a value."""
-        named = {curve.name: curve for curve in self.curves if curve.style == "line" and np.isfinite(curve.y).any()}
+        named = [curve for curve in self.curves if curve.style == "line" and np.isfinite(curve.y).any()]
         if not named:
             return []
         legend = [
             LegendEntry(curve.name, curve.colour, self.form(float(curve.y[np.isfinite(curve.y)][-1])))
-            for curve in named.values()
+            for curve in named
         ]
         unit = f"{unit}, logarithmic" if self.is_logarithmic else unit
-        return [Chart(title, unit, self.draw, legend, note)]
+
+        def draw(axes: "Axes") -> None:
+            self.draw(axes)
+            axes.set_ylabel(unit)
+
+        return [Chart(title, unit, draw, legend, note)]
 
     def draw(self, axes: "Axes") -> None:
         """Draw them onto empty axes."""
@@ -195,6 +201,7 @@ class Curves:
             axes.text(self.best, 1.02, "best epoch", transform=above, color=INK, ha="center")
         axes.vlines(self.skipped, 1, 1.05, transform=above, color=DROP, clip_on=False)
         axes.set_xlim(*self.span)
+        axes.set_xlabel("step")
         self._scale_axes(axes)
 
     def _scale_axes(self, axes: "Axes") -> None:

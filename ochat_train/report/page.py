@@ -18,6 +18,7 @@ from ochat_train.report.charts import CSS_COLOURS, Chart, as_svg
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+TOTAL = "(all)"  # names a column or row of totals; in brackets, because a source may be called all
 _TEXT_WIDTH = 100  # characters of a paragraph in a terminal
 _TABLE_WIDTH = 1000  # at most; a terminal breaks longer lines itself
 _BAR_WIDTH = 40

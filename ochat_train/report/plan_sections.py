@@ -361,6 +361,8 @@ def _step_chart(picture: StepPicture, report: PlanReport, longest: int) -> Chart
         axes.set_xlim(0, longest / unit)
         axes.set_ylim(num_rows - 0.5, -0.5)
         axes.set_yticks(range(num_rows), [f"{rank}" for rank in picture.rows])
+        axes.set_xlabel("time, in tokens without their attention")
+        axes.set_ylabel("rank")
         axes.grid(False)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
@@ -368,7 +370,7 @@ def _step_chart(picture: StepPicture, report: PlanReport, longest: int) -> Chart
     title, numbers = _caption(picture, report)
     legend = [LegendEntry(name, colour_of(source)) for source, name in enumerate(report.sources)]
     note = "Grey: waiting. A line: all ranks have finished a micro-batch."
-    return Chart(title, numbers, draw, legend, note, height=40 + row_height * num_rows)
+    return Chart(title, numbers, draw, legend, note, height=55 + row_height * num_rows)
 
 
 def source_spans(picture: StepPicture, longest: int) -> dict[int, list[tuple[int, int, int]]]:

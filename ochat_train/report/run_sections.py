@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from ochat_train.report.charts import INK, Chart, Curve, Curves, Floats, Scale, colour_of, smooth
 from ochat_train.report.leanings import leanings
 from ochat_train.report.page import (
+    TOTAL,
     Block,
     Document,
     Figures,
@@ -88,7 +89,7 @@ def _gigabytes(value: float) -> str:
 
 def _group(name: str | None) -> str:
     """A condition, or all of them, for a reader."""
-    return "all" if name is ALL else show_condition(name)
+    return TOTAL if name is ALL else show_condition(name)
 
 
 def _groups(report: RunReport) -> list[str | None]:
@@ -159,7 +160,7 @@ def _held_out(report: RunReport) -> list[Block]:
     losses = by_condition(evaluations, "loss")
     columns = [
         ("step", [f"{event['step']:,}" for event in evaluations]),
-        ("epoch", [f"{event['epoch']}" for event in evaluations]),
+        ("epoch", [f"{event['epoch'] + 1}" if event["step"] else "-" for event in evaluations]),
         *((f"loss, {_group(name)}" if len(names) > 1 else "loss", map(show_loss, losses[name])) for name in names),
         ("perplexity", map(show_number, column(evaluations, "perplexity"))),
         ("accuracy", map(_share, column(evaluations, "accuracy"))),

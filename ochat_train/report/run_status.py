@@ -54,11 +54,11 @@ def _best(report: RunReport) -> str:
             return "Best epoch: none has ended yet."
         return "Best epoch: not known, because nothing is held out (data.eval_fraction, data.eval_sources)."
     last = report.epoch_ends[-1]
-    found = f"Best epoch: {best['epoch']}, held-out loss {show_loss(best['loss'])} at step {best['step']:,}"
+    found = f"Best epoch: {best['epoch'] + 1}, held-out loss {show_loss(best['loss'])} at step {best['step']:,}"
     if best is last:
         return f"{found}, the last one." if best["epoch"] else f"{found}, the only one so far."
     how = "has none" if last["loss"] is None else f"is worse by {last['loss'] - best['loss']:.4f}"
-    return f"{found}. The last one, {last['epoch']}, {how}. {_kept(report, best['step'])}"
+    return f"{found}. The last one, {last['epoch'] + 1}, {how}. {_kept(report, best['step'])}"
 
 
 def _kept(report: RunReport, step: int) -> str:
@@ -135,7 +135,8 @@ def key_figures(report: RunReport) -> list[tuple[str, str, str]]:
         ("skipped steps", f"{skipped:,}", "gradient not finite" if skipped else ""),
     ]
     if best is not None:
-        rows.append(("best held-out loss", show_loss(best["loss"]), f"epoch {best['epoch']}, step {best['step']:,}"))
+        when = f"epoch {best['epoch'] + 1}, step {best['step']:,}"
+        rows.append(("best held-out loss", show_loss(best["loss"]), when))
     if np.isfinite(mfu := _median(report, "mfu")):
         rows.append(("MFU", percent(mfu, 1), "of the peak, median"))
     if np.isfinite(peaks := column(steps, "peak_memory_bytes")).any():

@@ -10,6 +10,7 @@ from ochat_train.conversations.described import name_template
 from ochat_train.preprocess.ledger import NUM_EXAMPLES, Tally, show_id
 from ochat_train.report.charts import INK, Chart, LegendEntry, colour_of, shares_chart
 from ochat_train.report.page import (
+    TOTAL,
     Block,
     Document,
     Figures,
@@ -155,6 +156,8 @@ def _lengths(report: StoreReport) -> list[Block]:
             axes.axvline(np.interp(length, edges, np.arange(len(edges))), color=INK, linestyle="--", linewidth=1)
         powers = [place for place, edge in enumerate(edges) if edge & (edge - 1) == 0 and edge]
         axes.set_xticks(powers, [f"{edges[place]:,}" for place in powers])
+        axes.set_xlabel("tokens of an example")
+        axes.set_ylabel("examples")
         axes.locator_params(axis="y", nbins=5, integer=True)
         axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
 
@@ -163,7 +166,7 @@ def _lengths(report: StoreReport) -> list[Block]:
     return [
         Text("Tokens of an example: " + ", ".join(f"{name} {length:,}" for name, length in marks.items()) + "."),
         Chart("Examples", "by their tokens", draw, legend, note, width=720, height=200),
-        Table(("tokens", *report.lengths, "all"), rows, folded="As a table"),
+        Table(("tokens", *report.lengths, TOTAL), rows, folded="As a table"),
     ]
 
 
@@ -188,7 +191,7 @@ def _funnel(report: StoreReport) -> list[Block]:
         rows.append((name, *cells, ids))
         bars.append(((left - sum(numbers)) / num_in, left / num_in))
         left -= sum(numbers)
-    header = ("", "all", *report.records, "some ids")
+    header = ("", TOTAL, *report.records, "some ids")
     note = "Each record is kept, or dropped for one reason. Shares are of the records of a source."
     return [Text(note), Table(header, rows, left=(0, len(header) - 1), bars=bars)]
 
@@ -198,7 +201,7 @@ def _changes(report: StoreReport) -> list[Block]:
         (name, *(f"{number:,}" for number in (sum(numbers), *numbers)), ids)
         for name, numbers, ids in _by_name(counts.actions for counts in report.records.values())
     ]
-    header = ("", "all", *report.records, "some ids")
+    header = ("", TOTAL, *report.records, "some ids")
     note = "How many records were changed in which way. A record may be changed in several ways, and dropped later."
     return [Text(note), Table(header, rows, left=(0, len(header) - 1))] if rows else []
 

@@ -81,8 +81,8 @@ class HeldOut:
     progress: Callable[[], None] = lambda: None
     is_asked_to_stop: Callable[[], bool] = lambda: False
 
-    def loss_sums(self, examples: Examples | None = None) -> ExampleSums:
-        """The sums of all examples of the split, or of `examples`, on the CPU of every rank."""
+    def loss_sums(self, examples: Examples | None = None, title: str = "evaluate") -> ExampleSums:
+        """The sums of all examples of the split, or of `examples`, on the CPU of every rank. title: of its bar."""
         examples = self.store if examples is None else examples
         sums = zero_sums(len(examples), self.world.device)
         packed: Any = getattr(self.model, "module", self.model)
@@ -96,7 +96,7 @@ class HeldOut:
             tqdm(
                 total=len(examples),
                 unit=" examples",
-                desc="evaluate",
+                desc=title,
                 mininterval=1.0,
                 delay=1.0,
                 leave=False,
@@ -134,7 +134,7 @@ class HeldOut:
         fits = np.logical_and.reduce([view.lengths <= max_tokens for view in views.values()])
         kept, num_conditions = np.flatnonzero(fits), len(frames)
         own = own.at(kept)
-        found = {name: self.loss_sums(Selected(view, kept)) for name, view in views.items()}
+        found = {name: self.loss_sums(Selected(view, kept), f"probe, {name}") for name, view in views.items()}
         leanings = np.full(len(store), np.nan)
         leanings[kept] = found.get("other", found["none"]).mean_nll - own.mean_nll
         return ConditionProbe(

@@ -36,6 +36,7 @@ from ochat_train.training.speed import Utilisation
 
 Reason = Literal["finished", "max_steps", "early_stop", "stopped", "skipped"]
 _RECENT_STEPS = 50  # the remaining time is estimated from their speed
+_BAR = "step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits 80 columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class RunOutline:
     """What the reports of a run refer to.
 
     start: the step after which the run starts or continues; num_steps: the number of its last step; num_tokens: of the
-    steps in between. num_examples: of all epochs. utilisation: None where it is unknown. is_branch: whether the steps
+    steps in between. utilisation: None where it is unknown. is_branch: whether the steps
     after `start` differ from those that the run may have made before, because it goes on with another recipe or plan.
     """
 
@@ -174,7 +175,6 @@ class RunOutline:
     start: int
     num_steps: int
     num_tokens: int
-    num_examples: int
     utilisation: Utilisation | None
     is_branch: bool = False
 
@@ -245,18 +245,17 @@ class Metrics:
         self._write(line)
         if self._bar is None:
             self._bar = tqdm(
-                total=self._outline.num_examples,
-                initial=report.examples_consumed,
-                unit=" examples",
-                desc="train",
+                total=self._outline.num_steps,
+                initial=report.step,
+                bar_format=_BAR,
                 mininterval=1.0,
+                dynamic_ncols=True,
             )
         self._bar.set_postfix_str(
-            f"step {report.step}/{self._outline.num_steps}, epoch {report.epoch}, loss {_shown(line['loss'])}, "
-            f"lr {report.lr:.2e}, {line['tokens_per_s']:,.0f} tokens/s",
+            f"epoch {report.epoch + 1}, loss {_shown(line['loss'])}, {line['tokens_per_s']:,.0f} tokens/s",
             refresh=False,
         )
-        self._bar.update(report.examples_consumed - self._bar.n)
+        self._bar.update(report.step - self._bar.n)
 
     def evaluation(
         self,
@@ -317,9 +316,7 @@ class Metrics:
         found: dict[str, Any] = {"best_epoch": None, "best_step": None, "best_loss": None}
         if best is not None:
             found = {"best_epoch": best.epoch, "best_step": best.step, "best_loss": best.value}
-            tqdm.write(
-                f"best epoch: {best.epoch}, counted from 0, with held-out loss {best.value:.4f} at step {best.step}"
-            )
+            tqdm.write(f"best epoch: {best.epoch + 1}, with held-out loss {best.value:.4f} at step {best.step}")
         self._write({"event": "end", "step": step, "epoch": epoch, "reason": reason, **found})
 
     def _mfu(self, report: StepReport) -> float | None:
