@@ -195,7 +195,7 @@ def commands_page() -> str:
             continue  # a word for a flag of another command
         parser = parser_of(module)
         about, _, usage = (parser.description or "").strip().partition("\n")
-        parts.append(_as_code(usage) if usage else f"{about}\n")
+        parts.append(_as_markdown(usage) if usage else f"{about}\n")
         parts.append(_arguments(parser))
         for name, inner in subparsers_of(parser).items():
             parts += [f"### ochat {word} {name}\n", _arguments(inner)]
@@ -203,12 +203,14 @@ def commands_page() -> str:
     parts.append(
         "## deepspeed --module ochat_train.train\n\nWhat `ochat train` starts on each GPU, for launchers of your own.\n"
     )
-    parts += [_as_code((parser.description or "").partition("\n")[2]), _arguments(parser)]
+    parts += [_as_markdown((parser.description or "").partition("\n")[2]), _arguments(parser)]
     return "\n".join(part for part in parts if part)
 
 
-def _as_code(text: str) -> str:
-    return "```text\n" + inspect.cleandoc(text).strip("\n") + "\n```\n"
+def _as_markdown(text: str) -> str:
+    """Paragraphs as they are, those that are indented as code."""
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(f"```text\n{inspect.cleandoc(one)}\n```" if one[0] == " " else one for one in paragraphs) + "\n"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> str:
