@@ -29,9 +29,9 @@ DOCS = Path(__file__).resolve().parent
 
 # Where a key is described further.
 MORE = {
-    "template": "data.md#templates",
-    "pieces": "data.md#a-template-in-the-recipe",
-    "condition_in": "data.md#where-the-condition-is",
+    "template": "templates.md",
+    "pieces": "templates.md#a-template-in-the-recipe",
+    "condition_in": "templates.md#where-the-condition-is",
     "tokenizer": "recipes.md#base-models",
     "deepspeed": "recipes.md#the-deepspeed-section",
     "data.sources": "data.md#sources",

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
 README, DESIGN = ROOT / "README.md", ROOT / "docs/design.md"
 DATA, RECIPES, RUNS = ROOT / "docs/data.md", ROOT / "docs/recipes.md", ROOT / "docs/runs.md"
-TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
+TROUBLESHOOTING, CHAT_TEMPLATES = ROOT / "docs/troubleshooting.md", ROOT / "docs/templates.md"
 DECISIONS = sorted((ROOT / "docs/decisions").glob("*.md"))
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *DECISIONS]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -289,8 +289,13 @@ def test_data_has_the_table_of_forms() -> None:
     assert listed == FORMS
 
 
-def test_data_has_every_template_with_its_roles_and_condition() -> None:
-    listed = {row[0].strip("`"): (code(row[2]), code(row[3])) for row in table(DATA, "template", "base models")}
+# ---- docs/templates.md ----
+
+
+def test_templates_has_every_template_with_its_roles_and_condition() -> None:
+    listed = {
+        row[0].strip("`"): (code(row[2]), code(row[3])) for row in table(CHAT_TEMPLATES, "template", "base models")
+    }
     assert listed == {
         name: (
             [template.role_names[role] for role in ("user", "assistant", "tool")],
@@ -301,7 +306,7 @@ def test_data_has_every_template_with_its_roles_and_condition() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda template: template.name)
-def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
+def test_templates_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
     def shown(piece: TemplatePart, role: str) -> str:
         text = piece.text.replace("{role}", role).replace("\n", "\\n")
         return f"[{text}]" if piece.is_special else f'"{text}"'
@@ -312,7 +317,9 @@ def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None
         return " ".join([*parts, "TEXT", *(shown(piece, role) for piece in (end, *template.after_end))])
 
     blocks = [
-        block for block in re.split(r"\n\n", "\n".join(indented_blocks(DATA.read_text()))) if "beginning" in block
+        block
+        for block in re.split(r"\n\n", "\n".join(indented_blocks(CHAT_TEMPLATES.read_text())))
+        if "beginning" in block
     ]
     block = next(block for block in blocks if template.name in re.split(r",? +|\n", block.partition("  ")[0].strip()))
     lines = dict(re.findall(r"^ +(beginning|system|turn) +(.*)$", block, re.MULTILINE))
