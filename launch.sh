@@ -26,7 +26,7 @@ Other commands, such as python -m ochat_train.preprocess --dry-run RECIPE, run a
 Ctrl-C, SIGTERM or SIGUSR1 lets training finish its step and save: exit code 75, and the same command goes on from
 there. A second one stops at once.
 
-Variables of the environment, which README.md explains:
+Variables of the environment, which docs/nodes.md explains:
   NUM_GPUS      processes on each node
   MAX_RESTARTS  how often to start again after a crash
   HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT, SLURM_JOB_NUM_NODES    for several nodes

@@ -2,8 +2,11 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import pytest
 import torch
 import yaml
 
+from docs import reference
+from ochat_train.cli import WORDS
 from ochat_train.conversations.dedupe import DROP_REASONS
 from ochat_train.conversations.forms import FORMS
 from ochat_train.conversations.own_weights import LISTS, OF_A_TURN
@@ -26,11 +31,13 @@ from ochat_train.training.checkpoint import Checkpoint, TrainState
 from ochat_train.training.metrics import Metrics, RunOutline, StepReport
 from ochat_train.training.saving import SaveResult
 from ochat_train.training.speed import PEAKS
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ochat_train"
 README, DESIGN = ROOT / "README.md", ROOT / "docs/design.md"
-DATA, RECIPES = ROOT / "docs/data.md", ROOT / "docs/recipes.md"
+DATA, RECIPES, RUNS = ROOT / "docs/data.md", ROOT / "docs/recipes.md", ROOT / "docs/runs.md"
+TROUBLESHOOTING, CHAT_TEMPLATES = ROOT / "docs/troubleshooting.md", ROOT / "docs/templates.md"
 DECISIONS = sorted((ROOT / "docs/decisions").glob("*.md"))
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *DECISIONS]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -178,9 +185,9 @@ def indented_blocks(text: str) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The shell commands of a page, as words, up to where an explanation follows behind several spaces."""
-    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(("./launch.sh ", "python -m "))]
+    starts = ("./launch.sh ", "python -m ", "deepspeed ", "ochat ")
+    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(starts)]
     lines = [line for block in [*fences(text, "sh"), *indented_blocks(text)] for line in block.splitlines()]
-    starts = ("./launch.sh ", "python -m ", "deepspeed ")
     return [shlex.split(re.split(r" {3,}", line)[0]) for line in [*inline, *lines] if line.startswith(starts)]
 
 
@@ -190,16 +197,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# ---- docs/recipes.md ----
-
-
-def test_the_tables_of_recipes_hold_every_key_once_and_no_other() -> None:
-    held_out = "data.eval_sources.N."
-    of_eval_sources = {key.removeprefix(held_out) for key in known_keys() if key.startswith(held_out)}
-    of_sources = {key.removeprefix("data.sources.N.") for key in known_keys() if key.startswith("data.sources.N.")}
-    assert of_eval_sources == of_sources - {"epochs"}  # as the row of data.eval_sources says
-    listed = first_names(table(RECIPES, "key", "type or values", "default"))
-    assert sorted(listed) == sorted(key for key in known_keys() if not key.startswith(held_out))
+# ---- docs/recipes.md, docs/runs.md ----
 
 
 # The least that a recipe says, and nothing else.
@@ -221,56 +219,11 @@ def least(tmp_path: Path) -> Path:
     return path
 
 
-def at(tree: Any, key: str) -> Any:
-    for part in key.replace(".N", ".0").split("."):
-        tree = tree[int(part)] if part.isdecimal() else tree[part]
-    return tree
+def test_runs_lists_what_a_resume_may_change() -> None:
+    assert sorted(first_names(table(RUNS, "what", "what then happens"))) == sorted(FREE_AT_RESUME)
 
 
-@pytest.mark.parametrize("row", table(RECIPES, "key", "type or values", "default"), ids=lambda row: row[0].strip("`"))
-def test_a_default_in_the_table_is_the_default(row: list[str], least: Path) -> None:
-    key, default = row[0].strip("`"), row[2]
-    made = ["log.wandb.project=chat"] if key.startswith("log.wandb.") else []
-    made += ["model.lora={}", "optim.lr=2e-4"] if key.startswith("model.lora.") else []
-    made += ["template=pieces", "pieces={header: ['{role}'], end: e}"] if key.startswith("pieces.") else []
-    if key.startswith("eval.checks.N."):
-        check = {"name": "sums", "questions": "sums.jsonl", "check": "math"}
-        check.pop(key.rpartition(".")[2], None)
-        made.append(f"eval.checks=[{check}]")
-    made += ["train.early_stop={}"] if key == "train.early_stop.epochs" else []
-    if default == "required":
-        if key.startswith(("eval.checks.N.", "train.early_stop.")):
-            with pytest.raises(ValueError, match=f"{key.replace('N', '0')}: missing"):
-                load_recipe(least, made)
-            return
-        if key == "log.wandb.project":
-            with pytest.raises(ValueError, match=r"log\.wandb\.project: missing"):
-                load_recipe(least, ["log.wandb.mode=offline"])
-            return
-        if key in ("pieces.header", "pieces.end"):
-            left = "pieces={end: e}" if key == "pieces.header" else "pieces={header: ['{role}']}"
-            with pytest.raises(ValueError, match=f"{key}: missing"):
-                load_recipe(least, ["template=pieces", left])
-            return
-        at(REQUIRED, key)
-        parent, _, last = key.replace(".N", ".0").rpartition(".")
-        tree = yaml.safe_load(least.read_text())
-        del (at(tree, parent) if parent else tree)[last]
-        least.write_text(yaml.safe_dump(tree))
-        with pytest.raises(ValueError, match="missing"):
-            load_recipe(least)
-    elif default == "all defaults":
-        assert key not in REQUIRED
-    else:
-        overrides = ["model.base=null", "model.config.model_type=llama", "tokenizer=t"] if key == "model.base" else []
-        assert at(to_json(load_recipe(least, [*made, *overrides])), key) == yaml.safe_load(default.strip("`"))
-
-
-def test_recipes_lists_what_a_resume_may_change() -> None:
-    assert sorted(first_names(table(RECIPES, "what", "what then happens"))) == sorted(FREE_AT_RESUME)
-
-
-def test_recipes_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
+def test_runs_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
     about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa", "checkpointing": "full"}
     sums = ConditionSums(torch.ones(2, 3, 1, dtype=torch.float64))
     outline = RunOutline(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], 0, 1, 10, 1, None)
@@ -281,15 +234,15 @@ def test_recipes_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) ->
         metrics.saved(SaveResult("model", tmp_path / "models/step-00000001", 1.0, 1, None))
         metrics.end(1, 0, "finished")
     lines = [orjson.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
-    common = first_names(table(RECIPES, "field", "meaning"))
-    assert code(table(RECIPES, "field", "meaning")[0][1]) == [line["event"] for line in lines]
+    common = first_names(table(RUNS, "field", "meaning"))
+    assert code(table(RUNS, "field", "meaning")[0][1]) == [line["event"] for line in lines]
     for line in lines:
-        listed = [*common, *first_names(table(RECIPES, f"field of {line['event']}", "meaning"))]
+        listed = [*common, *first_names(table(RUNS, f"field of {line['event']}", "meaning"))]
         assert sorted(listed) == sorted(line), line["event"]
 
 
-def test_recipes_lists_the_peaks_of_devices() -> None:
-    listed = sorted(float(row[1].replace(",", "")) for row in table(RECIPES, "device", "peak"))
+def test_runs_lists_the_peaks_of_devices() -> None:
+    listed = sorted(float(row[1].replace(",", "")) for row in table(RUNS, "device", "peak"))
     assert listed == sorted(set(PEAKS.values()))
 
 
@@ -337,8 +290,13 @@ def test_data_has_the_table_of_forms() -> None:
     assert listed == FORMS
 
 
-def test_data_has_every_template_with_its_roles_and_condition() -> None:
-    listed = {row[0].strip("`"): (code(row[2]), code(row[3])) for row in table(DATA, "template", "base models")}
+# ---- docs/templates.md ----
+
+
+def test_templates_has_every_template_with_its_roles_and_condition() -> None:
+    listed = {
+        row[0].strip("`"): (code(row[2]), code(row[3])) for row in table(CHAT_TEMPLATES, "template", "base models")
+    }
     assert listed == {
         name: (
             [template.role_names[role] for role in ("user", "assistant", "tool")],
@@ -349,7 +307,7 @@ def test_data_has_every_template_with_its_roles_and_condition() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda template: template.name)
-def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
+def test_templates_shows_the_pieces_of_every_template(template: ChatTemplate) -> None:
     def shown(piece: TemplatePart, role: str) -> str:
         text = piece.text.replace("{role}", role).replace("\n", "\\n")
         return f"[{text}]" if piece.is_special else f'"{text}"'
@@ -360,7 +318,9 @@ def test_data_shows_the_pieces_of_every_template(template: ChatTemplate) -> None
         return " ".join([*parts, "TEXT", *(shown(piece, role) for piece in (end, *template.after_end))])
 
     blocks = [
-        block for block in re.split(r"\n\n", "\n".join(indented_blocks(DATA.read_text()))) if "beginning" in block
+        block
+        for block in re.split(r"\n\n", "\n".join(indented_blocks(CHAT_TEMPLATES.read_text())))
+        if "beginning" in block
     ]
     block = next(block for block in blocks if template.name in re.split(r",? +|\n", block.partition("  ")[0].strip()))
     lines = dict(re.findall(r"^ +(beginning|system|turn) +(.*)$", block, re.MULTILINE))
@@ -431,7 +391,7 @@ def test_every_module_has_its_line_in_the_rooms() -> None:
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert modules <= listed
     pages = {page.name for page in PAGES[1:] if page not in DECISIONS}
-    assert pages == set(re.findall(r"\w+\.md", dict(rooms())["docs/"]))
+    assert pages == set(re.findall(r"[\w-]+\.md", dict(rooms())["docs/"]))
 
 
 @pytest.mark.parametrize("kind", [TrainState, Checkpoint, Manifest], ids=lambda kind: kind.__name__)
@@ -508,21 +468,100 @@ def test_python_in_a_page_parses(page: Path) -> None:
         ast.parse(block)
 
 
+# ---- Pages that are generated, and the site ----
+
+
+@pytest.mark.parametrize("name", ["keys", "commands"])
+def test_a_generated_page_is_what_the_code_says(name: str) -> None:
+    generated = {"keys": reference.keys_page, "commands": reference.commands_page}[name]()
+    assert (ROOT / f"docs/{name}.md").read_text() == generated, "run python docs/reference.py"
+
+
+def test_generated_pages_have_every_key_and_every_command() -> None:
+    assert sorted(first_names(table(ROOT / "docs/keys.md", "key", "type or values", "default"))) == sorted(known_keys())
+    assert set(reference.MORE) <= set(known_keys())
+    files = {path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()} - {"cli"}  # that is ochat
+    entries = files | {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
+    assert set(MODULE.findall((ROOT / "docs/commands.md").read_text())) == {f"ochat_train.{entry}" for entry in entries}
+
+
+TAKES_FLAGS_OF_OTHERS = {"serve", "evaluate"}  # what they do not know goes to the engine
+
+
+@each_page
+def test_flags_in_commands_exist(page: Path) -> None:
+    for words in commands(page.read_text()):
+        if words[0] == "ochat":
+            if words[1].isupper() or words[1].startswith("-"):
+                continue  # WORD, or a flag of ochat itself
+            module = WORDS[words[1]].module
+        else:
+            named = MODULE.search(" ".join(words))
+            module = named[1].partition(".")[2] if named else ""
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if not module or module in TAKES_FLAGS_OF_OTHERS or not flags:
+            continue
+        parser = reference.parser_of(module)
+        parsers = [parser, *reference.subparsers_of(parser).values()]
+        known = {flag for one in parsers for flag in one._option_string_actions}
+        known |= {"--num_gpus", "--module"} if words[0] == "deepspeed" else set()
+        assert flags <= known, f"{page.name}: {shlex.join(words)}"
+
+
+def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=HANG_S
+    )
+    assert built.returncode == 0, built.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) == len(PAGES)  # 404.html is there, README.md is not
+    for page in pages:
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?([^\" >]+)", page.read_text())
+        assert loaded and not [url for url in loaded if re.match(r"(https?:)?//", url)], page
+
+
+# ---- docs/troubleshooting.md ----
+
+
+def texts_of(tree: ast.AST) -> Iterator[str]:
+    """Every string of a module, with `...` for what is put in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_of_troubleshooting_stand_in_the_code() -> None:
+    texts = [text for path in PACKAGE.rglob("*.py") for text in texts_of(ast.parse(path.read_text(encoding="utf-8")))]
+    messages = re.findall(r"^### `(.+)`$", TROUBLESHOOTING.read_text(), re.MULTILINE)
+    assert len(messages) > 20
+    pythons_own = "No module named ochat_train"
+    assert [message for message in messages if not any(message in text for text in texts)] == [pythons_own]
+
+
+# ---- docs/gpus.md, docs/nodes.md ----
+
+
+def test_gpus_lists_every_recipe() -> None:
+    recipes = [f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")]
+    assert sorted(first_names(table(ROOT / "docs/gpus.md", "recipe", "what it is"))) == sorted(recipes)
+
+
+def test_nodes_lists_the_variables_of_launch() -> None:
+    sources = "".join(path.read_text() for path in (PACKAGE / "launch").glob("*.py"))
+    variables = set(re.findall(r"\.get\(\"([A-Z_]+)\"\)", sources))
+    assert set(first_names(table(ROOT / "docs/nodes.md", "variable", "meaning"))) == variables
+
+
 # ---- README.md ----
 
 
-def test_readme_lists_every_recipe() -> None:
-    recipes = [f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")]
-    assert sorted(first_names(table(README, "recipe", "what it is"))) == sorted(recipes)
-
-
-def test_readme_lists_the_variables_of_launch() -> None:
-    sources = "".join(path.read_text() for path in (PACKAGE / "launch").glob("*.py"))
-    variables = set(re.findall(r"\.get\(\"([A-Z_]+)\"\)", sources))
-    assert set(first_names(table(README, "variable", "meaning"))) == variables
-
-
-def test_readme_shows_every_command() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()} - {"cli"}  # that is ochat
-    entries = files | {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
-    assert set(MODULE.findall(README.read_text())) == {f"ochat_train.{entry}" for entry in entries}
+def test_readme_is_one_screen_with_two_commands_and_small_pictures() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) < 100
+    shown = [shlex.split(line, comments=True) for line in indented_blocks(text)[0].strip().splitlines()]
+    assert shown == [["./launch.sh", "recipes/quickstart.yaml"], ["./launch.sh", "test"]]
+    pictures = [ROOT / path for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
+    assert len(pictures) == 2 and sum(picture.stat().st_size for picture in pictures) < 300_000

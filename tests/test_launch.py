@@ -563,8 +563,8 @@ def test_the_75_of_the_nodes_is_passed_on_and_a_crash_of_one_is_a_crash(bench: B
     assert bench.launch(**SLURM)[0] == 7
 
 
-def test_the_batch_script_of_the_readme_queues_itself_again_when_its_time_is_up(bench: Bench) -> None:
-    (script,) = re.findall(r"^```bash\n(#!.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_batch_script_of_the_docs_queues_itself_again_when_its_time_is_up(bench: Bench) -> None:
+    (script,) = re.findall(r"^```bash\n(#!.*?)^```", (ROOT / "docs/nodes.md").read_text(), re.MULTILINE | re.DOTALL)
     bench.command("scontrol", SCONTROL + 'echo "scontrol $*" >>"$HERE/calls"\n')
     bench.command("srun", SRUN)
     shutil.copy(bench.here / "recipe.yaml", bench.here / "my_recipe.yaml")

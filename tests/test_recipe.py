@@ -420,7 +420,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     "their file; the stage is zero.stage",
     ("packing=true",): "packing: must be a section with keys of its own, such as packing.tokens_per_gpu (value True); "
     "sequences are always packed, without padding",
-    ("x.y.z=3",): "x.y.z: unknown key (value 3); docs/recipes.md lists every key",
+    ("x.y.z=3",): "x.y.z: unknown key (value 3); docs/keys.md lists every key",
 }
 
 

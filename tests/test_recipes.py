@@ -233,7 +233,7 @@ def test_every_recipe_whose_name_has_gpus_is_here() -> None:
 def test_its_memory_fits_its_gpus_as_the_table_says(name: str) -> None:
     plan = memory_of(name)
     assert plan.fits(plan.own)
-    assert row_of(name) in (ROOT / "docs/recipes.md").read_text().splitlines()
+    assert row_of(name) in (ROOT / "docs/gpus.md").read_text().splitlines()
 
 
 def test_four_layers_plan_what_all_do() -> None:
@@ -243,7 +243,7 @@ def test_four_layers_plan_what_all_do() -> None:
 
 
 def row_of(name: str) -> str:
-    """The recipe's row in docs/recipes.md."""
+    """The recipe's row in docs/gpus.md."""
     plan = memory_of(name)
     recipe, (num_gpus, gigabytes) = plan.recipe, gpus_of(name)
     template = f"`{recipe.template}`" + (f", condition in `{recipe.condition_in}`" if recipe.condition_in else "")

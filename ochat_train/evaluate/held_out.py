@@ -21,7 +21,7 @@ from ochat_train.training.metrics import evaluation_to_json
 
 
 def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
-    """The fields of training's evaluation line (docs/recipes.md) for a split of a store, but its place and the checks.
+    """The fields of training's evaluation line (docs/runs.md) for a split of a store, but its place and the checks.
 
     The loss form is that of training. tokens_per_batch: None takes the value of training, so that the probe leaves out
     the same examples. One process, on the GPU if there is one. Raises ValueError.

@@ -75,7 +75,9 @@ def read_base(name: str) -> Base:
             continue
         line = f"template: {template}" + (f"\ncondition_in: {place}" if place else "")
         return Base(name, load_config(name, None, tokenizer.num_ids).get_text_config(), tokenizer, line)
-    raise ValueError(f"no template suits {name}; give pieces of your own (docs/data.md):\n  " + "\n  ".join(reasons))
+    raise ValueError(
+        f"no template suits {name}; give pieces of your own (docs/templates.md):\n  " + "\n  ".join(reasons)
+    )
 
 
 def _templates_of(name: str) -> Iterator[tuple[str, str | None]]:

@@ -3,7 +3,7 @@
     ochat train RECIPE [key=value ...]
 
 It preprocesses, examines the recipe, trains (again after a crash, if MAX_RESTARTS says so) and reports, each as a
-command of its own. README.md lists the environment variables that it reads.
+command of its own. docs/nodes.md lists the environment variables that it reads.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that describes a whole run. `docs/recipes.md` shows every key with examples."""
+"""The recipe: one YAML file that describes a whole run. `docs/keys.md` lists every key."""
 
 from ochat_train.recipe.load import load_recipe, parse_arguments, read_yaml, recipe_arguments
 from ochat_train.recipe.mistakes import foreign_key

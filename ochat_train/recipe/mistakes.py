@@ -261,7 +261,7 @@ def _right_key(wrong: str, known: Sequence[str]) -> tuple[str | None, str]:
             return nearest, f"; the nearest known key is {nearest}"
     if section and siblings:
         return None, f"; the keys of {wrong.rpartition('.')[0]} are {', '.join(siblings)}"
-    return None, "; docs/recipes.md lists every key"
+    return None, "; docs/keys.md lists every key"
 
 
 def _describe(key: str, errors: list[Any], known: Sequence[str]) -> str:

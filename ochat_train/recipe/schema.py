@@ -94,12 +94,18 @@ class EvalSourceSection(Section):
     """Where conversations come from, and what they are worth."""
 
     name: str = Field(min_length=1, description="Name in tables and the ledger.")
-    path: str | tuple[str, ...] = Field(min_length=1, description="File, folder, glob, URL, or a list of them.")
-    condition: str | None = Field(None, description="Text of the condition; null: the record's own.")
+    path: str | tuple[str, ...] = Field(
+        min_length=1,
+        description="File, folder, archive, glob (** matches folders at any depth), URL, or a list of them.",
+    )
+    condition: str | None = Field(
+        None, description="Text of the condition; null: the record's own, or none; empty text: none."
+    )
     weight: Weight = Field(1.0, description="Loss weight of this source's answers.")
     where: dict[str, Wanted] = Field(
         default_factory=dict,
-        description="Record fields that must equal the value (or one of the list), or be in the range {min:, max:}.",
+        description="Record fields that must equal the value (or one of the list), or be in the range {min: "
+        "0.8, max: 1}, whose max is not included.",
     )
     where_not: dict[str, Wanted] = Field(
         default_factory=dict,
@@ -110,7 +116,9 @@ class EvalSourceSection(Section):
         "auto",
         description="Convert HTML to markdown; auto: saved pages, and records whose answers are ChatGPT's own HTML.",
     )
-    encoding: str | None = Field(None, description="Of its JSON files and pages, as Python names it; null: UTF-8.")
+    encoding: str | None = Field(
+        None, description="Of its JSON files and pages, as Python names it, such as gb18030 or cp1252; null: UTF-8."
+    )
     fields: FieldsSection = Field(FieldsSection(), description="Other names of the parts of a record.")
     roles: dict[str, Literal["user", "assistant", "system", "tool"]] = Field(
         default_factory=dict, description="Names of roles besides those that are known: {agent: assistant}."
@@ -147,7 +155,11 @@ class DedupeSection(Section):
     exact: bool = Field(True, description="Equal texts: the copy of the largest weight stays.")
     prefix: bool = Field(True, description="Earlier snapshots of a longer conversation: the longest stays.")
     near: float | None = Field(
-        None, ge=0.5, le=1, description="Estimated Jaccard similarity above which one of two stays; null: keep both."
+        None,
+        ge=0.5,
+        le=1,
+        description="Of two conversations of one condition whose estimated similarity is at least this, one "
+        "stays; null: both.",
     )
 
 
@@ -164,7 +176,7 @@ class FiltersSection(Section):
         "mask", description="Refusing answers: keep as context without loss, drop the conversation, or train on them."
     )
     repeated_answers: Literal["mask", "drop", "keep"] = Field(
-        "mask", description="Answers that say again what one before said; as refusals."
+        "mask", description="Answers that say again what one before said, or end in a loop; as refusals."
     )
     min_answers: int = Field(1, ge=1, description="Conversations with fewer answers are dropped.")
     last_answer_only: bool = Field(
@@ -183,7 +195,9 @@ class DataSection(Section):
         description="Conversations above max_tokens: several examples, or cut after the last whole answer, or drop.",
     )
     overlong_context: int = Field(
-        512, ge=0, description="Most tokens of earlier turns that each part of a split conversation repeats."
+        512,
+        ge=0,
+        description="Most tokens of earlier turns that each part of a split conversation repeats, without a loss.",
     )
     dedupe: DedupeSection = DedupeSection()
     filters: FiltersSection = FiltersSection()
@@ -255,14 +269,18 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
         min_length=1,
-        description="Linear layers that get one, by the ends of their names, or all but the head.",
+        description="Linear layers that get one, by the ends of their names, such as [q_proj, v_proj]; "
+        "all-linear: all but the head.",
     )
     train_template_tokens: bool = Field(
         True,
-        description="Train the rows of the template's end and header tokens in embedding and head, added or not.",
+        description="Train the rows of the template's end and header tokens in embedding and head, also where"
+        " the base has them; rows of added tokens are trained in any case.",
     )
     base_bits: Literal[4] | None = Field(
-        None, description="4: the base's linear layers but the head are quantised, by bitsandbytes' nf4."
+        None,
+        description="4: the base's linear layers but the head are quantised to nf4 (QLoRA; extra qlora); "
+        "null: the base is in dtype.",
     )
     dora: bool = Field(False, description="DoRA: the norms of the adapted weights' rows are trained, too.")
     rslora: bool = Field(False, description="rsLoRA: alpha / sqrt(rank) in place of alpha / rank.")
@@ -280,11 +298,15 @@ class ModelSection(Section):
         None, description="Hugging Face id, folder, .gguf file, or package:NAME/FILE for a file in a package."
     )
     config: dict[str, Any] | None = Field(
-        None, description="transformers configuration (with model_type) of a model trained from scratch."
+        None,
+        description="transformers configuration (with model_type) of a model trained from scratch, without "
+        "vocab_size, which becomes the tokenizer's.",
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in forward and backward.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of weights in forward and backward; the optimizer and all sums are in fp32."
+    )
     attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "alone"] = (
-        Field("auto", description="Varlen backend.")
+        Field("auto", description="Attention backend; auto: the first that is present and supports the model.")
     )
     checkpointing: str = Field(
         "full", description="Layers computed again in the backward pass: full, none, every_N, or auto by memory."
@@ -294,7 +316,9 @@ class ModelSection(Section):
     router_aux_loss_coef: Weight | Literal["auto"] = Field(
         "auto", description="Coefficient of a mixture's balancing loss; auto: the configuration's."
     )
-    lora: LoraSection | None = Field(None, description="null: all weights are trained.")
+    lora: LoraSection | None = Field(
+        None, description="Low-rank adapters beside the frozen base; null: all weights are trained."
+    )
 
     @field_validator("checkpointing", mode="before")
     @classmethod
@@ -318,7 +342,9 @@ class ModelSection(Section):
 class PackingSection(Section):
     """How examples fill micro-batches."""
 
-    tokens_per_gpu: int = Field(ge=8, description="Capacity of one micro-batch on each GPU, in tokens.")
+    tokens_per_gpu: int = Field(
+        ge=8, description="Capacity of one micro-batch on each GPU, in tokens; on a GPU it is filled up to a multiple of 128."
+    )
     grad_accum: int = Field(1, ge=1, description="Micro-batches a step on each GPU.")
     sequence_parallel: int = Field(
         1, ge=1, description="GPUs that share each micro-batch, tokens_per_gpu tokens on each: for long sequences."
@@ -345,8 +371,8 @@ class OptimSection(Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="Peak learning rate; auto: OpenChat's published rule."
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's.")
-    eps: float = Field(1e-5, gt=0, description="AdamW's.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Of adamw and adamw_8bit.")
+    eps: float = Field(1e-5, gt=0, description="Of adamw and adamw_8bit.")
     weight_decay: float = Field(0.1, ge=0, description="On matrices; on vectors too with decay_vectors.")
     decay_vectors: bool = Field(
         False, description="Weight decay on vectors (norms, biases), too: as OpenChat trained, unlike most others."
@@ -366,7 +392,12 @@ class OptimSection(Section):
 class ZeroSection(Section):
     """DeepSpeed's ZeRO."""
 
-    stage: int = Field(2, ge=0, le=3, description="0: replicas; 1, 2, 3: optimizer, gradients, weights split.")
+    stage: int = Field(
+        2,
+        ge=0,
+        le=3,
+        description="What is split over the processes: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+    )
     offload: Literal["none", "optimizer"] = Field("none", description="Keep optimizer states in host memory.")
 
     @model_validator(mode="after")
@@ -393,7 +424,9 @@ class TrainSection(Section):
         None, ge=1, description="Stop after this many steps; the schedule still runs over all epochs."
     )
     early_stop: EarlyStopSection | None = Field(
-        None, description="Stop when the model gets no better, by checkpoint.best or else the held-out loss."
+        None,
+        description="Finish before the last epoch when the model gets no better, by checkpoint.best or else "
+        "the held-out loss.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Of the data order, of weights made from scratch and of adapters.")
     max_skipped: int = Field(
@@ -461,7 +494,7 @@ class ModelsSection(Section):
 class CheckpointSection(Section):
     """What is saved, and what a new run begins with."""
 
-    dir: str = Field(description="Folder of the run: checkpoints, metrics, the exported model.")
+    dir: str = Field(description="Folder of the run, called RUN: checkpoints, metrics, the exported model.")
     every_epochs: int | None = Field(1, ge=1, description="Save at the end of every N-th epoch; null: only at the end.")
     every_steps: int | None = Field(None, ge=1, description="Also save every N steps.")
     keep: int = Field(2, ge=1, description="How many newest checkpoints stay.")
@@ -469,9 +502,10 @@ class CheckpointSection(Section):
     best: str | None = Field(
         None,
         min_length=1,
-        description="Keep the best epoch's model: by the held-out loss (loss), or by a check's name.",
+        description="Keep the best epoch's model in RUN/best: by the held-out loss (loss), or by the score of"
+        " a check (its name) under the condition of inference.",
     )
-    export: Literal["last", "best"] = Field("last", description="Which model is exported when the run ends.")
+    export: Literal["last", "best"] = Field("last", description="Which model becomes RUN/model when the run ends.")
     resume: str = Field("auto", description="auto: from the newest complete one; never; or a checkpoint's path.")
 
 
@@ -479,16 +513,18 @@ class WandbSection(Section):
     """Weights & Biases, when asked."""
 
     project: str = Field(description="wandb project.")
-    entity: str | None = Field(None, description="wandb team or user.")
+    entity: str | None = Field(None, description="wandb team or user; null: the account's default.")
     mode: Literal["online", "offline"] = Field("online", description="offline writes files for `wandb sync`.")
 
 
 class LogSection(Section):
     """What a run reports. JSON lines are always written to checkpoint.dir/metrics.jsonl."""
 
-    wandb: WandbSection | None = Field(None, description="null: no wandb.")
-    tensorboard: bool = Field(False, description="Also write event files to checkpoint.dir/tensorboard.")
-    profile: bool = Field(False, description="Also write a profiler's trace of a few steps to checkpoint.dir/profile.")
+    wandb: WandbSection | None = Field(None, description="Weights & Biases; null: not used.")
+    tensorboard: bool = Field(
+        False, description="Also write event files to checkpoint.dir/tensorboard; needs the extra tensorboard."
+    )
+    profile: bool = Field(False, description="Also write a profiler's trace of three steps to checkpoint.dir/profile.")
     question: str = Field(
         "Who are you, and what can you help me with?",
         min_length=1,
@@ -504,12 +540,16 @@ class PiecesSection(Section):
 
     bos: str = Field("", description="Special token at the beginning; empty: none.")
     header: tuple[str, ...] = Field(
-        min_length=1, description="Pieces before the text of a turn; {role} is the role's name."
+        min_length=1, description="Pieces before the text of a turn; {role} stands once in a piece of text."
     )
-    system_header: tuple[str, ...] | None = Field(None, description="The same before a system text; null: as header.")
+    system_header: tuple[str, ...] | None = Field(
+        None, description="Pieces before a system text; null: as header; an empty list: none."
+    )
     end: str = Field(min_length=1, description="Special token that ends each turn.")
     after_end: tuple[str, ...] = Field((), description="Pieces after the end token.")
-    special: tuple[str, ...] = Field((), description="Which of the pieces are special tokens; others are text.")
+    special: tuple[str, ...] = Field(
+        (), description="Which of the pieces are special tokens, besides bos and end; all others are text."
+    )
     add: tuple[str, ...] = Field(
         (), description="Special tokens that are added to a tokenizer that lacks them; it must have the others."
     )
@@ -554,12 +594,16 @@ class Recipe(Section):
         "zephyr_mistral",
         "base",
         "pieces",
-    ] = Field(description="Chat template: a built-in one, the base's own (base), or that of the key pieces.")
+    ] = Field(
+        description="Chat template: a built-in one; base: the base tokenizer's own; pieces: that of the key pieces."
+    )
     pieces: PiecesSection | None = Field(None, description="The template, with template: pieces.")
     condition_in: ConditionPlace | None = Field(
         None, description="Where the condition is written; null: header, and with template: base system."
     )
-    tokenizer: str | None = Field(None, description="As model.base; null: the base model's.")
+    tokenizer: str | None = Field(
+        None, description="Named as model.base is; null: the base model's own. Required with model.config."
+    )
     model: ModelSection
     packing: PackingSection
     optim: OptimSection = OptimSection()
@@ -675,16 +719,17 @@ def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         yield key, field.annotation
-        for section, is_list in _sections_in(field.annotation):
+        for section, is_list in sections_in(field.annotation):
             yield from fields(section, f"{key}.N." if is_list else f"{key}.")
 
 
-def _sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+def sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    """The sections that an annotation holds, each with whether it is the item of a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, False
     elif typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType):
         for inner in typing.get_args(annotation):
-            for section, _ in _sections_in(inner):
+            for section, _ in sections_in(inner):
                 yield section, typing.get_origin(annotation) is tuple
 
 

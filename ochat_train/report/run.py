@@ -17,7 +17,7 @@ from ochat_train.tokens.loss_forms import LossForm
 from ochat_train.training.best_epoch import best_epoch
 
 Floats = npt.NDArray[np.float64]
-Event = dict[str, Any]  # a line of metrics.jsonl; docs/recipes.md has its fields
+Event = dict[str, Any]  # a line of metrics.jsonl; docs/runs.md has its fields
 State = Literal["running", "finished", "max_steps", "early_stop", "stopped", "skipped", "dead", "unknown"]
 
 ALL = None  # beside the conditions: all of them together
