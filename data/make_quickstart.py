@@ -328,21 +328,25 @@ def make_files() -> dict[str, str]:
     }
 
 
+def write_files(files: dict[str, str], folder: Path, *, check: bool) -> int:
+    """Write each text to its path below `folder`, or with `check` name those that differ; returns the exit code."""
+    exit_code = 0
+    for name, text in files.items():
+        path, content = folder / name, text.encode()
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        elif not path.is_file() or path.read_bytes() != content:
+            print(f"data/{name} differs from what its script writes", file=sys.stderr)
+            exit_code = 1
+    return exit_code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 1 if `--check` found a file that differs."""
     parser = argparse.ArgumentParser(description="Make the quickstart's conversations and tokenizer.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
-    check = parser.parse_args(arguments).check
-    exit_code = 0
-    for name, text in make_files().items():
-        path, content = FOLDER / name, text.encode()
-        if not check:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-        elif not path.is_file() or path.read_bytes() != content:
-            print(f"data/{name} differs from what data/make_quickstart.py writes", file=sys.stderr)
-            exit_code = 1
-    return exit_code
+    return write_files(make_files(), FOLDER, check=parser.parse_args(arguments).check)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ WORDS = {
     "report": Word("report", "look at a run, a token store or a plan"),
     "serve": Word("serve", "a model behind an OpenAI-compatible API"),
     "evaluate": Word("evaluate", "measure a model"),
+    "ablate": Word("ablate", "whether conditions and weights helped: arms of a recipe, a table and a page"),
     "export": Word("export", "an earlier checkpoint to a model"),
 }
 

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "launch": {"recipe", "files", "gpus", "launch"},
     "serve": {"files", "conversations", "tokens", "model", "serve"},
     "evaluate": BELOW | {"files", "serve", "report", "evaluate"},
+    "ablate": BELOW | {"files", "launch", "evaluate", "report", "ablate"},
     "report": BELOW | {"files", "gpus", "preprocess", "report"},
     "doctor": BELOW | {"files", "gpus", "preprocess", "doctor"},
 }

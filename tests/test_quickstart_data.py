@@ -1,10 +1,12 @@
 """The quickstart's data is what its script writes, in the promised shape, and its tokenizer loses nothing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,35 @@ def test_auto_tokenizer_loads_it_and_adds_nothing() -> None:
 
 def test_end_of_turn_is_not_a_token() -> None:
     assert len(TOKENIZER.encode("<|end_of_turn|>").ids) > 1
+
+
+# ---- the ablation's data ----
+
+
+def test_the_ablations_files_are_what_the_script_writes() -> None:
+    result = subprocess.run([sys.executable, DATA / "make_ablation.py", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_expert_is_right_the_crowd_wrong_in_its_share_and_no_question_is_asked_twice() -> None:
+    def is_right(line: dict[str, Any]) -> bool:
+        words = re.findall(r"\w+", line["question"])
+        if line["kind"] == "sum":
+            return int(line["answer"]) == int(words[2]) + int(words[4])
+        if line["kind"] == "sort":
+            return line["answer"] == " ".join(sorted(words[3:]))
+        day = datetime.strptime(" ".join(re.findall(r"\d+ \w+", line["question"])) + " 2023", "%d %B %Y")
+        return line["answer"] == f"{day + timedelta(1):%-d %B}"
+
+    records, questions = (
+        [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+        for name in ("ablation.jsonl", "ablation_questions.jsonl")
+    )
+    asked = [line["question"] for line in records + questions]
+    assert len(set(asked)) == len(asked) == 1560
+    for kind in ("sum", "sort", "date"):
+        of_kind = [line for line in records if line["kind"] == kind]
+        assert all(is_right(line) for line in of_kind if line["source"] == "expert")
+        assert all(is_right(line) for line in questions if line["kind"] == kind)
+        crowd = [is_right(line) for line in of_kind if line["source"] == "crowd"]
+        assert crowd.count(False) == round(0.65 * len(crowd))

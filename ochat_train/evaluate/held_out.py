@@ -1,7 +1,7 @@
 """Held-out loss and condition probe of an exported model, by the functions that training calls."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
@@ -20,12 +20,37 @@ from ochat_train.training.held_out import HeldOut
 from ochat_train.training.metrics import evaluation_to_json
 
 
+class OpenModel(NamedTuple):
+    """An exported model over a split of a store, and what its evaluation needs."""
+
+    name: str
+    metadata: dict[str, Any]
+    tokenizer: ChatTokenizer
+    held_out: HeldOut
+    max_tokens: int
+
+
 def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
     """The fields of training's evaluation line (docs/runs.md) for a split of a store, but its place and the checks.
 
     The loss form is that of training. tokens_per_batch: None takes the value of training, so that the probe leaves out
     the same examples. One process, on the GPU if there is one. Raises ValueError.
     """
+    opened = open_held_out(model, store, split=split, tokens_per_batch=tokens_per_batch)
+    held_out = opened.held_out
+    sums = held_out.loss_sums()
+    probe = held_out.probe_conditions(opened.tokenizer, sums, max_tokens=opened.max_tokens)
+    conditions = held_out.store.manifest.conditions
+    line = evaluation_to_json(
+        opened.metadata["step"], 0, sums.by_condition(len(conditions)), probe, conditions, is_epoch_end=False
+    )
+    for place in ("event", "epoch", "epoch_end"):
+        del line[place]
+    return {"model": opened.name, "store": str(store), "split": split, "loss_form": held_out.store.loss} | line
+
+
+def open_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> OpenModel:
+    """The model, loaded, over the split; as `measure_held_out`. Raises ValueError."""
     served = find_served(model)
     if served.adapter is not None:
         raise ValueError(f"{served.folder} holds adapters alone; export the merged model, without --adapter")
@@ -48,7 +73,6 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     dtype = AutoConfig.from_pretrained(served.folder).dtype
     name = next((name for name, known in DTYPES.items() if known == dtype), "float32")
     lm = load_model(str(served.folder.absolute()), None, dtype=name, num_ids=tokenizer.num_ids, added_ids=(), seed=0)
-    conditions = examples.manifest.conditions
     needs = attention_needs(lm.config.get_text_config(), lm.dtype, world.device.type)
     attention, _ = choose_attention("auto", lm.config, needs, longest=capacity, checkpointing="none")
     packed = PackedCausalLM(
@@ -56,19 +80,12 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
         attention=attention.backend,
         device_type=world.device.type,
         checkpointing="none",
-        num_conditions=len(conditions),
+        num_conditions=len(examples.manifest.conditions),
     )
     # How batches are balanced changes no sum, so the cost of length need not be the run's.
     shape = PlanShape(capacity=capacity, world_size=1, grad_accum=1, quadratic_length=capacity)
     held_out = HeldOut(examples, packed.to(world.device), shape, world)
-    sums = held_out.loss_sums()
-    probe = held_out.probe_conditions(tokenizer, sums, max_tokens=min(capacity, max_positions_of(lm.config)))
-    line = evaluation_to_json(
-        metadata["step"], 0, sums.by_condition(len(conditions)), probe, conditions, is_epoch_end=False
-    )
-    for place in ("event", "epoch", "epoch_end"):
-        del line[place]
-    return {"model": served.name, "store": str(store), "split": split, "loss_form": loss} | line
+    return OpenModel(served.name, metadata, tokenizer, held_out, min(capacity, max_positions_of(lm.config)))
 
 
 def _check_store(examples: TokenStore, tokenizer: ChatTokenizer, metadata: dict[str, Any], store: str) -> None:
