@@ -226,7 +226,7 @@ def test_runs_lists_what_a_resume_may_change() -> None:
 def test_runs_lists_the_fields_of_the_metrics(least: Path, tmp_path: Path) -> None:
     about = {"num_processes": 1, "started": "", "device": "cpu", "attention": "sdpa", "checkpointing": "full"}
     sums = ConditionSums(torch.ones(2, 3, 1, dtype=torch.float64))
-    outline = RunOutline(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], 0, 1, 10, 1, None)
+    outline = RunOutline(load_recipe(least), tmp_path, ["GPT4"], ["gpt4"], 0, 1, 10, None)
     with Metrics(outline, is_main=True) as metrics:
         metrics.start(0, 0, resumed=None, about=about)
         metrics.step(StepReport(1, 0, 1, 0.5, sums, np.ones(1), 1e-3, 1.0, 10, 10, 0.5, 2, 1.0, 0.0, 1))
