@@ -5,6 +5,7 @@ python -m ochat_train.export [--adapter] CHECKPOINT OUT | --best RUN OUT | --ave
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.model.quantised import SETTING, round_to_4_bits
 from ochat_train.model.round_trip import compare_weights, empty_model, save_weights
 from ochat_train.model.text_part import Untrained, is_multimodal, untrained_of, with_untrained
+from ochat_train.publish import convert_to_gguf, find_converter, open_repository, push, write_card
 from ochat_train.recipe import LoraSection
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import check_parity
@@ -48,23 +50,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", help="where the base of adapters or a multimodal model is now; default: where it was")
     parser.add_argument("--best", action="store_true", help="of a run, the model that checkpoint.best has kept")
     parser.add_argument("--average", type=int, metavar="K", help="of a run, the mean of its last K models")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the model, with a card, to the Hugging Face hub")
+    parser.add_argument("--license", metavar="ID", help="the card's, such as apache-2.0")
+    parser.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="write it for llama.cpp, too, with Ollama's Modelfile"
+    )
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", default=os.environ.get("LLAMA_CPP"), help="a checkout of llama.cpp (LLAMA_CPP)"
+    )
     options = parser.parse_args(arguments)
     is_average = options.average is not None
     if options.best + is_average + bool(options.adapter or options.base) > 1:
         parser.error("--best and --average take models that are whole: give one of them, without --adapter and --base")
+    if options.adapter and options.gguf:
+        parser.error("--gguf takes a model that is whole: leave --adapter out")
+    source, out = Path(options.checkpoint), Path(options.out)
     try:
+        converter = find_converter(options.llama_cpp) if options.gguf else []
+        if options.push:
+            open_repository(options.push)
         if options.best:
-            copied = copy_best(Path(options.checkpoint), Path(options.out))
-            print(f"exported {copied} to {options.out}")
-            return
-        if is_average:
-            models = average_models(Path(options.checkpoint), options.average, Path(options.out))
-            print(f"exported the mean of {', '.join(model.name for model in models)} to {options.out}")
-            return
-        export(options.checkpoint, options.out, adapter=options.adapter, base=options.base)
+            print(f"exported {copy_best(source, out)} to {out}")
+        elif is_average:
+            models = average_models(source, options.average, out)
+            print(f"exported the mean of {', '.join(model.name for model in models)} to {out}")
+        else:
+            export(source, out, adapter=options.adapter, base=options.base)
+            print(f"exported {source} to {out}")
+        if options.gguf:
+            convert_to_gguf(out, options.gguf, converter)
+            print(f"converted to {options.gguf}; ollama create NAME -f {options.gguf.parent / 'Modelfile'}")
+        if options.push:
+            run = source if (source / "metrics.jsonl").exists() else source.parent
+            write_card(out, run, options.push, options.license)
+            print(f"pushed to {push(out, options.push)}")
     except (OSError, ValueError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"error: {error}")
-    print(f"exported {options.checkpoint} to {options.out}")
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False, base: str | None = None) -> None:

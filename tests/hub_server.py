@@ -1,5 +1,6 @@
-"""A server on loopback that answers as the hub does where its client looks up and reads data sets."""
+"""A server on loopback that answers as the hub does: its client reads data sets, and uploads models."""
 
+import base64
 import hashlib
 import json
 import re
@@ -11,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: of each data set the files of each commit. refs: the commit that a branch or tag of it leads to."""
+    """repos: of each data set or model the files of each commit. refs: the commit that a branch or tag of it leads to.
+
+    An upload takes the token hf_writer; hf_reader may not write, and any other is not valid.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -20,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.requests: list[str] = []
         self.tokens: set[str] = set()
+        self.uploaded: dict[str, bytes] = {}  # large files, by their SHA-256
         self.num_broken = 0  # of the next answers with a body, how many break in the middle
 
     @property
@@ -47,6 +52,57 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_PUT(self) -> None:
+        self.server.uploaded[self.path.rpartition("/")[2]] = self.body()
+        self.give_json({})
+
+    def do_POST(self) -> None:
+        hub, body = self.server, self.body()
+        hub.requests.append(f"{self.command} {self.path}")
+        token = self.headers.get("Authorization", "")
+        if token != "Bearer hf_writer":
+            return self.refuse(403 if token == "Bearer hf_reader" else 401, "")
+        if self.path == "/api/validate-yaml":
+            return self.give_json({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            return self.give_json({"url": f"{hub.url}/{wanted['organization']}/{wanted['name']}"})
+        found = re.fullmatch(
+            r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git/info/lfs/objects)?/(preupload|batch|commit).*", self.path
+        )
+        assert found is not None, self.path
+        repo, kind = found.groups()
+        if kind == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in files]
+            pairs = zip(files, modes, strict=True)
+            return self.give_json(
+                {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in pairs]}
+            )
+        if kind == "batch":
+            return self.give_json(
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        one | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+                        for one in json.loads(body)["objects"]
+                    ],
+                }
+            )
+        lines = [json.loads(line) for line in body.splitlines()]
+        committed = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            if line["key"] == "file"
+            else hub.uploaded[line["value"]["oid"]]
+            for line in lines
+            if line["key"] != "header"
+        }
+        sha = hub.commit(repo, committed)
+        self.give_json({"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha})
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
 
     def answer(self) -> None:
         hub = self.server
@@ -91,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted:
             self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(body)}")
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             if self.server.num_broken:
                 self.server.num_broken -= 1
                 part, self.close_connection = part[: len(part) // 2], True

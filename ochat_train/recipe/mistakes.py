@@ -147,7 +147,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         None,
         "preprocess takes --workers N, and training loads batches ahead by itself",
     ),
-    ("hub_model_id push_to_hub", None, "nothing is uploaded; checkpoint.dir/model can be, by hand"),
+    ("hub_model_id push_to_hub", None, "ochat export --push OWNER/NAME uploads a model"),
     ("tokenizer_type strict local_rank ddp_timeout overwrite_cache overwrite_output_dir plot_loss", None, "not needed"),
     ("max_samples", None, "data.sources.N.epochs is the share of a source that is drawn"),
     ("tf32", None, "torch's own default"),

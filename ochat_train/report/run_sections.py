@@ -1,5 +1,6 @@
 """The report of a run: how it stands, what it learned, how fast it is, as sections of texts, tables and charts."""
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -67,9 +68,10 @@ def run_summary(report: RunReport) -> list[list[Block]]:
     """What a person wants at the end of a run, in groups: how it stands, where the model is, losses, replies."""
     has_model = any(folder.path == "model" for folder in report.saved)
     place = f"model: {report.path}/model" if has_model else f"run: {report.path}"
+    serving: list[Block] = [Text(f"to serve it: vllm serve {shlex.quote(report.path)}/model")] * has_model
     ends = _losses_at_ends(report)
     losses: list[Block] = [ends] if ends.rows else []
-    return list(filter(None, (_sentences(report), [Text(place)], losses, _replies(report))))
+    return list(filter(None, (_sentences(report), [Text(place), *serving], losses, _replies(report))))
 
 
 def _sentences(report: RunReport) -> list[Block]:

@@ -111,14 +111,15 @@ def test_the_first_losses_are_the_golden_ones(quickstart: Launched) -> None:
 
 
 def test_it_ends_with_the_model_the_losses_a_reply_per_condition_and_a_page(quickstart: Launched) -> None:
-    last = quickstart.second.splitlines()[-11:]
+    last = quickstart.second.splitlines()[-12:]
     assert last[0] == f"model: {quickstart.run / 'model'}"
-    assert [line.split()[0] for line in last[3:5]] == ["Careful", "Hasty"]
-    start, end = (float(value) for value in last[3].split()[1:])
+    assert last[1] == f"to serve it: vllm serve {quickstart.run / 'model'}"
+    assert [line.split()[0] for line in last[4:6]] == ["Careful", "Hasty"]
+    start, end = (float(value) for value in last[4].split()[1:])
     assert end < start - 2  # from nothing known, ln(1025) = 6.9, to a good part of the text
-    assert last[6].startswith("question: ")
-    assert [line.split()[0] for line in last[7:9]] == ["Careful", "Hasty"]
-    assert last[10] == str(quickstart.run / "report.html")
+    assert last[7].startswith("question: ")
+    assert [line.split()[0] for line in last[8:10]] == ["Careful", "Hasty"]
+    assert last[11] == str(quickstart.run / "report.html")
     assert f"Ended by train.max_steps at step {quickstart.num_steps} of about " in quickstart.second
     assert '<section id="replies">' in (quickstart.run / "report.html").read_text(encoding="utf-8")
 
