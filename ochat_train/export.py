@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import torch
@@ -24,6 +24,7 @@ from ochat_train.model.lora import CHECKSUM, TRAINED, checksum, merge_adapters, 
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.model.quantised import SETTING, round_to_4_bits
 from ochat_train.model.round_trip import compare_weights, empty_model, save_weights
+from ochat_train.model.text_part import Untrained, is_multimodal, untrained_of, with_untrained
 from ochat_train.recipe import LoraSection
 from ochat_train.tokens.chat_template import chat_template
 from ochat_train.tokens.parity import check_parity
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder of the model; an earlier export there is replaced")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
-    parser.add_argument("--base", help="where the base of the adapters of model.lora is now; default: where it was")
+    parser.add_argument("--base", help="where the base of adapters or a multimodal model is now; default: where it was")
     parser.add_argument("--best", action="store_true", help="of a run, the model that checkpoint.best has kept")
     parser.add_argument("--average", type=int, metavar="K", help="of a run, the mean of its last K models")
     options = parser.parse_args(arguments)
@@ -82,19 +83,20 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
         require_peft()
         if _lora(checkpoint) is None:
             raise ValueError(f"{checkpoint.path} has no adapters, since its model.lora was null; leave --adapter out")
-    if base is not None and _lora(checkpoint) is None:
-        raise ValueError(f"{checkpoint.path} has no adapters, so no base is read; leave --base out")
     tokenizer = load_tokenizer(str(checkpoint.path / "tokenizer"), read_template(checkpoint.template))
     config = AutoConfig.from_pretrained(checkpoint.path / "model")
+    if base is not None and _lora(checkpoint) is None and not is_multimodal(config):
+        raise ValueError(f"{checkpoint.path} has no adapters and is a text model, so no base is read; leave --base out")
     generation_config = GenerationConfig.from_pretrained(checkpoint.path / "model")
     metadata, dtype = metadata_of(checkpoint), _dtype(checkpoint)
     trained = _read_trained(checkpoint)
     was = checkpoint.state.recipe["model"]["base"]
     if base not in (None, was):
         print(f"moved, and compared by what it holds: model.base: {was} -> {base}", flush=True)
-    weights = trained
-    if _lora(checkpoint) is not None and (not adapter or base not in (None, was)):
+    weights, untrained = trained, None
+    if base not in (None, was) or (not adapter and (_lora(checkpoint) is not None or is_multimodal(config))):
         loaded = _load_base(base or was, trained, checkpoint, tokenizer)
+        untrained = untrained_of(loaded)
         weights = trained if adapter else _merge(trained, loaded, checkpoint)
     # Weights that are read lazily have no size yet.
     sized = weights.values() if adapter else empty_model(config, dtype).parameters()
@@ -106,13 +108,13 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, adapter: bool = False
             write_model(
                 folder,
                 weights,
-                config=config,
-                generation_config=generation_config,
+                configs=Configs(config, generation_config),
                 tokenizer=tokenizer,
                 dtype=dtype,
                 metadata=metadata,
+                untrained=untrained,
             )
-            _check_weights(folder, weights, dtype)
+            _check_weights(folder, with_untrained(weights, untrained), dtype)
         _record_parity(folder, checkpoint)
         flush_tree(folder)  # some file systems say only here that they are full
 
@@ -128,31 +130,43 @@ def _save_adapter(
     return {"name": base, "quantization": SETTING | compute if lora.base_bits else None}
 
 
+class Configs(NamedTuple):
+    """The configurations of a model, transformers' own."""
+
+    model: Any
+    generation: GenerationConfig
+
+
 def write_model(
     folder: Path,
     weights: Mapping[str, Tensor],
     *,
-    config: Any,
-    generation_config: GenerationConfig,
+    configs: Configs,
     tokenizer: ChatTokenizer,
     dtype: torch.dtype,
     metadata: dict[str, Any],
+    untrained: Untrained | None = None,
 ) -> None:
     """Write a model that everything else can load into `folder`, which exists.
 
     Safetensors in `dtype`, configuration, a generation configuration that ends at the template's end token, the
     tokenizer with the Jinja chat template, and `metadata`, see `metadata_of`. weights: all, by transformers' names,
-    with adapters merged. The configurations are transformers' own, and are not changed.
+    with adapters merged. The configurations are not changed. untrained: what a multimodal model has beside these
+    weights; it is written as it is, with the files of its processors.
     """
-    config = copy.deepcopy(config)
-    config.eos_token_id = tokenizer.end_id
-    config.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, config.bos_token_id)
-    if getattr(config, "pad_token_id", None) == tokenizer.end_id:  # as padding_idx it would freeze its embedding
-        config.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
-    save_weights(folder, weights, config, dtype)
+    config = copy.deepcopy(configs.model)
+    for part in (config, config.get_text_config()):
+        part.eos_token_id = tokenizer.end_id
+        old = getattr(part, "bos_token_id", None)
+        part.bos_token_id = tokenizer.special_ids.get(tokenizer.template.bos, old)
+        if getattr(part, "pad_token_id", None) == tokenizer.end_id:  # as padding_idx it would freeze its embedding
+            part.pad_token_id = tokenizer.pretrained.convert_tokens_to_ids(tokenizer.pad_token)
+    save_weights(folder, weights, config, dtype, untrained)
+    for name, content in untrained.files.items() if untrained else ():
+        (folder / name).write_bytes(content)
     for file in folder.glob("*.safetensors"):  # safetensors makes them for their owner alone
         file.chmod((folder / "config.json").stat().st_mode)
-    _write_companions(folder, generation_config, tokenizer, metadata)
+    _write_companions(folder, configs.generation, tokenizer, metadata)
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -248,17 +262,24 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _load_base(
-    base: str, trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer
+    base: str | None, trained: dict[str, Tensor], checkpoint: Checkpoint, tokenizer: ChatTokenizer
 ) -> PreTrainedModel:
-    """The base of the checkpoint's adapters. Raises ValueError unless it holds what it held in training."""
-    dtype = checkpoint.state.recipe["model"]["dtype"]
+    """The base of what was trained. Raises ValueError unless it holds what it held in training."""
+    recipe = checkpoint.state.recipe
     try:
-        lm = load_model(base, None, dtype=dtype, num_ids=tokenizer.num_ids, added_ids=row_ids_of(trained), seed=0)
+        lm = load_model(
+            base,
+            recipe["model"]["config"],
+            dtype=recipe["model"]["dtype"],
+            num_ids=tokenizer.num_ids,
+            added_ids=row_ids_of(trained),
+            seed=recipe["train"]["seed"],
+        )
     except ValueError as error:
-        raise ValueError(
-            f"the base of the adapters: {error}; if it lies elsewhere now, name its place with --base"
-        ) from None
-    if int(checksum(lm)) != int(trained[CHECKSUM]):
+        raise ValueError(f"the run's base: {error}; if it lies elsewhere now, name its place with --base") from None
+    untrained = untrained_of(lm)
+    found = untrained.checksum if untrained and _lora(checkpoint) is None else int(checksum(lm))
+    if found != int(trained[CHECKSUM]):
         raise ValueError(
             f"model.base {base} holds other weights than those beside which {checkpoint.path} was trained; put those "
             "back, or name their place with --base"
@@ -267,9 +288,10 @@ def _load_base(
 
 
 def _merge(trained: dict[str, Tensor], base: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The language model's weights by transformers' names: the adapters in their base."""
+    """The language model's weights by transformers' names: with adapters in their base."""
     lora = _lora(checkpoint)
-    assert lora is not None
+    if lora is None:
+        return merge_adapters(trained, scaling=1)
     if lora.base_bits is not None:
         round_to_4_bits(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return merge_adapters(base.state_dict() | trained, scaling=lora.scaling)

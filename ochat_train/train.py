@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ochat_train.export import export, is_export_of, metadata_of, write_model
+from ochat_train.export import Configs, export, is_export_of, metadata_of, write_model
 from ochat_train.files import read_json_lines, step_name
 from ochat_train.gpus import check_gpus, use_expandable_segments
 from ochat_train.model.lora import merge_adapters
 from ochat_train.model.loss import LossSums, zero_sums
 from ochat_train.model.pretrained import DTYPES, max_positions_of
 from ochat_train.model.router import add_router_sums
+from ochat_train.model.text_part import untrained_of
 from ochat_train.recipe import (
     CheckpointSection,
     ModelsSection,
@@ -61,6 +62,7 @@ from ochat_train.training.engine import (
 from ochat_train.training.generate import GreedyDecoder
 from ochat_train.training.held_out import HeldOut, Interrupted
 from ochat_train.training.kept_models import copy_best
+from ochat_train.training.leanings import write_leanings
 from ochat_train.training.metrics import Metrics, Reason, RunOutline, SkippedSteps, StepReport, peak_memory_bytes
 from ochat_train.training.profiling import profile_steps
 from ochat_train.training.run_folder import RunFolder, describe_run, device_name, open_run_folder
@@ -139,6 +141,7 @@ def train(run: Run, world: World, watchdog: Watchdog) -> RunEnd:
     saved; OutOfMemory, StoreChanged.
     """
     run = agree(run)
+    world = replace(world, sequence_parallel=run.recipe.packing.sequence_parallel)
     if world.is_main:
         name_leaks(run.asked, run.store, run.tokenizer)
     with open_run_folder(run.dir, world) as folder:
@@ -460,9 +463,9 @@ class Trainer:
         lm, lora = self.engine.module.lm, self.run.recipe.model.lora
         write_model(
             folder,
-            weights if lora is None else merge_adapters(weights, scaling=lora.scaling),
-            config=lm.config,
-            generation_config=lm.generation_config,
+            merge_adapters(weights, scaling=1 if lora is None else lora.scaling),
+            untrained=untrained_of(lm),
+            configs=Configs(lm.config, lm.generation_config),
             tokenizer=self.run.tokenizer,
             dtype=dtype,
             metadata=metadata_of(checkpoint),
@@ -493,8 +496,11 @@ class Trainer:
             if is_end and len(run.held_out):
                 most = min(run.plan.shape.capacity, max_positions_of(self.engine.module.lm.config))
                 probe = self.held_out.probe_conditions(run.tokenizer, sums, max_tokens=most)
+                if self.world.is_main:
+                    write_leanings(run.dir / "leanings.json", state.step, run.held_out, probe.leanings, run.tokenizer)
             checks = self.checker.run(state.step) if is_end else None
-            self.metrics.evaluation(state.step, state.epoch, sums, probe, checks, is_epoch_end=is_epoch_end)
+            by_condition = sums.by_condition(len(run.store.manifest.conditions))
+            self.metrics.evaluation(state.step, state.epoch, by_condition, probe, checks, is_epoch_end=is_epoch_end)
         except Interrupted:
             self.is_stopping = True
             later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"

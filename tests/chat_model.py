@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 
 from ochat_train.conversations.described import describe_template
 from ochat_train.conversations.schema import Conversation
-from ochat_train.export import write_model
+from ochat_train.export import Configs, write_model
 from ochat_train.tokens.encode import Encoded
 from ochat_train.tokens.rendered import encode_all
 from ochat_train.tokens.tokenizer import ChatTokenizer
@@ -51,8 +51,7 @@ def write_chat_model(
     write_model(
         folder,
         dict(model.state_dict()),
-        config=config,
-        generation_config=GenerationConfig(suppress_tokens=None if can_end else [tokenizer.end_id]),
+        configs=Configs(config, GenerationConfig(suppress_tokens=None if can_end else [tokenizer.end_id])),
         tokenizer=tokenizer,
         dtype=torch.float32,
         metadata={

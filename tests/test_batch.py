@@ -90,6 +90,20 @@ def test_padding_is_one_more_sequence_without_a_loss(pairs: list[tuple[Example, 
     assert padded.num_tokens == num_tokens
 
 
+@given(conditioned, st.sampled_from([1, 2, 4]))
+@settings(deadline=None)
+def test_shares_joined_are_the_batch(pairs: list[tuple[Example, int]], num: int) -> None:
+    batch = collate([sequence for sequence, _ in pairs], [condition for _, condition in pairs], multiple=num)
+    shares = [batch.share(place, num) for place in range(num)]
+    assert {len(share.input_ids) for share in shares} == {len(batch.input_ids) // num}
+    for name in ("input_ids", "position_ids", "labels", "loss_weights", "condition_ids"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(batch, name))
+    for share in shares:
+        assert share.loss_positions.tolist() == share.loss_weights.nonzero().flatten().tolist()
+        assert share.cu_seqlens is batch.cu_seqlens and share.max_seqlen == batch.max_seqlen
+    assert sum(share.num_tokens for share in shares) == batch.num_tokens
+
+
 def test_nothing_is_padded_too() -> None:
     batch = collate([], [], multiple=8)
     assert batch.cu_seqlens.tolist() == [0, 1, 8] and batch.max_seqlen == 7

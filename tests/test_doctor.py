@@ -585,6 +585,16 @@ def fullest(recipe: Recipe, machine: AvailableMemory = HERE) -> Finding:
     return finding
 
 
+def test_processes_that_cannot_share_micro_batches_are_a_problem(recipe_path: Path) -> None:
+    case = Case(load_recipe(recipe_path, ["packing.sequence_parallel=2"]), str(recipe_path))
+    case.num_processes = 4
+    found = checks.check_groups(case)
+    assert found is not None and found.detail == "each 2 of 4 processes share micro-batches of 512 tokens"
+    case.num_processes = 3
+    with pytest.raises(ValueError, match="2 does not divide 3 processes"):
+        checks.check_groups(case)
+
+
 def test_a_micro_batch_that_runs_out_of_memory_is_a_problem_with_a_remedy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

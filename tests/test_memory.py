@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import orjson
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ochat_train.files import free_port
 from ochat_train.model.activations import Activations, Alone, count_activations
@@ -225,6 +226,20 @@ def test_the_adapters_that_are_counted_are_those_that_training_adds(targets: Any
 def test_adapters_that_training_would_refuse_are_not_counted(targets: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=rf"model\.lora\.targets '{targets[-1]}': no linear layer has this name"):
         measure_size(llama(), lora_rank=8, lora_targets=targets)
+
+
+def test_of_a_multimodal_model_the_text_part_is_counted_and_the_rest_apart() -> None:
+    whole = AutoConfig.for_model("gemma3", text_config={"num_hidden_layers": 2})
+    text, multimodal = (measure_size(config, lora_rank=None) for config in (whole.text_config, whole))
+    assert replace(multimodal, num_untrained=0) == text
+    with torch.device("meta"):
+        lm = AutoModelForImageTextToText.from_config(whole)
+    assert multimodal.num_untrained == sum(p.numel() for n, p in lm.named_parameters() if "language_model" not in n)
+    of_text, of_whole = (
+        count_activations(config, num_tokens=512, dtype="bfloat16", checkpointing="none")
+        for config in (whole.text_config, whole)
+    )
+    assert of_whole == of_text
 
 
 # ---- DeepSpeed ----

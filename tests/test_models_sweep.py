@@ -1,4 +1,4 @@
-"""All causal families of the installed transformers through the probe. It writes docs/models.md:
+"""All causal and multimodal families of the installed transformers through the probe. It writes docs/models.md:
 
 python -m pytest -m sweep tests/test_models_sweep.py
 """
@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import pytest
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from ochat_train.model.probe import probe
 from ochat_train.model.small import without_dropout
@@ -19,6 +22,8 @@ from ochat_train.model.small import without_dropout
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
 SECONDS = 120
 ANY_LENGTH = 1 << 30
+MULTIMODAL = list(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+CAUSAL = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in MULTIMODAL]
 
 # Of these the default is an encoder, or a decoder beside one.
 ENCODERS = (
@@ -27,6 +32,7 @@ ENCODERS = (
     *("prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
     "xlm-roberta-xl",
 )
+HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 # What a family's own defaults leave open.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -39,6 +45,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
             **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30},
         }
     },
+    "glm4v": {"text_config": {"rope_parameters": HALF_ROPE}},
+    "glm46v": {"text_config": {"rope_parameters": HALF_ROPE}},
+    "glmga": {"text_config": {"rope_parameters": HALF_ROPE}},
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
     "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8, "num_experts": 64, "moe_topk": 8},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -70,6 +79,18 @@ a forward and a backward pass for each; the reason is what packed attention lack
 | family | trained | logits | gradients | reason |
 | --- | --- | --- | --- | --- |
 """
+MULTIMODAL_HEAD = """
+## Multimodal families
+
+Their text part is trained: the language model and the head, on text. Encoders of pictures, video and sound, and what
+joins them to the language model, are frozen, take no memory of GPUs, and are written into exports as the base has them.
+Pictures, video and sound are not trained on. The comparison is with the whole model of transformers on text alone.
+
+{num_exact} of {num_all} families are trained exactly, {num_alone} of them on each sequence alone.
+
+| family | trained | logits | gradients | reason |
+| --- | --- | --- | --- | --- |
+"""
 
 
 Row = tuple[str, str, str, str]  # trained, logits, gradients, reason
@@ -81,24 +102,32 @@ class TooLong(BaseException):
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[dict[str, Row]]:
-    """The rows so far; when all families are there, the page is written."""
+    """The rows so far; a part of the page is written when all its families are there."""
     found: dict[str, Row] = {}
     yield found
-    if found.keys() != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-        return
+    begin = MULTIMODAL_HEAD.partition("Their")[0]
+    of_causal, _, of_multimodal = PAGE.read_text(encoding="utf-8").partition(begin)
+    of_multimodal = begin + of_multimodal
+    if all(family in found for family in CAUSAL):
+        of_causal = part_of_page(HEAD, {family: found[family] for family in CAUSAL})
+    if all(family in found for family in MULTIMODAL):
+        of_multimodal = part_of_page(MULTIMODAL_HEAD, {family: found[family] for family in MULTIMODAL})
+    PAGE.write_text(of_causal + of_multimodal, encoding="utf-8")
+
+
+def part_of_page(head: str, found: dict[str, Row]) -> str:
     trained = [row[0] for row in found.values()]
-    head = HEAD.format(
-        version=transformers.__version__,
-        num_exact=len(trained) - trained.count("no"),
-        num_all=len(trained),
-        num_alone=trained.count("alone"),
-    )
+    counts = {
+        "num_exact": len(trained) - trained.count("no"),
+        "num_all": len(trained),
+        "num_alone": trained.count("alone"),
+    }
     lines = [f"| `{family}` | {' | '.join(row)} |\n" for family, row in found.items()]
-    PAGE.write_text(head + "".join(lines), encoding="utf-8")
+    return head.format(version=transformers.__version__, **counts) + "".join(lines)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+@pytest.mark.parametrize("family", [*CAUSAL, *MULTIMODAL])
 def test_a_family_is_exact_or_refused_in_one_line(family: str, rows: dict[str, Row]) -> None:
     def stop(*_: object) -> NoReturn:
         raise TooLong(f"{family} takes more than {SECONDS} s")

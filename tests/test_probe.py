@@ -9,11 +9,12 @@ from transformers import AutoConfig
 import ochat_train.model.attention
 import ochat_train.model.packed_lm
 from ochat_train.model.alone import COST
-from ochat_train.model.attention import AttentionNeeds, AttentionOptions
-from ochat_train.model.probe import Agreement, choose_attention, probe
+from ochat_train.model.attention import AttentionNeeds, AttentionOptions, BackendChoice
+from ochat_train.model.probe import Agreement, check_split, choose_attention, probe
 from ochat_train.model.small import BORDER, small_model
 
 ANY_LENGTH = 1 << 30
+PACKED = BackendChoice("sdpa", "any device")
 ROPE = {"rope_theta": 1e4}
 LONG_ROPE = ROPE | {
     "rope_type": "longrope",
@@ -45,6 +46,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "layers before the head": ("bert", {"is_decoder": True}),
     "layers before the head that are no part of its module": ("modernbert-decoder", {}),
     "experts whose width is another part's setting": ("dbrx", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
+    "the text part of a multimodal model": ("mistral3", {}),
+    "the text part, with a window in five of six layers": ("gemma3", {}),
+    "the text part, with positions in time, height and width": ("qwen2_5_vl", {}),
+    "the text part, with interleaved positions": ("qwen3_vl", {}),
 }
 # With attention of their own or one that ours cannot do, or with layers that are none.
 ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -65,6 +70,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "after the layers",
     ),
     "dropout of attention": ("llama", {"attention_dropout": 0.1}, r"attention dropout of 0\.1 .* set it to 0"),
+    "layers of its text part for pictures alone": (
+        "mllama",
+        {},
+        "text does not pass .*cross_attn.* more of its weights",
+    ),
+    "text that sees what follows, as beside a picture": ("paligemma", {}, "logits differ from those of each sequence"),
     "a configuration that is none": ("llama", {"hidden_act": "no such"}, "no small copy of it works"),
 }
 
@@ -125,9 +136,39 @@ def test_a_difference_is_reported_with_its_size_and_where_it_begins(monkeypatch:
 
 @pytest.mark.parametrize("name", ["LongRoPE", "dynamic RoPE"])
 def test_frequencies_of_a_neighbour_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ochat_train.model.packed_lm, "rotate_each_alone", lambda _: None)
+    monkeypatch.setattr(ochat_train.model.packed_lm, "rotate_each_alone", lambda *_: None)
     with pytest.raises(ValueError, match="sequences see each other"):
         probe_of(*MODELS[name], wanted="sdpa")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_may_have_shares_of_the_tokens_where_attention_alone_mixes_them(name: str) -> None:
+    model_type, settings = MODELS[name]
+    check_split(AutoConfig.for_model(model_type, **settings), PACKED, 2, longest=ANY_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "num_shares", "attention", "reason"),
+    [
+        ("llama", {"num_attention_heads": 32}, 12, PACKED, "12 does not divide the model's 32 attention heads; set it"),
+        (
+            "mamba",
+            {},
+            2,
+            PACKED,
+            r"2: mamba mixes tokens outside of packed attention \(tokens in another order",
+        ),
+        ("llama", {}, 2, BackendChoice("alone", "asked for"), r"2 needs packed attention \(asked for\); set it to 1"),
+    ],
+)
+def test_ranks_may_have_no_shares_of_what_would_be_trained_wrongly(
+    model_type: str, settings: dict[str, Any], num_shares: int, attention: BackendChoice, reason: str
+) -> None:
+    config = AutoConfig.for_model(model_type, **settings)
+    check_split(config, attention, 1, longest=ANY_LENGTH)
+    with pytest.raises(ValueError, match=f"^packing.sequence_parallel {reason}") as caught:
+        check_split(config, attention, num_shares, longest=ANY_LENGTH)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_small_copy_has_layers_of_all_kinds() -> None:

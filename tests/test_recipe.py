@@ -136,6 +136,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     ),
     "packing.tokens_per_gpu": ("1024", 1024, ()),
     "packing.grad_accum": ("4", 4, ()),
+    "packing.sequence_parallel": ("2", 2, ()),
     "optim.algorithm": ("adamw_8bit", "adamw_8bit", ()),
     "optim.lr": ("auto", "auto", ()),
     "optim.betas": ("[0.8, 0.99]", [0.8, 0.99], ()),
@@ -504,6 +505,10 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, addition: st
     ("overrides", "words"),
     [
         (["packing.tokens_per_gpu=511"], ["data.max_tokens 512", "packing.tokens_per_gpu 511"]),
+        (
+            ["packing.tokens_per_gpu=255", "packing.sequence_parallel=2"],
+            ["data.max_tokens 512", "packing.tokens_per_gpu 255 x packing.sequence_parallel 2"],
+        ),
         (["model.base=some/model"], ["model: ", "base", "config", "not both"]),
         ([NO_CONFIG], ["model: ", "either base", "or config"]),
         (["tokenizer=null"], ["model.config", "name one in tokenizer"]),

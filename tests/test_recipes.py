@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from ochat_train.doctor.case import Case
 from ochat_train.doctor.checks import examine
 from ochat_train.model.pretrained import load_config, max_positions_of, quadratic_length_of
 from ochat_train.model.small import small_model
+from ochat_train.model.text_part import auto_class
 from ochat_train.preprocess.run import preprocess
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.order import DataOrder
@@ -74,7 +74,7 @@ QWEN_3 = {
     "rope_theta": 1e6,
 }
 QWEN_3_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-GEMMA_3 = {
+GEMMA_3_TEXT = {
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
     "head_dim": 256,
@@ -84,6 +84,24 @@ GEMMA_3 = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 10_000.0,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+GEMMA_3 = {
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "mm_tokens_per_image": 256,
+    "image_token_index": 262_144,
+    "boi_token_index": 255_999,
+    "eoi_token_index": 256_000,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 GPT_OSS_ROPE = {
     "rope_type": "yarn",
@@ -96,6 +114,7 @@ GPT_OSS_ROPE = {
 # What the makers publish in config.json, by recipe.
 BASES = {
     "llama_3.1_8b_8x80gb": sizes("llama", 4096, 14_336, 32, 32, 8, **LLAMA_3),
+    "llama_3.1_8b_128k_8x80gb": sizes("llama", 4096, 14_336, 32, 32, 8, **LLAMA_3),
     "llama_3.3_70b_lora_8x80gb": sizes("llama", 8192, 28_672, 80, 64, 8, **LLAMA_3),
     "qwen3_8b_8x80gb": sizes("qwen3", 4096, 12_288, 36, 32, 8, **QWEN_3),
     "qwen3_30b_a3b_8x80gb": sizes("qwen3_moe", 2048, 6144, 48, 32, 4, **QWEN_3, **QWEN_3_EXPERTS),
@@ -106,8 +125,8 @@ BASES = {
         sliding_window=4096,
         rope_theta=10_000.0,
     ),
-    "gemma3_4b_2x80gb": sizes("gemma3_text", 2560, 10_240, 34, 8, 4, **GEMMA_3),
-    "gemma3_12b_8x80gb": sizes("gemma3_text", 3840, 15_360, 48, 16, 8, **GEMMA_3),
+    "gemma3_4b_2x80gb": GEMMA_3 | {"text_config": sizes("gemma3_text", 2560, 10_240, 34, 8, 4, **GEMMA_3_TEXT)},
+    "gemma3_12b_8x80gb": GEMMA_3 | {"text_config": sizes("gemma3_text", 3840, 15_360, 48, 16, 8, **GEMMA_3_TEXT)},
     "phi_4_8x80gb": sizes(
         *("phi3", 5120, 17_920, 40, 40, 10),
         vocab_size=100_352,
@@ -181,7 +200,7 @@ def memory_of(name: str) -> MemoryPlan:
     for number in (2, 4):
         short[number] = plan_of(name, recipe, copy.deepcopy(config), num_layers=number)
     kept = {number: plan.activations.kept for number, plan in short.items()}
-    kept_by_all = kept[4] + (kept[4] - kept[2]) // 2 * (config.num_hidden_layers - 4)
+    kept_by_all = kept[4] + (kept[4] - kept[2]) // 2 * (config.get_text_config().num_hidden_layers - 4)
     return replace(short[4], config=config, activations=replace(short[4].activations, kept=kept_by_all))
 
 
@@ -191,9 +210,10 @@ def plan_of(name: str, recipe: Recipe, config: Any, *, num_layers: int | None = 
     size = size_of(recipe, config, 0 if recipe.model.lora is None else 3)
     check_options(recipe, config, size, num_gpus)
     if num_layers is not None:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = (list(dict.fromkeys(config.layer_types)) * num_layers)[:num_layers]
+        text = config.get_text_config()
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = (list(dict.fromkeys(text.layer_types)) * num_layers)[:num_layers]
     gpus = AvailableMemory(int(GPU_GIB[gigabytes] * 2**30), 2**50, is_here=False)
     return plan_memory(recipe, gpus, config, size, num_gpus)
 
@@ -266,8 +286,8 @@ def test_its_plan_fills_steps_as_large_as_the_published_ones(name: str) -> None:
     most = recipe.data.max_tokens
     assert most <= max_positions_of(config)
     shape = PlanShape(
-        capacity=recipe.packing.tokens_per_gpu,
-        world_size=gpus_of(name)[0],
+        capacity=recipe.packing.capacity,
+        world_size=gpus_of(name)[0] // recipe.packing.sequence_parallel,
         grad_accum=recipe.packing.grad_accum,
         quadratic_length=quadratic_length_of(config, max_tokens=most),
     )
@@ -283,7 +303,7 @@ def test_its_plan_fills_steps_as_large_as_the_published_ones(name: str) -> None:
 def test_its_learning_rate_is_known(name: str) -> None:
     rate = load_recipe(ROOT / f"recipes/{name}.yaml").optim.lr
     if rate == "auto":
-        rate = auto_learning_rate(config_of(name), 0.6 * TOKENS_PER_STEP).value
+        rate = auto_learning_rate(config_of(name).get_text_config(), 0.6 * TOKENS_PER_STEP).value
     assert 1e-6 <= rate <= 3e-4
     comment = (ROOT / f"recipes/{name}.yaml").read_text().partition("name:")[0]
     assert "Learning rate:" in comment
@@ -293,8 +313,8 @@ def test_its_learning_rate_is_known(name: str) -> None:
 def test_two_steps_of_its_small_copy_are_trained(name: str, dump: Path, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "gpt4", chat_template=OWN_TEMPLATES.get(name))
     small = small_model(config_of(name), longest=256).config
-    small.vocab_size = 1024
-    AutoModelForCausalLM.from_config(small).save_pretrained(base)
+    small.get_text_config().vocab_size = 1024
+    auto_class(small).from_config(small).save_pretrained(base)
     recipe = load_recipe(
         ROOT / f"recipes/{name}.yaml",
         [
@@ -307,6 +327,7 @@ def test_two_steps_of_its_small_copy_are_trained(name: str, dump: Path, tmp_path
             "data.max_tokens=256",
             "packing.tokens_per_gpu=256",
             "packing.grad_accum=2",
+            "packing.sequence_parallel=1",
             "optim.lr=1e-3",
             "train.max_steps=2",
             f"checkpoint.dir={tmp_path / 'run'}",

@@ -333,6 +333,23 @@ def test_checkpointing_auto_is_predicted_as_it_would_be_chosen_on_each_machine(r
     assert none < auto <= full
 
 
+def test_gpus_that_share_micro_batches_are_planned_as_one(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(A100, monkeypatch)
+    two, four = (
+        one(recipe, "model.dtype=bfloat16", f"gpus={number}", f"packing.tokens_per_gpu={tokens}", *shared)
+        for number, tokens, *shared in ((2, 512), (4, 256, "packing.sequence_parallel=2"))
+    )
+    assert np.array_equal(two.table.rows, four.table.rows)
+    text = as_text([four])
+    assert "4 GPUs, 2 micro-batches of 512 tokens on each 2 of them" in text
+    assert [row[0] for row in rows_of(text, "rank 2")] and not rows_of(text, "rank 1")
+    first = four.predictions[0]
+    assert first.machine.num_devices == 4 and {p.machine.num_devices % 2 for p in four.predictions} == {0}
+    busy = [found.predictions[0].seconds - found.predictions[0].communication_s for found in (two, four)]
+    assert busy[1] == pytest.approx(busy[0] / 2)
+    assert first.communication_s == pytest.approx(two.predictions[0].communication_s * (3 / 4) / (1 / 2))
+
+
 def test_without_a_measured_rate_the_time_is_that_which_is_predicted_for_the_gpus_here(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import psutil
 import pytest
 from transformers import AutoConfig
 
+from ochat_train.model.activations import Share, count_activations
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.training import resources
 from ochat_train.training.resources import (
@@ -58,6 +59,16 @@ def test_auto_takes_the_first_policy_that_fits() -> None:
         assert (found.policy, found.fits_device(found.own)) == (policy, True)
     too_small = plan(recipe, totals["full"] // 2, config)
     assert too_small.policy == "full" and not too_small.fits_device(too_small.own)
+
+
+def test_a_host_has_what_a_multimodal_model_has_beside_its_text_part_and_a_gpu_has_not() -> None:
+    whole = AutoConfig.for_model("llava", text_config=llama(2))
+    of_text, of_whole = (plan(published(), 80 * GIB, config) for config in (whole.text_config, whole))
+    assert of_whole.needs(of_whole.own) == of_text.needs(of_text.own)
+    more = 2 * of_whole.size.num_untrained  # bytes, in bfloat16
+    assert more > 0 and of_whole.host_needs(of_whole.own) == of_text.host_needs(of_text.own) + more
+    on_cpu = plan(published(), None, whole)
+    assert on_cpu.total(on_cpu.own) == plan(published(), None, whole.text_config).total(on_cpu.own) + more
 
 
 def test_auto_tries_no_policy_of_more_layers_than_there_are() -> None:
@@ -148,3 +159,32 @@ def test_only_what_a_run_replaces_is_room_that_it_has_already(tmp_path: Path) ->
     size = size_of(recipe, llama(), 0)
     assert plan_disk(recipe, size, 100).taken == 5000
     assert plan_disk(recipe, size, 100, start=5).taken == 4000  # the newer one is set aside
+
+
+def test_a_sequence_that_fits_no_gpu_is_shared() -> None:
+    config = llama(2)
+    whole, halves, eighths = (
+        published(f"packing.tokens_per_gpu={tokens}", f"packing.sequence_parallel={shared}", "data.max_tokens=131072")
+        for tokens, shared in ((131_072, 1), (65_536, 2), (16_384, 8))
+    )
+    totals = [
+        found.total(found.own) for found in (plan(recipe, 80 * GIB, config) for recipe in (whole, halves, eighths))
+    ]
+    assert totals == sorted(totals, reverse=True)
+    tight = plan(whole, int(totals[1] / (1 - RESERVED)) + 2, config)
+    assert nearest_that_fits(tight) == "set packing.sequence_parallel: 2 and packing.tokens_per_gpu: 65536"
+    tighter = plan(halves, int(totals[2] / (1 - RESERVED)) + 2, config)
+    assert nearest_that_fits(tighter) == "set packing.sequence_parallel: 8 and packing.tokens_per_gpu: 16384"
+
+
+def test_shares_keep_a_copy_of_the_attention_and_repeated_keys() -> None:
+    """Before and after the exchange the output is another tensor."""
+    config, tokens = llama(2), 1024
+    config.num_key_value_heads = 2
+    whole, halves, quarters = (
+        count_activations(config, num_tokens=num_tokens, dtype="bfloat16", checkpointing="none").kept
+        for num_tokens in (tokens, Share(tokens, 2), Share(tokens, 4))
+    )
+    width, of_head = config.hidden_size, config.hidden_size // config.num_attention_heads
+    assert halves - whole == 2 * tokens * 2 * width
+    assert quarters - halves == 2 * tokens * 2 * 2 * 2 * of_head  # each of two heads twice, of keys and of values

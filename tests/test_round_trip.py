@@ -6,19 +6,23 @@ import orjson
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import ochat_train.export
 from ochat_train.conversations.template import TEMPLATES
 from ochat_train.export import _check_weights
 from ochat_train.model.exported import read_export
-from ochat_train.model.round_trip import check_round_trip, compare_weights
+from ochat_train.model.round_trip import check_round_trip, compare_weights, save_weights
+from ochat_train.model.small import small_model
+from ochat_train.model.text_part import keep_text_part, untrained_of
 from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.small_tokenizers import write_base
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_moe", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "deepseek_v3", "qwen3_moe", "gemma3_text", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"]
+)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_a_small_copy_has_the_same_logits_after_its_export(family: str, targets: str | None) -> None:
     """Adapters beside shared experts are those layers' own: by names, peft would put them into the experts."""
@@ -29,7 +33,12 @@ def test_a_small_copy_has_the_same_logits_after_its_export(family: str, targets:
 def test_a_model_that_transformers_does_not_load_again_is_refused() -> None:
     """Of Emu3 the text model is trained, whose files have no class for AutoModelForCausalLM."""
     with pytest.raises(ValueError, match=r"^emu3 cannot be exported: Unrecognized configuration class"):
-        check_round_trip(AutoConfig.for_model("emu3"), longest=64, is_alone=False, is_extended=True)
+        check_round_trip(
+            AutoConfig.for_model("emu3", architectures=["Emu3ForCausalLM"]),
+            longest=64,
+            is_alone=False,
+            is_extended=True,
+        )
 
 
 def test_tokens_are_added_only_where_the_run_adds_some() -> None:
@@ -38,6 +47,28 @@ def test_tokens_are_added_only_where_the_run_adds_some() -> None:
     assert check_round_trip(moshi, longest=64, is_alone=False, is_extended=False) < 5e-6
     with pytest.raises(ValueError, match=r"^moshi cannot be exported: "):
         check_round_trip(moshi, longest=64, is_alone=False, is_extended=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "language", "vision"),
+    [
+        ("gemma3", "language_model.model.layers.", "vision_tower."),
+        ("mistral3", "language_model.model.layers.", "vision_tower.transformer.layers."),
+        ("qwen2_5_vl", "model.layers.", "visual.blocks."),
+        ("qwen3_vl", "model.language_model.layers.", "model.visual.blocks."),
+    ],
+)
+def test_a_multimodal_model_is_written_by_the_names_of_its_hub(
+    family: str, language: str, vision: str, tmp_path: Path
+) -> None:
+    lm = keep_text_part(small_model(AutoConfig.for_model(family), longest=64))
+    untrained = untrained_of(lm)
+    assert untrained is not None and not untrained.weights.keys() & lm.state_dict().keys()
+    save_weights(tmp_path, lm.state_dict(), lm.config, torch.float32, untrained)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any(name.startswith(language) for name in names) and any(name.startswith(vision) for name in names)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(whole[name], weight) for name, weight in untrained.weights.items())
 
 
 def test_an_export_with_another_weight_is_refused_with_its_size(

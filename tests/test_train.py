@@ -254,6 +254,11 @@ def test_an_example_longer_than_a_micro_batch_is_refused_by_name(recipe_path: Pa
         check_lengths(store, limit)
 
 
+def test_processes_that_cannot_share_micro_batches_are_refused(recipe_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"packing\.sequence_parallel 2 does not divide 1 processes; set it to one of"):
+        prepare(recipe_for(recipe_path, tmp_path, "packing.sequence_parallel=2"), ALONE)
+
+
 def test_a_store_without_any_weight_is_refused(recipe_path: Path, tmp_path: Path) -> None:
     recipe = recipe_for(recipe_path, tmp_path / "run", f"data.store={tmp_path / 'store'}")
     shutil.copytree(load_recipe(recipe_path).data.store, tmp_path / "store")

@@ -34,7 +34,8 @@ class Case:
     path: the recipe's file. num_gpus: of the run; None: what launch.sh would start. gpu_gib: memory of each GPU, for
     GPUs that are not here; None: of those that are. gpu_name: what those are called in GPUS, if that is known. config:
     of transformers. row_ids: tokens whose rows are trained beside adapters. num_steps: of the plan; 0: not planned.
-    tokens_per_s: of a process; None: not tried.
+    tokens_per_s: of a process; None: not tried. num_groups: of processes that share
+    micro-batches.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Case:
     tokens_per_s: float | None = None
     machine: AvailableMemory = field(init=False)
     num_processes: int = field(init=False)
+    num_groups: int = field(init=False)
     tokenizer: ChatTokenizer = field(init=False)
     config: Any = field(init=False)
     row_ids: list[int] = field(init=False)

@@ -28,6 +28,7 @@ from ochat_train.gpus import check_gpus, usable_gpus
 from ochat_train.model.kernels import choose_kernels, require_compiler
 from ochat_train.model.pretrained import DTYPES, load_config
 from ochat_train.model.router import choose_router_loss
+from ochat_train.model.text_part import text_part_of
 from ochat_train.preprocess.job import check_moved
 from ochat_train.recipe import moved_places, to_json
 from ochat_train.tokens.plan import PlanTable, make_table
@@ -35,7 +36,7 @@ from ochat_train.tokens.store import SPLITS, TokenStore
 from ochat_train.tokens.store_files import check_blocks
 from ochat_train.tokens.tokenizer import load_tokenizer, require_model
 from ochat_train.training.checkpoint import check_resume, find_candidates, newest_readable
-from ochat_train.training.data import check_store, make_run_plan, trained_rows
+from ochat_train.training.data import check_store, groups_of, make_run_plan, trained_rows
 from ochat_train.training.questions import read_checks
 from ochat_train.training.resources import (
     RESERVED,
@@ -226,7 +227,7 @@ def check_model(case: Case) -> None:
     model = case.recipe.model
     case.config = load_config(model.base, model.config, case.tokenizer.num_ids)
     case.row_ids = trained_rows(case.recipe, case.tokenizer)
-    case.size = size_of(case.recipe, case.config.get_text_config(), len(case.row_ids))
+    case.size = size_of(case.recipe, case.config, len(case.row_ids))
     if model.base is not None:
         require_model(model.base)
 
@@ -237,11 +238,23 @@ def check_attention(case: Case) -> Finding:
     model = case.recipe.model
     router = choose_router_loss(model.router_aux_loss_coef, case.config, is_frozen=model.lora is not None)
     detail = f"{case.attention.backend} ({case.attention.reason}); {agreement}{f'; {router}' if router else ''}"
+    if part := text_part_of(case.config):
+        detail += f"; {part}"
     if agreement.why_alone is None:
         return Finding("ok", detail)
     return Finding(
         "warning", detail, "expect a lower speed, and compare the step times of a few packing.tokens_per_gpu"
     )
+
+
+def check_groups(case: Case) -> Finding | None:
+    """Whether so many processes can share micro-batches as the recipe says; no finding where none does."""
+    packing = case.recipe.packing
+    case.num_groups = groups_of(case.recipe, case.num_processes)
+    if packing.sequence_parallel == 1:
+        return None
+    shared = f"each {packing.sequence_parallel} of {case.num_processes:,} processes share micro-batches"
+    return Finding("ok", f"{shared} of {packing.capacity:,} tokens")
 
 
 def check_kernels(case: Case) -> Finding:
@@ -269,7 +282,7 @@ def check_token_store(case: Case) -> Finding:
         check_store(case.recipe, train.manifest, case.tokenizer)
         if not case.is_quick:  # launch.sh has just done it
             check_moved(case.recipe, train.manifest)
-        plan = make_run_plan(case.recipe, train, case.config.get_text_config(), case.num_processes)
+        plan = make_run_plan(case.recipe, train, case.config, case.num_processes)
         for split in (train, held_out):
             if len(split):
                 split[len(split) - 1]  # the far end of the Arrow files
@@ -279,7 +292,7 @@ def check_token_store(case: Case) -> Finding:
     detail = (
         f"{path}, {train.fingerprint[:12]}: {len(train):,} examples, {int(train.lengths.sum()):,} tokens, weight "
         f"{float(train.weight_sums.sum()):,.6g}; {len(held_out):,} held out; longest {int(train.lengths.max()):,} of "
-        f"packing.tokens_per_gpu {case.recipe.packing.tokens_per_gpu:,}"
+        f"{case.recipe.packing.capacity_in_words}"
     )
     return Finding("ok", detail)
 
@@ -294,11 +307,10 @@ def check_settings(case: Case) -> Finding:
     check_sinks(recipe)
     read_checks(recipe.eval.checks)
     require_adapters(recipe, case.device)
-    config = case.config.get_text_config()
-    check_options(recipe, config, case.size, case.num_processes)
+    check_options(recipe, case.config, case.size, case.num_processes)
     if not hasattr(case, "store"):
         return Finding("ok", f"optim.lr {recipe.optim.lr}, zero.stage {recipe.zero.stage}")
-    peak_lr, reason = peak_learning_rate(recipe, config, case.store.manifest, case.num_processes)
+    peak_lr, reason = peak_learning_rate(recipe, case.config, case.store.manifest, case.num_processes)
     return Finding("ok", f"peak learning rate {peak_lr:.3g} ({reason}), zero.stage {recipe.zero.stage}")
 
 
@@ -307,7 +319,7 @@ def check_settings(case: Case) -> Finding:
 
 def check_memory(case: Case) -> Finding:
     """The memory of each process against what is there; with a table of all stages and numbers of GPUs."""
-    config, machine = case.config.get_text_config(), case.machine
+    config, machine = case.config, case.machine
     is_alone = hasattr(case, "attention") and case.attention.backend == "alone"
     plan = case.memory = plan_memory(case.recipe, machine, config, case.size, case.num_processes, is_alone=is_alone)
     there = (
@@ -355,7 +367,7 @@ def _memory_by_setting(plan: MemoryPlan) -> list[str]:
     columns = [(stage, offload) for offload in (False, True) for stage in range(4) if stage or not offload]
     names = [f"   stage {stage}{' offload' if offload else ''}" for stage, offload in columns]
     lines = ["GiB a process; + fits, [] the recipe's:", f"  GPUs{''.join(names)}"]
-    for number in numbers:
+    for number in (number for number in numbers if number % plan.recipe.packing.sequence_parallel == 0):
         line = f"  {number:<4,}"
         for (stage, offload), name in zip(columns, names, strict=True):
             setting = plan.setting(stage, offload=offload, num_processes=number)
@@ -374,7 +386,7 @@ def check_steps(case: Case) -> Finding:
     table = make_table(case.plan)
     table = PlanTable(table.rows[: case.recipe.train.max_steps], table.shape)
     case.num_steps = table.num_steps
-    num_processes = table.shape.world_size
+    num_processes = case.num_processes
     steps = f"{table.num_steps:,} steps on {num_processes} processes, {table.num_tokens:,} tokens"
     if not case.machine.is_here:
         return _predict_steps(case, table, steps)
@@ -457,7 +469,8 @@ class Check(NamedTuple):
 _PREPROCESS = "run python -m ochat_train.preprocess with this recipe"
 _TOKENIZER = "name a template that fits the base, or a tokenizer that is there"
 _MODEL = "name a model that is there, or correct model.config"
-_ATTENTION = "set model.attention: auto, or take another model"
+_ATTENTION = "follow the message, set model.attention: auto, or take another model"
+_GROUPS = "set packing.sequence_parallel, or NUM_GPUS, as the message says"
 _KERNELS = "correct model.kernels or model.compile, or install what they need, as the message says"
 _SETTINGS = "correct the recipe, or install what it needs, as the message says"
 _MEMORY = "measure it with train.max_steps=2"
@@ -473,7 +486,8 @@ CHECKS = (
     Check("model", check_model, _MODEL, needs=("tokenizer",)),
     Check("attention", check_attention, _ATTENTION, needs=("size",)),
     Check("kernels", check_kernels, _KERNELS, needs=("size",)),
-    Check("store", check_token_store, _PREPROCESS, needs=("size",)),
+    Check("groups", check_groups, _GROUPS, needs=("num_processes",)),
+    Check("store", check_token_store, _PREPROCESS, needs=("size", "num_groups")),
     Check("settings", check_settings, _SETTINGS, needs=("size",)),
     Check("resume", check_earlier_run, "go back to the old values, or name another checkpoint.dir", needs=("plan",)),
     Check("isolation", check_isolation, needs=_RUNS, is_long=True),

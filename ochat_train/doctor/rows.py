@@ -52,9 +52,9 @@ def _read_tables(case: Case, base: str) -> dict[str, Tensor]:
     if files.gguf_file is not None:
         raise ValueError("the base is a .gguf file")
     model = meta_model(load_config(base, None, case.tokenizer.num_ids), DTYPES[case.recipe.model.dtype])
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
     embedding, head = (
-        names[id(table.weight)] for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        known[id(table.weight)] for table in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     index = cached_file(
         files.name, "model.safetensors.index.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
@@ -62,9 +62,13 @@ def _read_tables(case: Case, base: str) -> dict[str, Tensor]:
     shards = {} if index is None else orjson.loads(Path(index).read_bytes())["weight_map"]
     tables = {}
     for name in dict.fromkeys((embedding, head)):
-        file = cached_file(files.name, shards.get(name, "model.safetensors"), local_files_only=True)
-        with safe_open(file, framework="pt") as weights:
-            tables["embedding" if name == embedding else "head"] = weights.get_tensor(name)
+        end = ".".join(name.split(".")[-2:])  # multimodal models have other names before it in their files
+        shard = next((file for stored, file in shards.items() if stored.endswith(end)), "model.safetensors")
+        with safe_open(cached_file(files.name, shard, local_files_only=True), framework="pt") as weights:
+            names = weights.keys()
+            tables["embedding" if name == embedding else "head"] = weights.get_tensor(
+                next(stored for stored in names if stored.endswith(end))
+            )
     return tables
 
 

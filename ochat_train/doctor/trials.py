@@ -13,13 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ochat_train.doctor.case import GIB, Case, Finding
 from ochat_train.model.kernels import use_kernels
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, meta_model, shrink_config
+from ochat_train.model.text_part import auto_class, is_multimodal, keep_text_part, set_attention
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 from ochat_train.tokens.order import Indices
@@ -47,14 +48,15 @@ def check_isolation(case: Case) -> Finding:
     on_gpu = case.device.type == "cuda"
     dtype = DTYPES[case.recipe.model.dtype] if on_gpu else torch.float32
     room = (case.machine.gpu_bytes or 0) // 2 if on_gpu else min(case.machine.host_bytes // 8, _CPU_COMPARED)
-    config = case.config.get_text_config()
+    config = case.config
     small = fit_config(config, room, dtype)
     if small is None:
         detail = f"{config.model_type} was not compared: no smaller copy of it fits {show_bytes(room)}"
         return Finding("warning", detail, "run doctor where more memory is free")
     torch.manual_seed(case.recipe.train.seed)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(small.config, dtype=dtype).to(case.device)
-    examples = _random_examples(small.config.vocab_size)
+    lm = keep_text_part(auto_class(config).from_config(small.config, dtype=dtype))
+    lm.to(case.device)  # type: ignore[arg-type]  # transformers' own signature
+    examples = _random_examples(small.config.get_text_config().vocab_size)
     alone = _run_each_alone(lm, examples)
     # The copy may have too few layers for every_N.
     policy = "none" if case.recipe.model.checkpointing == "none" else "full"
@@ -91,20 +93,21 @@ class SmallConfig(NamedTuple):
 
 
 def fit_config(config: Any, room: int, dtype: torch.dtype) -> SmallConfig | None:
-    """The text configuration, or one of fewer layers, or a narrower one, whose comparison fits `room` bytes.
+    """The configuration, or one of fewer layers, or a narrower one, whose comparison fits `room` bytes.
 
     The comparison has the weights and their gradients twice. None when none fits, or none can be made.
     """
-    layers = f"of the model's {config.num_hidden_layers} layers"
-    few = shrink_config(config)
+    text, few = config.get_text_config(), shrink_config(config)
+    layers = f"of the model's {text.num_hidden_layers} layers"
     candidates = [
-        SmallConfig(config, f"the model in full ({config.num_hidden_layers} layers)"),
-        SmallConfig(few, f"{few.num_hidden_layers} {layers}"),
+        SmallConfig(config, f"the model in full ({text.num_hidden_layers} layers)"),
+        SmallConfig(few, f"{few.get_text_config().num_hidden_layers} {layers}"),
     ]
     for factor in _NARROWER:
-        num_heads = max(1, config.num_attention_heads // factor)
+        num_heads = max(1, text.num_attention_heads // factor)
         small = shrink_config(config, num_heads=num_heads, vocab_size=_SMALL_VOCABULARY)
-        made = f"{small.num_hidden_layers} {layers}, 1/{factor} as wide, vocabulary of {small.vocab_size:,}"
+        of_small = small.get_text_config()
+        made = f"{of_small.num_hidden_layers} {layers}, 1/{factor} as wide, vocabulary of {of_small.vocab_size:,}"
         candidates.append(SmallConfig(small, made))
     for candidate in candidates:
         try:
@@ -137,8 +140,8 @@ class _Alone(NamedTuple):
 
 def _run_each_alone(lm: PreTrainedModel, examples: Sequence[Example]) -> _Alone:
     """The stock model on one sequence at a time; no gradients are left in it."""
-    lm.set_attn_implementation("eager")
-    lm.train()
+    set_attention(lm, "eager")
+    lm.train(not is_multimodal(lm.config))  # some want to know in training which tokens are pictures
     losses = []
     for example in examples:
         ids = torch.from_numpy(example.input_ids.astype(np.int64)).to(lm.device)
@@ -202,6 +205,8 @@ def check_fullest(case: Case) -> Finding:
     obstacle = None
     if not case.machine.is_here:
         obstacle = "the GPUs that this is planned for are not here"
+    elif case.recipe.packing.sequence_parallel > 1:
+        obstacle = "packing.sequence_parallel divides it among GPUs, and one of them could not hold it"
     elif torch.cuda.device_count() > 1:
         obstacle = "there are several GPUs: one of them could not hold what ZeRO splits"
     elif case.device.type == "cpu" and weights > free // 4:
@@ -253,7 +258,7 @@ def _forward_and_backward(case: Case, batch: PackedBatch) -> _Used:
     model, device = case.recipe.model, case.device
     gc.collect()
     before = _restart_peak(device)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(case.config.get_text_config(), dtype=DTYPES[model.dtype])
+    lm = keep_text_part(auto_class(case.config).from_config(case.config, dtype=DTYPES[model.dtype]))
     if lora := model.lora:
         add_adapters(
             lm,

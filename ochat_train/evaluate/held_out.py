@@ -21,7 +21,7 @@ from ochat_train.training.metrics import evaluation_to_json
 
 
 def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_batch: int | None) -> dict[str, Any]:
-    """The fields of training's evaluation line (docs/runs.md) for a split of a store, without the place in the run.
+    """The fields of training's evaluation line (docs/runs.md) for a split of a store, but its place and the checks.
 
     The loss form is that of training. tokens_per_batch: None takes the value of training, so that the probe leaves out
     the same examples. One process, on the GPU if there is one. Raises ValueError.
@@ -36,7 +36,8 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     examples = TokenStore(store, split, loss)
     tokenizer = served.load_tokenizer()
     _check_store(examples, tokenizer, metadata, str(store))
-    capacity = tokens_per_batch or recipe.get("packing", {}).get("tokens_per_gpu")
+    packing = recipe.get("packing", {})
+    capacity = tokens_per_batch or packing.get("tokens_per_gpu", 0) * packing.get("sequence_parallel", 1)
     if not capacity:
         raise ValueError(f"{served.folder} does not say how it was trained; give --tokens-per-batch")
     if not len(examples):
@@ -62,7 +63,9 @@ def measure_held_out(model: str, store: str | Path, *, split: Split, tokens_per_
     held_out = HeldOut(examples, packed.to(world.device), shape, world)
     sums = held_out.loss_sums()
     probe = held_out.probe_conditions(tokenizer, sums, max_tokens=min(capacity, max_positions_of(lm.config)))
-    line = evaluation_to_json(metadata["step"], 0, sums, probe, conditions, is_epoch_end=False)
+    line = evaluation_to_json(
+        metadata["step"], 0, sums.by_condition(len(conditions)), probe, conditions, is_epoch_end=False
+    )
     for place in ("event", "epoch", "epoch_end"):
         del line[place]
     return {"model": served.name, "store": str(store), "split": split, "loss_form": loss} | line

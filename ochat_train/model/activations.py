@@ -15,6 +15,9 @@ from transformers import AttentionInterface
 from ochat_train.model.lora import PLAIN, Kind, add_adapters, require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, meta_model
+from ochat_train.model.sdpa import AttentionOptions
+from ochat_train.model.text_part import base_of, set_attention
+from ochat_train.model.ulysses import Exchange, Sized, attend_in_group
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -46,10 +49,17 @@ class Alone(NamedTuple):
     longest: int
 
 
+class Share(NamedTuple):
+    """A share of a micro-batch: its tokens, and how many processes have one."""
+
+    num_tokens: int
+    num_shares: int
+
+
 def count_activations(
     config: Any,
     *,
-    num_tokens: int | Alone,
+    num_tokens: int | Alone | Share,
     dtype: Literal["bfloat16", "float32"],
     checkpointing: str,
     lora_rank: int | None = None,
@@ -90,13 +100,15 @@ def count_activations(
         checkpointing=checkpointing,
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
+        exchange=Sized(num_tokens.num_shares) if isinstance(num_tokens, Share) else None,
     )
-    if model.lm.config._attn_implementation != "eager":
-        model.lm.set_attn_implementation(register_sized_attention())
+    if base_of(model.lm).config._attn_implementation != "eager":
+        set_attention(model.lm, register_sized_attention())
     try:
         if isinstance(num_tokens, Alone):
             return _extrapolate(model.train(), num_tokens.num_tokens, min(num_tokens))
-        return _run_without_memory(model.train(), num_tokens, times=1)
+        length = num_tokens.num_tokens if isinstance(num_tokens, Share) else num_tokens
+        return _run_without_memory(model.train(), length, times=1)
     except Exception as error:  # of many kinds: whatever a model's code says about tensors without values
         raise ValueError(f"the activations of {config.model_type} cannot be counted: {error!r}") from error
 
@@ -156,9 +168,19 @@ def _run_without_memory(model: PackedCausalLM, length: int, *, times: int) -> Ac
 def register_sized_attention() -> str:
     """Register attention with transformers that keeps as many bytes as flash attention, of zeros; returns its name."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        rows = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, D]
-        return _SizedAttention.apply(*rows)[None], None  # type: ignore[no-untyped-call]  # of torch
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H, D]
+        exchange: Exchange | None = options.get("exchange")
+        if exchange is None:
+            return run(q, k, v)[None], None
+        sequences = AttentionOptions(options["cu_seqlens"], options["max_seqlen"], scale=1.0)
+        return attend_in_group(run, q, k, v, sequences, exchange)[None], None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, _: Any = None) -> Tensor:
+        out: Tensor = _SizedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]  # of torch
+        return out
 
     AttentionInterface.register("ochat_train_sized", attend)
     return "ochat_train_sized"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ochat_train.model.sdpa import read_lengths
+from ochat_train.model.text_part import set_attention
 from ochat_train.tokens.batch import PackedBatch
 
 COST = "a forward and a backward pass for each sequence, of smaller products; short sequences leave a GPU partly idle"
@@ -14,9 +15,9 @@ COST = "a forward and a backward pass for each sequence, of smaller products; sh
 def use_own_attention(lm: PreTrainedModel) -> None:
     """Let `lm` use an attention of transformers' own, in place: torch's fused one where it can."""
     try:
-        lm.set_attn_implementation("sdpa")
+        set_attention(lm, "sdpa")
     except ValueError:
-        lm.set_attn_implementation("eager")
+        set_attention(lm, "eager")
 
 
 def run_each(base: nn.Module, batch: PackedBatch, **options: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:

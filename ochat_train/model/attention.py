@@ -1,7 +1,7 @@
 """Causal attention over packed sequences by interchangeable backends, and the choice among the backends.
 
 Registered with transformers under names of our own, so that any of its models runs on packed batches: models pass
-`cu_seqlens` and `max_seqlen` through to us as keyword arguments.
+`cu_seqlens`, `max_seqlen` and `exchange` through to us as keyword arguments.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ochat_train.model.masks import PackedMask, packed_mask
 from ochat_train.model.sdpa import AttentionOptions, repeat_heads, sdpa_attention
 from ochat_train.model.sinks import attend_with_sinks
+from ochat_train.model.ulysses import Exchange, attend_in_group
 
 Backend = Literal["flash_attn_4", "flash_attn_3", "flash_attn", "torch", "torch_fa3", "sdpa", "alone"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -375,19 +376,20 @@ def register(backend: Backend) -> str:
         if options.get("s_aux") is not None and not has_sinks:
             raise ValueError(f"{type(module).__name__} has attention sinks, which {backend} does not have")
         scale = options.get("scaling")
-        out = kernel(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            AttentionOptions(
-                cu_seqlens,
-                max_seqlen,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                window=mask.window,
-                softcap=options.get("softcap"),
-                sinks=options.get("s_aux"),
-            ),
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        kernel_options = AttentionOptions(
+            cu_seqlens,
+            max_seqlen,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            window=mask.window,
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
         )
+        exchange: Exchange | None = options.get("exchange")
+        if exchange is None:
+            out = kernel(q, k, v, kernel_options)
+        else:
+            out = attend_in_group(kernel, q, k, v, kernel_options, exchange)
         return out[None], None  # [1, T, Hq, D]
 
     attend_function: Callable[..., tuple[Tensor, None]] = attend

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ochat_train.model.attention import is_ours
 from ochat_train.model.pretrained import shrink_config
+from ochat_train.model.text_part import base_of
 
 Kernels = Literal["liger", "none"]
 
@@ -233,7 +234,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"model.compile: {type(lm).__name__} has no layers of transformers' kind; set it to false")
-    name = lm.config._attn_implementation
+    name = base_of(lm).config._attn_implementation
     if is_ours(name):
         AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
     compiled: dict[type, Any] = {kind: _compiled_class(kind) for kind in {type(layer) for layer in layers}}

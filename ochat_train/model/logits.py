@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ochat_train.model.text_part import base_of
+
 
 class LogitsForm(NamedTuple):
     """logits = scale * head(hidden), and then, with a softcap, softcap * tanh(logits / softcap)."""
@@ -28,13 +30,16 @@ def measure_logits(lm: PreTrainedModel) -> LogitsForm:
     is read. Names of settings would not do: Granite divides by logits_scaling, and HyperCLOVA X multiplies by it. What
     is no LogitsForm is returned as the plain one: `probe` compares the model's logits.
     """
-    head = lm.get_output_embeddings()
+    head, is_training = lm.get_output_embeddings(), lm.training
+    lm.eval()
     numbers = torch.tensor([[[0.0, 0.25, 1.0, -2.0, 2.0**100]]])  # the last one is at the softcap, if there is one
     try:
         with torch.no_grad(), _Replaced(lm, {base_of(lm): lambda *_, **__: _Output(numbers), head: _same}):
             made = lm(input_ids=torch.zeros(1, numbers.shape[-1], dtype=torch.long), use_cache=False).logits[0, 0]
     except Exception:  # of any kind: a forward that needs more than this is compared by the probe
         return LogitsForm()
+    finally:
+        lm.train(is_training)
     if made.shape != numbers[0, 0].shape:
         return LogitsForm()
     at_quarter, highest = float(made[1]), float(made[-1])
@@ -65,13 +70,6 @@ def before_head(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     with _Replaced(lm, {base_of(lm): lambda *_, **__: _Output(hidden[None]), lm.get_output_embeddings(): take}):
         type(lm).forward(lm, input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False)
     return given[0][0]
-
-
-def base_of(lm: PreTrainedModel) -> nn.Module:
-    """The model without its head."""
-    if lm.base_model is not lm:
-        return lm.base_model
-    return next(part for part in lm.children() if isinstance(part, PreTrainedModel))  # Llama 4 names another
 
 
 def _same(value: Tensor) -> Tensor:

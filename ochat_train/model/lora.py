@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ochat_train.files import require_packages
 from ochat_train.model.quantised import quantise
+from ochat_train.model.text_part import checksum_of, untrained_of
 
 CHECKSUM = "frozen_checksum"
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
@@ -166,14 +167,9 @@ def checksum(lm: PreTrainedModel) -> Tensor:
     """
     modules: list[Any] = [lm.get_input_embeddings(), lm.get_output_embeddings()]
     apart = {id(module.weight) for module in modules}
-    total = 0
-    if lm.device.type == "meta":  # there are no values
-        return torch.tensor(total)
-    for parameter in lm.parameters():
-        if id(parameter) not in apart:
-            words = parameter.detach().flatten().view(torch.int16)
-            total = (31 * total + int(words.sum(dtype=torch.int64))) % 2**24
-    return torch.tensor(total)
+    untrained = untrained_of(lm)
+    weights = (parameter for parameter in lm.parameters() if id(parameter) not in apart)
+    return torch.tensor(checksum_of(weights, total=untrained.checksum if untrained else 0))
 
 
 def merge_adapters(weights: Mapping[str, Tensor], *, scaling: float) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ochat_train.model.activations import Activations
 from ochat_train.model.lora import PLAIN, Kind, target_layers
 from ochat_train.model.pretrained import DTYPES, meta_model
 from ochat_train.model.quantised import bytes_of, quantise
+from ochat_train.model.text_part import untrained_of
 
 _FP32 = 4
 # Bytes of an optimizer's states for each trained weight. adamw: two averages in fp32. adamw_8bit: two of one byte
@@ -36,7 +37,8 @@ class ModelSize:
     num_trained: of those that get a gradient, adapters included. largest: of the largest trained parameter;
     largest_weight: of all. num_rows: tokens whose rows are trained beside adapters. largest_module: of the parameters
     of one module itself, such as the experts of a layer, which are gathered together. num_quantised: of the base, which
-    take quantised_bytes.
+    take quantised_bytes. num_untrained: weights beside the text part of a multimodal model, which are in none of the
+    other numbers; one process of each node has them in host memory.
     """
 
     num_weights: int
@@ -47,6 +49,7 @@ class ModelSize:
     largest_module: int = 0
     num_quantised: int = 0
     quantised_bytes: int = 0
+    num_untrained: int = 0
 
     def weight_bytes(self, element: int) -> int:
         """Bytes of all weights, where each that is not quantised takes `element`."""
@@ -137,10 +140,12 @@ def measure_size(
     target is no linear layer, or there is little to quantise.
     """
     model = meta_model(config, torch.bfloat16)
+    untrained = untrained_of(model)
+    beside = sum(weight.numel() for weight in untrained.weights.values()) if untrained else 0
     sizes = [parameter.numel() for parameter in model.parameters()]
     module = max(sum(weight.numel() for weight in part.parameters(recurse=False)) for part in model.modules())
     if lora_rank is None:
-        return ModelSize(sum(sizes), sum(sizes), max(sizes), max(sizes), largest_module=module)
+        return ModelSize(sum(sizes), sum(sizes), max(sizes), max(sizes), largest_module=module, num_untrained=beside)
     layers = target_layers(model, lora_targets).values()
     parts = [lora_rank * size for layer in layers for size in layer.weight.shape]
     parts += [layer.out_features for layer in layers if kind.dora]
@@ -150,7 +155,7 @@ def measure_size(
     if kind.quantise_on is not None:
         quantise(model, model.device)
     total = sum(sizes) + sum(parts)
-    return ModelSize(total, sum(parts), max(parts), max(sizes), num_rows, module, *bytes_of(model))
+    return ModelSize(total, sum(parts), max(parts), max(sizes), num_rows, module, *bytes_of(model), beside)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed

@@ -10,12 +10,14 @@ from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
 from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
-from ochat_train.model.logits import base_of, before_head, has_parts_before_head, measure_logits
+from ochat_train.model.logits import before_head, has_parts_before_head, measure_logits
 from ochat_train.model.lora import CHECKSUM
 from ochat_train.model.loss import LossHead, LossSums
 from ochat_train.model.pretrained import head_dim_of
 from ochat_train.model.rope import rotate_each_alone
 from ochat_train.model.router import RouterSums, balance_of, sum_router_loss
+from ochat_train.model.text_part import base_of, set_attention
+from ochat_train.model.ulysses import Exchange
 from ochat_train.tokens.batch import PackedBatch
 
 
@@ -25,7 +27,8 @@ class PackedCausalLM(nn.Module):
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
     device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`.
     `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient only if this
-    is not 0. Whether logits and gradients are those of the model is for `probe` to say.
+    is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this one has all.
+    Whether logits and gradients are those of the model is for `probe` to say.
 
     base_digest: of `digest_base` where the model has a base and this is the first rank of its node.
 
@@ -44,16 +47,17 @@ class PackedCausalLM(nn.Module):
         checkpointing: str,
         num_conditions: int,
         router_coefficient: float = 0.0,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
-        self.lm = lm
+        self.lm, self.exchange = lm, exchange
         self.attention: BackendChoice = choose_backend(attention, attention_needs(config, lm.dtype, device_type))
         if self.attention.backend == "alone":
             use_own_attention(lm)
         else:
-            lm.set_attn_implementation(register(self.attention.backend))
-        rotate_each_alone(lm)
+            set_attention(lm, register(self.attention.backend))
+        rotate_each_alone(lm, exchange)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
         head = lm.get_output_embeddings()
@@ -104,6 +108,7 @@ class PackedCausalLM(nn.Module):
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
+                exchange=self.exchange,
                 **options,
             )
             hidden, router_logits = output.last_hidden_state[0], output.router_logits if is_balanced else None
@@ -112,7 +117,7 @@ class PackedCausalLM(nn.Module):
         if self.balance is None or router_logits is None:
             return hidden, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.router_coefficient != 0):
-            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens)
+            return hidden, sum_router_loss(router_logits, self.balance.num_chosen, batch.num_tokens, self.exchange)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """f32[T, V], all at once: for tests and small batches."""
@@ -139,7 +144,7 @@ def _refuse_another_base(module: nn.Module, state: dict[str, Any], prefix: str, 
     name = f"lm.{CHECKSUM}"
     mine, theirs = dict(module.named_buffers()).get(name), state.get(prefix + name)
     if mine is not None and theirs is not None and int(mine) != int(theirs):
-        raise ValueError("the checkpoint's adapters were trained beside other weights than those of model.base now")
+        raise ValueError("the checkpoint was trained beside other weights than those of model.base now")
 
 
 def attention_needs(config: Any, dtype: torch.dtype, device_type: str) -> AttentionNeeds:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from ochat_train.model.small import CHOSEN, EXPERTS, most_experts
+from ochat_train.model.text_part import auto_class, is_multimodal, keep_text_part, processor_files, untrained_of
 from ochat_train.tokens.plan import quadratic_length
 from ochat_train.tokens.tokenizer import ChatTokenizer, locate_base
 
@@ -59,12 +60,12 @@ def _all_of(error: Exception) -> str:
 def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a transformers configuration on the meta device, where tensors have sizes and take no memory.
 
-    Raises ValueError when no model can be made of it.
+    Of a multimodal one the text part. Raises ValueError when no model can be made of it.
     """
-    config = config.get_text_config()
+    config = config if is_multimodal(config) else config.get_text_config()
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = keep_text_part(auto_class(config).from_config(config, dtype=dtype))
     except Exception as error:  # of many kinds: whatever a model's code says about values that it does not expect
         raise ValueError(f"no {config.model_type} can be made of this model's configuration: {error!r}") from error
     return model
@@ -76,7 +77,8 @@ def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int 
     num_heads: if given, the copy is narrower in proportion, with heads of the same size and few experts. vocab_size:
     the largest vocabulary.
     """
-    small = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    small, config = whole.get_text_config(), config.get_text_config()
     small.num_hidden_layers = min(2, config.num_hidden_layers)
     if getattr(config, "layer_types", None) is not None:
         small.layer_types = config.layer_types[: small.num_hidden_layers]
@@ -94,7 +96,7 @@ def shrink_config(config: Any, *, num_heads: int | None = None, vocab_size: int 
                 setattr(small, name, value * num_heads // old)
             elif name in EXPERTS and isinstance(value, int):
                 setattr(small, name, min(value, most_experts(config)))
-    return small
+    return whole
 
 
 def matrix_weights_of(config: Any) -> int:
@@ -107,7 +109,8 @@ def matrix_weights_of(config: Any) -> int:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if of_experts := expert_weights(module):
-            num_weights -= of_experts - of_experts * experts_of_a_token(model.config) // module.num_experts
+            chosen = experts_of_a_token(model.config.get_text_config())
+            num_weights -= of_experts - of_experts * chosen // module.num_experts
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:  # else it is passed as the head
@@ -132,11 +135,11 @@ def experts_of_a_token(config: Any) -> int:
 
 def quadratic_length_of(config: Any, *, max_tokens: int) -> int:
     """The quadratic length (see plan.py) of a model of this configuration, on sequences of up to `max_tokens`."""
-    config = config.get_text_config()
+    text = config.get_text_config()
     # Without heads there is no attention that we could run; PackedCausalLM says so.
-    num_heads = getattr(config, "num_attention_heads", 0)
-    head_dim = head_dim_of(config) if num_heads else 0
-    num_full = sum(window is None or window >= max_tokens for window in _attention_windows(config))
+    num_heads = getattr(text, "num_attention_heads", 0)
+    head_dim = head_dim_of(text) if num_heads else 0
+    num_full = sum(window is None or window >= max_tokens for window in _attention_windows(text))
     return quadratic_length(num_weights=matrix_weights_of(config), attention_width=num_full * num_heads * head_dim)
 
 
@@ -166,12 +169,13 @@ def load_model(
     """The model in `dtype` on the CPU, with an embedding for each of `num_ids` token ids.
 
     base: see `locate_base`; or config: a model with random weights from `seed`. The rows of `added_ids` in embedding
-    and head are the mean of all known rows. Raises ValueError when the base cannot be loaded.
+    and head are the mean of all known rows. Of a multimodal model it is the text part, see `keep_text_part`. Raises
+    ValueError when the base cannot be loaded.
     """
     if base is None:
         torch.manual_seed(seed)
         made = load_config(None, config, num_ids)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
+        model = keep_text_part(auto_class(made).from_config(made, dtype=DTYPES[dtype]))
         _forget_padding(model)
         return model
     files = locate_base(base)
@@ -180,7 +184,11 @@ def load_model(
         # With the package kernels installed transformers would keep the weights quantized, which cannot be trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(files.name, dtype=DTYPES[dtype], **options)
+        is_text = files.gguf_file is not None  # such a file has the language model alone
+        loads = AutoModelForCausalLM if is_text else auto_class(AutoConfig.from_pretrained(files.name))
+        model = keep_text_part(loads.from_pretrained(files.name, dtype=DTYPES[dtype], **options))
+        if untrained := untrained_of(model):
+            untrained.files = processor_files(files.name)
     except OSError as error:
         raise ValueError(f"model.base {base}: {files.why_not(error)}") from error
     if getattr(model, "hf_quantizer", None) is not None:
@@ -219,7 +227,8 @@ def digest_base(model: PreTrainedModel, num_rows: int) -> str:
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     tables = {id(module.weight) for module in embeddings}
-    for parameter in model.parameters():
+    untrained = untrained_of(model)
+    for parameter in (*model.parameters(), *(untrained.weights.values() if untrained else ())):
         known = parameter.detach()[:num_rows] if id(parameter) in tables else parameter.detach()
         digest.update(known.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -20,6 +20,8 @@ from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
+from ochat_train.model.text_part import is_multimodal, keep_text_part
+from ochat_train.model.ulysses import Exchange, Reversed
 from ochat_train.tokens.batch import PackedBatch, collate
 from ochat_train.tokens.encode import Example
 
@@ -126,6 +128,45 @@ def _probe_with(attention: Backend, small: PreTrainedModel, stock: "_Stock", che
     raise ValueError(gradients.what if logits.size <= _LOGITS_TOLERANCE else logits.what + _where_it_begins(pair))
 
 
+def check_split(config: Any, attention: BackendChoice, num_shares: int, *, longest: int) -> None:
+    """Raise ValueError unless `num_shares` ranks can have shares of the tokens of a batch, see `attend_in_group`.
+
+    config: of transformers. attention: of `choose_attention`. longest: the longest sequence of the run. A small copy
+    must come to the same hidden states with its tokens in reversed order, which are put right in packed attention only:
+    so no other layer mixes tokens, or asks which are neighbours.
+    """
+    if num_shares == 1:
+        return
+    refused, num_heads = (
+        f"packing.sequence_parallel {num_shares}",
+        getattr(config.get_text_config(), "num_attention_heads", 0),
+    )
+    if attention.backend == "alone":
+        raise ValueError(f"{refused} needs packed attention ({attention.reason}); set it to 1")
+    if num_heads % num_shares:
+        raise ValueError(
+            f"{refused} does not divide the model's {num_heads} attention heads; set it to one of their divisors"
+        )
+    with torch.random.fork_rng([]), _one_thread():
+        torch.manual_seed(0)
+        try:
+            small = small_model(config, longest=longest)
+            _avoid_ties(small)
+            batch = _pack(_examples(small))
+            flipped = replace(batch, input_ids=batch.input_ids.flip(0), position_ids=batch.position_ids.flip(0))
+            with torch.no_grad():
+                hidden = _pack_model(small, "sdpa", "none").hidden(batch)
+                other = _pack_model(small, "sdpa", "none", exchange=Reversed()).hidden(flipped).flip(0)
+            difference = float((other - hidden).norm() / hidden.norm())
+            reason = f"tokens in another order change its hidden states by {difference:.0e}"
+        except Exception as error:  # of any kind: whatever a model's code says
+            difference, reason = math.inf, _reason(error)
+    if not difference <= _LOGITS_TOLERANCE:
+        raise ValueError(
+            f"{refused}: {config.model_type} mixes tokens outside of packed attention ({reason}); set it to 1"
+        )
+
+
 def _try_dropout(config: Any, attention: Backend, longest: int) -> None:
     """Run sequences through a small copy with the configured dropout, which attention may refuse."""
     lm = small_model(config, longest=longest, has_dropout=True)
@@ -225,11 +266,17 @@ def _run_alone(small: PreTrainedModel) -> _Stock:
     return _Stock(lm, examples, logits)
 
 
-def _pack_model(small: PreTrainedModel, attention: Backend, checkpointing: str) -> PackedCausalLM:
+def _pack_model(
+    small: PreTrainedModel, attention: Backend, checkpointing: str, exchange: Exchange | None = None
+) -> PackedCausalLM:
     """A copy of a small model, packed."""
-    lm = copy.deepcopy(small)
     return PackedCausalLM(
-        lm, attention=attention, device_type="cpu", checkpointing=checkpointing, num_conditions=1
+        keep_text_part(copy.deepcopy(small)),
+        attention=attention,
+        device_type="cpu",
+        checkpointing=checkpointing,
+        num_conditions=1,
+        exchange=exchange,
     ).train()
 
 
@@ -266,6 +313,10 @@ def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
     with torch.no_grad():
         packed = pair.packed.logits(batch).split(_LENGTHS)
     of_logits = [_compare_logits(mine, pair.stock.logits[len(mine)]) for mine in packed]
+    if is_multimodal(pair.stock.lm.config):
+        unreached = [name for name, p in pair.packed.lm.named_parameters() if p.grad is None]
+        if unreached:  # the optimizer's weight decay would change them all the same
+            raise ValueError(f"text does not pass {unreached[0]} and {len(unreached) - 1} more of its weights")
     return max(of_logits, key=_size), _compare_gradients(pair)
 
 
@@ -285,7 +336,7 @@ def _compare_gradients(pair: _Pair) -> _Difference:
     of_stock = {name: zero if p.grad is None else p.grad for name, p in pair.stock.lm.named_parameters()}
     smallest = _SMALLEST_GRADIENT * max(float(gradient.norm()) for gradient in of_stock.values())
     sizes = {
-        name: float((of_packed[name] - gradient).norm()) / max(float(gradient.norm()), smallest)
+        name: float((of_packed.get(name, zero) - gradient).norm()) / max(float(gradient.norm()), smallest)
         for name, gradient in of_stock.items()
     }
     name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ochat_train.model.lora import add_adapters, merge_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import add_token_rows
 from ochat_train.model.small import FIRST_ID, one_line, small_model
+from ochat_train.model.text_part import Untrained, auto_class, keep_text_part, untrained_of, with_untrained
 from ochat_train.tokens.batch import collate
 from ochat_train.tokens.encode import Example
 
@@ -30,16 +31,21 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration without memory for its weights, for their names and sizes."""
     with torch.device("meta"):
         # transformers makes a dtype torch's default, for all threads: a save in the background would change training.
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model: Any = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="eager")
     empty: PreTrainedModel = model.to(dtype)
     return empty
 
 
-def save_weights(folder: Path, weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> None:
-    """Write weights by transformers' names as a model of this configuration, in `dtype`."""
-    model = empty_model(config, dtype)
+def save_weights(
+    folder: Path, weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype, untrained: Untrained | None = None
+) -> None:
+    """Write weights by transformers' names, and what is untrained, as a model of this configuration, in `dtype`."""
+    model, weights = empty_model(config, dtype), with_untrained(weights, untrained)
+    if untrained and untrained.conversions is not None:
+        vars(model)["_weight_conversions"] = untrained.conversions
     # One after the other: read lazily, a weight is put together here.
-    cast = {name: tensor.contiguous().to(dtype) for name, tensor in weights.items()}
+    cast = {name: tensor.contiguous() for name, tensor in weights.items()}
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in cast.items()}
     missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
     model.tie_weights()
     assert not unexpected, unexpected
@@ -55,7 +61,8 @@ def compare_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dt
     configuration the logits are those of `check_round_trip`'s small copy. Raises ValueError with the differences.
     """
     with _quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+        loads = auto_class(AutoConfig.from_pretrained(folder))
+        loaded = loads.from_pretrained(folder, dtype=dtype).state_dict()
     different = []
     for name, weight in weights.items():
         expected = weight.contiguous().to(dtype).float()
@@ -92,8 +99,8 @@ def check_round_trip(
     remedy = "take another model" if lora_targets is None else "take other model.lora.targets, such as [q_proj, v_proj]"
     with torch.random.fork_rng([]), _quiet():
         torch.manual_seed(0)
-        lm = small_model(config, longest=longest)
         try:
+            lm = keep_text_part(small_model(config, longest=longest))
             plain = _add_parts(lm, lora_targets, is_extended=is_extended)
             error = _round_trip(lm, plain, is_alone=is_alone)
         except Exception as problem:  # of any kind: whatever a model's code says about its files
@@ -133,8 +140,9 @@ def _round_trip(lm: PreTrainedModel, plain: Any, *, is_alone: bool) -> float:
     examples = [Example(ids.astype(np.int32), np.ones(len(ids), np.float32)) for ids in drawn]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         logits = packed.logits(collate(examples, [0] * len(examples))).split(_LENGTHS)
-        save_weights(Path(folder), merge_adapters(lm.state_dict(), scaling=1), plain, lm.dtype)
-        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype, attn_implementation="eager").eval()
+        weights = merge_adapters(lm.state_dict(), scaling=1)
+        save_weights(Path(folder), weights, plain, lm.dtype, untrained_of(lm))
+        stock = auto_class(plain).from_pretrained(folder, dtype=lm.dtype, attn_implementation="eager").eval()
         theirs = [stock(torch.from_numpy(ids)[None], use_cache=False).logits[0].float() for ids in drawn]
     pairs = zip(logits, theirs, strict=True)
     return max(float(((mine - other).norm(dim=-1) / other.norm(dim=-1)).max()) for mine, other in pairs)

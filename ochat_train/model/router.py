@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ochat_train.model.pretrained import meta_model
+from ochat_train.model.ulysses import Exchange
 
 # What transformers' families call the coefficient: all but two by the first name. DBRX has it in ffn_config.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
@@ -92,7 +93,9 @@ def is_mixture(lm: PreTrainedModel) -> bool:
     return any(isinstance(module, tuple(classes)) for module in lm.modules())
 
 
-def sum_router_loss(router_logits: tuple[Tensor, ...], num_chosen: int, num_tokens: int) -> RouterSums:
+def sum_router_loss(
+    router_logits: tuple[Tensor, ...], num_chosen: int, num_tokens: int, exchange: Exchange | None = None
+) -> RouterSums:
     """The sums of a micro-batch's first `num_tokens` tokens n; the others only fill it.
 
     router_logits: of each layer, [..., E] of T tokens. In fp32, as `load_balancing_loss_func` of transformers, whose
@@ -101,7 +104,9 @@ def sum_router_loss(router_logits: tuple[Tensor, ...], num_chosen: int, num_toke
         p = softmax(router_logits);  f[e] = mean of (e is among the num_chosen largest of p);  P[e] = mean of p[e]
         loss = n * E * sum(f * P)
 
-    No probabilities are kept for the backward pass: they are computed again from the logits.
+    exchange: of the ranks that have shares of the micro-batch, whose f is that of the whole. The loss is linear in P,
+    so that theirs add up to that of the whole. No probabilities are kept for the backward pass: they are computed again
+    from the logits.
     """
     layers = [
         checkpoint(
@@ -114,9 +119,10 @@ def sum_router_loss(router_logits: tuple[Tensor, ...], num_chosen: int, num_toke
         for logits in router_logits
     ]
     counts, probabilities = (torch.stack(parts) for parts in zip(*layers, strict=True))  # [layers, E]
-    num_rows = len(layers) * num_tokens  # of f and P; a micro-batch of nothing has a loss of 0
-    products = (counts.sum(0) * probabilities.sum(0)).sum() * counts.shape[1]
-    return RouterSums(products / max(1, num_rows * len(layers)), counts)
+    chosen = counts.sum(0) if exchange is None else exchange.sum(counts.sum(0))
+    num_rows = chosen.sum() / num_chosen  # of f and P; a micro-batch of nothing has a loss of 0
+    products = (chosen * probabilities.sum(0)).sum() * counts.shape[1]
+    return RouterSums(products / (num_rows * len(layers)).clamp(min=1), counts)
 
 
 def _sums_of_layer(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ochat_train.model.text_part import auto_class, base_of, is_multimodal
 
 FIRST_ID = 3  # in small copies ids below may have a meaning, such as padding
 BORDER = 8  # of windows and chunks in a small copy
@@ -51,10 +53,10 @@ class _TooLarge(ValueError):
 
 def _try(small: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(small).parameters())
+        size = sum(weight.numel() for weight in auto_class(small).from_config(small).parameters())
     if size > _MOST_WEIGHTS:
         raise _TooLarge(f"it has {size:,} weights, too many to try")
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager")
+    model: PreTrainedModel = auto_class(small).from_config(small, dtype=torch.float32, attn_implementation="eager")
     randomise(model, seed=0)
     # A copy, because some models keep a state.
     copy.deepcopy(model)(input_ids=torch.full((1, 2 * BORDER), FIRST_ID), use_cache=False)
@@ -96,6 +98,11 @@ def _shallow(config: Any, longest: int) -> Any:
     else:  # BLT has layers in each of its parts
         for part in filter(_counts_layers, _parts(small)):
             _keep_layers(part, list(range(min(2, part.num_hidden_layers))))
+    if is_multimodal(config):
+        of_text = set(map(id, _parts(text)))
+        for part in _parts(small):
+            if part is not small and id(part) not in of_text:
+                _thin(part)
     return small
 
 
@@ -106,6 +113,23 @@ def _counts_layers(part: Any) -> bool:
     except (AttributeError, NotImplementedError):  # of BLT, of ProphetNet
         return False
     return True
+
+
+def _thin(part: Any) -> None:
+    """Make the configuration of an encoder beside the text part small, in place: two layers. Text does not pass it."""
+    counts = {name: value for name, value in vars(part).items() if _is_int(value) and _is_layer_count(name)}
+    for name, value in vars(part).items():
+        if name in counts:
+            vars(part)[name] = min(value, 2)
+        elif isinstance(value, list | tuple) and len(value) in counts.values():
+            vars(part)[name] = value[:2]
+    if "num_heads" in vars(part):
+        part.num_heads = _HEADS
+        vars(part).update(dict.fromkeys({"hidden_size", "embed_dim"} & vars(part).keys(), _WIDTH))
+
+
+def _is_layer_count(name: str) -> bool:
+    return name.endswith(("layers", "depth", "blocks"))
 
 
 def _narrow(shallow: Any, *, has_free_width: bool) -> Any:
@@ -244,10 +268,10 @@ def _kinds_of_layers(config: Any) -> list[int]:
     count = text.num_hidden_layers
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
     except Exception:  # of any kind: the small copy, which is tried as well, says why
         return list(range(min(2, count)))
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    stacks = [part for part in base_of(model).modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not stacks:
         return list(range(min(_MOST_LAYERS, count)))
     types = vars(text).get("layer_types") or [None] * count
@@ -298,7 +322,7 @@ def _keep_layers(text: Any, kept: list[int]) -> None:
 
 def randomise(model: PreTrainedModel, *, seed: int) -> None:
     """Random weights of a size that keeps activations about as large as they were; biases and norms are moved too."""
-    model.train()
+    model.train(not is_multimodal(model.config))  # some want to know in training which tokens are pictures
     random = torch.Generator().manual_seed(seed)
 
     def noise(weight: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "sequences are always packed, without padding",
     ),
     ("gradient_accumulation_steps gradient_accumulation grad_accum_steps", "packing.grad_accum", ""),
+    (
+        "sequence_parallel_size sequence_parallel_degree context_parallel_size context_parallel_degree ulysses_size",
+        "packing.sequence_parallel",
+        "packing.tokens_per_gpu is what each GPU has of a micro-batch",
+    ),
     ("moe_aux_loss_coef output_router_logits router_aux_loss", "model.router_aux_loss_coef", "auto: the base's own"),
     ("learning_rate", "optim.lr", ""),
     ("optim optimizer optimizer_type optimizer_name", "optim.algorithm", "adamw, adamw_8bit or sgd"),

@@ -315,9 +315,24 @@ class PackingSection(Section):
     """How examples fill micro-batches."""
 
     tokens_per_gpu: int = Field(
-        ge=8, description="Capacity of one micro-batch, in tokens; on a GPU it is filled up to a multiple of 128."
+        ge=8,
+        description="Capacity of one micro-batch on each GPU, in tokens; a GPU fills it up to a multiple of 128.",
     )
     grad_accum: int = Field(1, ge=1, description="Micro-batches a step on each GPU.")
+    sequence_parallel: int = Field(
+        1, ge=1, description="GPUs that share each micro-batch, tokens_per_gpu tokens on each: for long sequences."
+    )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of one micro-batch, on all GPUs that share it."""
+        return self.tokens_per_gpu * self.sequence_parallel
+
+    @property
+    def capacity_in_words(self) -> str:
+        """The capacity with the keys that decide it."""
+        shared = f" x packing.sequence_parallel {self.sequence_parallel}" if self.sequence_parallel > 1 else ""
+        return f"packing.tokens_per_gpu {self.tokens_per_gpu:,}{shared}"
 
 
 class OptimSection(Section):
@@ -601,11 +616,10 @@ class Recipe(Section):
                 "condition_in: header needs a template of pieces; with template: base give system, user_prefix or "
                 "assistant_prefix"
             )
-        if self.data.max_tokens > self.packing.tokens_per_gpu:
+        if self.data.max_tokens > self.packing.capacity:
             raise ValueError(
-                f"data.max_tokens {self.data.max_tokens:,} is above packing.tokens_per_gpu "
-                f"{self.packing.tokens_per_gpu:,}: an example would fit no micro-batch; raise the second or lower "
-                "the first"
+                f"data.max_tokens {self.data.max_tokens:,} is above {self.packing.capacity_in_words}: an "
+                "example would fit no micro-batch; raise the second or lower the first"
             )
         if self.zero.stage == 0 and self.model.dtype == "bfloat16":
             # There DeepSpeed adds gradients up in bf16 and its gradient norm was off by up to 6 times in tests.

@@ -126,8 +126,8 @@ class MicroBatch:
 class StepPicture:
     """A step to look at, and why: `names`, such as first, worst.
 
-    number: from 1. rows: of each rank shown, its micro-batches. ends: i64[grad_accum], when the last rank has finished
-    each micro-batch and all begin the next, in the unit of costs.
+    number: from 1. rows: of each rank shown, or the first of those that share them, its micro-batches. ends:
+    i64[grad_accum], when the last rank has finished each micro-batch and all begin the next, in the unit of costs.
     """
 
     names: tuple[str, ...]
@@ -227,7 +227,7 @@ def _read_plan(request: Request) -> PlanReport:
         sources=_count_sources(recipe, store, plan, int(ends[-1])),
         scaled=scaled,
         pictures=tuple(
-            _take_picture(store, plan, table, number, names)
+            _take_picture(store, plan, table, recipe.packing.sequence_parallel, number, names)
             for number, names in _choose_steps(balances, is_epoch_end).items()
         ),
         predictions=_predict(recipe, config, table, len(trained_rows(recipe, tokenizer))),
@@ -320,7 +320,7 @@ def _choose_steps(balances: npt.NDArray[np.float64], is_epoch_end: npt.NDArray[n
 
 
 def _take_picture(
-    store: TokenStore, plan: RunPlan, table: PlanTable, number: int, names: tuple[str, ...]
+    store: TokenStore, plan: RunPlan, table: PlanTable, shared: int, number: int, names: tuple[str, ...]
 ) -> StepPicture:
     step = next(plan.steps(int(table.rows["num_examples"][:number].sum())))
     table.check(number, step)
@@ -336,7 +336,7 @@ def _take_picture(
         num_examples=step.num_examples,
         num_tokens=step.num_tokens,
         balance=shape.efficiency(int(costs.sum()), shape.waits(step.costs)),
-        rows={rank: _micro_batches(store, plan, step, rank) for rank in ranks.tolist()},
+        rows={rank * shared: _micro_batches(store, plan, step, rank) for rank in ranks.tolist()},
         ends=np.cumsum(costs.max(axis=1)),
     )
 
@@ -357,9 +357,10 @@ def _predict(recipe: Recipe, config: Any, table: PlanTable, num_rows: int) -> tu
     work = work_of(recipe, config, table, "full")  # each machine's own checkpointing below
     if work is None:
         return ()
-    machines = list(MACHINES)
+    shared = recipe.packing.sequence_parallel
+    machines = [machine for machine in MACHINES if machine.num_devices % shared == 0]
     if torch.cuda.is_available():
-        num_gpus = table.shape.world_size
+        num_gpus = table.shape.world_size * shared
         device = torch.cuda.get_device_name()
         machines.insert(0, Machine(f"{THIS_MACHINE}: {num_gpus:,} x {device}", device, num_gpus))
     policies: dict[tuple[bool, int], str] = {}  # counting activations of a large model takes seconds

@@ -84,13 +84,14 @@ class Figure(NamedTuple):
 
 
 def _origin(report: PlanReport) -> list[tuple[str, str]]:
-    shape = report.table.shape
+    shape, packing = report.table.shape, report.recipe.packing
+    on_each = f"each {packing.sequence_parallel} of them" if packing.sequence_parallel > 1 else "each"
     micro_batches = f"{shape.grad_accum:,} micro-batch{'es' * (shape.grad_accum > 1)}"
     return [
         ("recipe", _recipe_of(report)),
         ("store", _store_of(report)),
         ("loss", f"{report.recipe.train.loss}: {LOSS_FORMS[report.recipe.train.loss]}"),
-        ("a step", f"{shape.world_size:,} GPUs, {micro_batches} of {shape.capacity:,} tokens on each"),
+        ("a step", f"{report.request.num_gpus:,} GPUs, {micro_batches} of {shape.capacity:,} tokens on {on_each}"),
         ("attention", f"costs as much as all else in a sequence of {shape.quadratic_length:,} tokens"),
     ]
 
@@ -104,11 +105,12 @@ def _store_of(report: PlanReport) -> str:
 
 
 def _shape_figures(report: PlanReport) -> list[Figure]:
-    shape = report.table.shape
+    shape, packing, num_gpus = report.table.shape, report.recipe.packing, report.request.num_gpus
     return [
-        Figure("GPUs", f"{shape.world_size:,}", number=shape.world_size),
+        Figure("GPUs", f"{num_gpus:,}", number=num_gpus),
         Figure("packing.grad_accum", f"{shape.grad_accum:,}", number=shape.grad_accum),
-        Figure("packing.tokens_per_gpu", f"{shape.capacity:,}", number=shape.capacity),
+        Figure("packing.tokens_per_gpu", f"{packing.tokens_per_gpu:,}", number=packing.tokens_per_gpu),
+        Figure("packing.sequence_parallel", f"{packing.sequence_parallel:,}", number=packing.sequence_parallel),
         Figure("attention = all else at", f"{shape.quadratic_length:,}"),
     ]
 
@@ -306,8 +308,9 @@ def _sources(report: PlanReport) -> list[Block]:
 
 def _steps(report: PlanReport) -> list[Block]:
     note = (
-        "A row is a rank, time runs to the right. A rank runs its micro-batches one after the other, and starts each "
-        "when all have finished the one before. The unit of time is what a token takes without its attention."
+        "A row is a rank, or the first of those that share micro-batches; time runs to the right. A rank runs its "
+        "micro-batches one after the other, and starts each when all have finished the one before. The unit of time is "
+        "what a token takes without its attention."
     )
     longest = max(int(picture.ends[-1]) for picture in report.pictures)
     charts = [_step_chart(picture, report, longest) for picture in report.pictures]
@@ -318,8 +321,10 @@ def _caption(picture: StepPicture, report: PlanReport) -> tuple[str, str]:
     """Which step it is, and its numbers."""
     fill = percent(picture.num_tokens, report.table.shape.room)
     num_ranks, selection = report.table.shape.world_size, ""
+    shared = report.recipe.packing.sequence_parallel
+    of_what = f"groups of {shared} ranks" if shared > 1 else "ranks"
     if len(picture.rows) < num_ranks:
-        selection = f"; {len(picture.rows)} of {num_ranks:,} ranks, from the lightest to the heaviest"
+        selection = f"; {len(picture.rows)} of {num_ranks:,} {of_what}, from the lightest to the heaviest"
     return (
         f"Step {picture.number:,} of {report.table.num_steps:,}, {' and '.join(picture.names)}",
         f"{picture.num_tokens:,} tokens in {picture.num_examples:,} sequences, fill {fill}, balance "

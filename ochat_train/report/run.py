@@ -64,7 +64,7 @@ class RunReport:
     last start ended. is_held: whether a process holds the run's lock; None if it never had one. num_removed:
     checkpoints and models that were saved and are not there. about: what a checkpoint or a model says of the run
     (recipe, commit, versions, ...), empty before the first is saved. replies: of RUN/model to the recipe's
-    log.question, by condition.
+    log.question, by condition. leanings: of `write_leanings`, for the newest probe; empty without one.
     """
 
     path: str
@@ -81,6 +81,7 @@ class RunReport:
     conditions: tuple[str, ...]
     about: dict[str, Any]
     replies: dict[str, str]
+    leanings: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -220,7 +221,17 @@ def read_run(run: Path) -> RunReport:
         conditions=tuple(dict.fromkeys([*about.pop("conditions", ()), *found])),
         about=about,
         replies={},
+        leanings=_read_leanings(run, evaluations),
     )
+
+
+def _read_leanings(run: Path, evaluations: Iterable[Event]) -> dict[str, Any]:
+    """What leanings.json holds, if it is of the newest probe; else empty."""
+    steps = [event["step"] for event in evaluations if event.get("probe")]
+    with suppress(OSError, orjson.JSONDecodeError, KeyError):
+        found: dict[str, Any] = orjson.loads((run / "leanings.json").read_bytes())
+        return found if found["step"] in steps[-1:] else {}
+    return {}
 
 
 def _without_undone(events: Iterable[Event]) -> list[Event]:
@@ -283,12 +294,14 @@ def _read_about(run: Path, saved: Sequence[SavedFolder]) -> dict[str, Any]:
 def generate_replies(model_dir: Path, question: str, conditions: Sequence[str]) -> dict[str, str]:
     """The model's greedy reply to one question under each condition."""
     import torch  # the facts of a run do without
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
+
+    from ochat_train.model.text_part import auto_class
 
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    model: Any = auto_class(AutoConfig.from_pretrained(model_dir)).from_pretrained(model_dir, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     replies = {}
     for condition in conditions:

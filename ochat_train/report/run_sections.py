@@ -8,6 +8,7 @@ import yaml
 from rich.filesize import decimal
 
 from ochat_train.report.charts import INK, Chart, Curve, Curves, Floats, Scale, colour_of, smooth
+from ochat_train.report.leanings import leanings
 from ochat_train.report.page import (
     Block,
     Document,
@@ -47,6 +48,7 @@ def run_document(report: RunReport) -> Document:
         Section("held-out", "Held out", _held_out(report)),
         Section("checks", "Checks", _checks(report)),
         Section("probe", "Condition probe", _probe(report)),
+        Section("leanings", "What conditions mean", leanings(report)),
         Section("replies", "Replies", _replies(report)),
         Section("sources", "Sources", _sources(report)),
         Section("speed", "Optimisation and speed", _speed(report)),

@@ -19,12 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ochat_train.model.exported import read_export
 from ochat_train.model.lora import require_peft
 from ochat_train.model.pretrained import DTYPES, load_model
 from ochat_train.model.quantised import round_to_4_bits
+from ochat_train.model.text_part import auto_class
 from ochat_train.serve.completion import AnswerText, ChatCompletion, Choice, Logprobs, ToolCall, Usage
 from ochat_train.serve.gate import CHAT, HEALTH, EngineTraits, Gate
 from ochat_train.serve.keys import ApiKeys
@@ -94,7 +95,7 @@ def load(served: Served, tokenizer: ChatTokenizer, options: argparse.Namespace) 
     """The model in memory, adapters merged into their base. Raises ValueError."""
     try:
         if served.adapter is None:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(served.folder)).from_pretrained(
                 served.folder,
                 dtype=DTYPES.get(options.dtype, "auto"),
                 device_map=options.device,

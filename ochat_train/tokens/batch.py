@@ -20,7 +20,7 @@ class PackedBatch:
     sequence; 0 with weight 0 at its end), loss_weights f32[T] (of predicting the label), loss_positions i64[S] (where
     the weight is not 0, ascending; computed on the host, so that the device is not asked), cu_seqlens i32[B+1]
     (borders), max_seqlen (a Python int, so that no layer waits for the device), condition_ids i32[T], num_tokens (of
-    examples; the tokens after them fill the batch up).
+    examples; the tokens after them fill the batch up). Of a `share`, cu_seqlens and max_seqlen are those of the whole.
     """
 
     input_ids: Tensor
@@ -32,6 +32,21 @@ class PackedBatch:
     max_seqlen: int
     condition_ids: Tensor
     num_tokens: int
+
+    def share(self, place: int, num: int) -> Self:
+        """The `place`-th of `num` shares of T / num tokens each, for ranks that attend to all of them together."""
+        size = len(self.input_ids) // num
+        assert size * num == len(self.input_ids)  # collate
+        begin = place * size
+        names = ("input_ids", "position_ids", "labels", "loss_weights", "condition_ids")
+        of_tokens: dict[str, Any] = {name: getattr(self, name)[begin : begin + size] for name in names}
+        is_here = (self.loss_positions >= begin) & (self.loss_positions < begin + size)
+        return replace(
+            self,
+            **of_tokens,
+            loss_positions=self.loss_positions[is_here] - begin,
+            num_tokens=min(max(self.num_tokens - begin, 0), size),
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device. From pinned memory the copy is asynchronous."""

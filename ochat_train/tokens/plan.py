@@ -71,8 +71,9 @@ class StepPlan:
 class PlanShape:
     """What a step has room for, and what its sequences cost.
 
-    capacity: tokens of one micro-batch. world_size: ranks. grad_accum: micro-batches of each rank in a step.
-    quadratic_length: the length q at which attention costs as much as everything else, see `quadratic_length`.
+    capacity: tokens of one micro-batch. world_size: ranks; of those that share micro-batches, one counts. grad_accum:
+    micro-batches of each rank in a step. quadratic_length: the length q at which attention costs as much as everything
+    else, see `quadratic_length`.
     """
 
     capacity: int

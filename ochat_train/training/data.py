@@ -94,26 +94,39 @@ def trained_rows(recipe: Recipe, tokenizer: ChatTokenizer) -> list[int]:
     return rows_to_train(model.base, tokenizer, with_template=model.lora.train_template_tokens)
 
 
+def groups_of(recipe: Recipe, num_processes: int) -> int:
+    """How many groups of processes share micro-batches. Raises ValueError when the processes cannot be grouped so."""
+    shared = recipe.packing.sequence_parallel
+    if num_processes % shared:
+        raise ValueError(
+            f"packing.sequence_parallel {shared} does not divide {num_processes:,} processes; set it to one of their "
+            "divisors, or start another number"
+        )
+    return num_processes // shared
+
+
 def make_run_plan(recipe: Recipe, store: TokenStore, config: Any, world_size: int) -> RunPlan:
     """The plan of the recipe's run on `world_size` processes; config: the model's transformers configuration.
 
-    Raises ValueError when data.max_tokens is above the model's positions, an example is longer than a micro-batch, or
-    no example has a loss weight above 0.
+    Raises ValueError when data.max_tokens is above the model's positions, an example is longer than a micro-batch, no
+    example has a loss weight above 0, or processes cannot share micro-batches as the recipe says.
     """
+    packing = recipe.packing
+    num_groups = groups_of(recipe, world_size)
     if recipe.data.max_tokens > (most := max_positions_of(config)):
         raise ValueError(
             f"data.max_tokens {recipe.data.max_tokens:,} is above the model's {most:,} positions; lower it"
         )
-    check_lengths(store, recipe.packing.tokens_per_gpu)
+    check_lengths(store, packing.capacity)
     if not np.any(store.weight_sums):
         raise ValueError(
             f"none of the {len(store):,} examples of token store {recipe.data.store} has a loss weight above 0, so "
             "nothing would be learned; look at the weights of data.sources and of the messages, and preprocess again"
         )
     shape = PlanShape(
-        capacity=recipe.packing.tokens_per_gpu,
-        world_size=world_size,
-        grad_accum=recipe.packing.grad_accum,
+        capacity=packing.capacity,
+        world_size=num_groups,
+        grad_accum=packing.grad_accum,
         quadratic_length=quadratic_length_of(config, max_tokens=recipe.data.max_tokens),
     )
     return RunPlan(store.lengths, store.weight_sums, shape, data_order(recipe, store), recipe.train.epochs)
@@ -151,16 +164,22 @@ def check_lengths(store: TokenStore, capacity: int) -> None:
     )
 
 
-def make_batches(store: Examples, step: StepPlan, world: World) -> list[PackedBatch]:
-    """This rank's micro-batches of a step, in pinned memory where the device is an accelerator."""
-    multiple = CUDA_MULTIPLE if world.device.type == "cuda" else 1
-    return [
-        make_batch(store, positions, multiple=multiple).pin(world.device)
-        for positions in step.bins[world.rank :: world.size]
-    ]
+def make_batches(store: Examples, step: StepPlan, world: World, *, by_example: bool = False) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, or shares of them, in pinned memory where the device is an accelerator.
+
+    by_example: each example has a condition id of its own, its place in the micro-batch.
+    """
+    group, place = divmod(world.rank, world.sequence_parallel)
+    multiple = world.sequence_parallel * (CUDA_MULTIPLE if world.device.type == "cuda" else 1)
+    batches = (
+        make_batch(store, positions, multiple=multiple, by_example=by_example)
+        for positions in step.bins[group :: world.num_groups]
+    )
+    return [batch.share(place, world.sequence_parallel).pin(world.device) for batch in batches]
 
 
-def make_batch(store: Examples, positions: Indices, *, multiple: int = 1) -> PackedBatch:
+def make_batch(store: Examples, positions: Indices, *, multiple: int = 1, by_example: bool = False) -> PackedBatch:
     """The packed batch of the store's examples at `positions` i64[n]; multiple: see `collate`."""
     examples = [store[position] for position in positions.tolist()]
-    return collate(examples, store.condition_ids[positions], multiple=multiple)
+    condition_ids = np.arange(len(positions)) if by_example else store.condition_ids[positions]
+    return collate(examples, condition_ids, multiple=multiple)

@@ -34,6 +34,12 @@ class World:
     local_rank: int
     device: torch.device
     local_size: int = 1
+    sequence_parallel: int = 1
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of `sequence_parallel` neighbouring ranks, each of which shares its micro-batches."""
+        return self.size // self.sequence_parallel
 
     @property
     def is_main(self) -> bool:

@@ -379,6 +379,7 @@ class SkippedSteps:
         if not is_skipped:
             self._steps.clear()
             return
+        group = self._world.rank // self._world.sequence_parallel
         micro_batches = [
             {
                 "rank": self._world.rank,
@@ -387,7 +388,7 @@ class SkippedSteps:
                 "examples": [self._store.name(example) for example in examples.tolist()],
             }
             for number, (examples, sums) in enumerate(
-                zip(plan.bins[self._world.rank :: self._world.size], parts, strict=True), start=1
+                zip(plan.bins[group :: self._world.num_groups], parts, strict=True), start=1
             )
         ]
         self._steps.append({"step": step, "micro_batches": micro_batches})

@@ -14,7 +14,7 @@ import torch
 
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.gpus import usable_gpus
-from ochat_train.model.activations import Activations, Alone, count_activations
+from ochat_train.model.activations import Activations, Alone, Share, count_activations
 from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.lora import Kind
 from ochat_train.model.memory import (
@@ -145,7 +145,11 @@ class MemoryPlan:
     def total(self, setting: ZeroSetting, activations: Activations | None = None) -> int:
         """Bytes of a process on its device; on a CPU including what is offloaded, which is the same memory."""
         needs = self.needs(setting, activations)
-        return needs.total + (0 if self.is_on_gpu else needs.host)
+        return needs.total + (0 if self.is_on_gpu else needs.host + self._untrained_bytes)
+
+    @property
+    def _untrained_bytes(self) -> int:
+        return DTYPES[self.recipe.model.dtype].itemsize * self.size.num_untrained
 
     def limit(self, setting: ZeroSetting) -> int:
         """The bytes that each process may take: of its GPU, or its share of host memory."""
@@ -172,7 +176,8 @@ class MemoryPlan:
         element = DTYPES[setting.dtype].itemsize
         lacks_room = self.size.weight_bytes(element) + element * self.size.num_trained > self.limit(setting)
         copies = flat_copies(self.size, setting) if lacks_room else 0
-        return max(element * self.size.num_weights, num_local * max(copies, self.needs(setting).host))
+        in_run = num_local * max(copies, self.needs(setting).host)
+        return self._untrained_bytes + max(element * self.size.num_weights, in_run)
 
     def count(self, policy: str, num_tokens: int | None = None) -> Activations:
         """The activations under another policy, for the fullest micro-batch or for `num_tokens` tokens."""
@@ -236,9 +241,11 @@ def _count(
     recipe: Recipe, config: Any, size: ModelSize, policy: str, num_tokens: int | None = None, *, is_alone: bool
 ) -> Activations:
     num_tokens = recipe.packing.tokens_per_gpu if num_tokens is None else num_tokens
+    shared = recipe.packing.sequence_parallel
+    of_process = Share(num_tokens, shared) if shared > 1 else num_tokens
     return count_activations(
         config,
-        num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else num_tokens,
+        num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else of_process,
         dtype=recipe.model.dtype,
         checkpointing=policy,
         num_rows=size.num_rows,
@@ -248,14 +255,15 @@ def _count(
 
 def _policies_of(config: Any) -> list[str]:
     """The policies of BY_TIME that a model of this configuration can have."""
-    num_layers = getattr(config, "num_hidden_layers", 1)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     return [policy for policy in BY_TIME if policy in ("none", "full") or (period_of(policy) or 0) <= num_layers]
 
 
 def nearest_that_fits(plan: MemoryPlan) -> str:
     """The smallest change with which the recipe fits: first changes that cost nothing, then speed, then money."""
     recipe, own = plan.recipe, plan.own
-    capacity, least = recipe.packing.tokens_per_gpu, recipe.data.max_tokens
+    packing = recipe.packing
+    capacity, least = packing.tokens_per_gpu, -(-recipe.data.max_tokens // packing.sequence_parallel)
     share = share_of(plan.policy)
     stages = (2,) if plan.size.num_quantised else (2, 3)
     for policy in _policies_of(plan.config):
@@ -272,6 +280,8 @@ def nearest_that_fits(plan: MemoryPlan) -> str:
             middle = (low + high) // 2
             low, high = (middle, high) if plan.fits(own, plan.count(plan.policy, middle)) else (low, middle)
         return f"set packing.tokens_per_gpu: {low} (was {capacity}), and packing.grad_accum higher for as large a step"
+    if shared := _shared_that_fits(plan):
+        return f"set packing.sequence_parallel: {shared} and packing.tokens_per_gpu: {-(-packing.capacity // shared)}"
     for stage in stages:
         setting = plan.setting(stage, offload=True, num_processes=own.num_processes)
         if own.algorithm != "adamw_8bit" and plan.fits(setting):
@@ -305,6 +315,20 @@ def nearest_that_fits(plan: MemoryPlan) -> str:
         "train adapters with model.lora, beside a base in 4 bits with model.lora.base_bits, take GPUs with more "
         "memory, or a smaller model"
     )
+
+
+def _shared_that_fits(plan: MemoryPlan) -> int | None:
+    """How many processes could share each micro-batch of the same size, so that it fits; None: none of those tried."""
+    packing, num_heads = plan.recipe.packing, getattr(plan.config, "num_attention_heads", 0)
+    for power in range(1, 6):
+        shared: int = packing.sequence_parallel * 2**power
+        if plan.is_alone or plan.num_processes % shared or num_heads % shared:
+            break
+        fewer = {"sequence_parallel": shared, "tokens_per_gpu": -(-packing.capacity // shared)}
+        recipe = plan.recipe.model_copy(update={"packing": packing.model_copy(update=fewer)})
+        if plan.fits(plan.own, _count(recipe, plan.config, plan.size, plan.policy, is_alone=False)):
+            return shared
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- disk
@@ -430,8 +454,8 @@ def plan_disk(recipe: Recipe, size: ModelSize, num_steps: int, *, start: int | N
             dtype=recipe.model.dtype,
             algorithm=recipe.optim.algorithm,
         ),
-        model=DTYPES[recipe.model.dtype].itemsize * size.num_weights,
-        light=DTYPES["bfloat16"].itemsize * size.num_weights,
+        model=DTYPES[recipe.model.dtype].itemsize * (size.num_weights + size.num_untrained),
+        light=DTYPES["bfloat16"].itemsize * (size.num_weights + size.num_untrained),
         num_kept=recipe.checkpoint.keep,
         num_light=_num_light(recipe, num_steps) + _num_best(recipe),
         taken=sum(

@@ -14,14 +14,15 @@ from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
 from ochat_train.model.checkpointing import check_policy, share_of
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
-from ochat_train.model.lora import add_adapters, require_peft
+from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
-from ochat_train.model.probe import Agreement, choose_attention
+from ochat_train.model.probe import Agreement, check_split, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
+from ochat_train.model.text_part import text_part_of, untrained_of
 from ochat_train.recipe import Recipe, to_json
 from ochat_train.tokens.plan import PlanTable, RunPlan, digest_index
 from ochat_train.tokens.store import SPLITS, Manifest, TokenStore
@@ -61,6 +62,7 @@ from ochat_train.training.questions import Asked, encode_questions, read_checks
 from ochat_train.training.resources import find_memory, kind_of, nearest_that_fits, plan_disk, plan_memory, size_of
 from ochat_train.training.run_folder import RunFolder
 from ochat_train.training.schedule import PeakRate, auto_learning_rate
+from ochat_train.training.sequence_parallel import Group, join_group
 from ochat_train.training.sinks import check_sinks
 
 
@@ -83,6 +85,7 @@ class Resolved:
     kernels: KernelChoice
     checkpointing: CheckpointingChoice
     router: RouterChoice | None
+    text_part: str | None
 
     def describe(self) -> str:
         """The choices with their reasons, a line each."""
@@ -92,6 +95,7 @@ class Resolved:
             f"kernels {self.kernels.kernels} ({self.kernels.reason})",
             f"attention backend {self.attention.backend} ({self.attention.reason})",
             str(self.agreement),
+            *([self.text_part] if self.text_part else []),
             *([str(self.router)] if self.router else []),
             f"peak learning rate {self.peak_lr.value:.3g} ({self.peak_lr.reason})",
         ]
@@ -165,9 +169,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if recipe.model.base is not None:
         require_model(recipe.model.base)
     config = load_config(recipe.model.base, recipe.model.config, tokenizer.num_ids)
-    text_config = config.get_text_config()
-    plan = make_run_plan(recipe, store, text_config, world.size)
-    check_lengths(held_out, recipe.packing.tokens_per_gpu)
+    plan = make_run_plan(recipe, store, config, world.size)
+    check_lengths(held_out, recipe.packing.capacity)
     deepspeed_configuration(recipe)
     check_sinks(recipe)
     checks = read_checks(recipe.eval.checks)
@@ -181,8 +184,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     require_adapters(recipe, world.device)
     if recipe.model.compile:
         require_compiler(world.device.type)
-    size = size_of(recipe, text_config, len(trained_rows(recipe, tokenizer)))
-    check_options(recipe, text_config, size, world.size)
+    size = size_of(recipe, config, len(trained_rows(recipe, tokenizer)))
+    check_options(recipe, config, size, world.size)
     resumed = newest_readable(find_candidates(Path(recipe.checkpoint.dir), recipe.checkpoint.resume))
     check_disk(recipe, size, plan, start=0 if resumed is None else resumed.state.step)
     attention, agreement = attention_of(recipe, config, world.device.type, is_exported=world.is_main)
@@ -194,7 +197,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         tokenizer=tokenizer,
         plan=plan,
         resolved=Resolved(
-            peak_lr=peak_learning_rate(recipe, text_config, store.manifest, world.size),
+            peak_lr=peak_learning_rate(recipe, config, store.manifest, world.size),
             attention=attention,
             agreement=agreement,
             kernels=choose_kernels(
@@ -204,12 +207,11 @@ def prepare(recipe: Recipe, world: World) -> Run:
                 dtype=DTYPES[recipe.model.dtype],
                 is_compiled=recipe.model.compile,
             ),
-            checkpointing=_choose_checkpointing(
-                recipe, text_config, size, world, is_alone=attention.backend == "alone"
-            ),
+            checkpointing=_choose_checkpointing(recipe, config, size, world, is_alone=attention.backend == "alone"),
             router=choose_router_loss(
                 recipe.model.router_aux_loss_coef, config, is_frozen=recipe.model.lora is not None
             ),
+            text_part=text_part_of(config),
         ),
         resumed=resumed,
     )
@@ -241,6 +243,7 @@ def attention_of(
         longest=longest,
         checkpointing=recipe.model.checkpointing,
     )
+    check_split(config, attention, recipe.packing.sequence_parallel, longest=longest)
     if is_exported:
         own_size = text_config.vocab_size if base is None else load_config(base, None, 0).get_text_config().vocab_size
         exported = check_round_trip(
@@ -257,7 +260,7 @@ def attention_of(
 def check_options(recipe: Recipe, config: Any, size: ModelSize, num_processes: int) -> None:
     """Raise ValueError when a model of this size cannot have the recipe's checkpointing or optimizer."""
     if recipe.model.checkpointing != "auto":
-        check_policy(recipe.model.checkpointing, getattr(config, "num_hidden_layers", 1))
+        check_policy(recipe.model.checkpointing, getattr(config.get_text_config(), "num_hidden_layers", 1))
     if recipe.optim.algorithm == "adamw_8bit":
         check_adam8bit(size, stage=recipe.zero.stage, num_processes=num_processes)
 
@@ -291,13 +294,15 @@ def check_continues(run: Run, world: World) -> None:
         )
 
 
-def peak_learning_rate(recipe: Recipe, config: object, manifest: Manifest, world_size: int) -> PeakRate:
+def peak_learning_rate(recipe: Recipe, config: Any, manifest: Manifest, world_size: int) -> PeakRate:
     """The recipe's learning rate; for `auto` that of the published rule."""
     if recipe.optim.lr != "auto":
         return PeakRate(recipe.optim.lr, "asked for by the recipe")
     train = manifest.splits["train"]
     tokens_per_step = recipe.packing.tokens_per_gpu * world_size * recipe.packing.grad_accum
-    return auto_learning_rate(config, tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"])
+    return auto_learning_rate(
+        config.get_text_config(), tokens_per_step * train["num_supervised_tokens"] / train["num_tokens"]
+    )
 
 
 def _choose_checkpointing(
@@ -451,7 +456,8 @@ def build_engine(run: Run, world: World, *, is_shared: bool = True, loads_univer
     """
     recipe = run.recipe
     lm = load_once(partial(load_base, run), world)
-    model = together(lambda: build_model(run, world, lm))
+    group = join_group(world)
+    model = together(lambda: build_model(run, world, lm, group))
     torch.manual_seed(recipe.train.seed + world.rank)  # for dropout, if the model has any
     optimizer = make_optimizer(model, recipe.optim, lr=run.resolved.peak_lr.value)
     configuration = deepspeed_configuration(recipe)
@@ -472,8 +478,11 @@ def load_base(run: Run) -> PreTrainedModel:
     )
 
 
-def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
-    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches."""
+def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None = None) -> PackedCausalLM:
+    """The recipe's model on the CPU, made of its base. Raises ValueError when it cannot take packed batches.
+
+    group: of `join_group`.
+    """
     recipe, lora = run.recipe, run.recipe.model.lora
     base_digest = _digest_base(run, lm) if world.local_rank == 0 else None
     if lora is not None:
@@ -486,6 +495,8 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
             seed=recipe.train.seed,
             kind=kind_of(lora, world.device),
         )
+    elif untrained := untrained_of(lm):
+        lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
         lm,
@@ -494,6 +505,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel) -> PackedCausalLM:
         checkpointing=run.resolved.checkpointing.policy,
         num_conditions=len(run.store.manifest.conditions),
         router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
+        exchange=group,
     )
     packed.base_digest = base_digest
     if recipe.model.compile:

@@ -198,7 +198,7 @@ class Work:
 
     utilisation: of the model; its peak is replaced by the machine's. num_tokens, cost: sum(L) and sum(L * (q + L)) over
     all sequences. efficiency: the share of the time in which ranks do not wait. num_micro_batches: over all ranks and
-    steps.
+    steps, each rank's share of one counting as one.
     """
 
     utilisation: Utilisation
@@ -234,7 +234,7 @@ def work_of(recipe: Recipe, config: Any, table: PlanTable, checkpointing: str) -
         num_tokens=table.num_tokens,
         cost=int(table.rows["cost"].sum()),
         efficiency=table.efficiency,
-        num_micro_batches=table.num_steps * table.shape.num_bins,
+        num_micro_batches=table.num_steps * table.shape.num_bins * recipe.packing.sequence_parallel,
         grad_accum=table.shape.grad_accum,
         stage=recipe.zero.stage,
     )

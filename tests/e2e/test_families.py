@@ -95,21 +95,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Naive:
-    """Stock models, one process, one sequence at a time: the start, and the weights and losses after two steps."""
+    """A stock model, one process, one sequence at a time: the start, and the weights and losses after the steps."""
 
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, folder: Path, start: PreTrainedModel) -> None:
         recipe = load_recipe(folder / "recipe.yaml")
         self.store = TokenStore(recipe.data.store)
-        config = AutoConfig.for_model(family, **FAMILIES[family], vocab_size=1025)
-        self.steps = list(make_run_plan(recipe, self.store, config, 2).steps())[:2]
-        torch.manual_seed(SEED)
-        self.start: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.start = start
+        self.steps = list(make_run_plan(recipe, self.store, start.config, 2).steps())[: recipe.train.max_steps]
         self.start.set_attn_implementation("eager")
         self.start.set_experts_implementation("eager")  # which takes float64
         self.start.get_input_embeddings().padding_idx = None  # nothing is padded
 
     def train(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float]]:
-        model = copy.deepcopy(self.start).to(dtype).train()
+        model = copy.deepcopy(self.start).to(dtype)
         losses = []
         for step in self.steps:
             loss_sum, weight_sum = torch.zeros((), dtype=dtype), 0.0
@@ -136,7 +134,9 @@ def exported(model: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_have_no_more_than_the_rounding_of_the_naive_loop(runs: Path, family: str) -> None:
-    naive = Naive(runs, family)
+    config = AutoConfig.for_model(family, **FAMILIES[family], vocab_size=1025)
+    torch.manual_seed(SEED)
+    naive = Naive(runs, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     (exact, losses), (rounded, _) = naive.train(torch.float64), naive.train(torch.float32)
     start = dict(naive.start.named_parameters())
     largest = max(float((exact[name] - start[name].detach().double()).norm()) for name in exact)
