@@ -58,6 +58,7 @@ MORE = {
     "model.compile": "recipes.md#kernels-and-compiling",
     "model.router_aux_loss_coef": "recipes.md#mixtures-of-experts",
     "model.lora": "recipes.md#adapters",
+    "packing.sequence_parallel": "recipes.md#long-sequences",
     "optim.algorithm": "recipes.md#adam-with-8-bits",
     "optim.lr": "recipes.md#the-learning-rate",
     "train.loss": "recipes.md#the-form-of-the-loss",

@@ -344,7 +344,7 @@ class PackingSection(Section):
 
     tokens_per_gpu: int = Field(
         ge=8,
-        description="Capacity of one micro-batch on each GPU, in tokens; there filled up to a multiple of 128.",
+        description="Capacity of one micro-batch on each GPU, in tokens; a GPU fills it up to a multiple of 128.",
     )
     grad_accum: int = Field(1, ge=1, description="Micro-batches a step on each GPU.")
     sequence_parallel: int = Field(
