@@ -44,7 +44,7 @@ def small(kind: str, **changes: Any) -> Any:
 
 
 def real_model(
-    config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None, num_rows: int = 0
+    config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None, num_rows: int = 0, mlp_tiles: int = 1
 ) -> PackedCausalLM:
     """The model on the CPU, with the `sdpa` backend."""
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
@@ -57,6 +57,7 @@ def real_model(
         checkpointing=policy,
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
+        mlp_tiles=mlp_tiles,
     ).train()
 
 
@@ -87,12 +88,19 @@ def compare(
     num_tokens: int = NUM_TOKENS,
     lora_rank: int | None = None,
     num_rows: int = 0,
+    mlp_tiles: int = 1,
 ) -> Compared:
     """The activations of a pass with attention of flash attention's sizes."""
     counted = count_activations(
-        config, num_tokens=num_tokens, dtype=dtype, checkpointing=policy, lora_rank=lora_rank, num_rows=num_rows
+        config,
+        num_tokens=num_tokens,
+        dtype=dtype,
+        checkpointing=policy,
+        mlp_tiles=mlp_tiles,
+        lora_rank=lora_rank,
+        num_rows=num_rows,
     )
-    model = real_model(config, dtype, policy, lora_rank, num_rows)
+    model = real_model(config, dtype, policy, lora_rank, num_rows, mlp_tiles)
     model.lm.set_attn_implementation(register_sized_attention())
     return Compared(counted.peak, measure(model, full_batch(num_tokens)).peak)
 

@@ -184,6 +184,7 @@ def _pack_as_in_a_run(case: Case, lm: PreTrainedModel, *, checkpointing: str, nu
         device_type=case.device.type,
         checkpointing=checkpointing,
         num_conditions=num_conditions,
+        mlp_tiles=case.recipe.model.mlp_tiles,
     ).train()
     if case.recipe.model.compile:
         packed.compile_parts()

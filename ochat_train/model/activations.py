@@ -62,15 +62,16 @@ def count_activations(
     num_tokens: int | Alone | Share,
     dtype: Literal["bfloat16", "float32"],
     checkpointing: str,
+    mlp_tiles: int = 1,
     lora_rank: int | None = None,
     kind: Kind = PLAIN,
     num_rows: int = 0,
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
-    checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights, which need not keep their
-    inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained. Quantised ones are
-    dequantised one at a time.
+    checkpointing: full, none or every_N. mlp_tiles: see `tile_mlps`. lora_rank: of adapters beside frozen weights,
+    which need not keep their inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained.
+    Quantised ones are dequantised one at a time.
 
     A forward and a backward pass run on the meta device, and the bytes of all live tensors are added up. With C, I, A,
     K the widths of the hidden state, the MLP, the queries and the keys, and H heads, a layer of Llama keeps in
@@ -98,6 +99,7 @@ def count_activations(
         attention="alone" if isinstance(num_tokens, Alone) else "sdpa",  # replaced below
         device_type="meta",
         checkpointing=checkpointing,
+        mlp_tiles=mlp_tiles,
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
         exchange=Sized(num_tokens.num_shares) if isinstance(num_tokens, Share) else None,

@@ -173,12 +173,12 @@ def make_batches(store: Examples, step: StepPlan, world: World, *, by_example: b
 
     by_example: each example has a condition id of its own, its place in the micro-batch.
     """
-    group, place = divmod(world.rank, world.sequence_parallel)
     multiple = world.sequence_parallel * (CUDA_MULTIPLE if world.device.type == "cuda" else 1)
     batches = (
         make_batch(store, positions, multiple=multiple, by_example=by_example)
-        for positions in step.bins[group :: world.num_groups]
+        for positions in step.bins[world.own_bins]
     )
+    place = world.rank % world.sequence_parallel
     return [batch.share(place, world.sequence_parallel).pin(world.device) for batch in batches]
 
 

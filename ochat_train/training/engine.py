@@ -42,6 +42,11 @@ class World:
         return self.size // self.sequence_parallel
 
     @property
+    def own_bins(self) -> slice:
+        """Where a step's micro-batches have those of this rank, or those that it has shares of."""
+        return slice(self.rank // self.sequence_parallel, None, self.num_groups)
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0

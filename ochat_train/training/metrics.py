@@ -376,7 +376,6 @@ class SkippedSteps:
         if not is_skipped:
             self._steps.clear()
             return
-        group = self._world.rank // self._world.sequence_parallel
         micro_batches = [
             {
                 "rank": self._world.rank,
@@ -384,9 +383,7 @@ class SkippedSteps:
                 "is_loss_finite": bool(sums.by_condition.weighted.nll.isfinite().all()),
                 "examples": [self._store.name(example) for example in examples.tolist()],
             }
-            for number, (examples, sums) in enumerate(
-                zip(plan.bins[group :: self._world.num_groups], parts, strict=True), start=1
-            )
+            for number, (examples, sums) in enumerate(zip(plan.bins[self._world.own_bins], parts, strict=True), start=1)
         ]
         self._steps.append({"step": step, "micro_batches": micro_batches})
         if len(self._steps) >= self._limit:

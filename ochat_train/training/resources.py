@@ -248,6 +248,7 @@ def _count(
         num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else of_process,
         dtype=recipe.model.dtype,
         checkpointing=policy,
+        mlp_tiles=recipe.model.mlp_tiles,
         num_rows=size.num_rows,
         **_adapters(recipe),
     )

@@ -18,7 +18,7 @@ from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
-from ochat_train.model.probe import Agreement, check_split, choose_attention
+from ochat_train.model.probe import Agreement, check_split, check_tiles, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
@@ -245,6 +245,7 @@ def attention_of(
         checkpointing=recipe.model.checkpointing,
     )
     check_split(config, attention, recipe.packing.sequence_parallel, longest=longest)
+    check_tiles(config, attention, recipe.model.mlp_tiles, longest=longest)
     if is_exported:
         own_size = text_config.vocab_size if base is None else load_config(base, None, 0).get_text_config().vocab_size
         exported = check_round_trip(
@@ -507,6 +508,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None
         num_conditions=len(run.store.manifest.conditions),
         router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
         exchange=group,
+        mlp_tiles=recipe.model.mlp_tiles,
     )
     packed.base_digest = base_digest
     if recipe.model.compile:
