@@ -108,7 +108,7 @@ class HeldOut:
             for ready in ready_steps:
                 if is_any(self.is_asked_to_stop(), self.world):
                     raise Interrupted
-                mine = ready.item.bins[self.world.rank :: self.world.size]
+                mine = ready.item.bins[self.world.rank // self.world.sequence_parallel :: self.world.num_groups]
                 for batch, positions in zip(ready.made, mine, strict=True):
                     self.progress()
                     loss_head.num_conditions = max(1, len(positions))
