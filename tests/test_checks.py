@@ -9,10 +9,11 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.packed_lm import PackedCausalLM
+from ochat_train.model.text_part import auto_class, base_of, keep_text_part
 from ochat_train.recipe import CheckSection
 from ochat_train.tokens.leaks import find_leaks
 from ochat_train.tokens.store import TokenStore
@@ -159,7 +160,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
     },
+    "a text part": {"model_type": "mistral", "sliding_window": 8},
 }
+# Of the encoder beside the text part.
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+PIXTRAL |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,12 +175,15 @@ def test_answers_are_those_of_each_prompt_alone_without_a_cache(
     join_process_group(ALONE)
     torch.manual_seed(0)
     config = AutoConfig.for_model(**SMALL | FAMILIES[family], vocab_size=quickstart.num_ids, dtype="float32")
-    lm = AutoModelForCausalLM.from_config(config)
-    naive = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    if family == "a text part":
+        config = AutoConfig.for_model("mistral3", text_config=config, vision_config=PIXTRAL, dtype="float32")
+    lm = auto_class(config).from_config(config)
+    naive = auto_class(config).from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     naive.load_state_dict(lm.state_dict())
+    lm = keep_text_part(lm)
     packed = PackedCausalLM(lm, attention=attention, device_type="cpu", checkpointing="full", num_conditions=1)
     packed.train()
-    before = (lm.config._attn_implementation, lm.generation_config, [module.forward for module in lm.modules()])
+    before = (base_of(lm).config._attn_implementation, lm.generation_config, [part.forward for part in lm.modules()])
     texts = ["Hi", "Who are you?", "Name three colours of the rainbow, please.", "Why?", "Hm", "Say it."]
     prompts = [
         Prompt(ids.tolist(), 8 if number < 4 else 5) for number, ids in enumerate(quickstart.encode_texts(texts))
@@ -192,5 +200,5 @@ def test_answers_are_those_of_each_prompt_alone_without_a_cache(
     decoder = GreedyDecoder(packed, quickstart, capacity=100, world=ALONE)
     assert dict(decoder.answers(prompts, counts.append)) == expected
     assert sum(counts) == len(prompts) and len({answer.text for answer in expected.values()}) > 4
-    assert packed.training and before[:2] == (lm.config._attn_implementation, lm.generation_config)
+    assert packed.training and before[:2] == (base_of(lm).config._attn_implementation, lm.generation_config)
     assert before[2] == [module.forward for module in lm.modules()]

@@ -225,6 +225,19 @@ def add_token_rows(model: PreTrainedModel, num_ids: int, added_ids: list[int]) -
             weight[new] = weight[known].float().mean(dim=0).to(weight.dtype)
 
 
+def fixed_to_buffers(model: PreTrainedModel) -> None:
+    """Turn parameters that transformers itself never trains into buffers of the same names, in place.
+
+    Such are the biases by which ERNIE 4.5 and AFMoE choose experts. Checkpoints leave frozen parameters out, because
+    beside adapters they are the base's; without adapters there is no base to take them from.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+
+
 def digest_base(model: PreTrainedModel, num_rows: int) -> str:
     """XXH3 of what a base holds, its configuration and weights: the same wherever it lies, and in whatever files.
 

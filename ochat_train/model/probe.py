@@ -347,7 +347,7 @@ def _compare(pair: _Pair) -> tuple[_Difference, _Difference]:
         packed = pair.packed.logits(batch).split(_LENGTHS)
     of_logits = [_compare_logits(mine, pair.stock.logits[len(mine)]) for mine in packed]
     if is_multimodal(pair.stock.lm.config):
-        unreached = [name for name, p in pair.packed.lm.named_parameters() if p.grad is None]
+        unreached = [name for name, p in pair.packed.lm.named_parameters() if p.requires_grad and p.grad is None]
         if unreached:  # the optimizer's weight decay would change them all the same
             raise ValueError(f"text does not pass {unreached[0]} and {len(unreached) - 1} more of its weights")
     return max(of_logits, key=_size), _compare_gradients(pair)

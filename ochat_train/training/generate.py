@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ochat_train.model.alone import use_own_attention
 from ochat_train.model.rope import OneByOne
+from ochat_train.model.text_part import base_of, set_attention
 from ochat_train.tokens.tokenizer import ChatTokenizer
 from ochat_train.training.engine import World, is_any
 from ochat_train.training.held_out import Interrupted
@@ -118,7 +119,7 @@ class GreedyDecoder:
         """The language model as transformers made it, and whether its weights are split; after it, as it was."""
         packed: Any = getattr(self.model, "module", self.model)
         lm: PreTrainedModel = packed.lm
-        attention, generation_config = lm.config._attn_implementation, lm.generation_config
+        attention, generation_config = base_of(lm).config._attn_implementation, lm.generation_config
         rotations: list[Any] = [
             module for module in lm.modules() if isinstance(getattr(module, "forward", None), OneByOne)
         ]
@@ -142,6 +143,6 @@ class GreedyDecoder:
             hook.remove()
             for module, forward in zip(rotations, forwards, strict=True):
                 module.forward = forward
-            lm.set_attn_implementation(attention)
+            set_attention(lm, attention)
             lm.generation_config = generation_config
             self.model.train()

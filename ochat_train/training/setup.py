@@ -17,7 +17,14 @@ from ochat_train.model.kernels import KernelChoice, choose_kernels, require_comp
 from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
-from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
+from ochat_train.model.pretrained import (
+    DTYPES,
+    digest_base,
+    fixed_to_buffers,
+    load_config,
+    load_model,
+    max_positions_of,
+)
 from ochat_train.model.probe import Agreement, check_split, check_tiles, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
@@ -497,8 +504,10 @@ def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None
             seed=recipe.train.seed,
             kind=kind_of(lora, world.device),
         )
-    elif untrained := untrained_of(lm):
-        lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
+    else:
+        if untrained := untrained_of(lm):
+            lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
+        fixed_to_buffers(lm)
     use_kernels(lm, run.resolved.kernels.kernels)
     packed = PackedCausalLM(
         lm,

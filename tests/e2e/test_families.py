@@ -61,6 +61,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     # Weights between the layers and the head, which are no part of its module.
     "modernbert-decoder": SIZES | {"local_attention": 16, "pad_token_id": 0},
+    # Biases of its router that transformers never trains, and whose weights checkpoints must have all the same.
+    "ernie4_5_moe": SIZES
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1}
+    | {"moe_layer_start_index": 1, "moe_layer_end_index": 1, "router_aux_loss_coef": 0.0}
+    | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
     "granite": SIZES
     | {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 6.0, "attention_multiplier": 0.2},
 }

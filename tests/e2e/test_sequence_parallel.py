@@ -73,7 +73,10 @@ def overrides_of(name: str, folder: Path) -> list[str]:
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     write_dump(folder, 80)
-    path = tiny_recipe(folder, optim=SGD, train={"epochs": 1, "seed": 5, "max_steps": STEPS})
+    (folder / "questions.jsonl").write_bytes(orjson.dumps({"question": "Who are you?", "answer": "a"}))
+    check = {"name": "letter", "questions": str(folder / "questions.jsonl"), "check": "exact_match"}
+    checks = {"checks": [check | {"max_new_tokens": 3}]}
+    path = tiny_recipe(folder, optim=SGD, train={"epochs": 1, "seed": 5, "max_steps": STEPS}, eval=checks)
     preprocess(path, HELD_OUT)
     return path
 
@@ -105,7 +108,7 @@ def test_ranks_that_share_micro_batches_equal_the_naive_loop(runs: Path, recipe_
 
 
 @pytest.mark.parametrize("name", ["sinks in 2", "sinks in 4"])
-def test_router_losses_and_held_out_losses_are_those_of_one_process(runs: Path, name: str) -> None:
+def test_router_losses_held_out_losses_and_checks_are_those_of_one_process(runs: Path, name: str) -> None:
     assert_equal(weights(runs / name), weights(runs / "sinks in 1"))
     for kind in ("step", "eval"):
         mine, theirs = events(runs / name, kind), events(runs / "sinks in 1", kind)
@@ -114,6 +117,11 @@ def test_router_losses_and_held_out_losses_are_those_of_one_process(runs: Path, 
         for field in fields:
             assert numbers([e[field] for e in mine]) == pytest.approx(numbers([e[field] for e in theirs]), rel=1e-5)
     assert events(runs / name, "step")[0]["router_loss"] > 0
+    mine, theirs = (orjson.loads((runs / run / "leanings.json").read_bytes()) for run in (name, "sinks in 1"))
+    for condition, leanings in theirs["leanings"].items():
+        assert len(leanings) > 1 and mine["leanings"][condition] == pytest.approx(leanings, abs=1e-4)
+    of_check = f"checks/step-{STEPS:08d}/letter.jsonl"
+    assert (runs / name / of_check).read_bytes() == (runs / "sinks in 1" / of_check).read_bytes()
 
 
 # Of the lines of steps and evaluations: what does not depend on the number of processes or on time.
