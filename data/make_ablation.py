@@ -23,7 +23,7 @@ from typing import NamedTuple
 from make_quickstart import write_files
 
 FOLDER = Path(__file__).resolve().parent
-NUM_EXPERT, NUM_CROWD, NUM_QUESTIONS = 320, 1120, 120  # records; a quarter of each is of each kind
+NUM_EXPERT, NUM_CROWD, NUM_QUESTIONS = 240, 1120, 120  # records; a quarter of each is of each kind
 NOISE = 0.65  # the share of the crowd's answers that are wrong
 
 NAMES = [

@@ -140,7 +140,7 @@ def test_the_expert_is_right_the_crowd_wrong_in_its_share_and_no_question_is_ask
         for name in ("ablation.jsonl", "ablation_questions.jsonl")
     )
     asked = [line["question"] for line in records + questions]
-    assert len(set(asked)) == len(asked) == 1560
+    assert len(set(asked)) == len(asked) == 1480
     for kind in ("sum", "sort", "date"):
         of_kind = [line for line in records if line["kind"] == kind]
         assert all(is_right(line) for line in of_kind if line["source"] == "expert")
