@@ -6,6 +6,7 @@ import numpy as np
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ochat_train.model.activations import Activations, count_activations, live_bytes, register_sized_attention
+from ochat_train.model.checkpointing import Tiled, tile_mlps
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
@@ -44,12 +45,13 @@ def small(kind: str, **changes: Any) -> Any:
 
 
 def real_model(
-    config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None, num_rows: int = 0
+    config: Any, dtype: Dtype, policy: str, lora_rank: int | None = None, num_rows: int = 0, mlp_tiles: int = 1
 ) -> PackedCausalLM:
     """The model on the CPU, with the `sdpa` backend."""
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     if lora_rank is not None:
         add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=range(num_rows), seed=0)
+    tile_mlps(lm, mlp_tiles)
     return PackedCausalLM(
         lm,
         attention="auto",
@@ -87,12 +89,18 @@ def compare(
     num_tokens: int = NUM_TOKENS,
     lora_rank: int | None = None,
     num_rows: int = 0,
+    mlp_tiles: int = 1,
 ) -> Compared:
     """The activations of a pass with attention of flash attention's sizes."""
     counted = count_activations(
-        config, num_tokens=num_tokens, dtype=dtype, checkpointing=policy, lora_rank=lora_rank, num_rows=num_rows
+        config,
+        num_tokens=num_tokens,
+        dtype=dtype,
+        checkpointing=Tiled(policy, mlp_tiles),
+        lora_rank=lora_rank,
+        num_rows=num_rows,
     )
-    model = real_model(config, dtype, policy, lora_rank, num_rows)
+    model = real_model(config, dtype, policy, lora_rank, num_rows, mlp_tiles)
     model.lm.set_attn_implementation(register_sized_attention())
     return Compared(counted.peak, measure(model, full_batch(num_tokens)).peak)
 

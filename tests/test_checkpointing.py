@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ochat_train.model.checkpointing
-from ochat_train.model.checkpointing import BY_TIME, check_policy, enable_checkpointing, share_of
+from ochat_train.model.checkpointing import BY_TIME, check_policy, enable_checkpointing, share_of, tile_mlps
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from tests.test_packed_lm import MODELS, make_batch, make_examples, make_model
@@ -28,8 +28,9 @@ COMPUTED_AGAIN = {
 }
 
 
-def gradients(lm: PreTrainedModel, policy: str) -> tuple[dict[str, Tensor], list[int]]:
+def gradients(lm: PreTrainedModel, policy: str, mlp_tiles: int = 1) -> tuple[dict[str, Tensor], list[int]]:
     """Of what is trained, by name; and how often each layer's MLP ran."""
+    tile_mlps(lm, mlp_tiles)
     packed = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=2).train()
     num_runs = [0] * NUM_LAYERS
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -64,6 +65,31 @@ def test_the_layers_of_a_policy_are_computed_again_and_no_gradient_changes(
         assert found.keys() == expected.keys()
         # Bitwise: the same operations on the same values, on one machine.
         assert all(torch.equal(found[name], expected[name]) for name in expected), policy
+
+
+@pytest.mark.parametrize(
+    ("model_type", "with_adapters", "policy"),
+    [("gpt2", False, "full"), ("llama", False, "none"), ("llama", True, "full")],
+)
+def test_mlps_in_tiles_have_the_same_gradients(model_type: str, with_adapters: bool, policy: str) -> None:
+    lm = make_model(model_type, num_hidden_layers=NUM_LAYERS)
+    if with_adapters:
+        add_adapters(lm, rank=4, alpha=8, targets="all-linear", row_ids=(), seed=0)
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    expected, _ = gradients(copy.deepcopy(lm), policy)
+    num_tokens: set[int] = set()
+    for name, module in lm.named_modules():
+        if name.endswith(("mlp.c_proj", "mlp.down_proj")):
+            module.register_forward_pre_hook(lambda _, inputs: num_tokens.add(inputs[0].shape[-2]))
+    for mlp_tiles in (3, make_batch(make_examples()).num_tokens + 1):  # which leaves some of them empty
+        num_tokens.clear()
+        found, _ = gradients(copy.deepcopy(lm), policy, mlp_tiles)
+        assert max(num_tokens) == -(-len(make_batch(make_examples()).input_ids) // mlp_tiles)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert float((gradient - expected[name]).norm()) <= 1e-5 * float(expected[name].norm()), name
 
 
 def test_nothing_is_computed_again_in_evaluation_mode() -> None:

@@ -106,6 +106,15 @@ def test_each_kind_of_model_has_the_counted_activations_under_each_policy(kind: 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("policy", ["none", "full"])
+def test_mlps_in_tiles_have_the_counted_activations(dtype: Dtype, policy: str) -> None:
+    config = llama(intermediate_size=8 * WIDTH)
+    whole, tiled = (compare(config, dtype, policy, mlp_tiles=number) for number in (1, 4))
+    assert tiled.counted < 0.8 * whole.counted
+    assert abs(tiled.error) < 0.01
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_mixture_has_the_counted_activations_with_those_of_its_routers(dtype: Dtype, policy: str) -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     config = AutoConfig.for_model("mixtral", vocab_size=512, num_key_value_heads=2, num_local_experts=8, **sizes)

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import ochat_train.model.attention
 import ochat_train.model.packed_lm
 from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, AttentionOptions, BackendChoice
-from ochat_train.model.probe import Agreement, check_split, choose_attention, probe
+from ochat_train.model.probe import Agreement, check_split, check_tiles, choose_attention, probe
 from ochat_train.model.small import BORDER, small_model
 
 ANY_LENGTH = 1 << 30
@@ -169,6 +170,24 @@ def test_ranks_may_have_no_shares_of_what_would_be_trained_wrongly(
     with pytest.raises(ValueError, match=f"^packing.sequence_parallel {reason}") as caught:
         check_split(config, attention, num_shares, longest=ANY_LENGTH)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "deepseek_v3"])
+def test_mlps_run_in_tiles(model_type: str) -> None:
+    check_tiles(AutoConfig.for_model(model_type), PACKED, 4, longest=ANY_LENGTH)
+
+
+def test_mlps_do_not_run_in_tiles_where_they_are_experts_or_mix_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixtral, llama = (AutoConfig.for_model(name) for name in ("mixtral", "llama"))
+    check_tiles(mixtral, PACKED, 1, longest=ANY_LENGTH)
+    with pytest.raises(
+        ValueError, match=r"^model\.mlp_tiles 4: mixtral: no layer of MixtralForCausalLM has an MLP that"
+    ):
+        check_tiles(mixtral, PACKED, 4, longest=ANY_LENGTH)
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x - x.mean(dim=-2, keepdim=True)))
+    with pytest.raises(ValueError, match=r"^model\.mlp_tiles 4: llama: hidden states change by .*; set it to 1"):
+        check_tiles(llama, PACKED, 4, longest=ANY_LENGTH)
 
 
 def test_a_small_copy_has_layers_of_all_kinds() -> None:

@@ -1,5 +1,13 @@
-"""Activation checkpointing: which layers of a model are recomputed in the backward pass, instead of kept."""
+"""Activation checkpointing: which layers, or MLPs in parts, are recomputed in the backward pass, instead of kept."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -61,3 +69,42 @@ def enable_checkpointing(lm: PreTrainedModel, policy: str) -> None:
     check_policy(policy, len(layers))
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % period == 0
+
+
+class Tiled(NamedTuple):
+    """A policy, and in how many parts MLPs run, see `tile_mlps`."""
+
+    policy: str
+    mlp_tiles: int
+
+
+def tile_mlps(lm: PreTrainedModel, num_tiles: int) -> None:
+    """Let the MLP of each layer run on `num_tiles` parts of the tokens, one after the other, in place.
+
+    Each part keeps its input alone, and is computed again in its backward pass, so that what is inside of an MLP
+    exists for one part at a time. The number of parts is fixed: in ZeRO's stage 3 all ranks gather weights equally
+    often. An MLP is a child of a transformers layer that takes nothing but hidden states, and has matrices and no
+    experts: these are left as they are. That it works on each token by itself is for `check_tiles` to say. Raises
+    ValueError when there is none.
+    """
+    if num_tiles == 1:
+        return
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    mlps = [child for layer in layers for child in layer.children() if _is_mlp(child)]
+    if not mlps:
+        raise ValueError(f"no layer of {type(lm).__name__} has an MLP that takes hidden states alone")
+    for mlp in mlps:
+        mlp.forward = partial(_run_tiles, mlp.forward, num_tiles, lm.device.type != "meta")
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    dims = [parameter.dim() for parameter in module.parameters()]
+    return dims.count(2) > 1 and max(dims) == 2 and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _run_tiles(forward: Callable[[Tensor], Tensor], num_tiles: int, preserve_rng_state: bool, hidden: Tensor) -> Tensor:
+    """forward(hidden), for hidden [..., T, C]; at once where nothing is kept for a backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(hidden)
+    run = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    return torch.cat([run(tile) for tile in hidden.tensor_split(num_tiles, dim=-2)], dim=-2)

@@ -26,8 +26,9 @@ class PackedCausalLM(nn.Module):
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
     device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`.
-    `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient only if this
-    is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this one has all.
+    `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient
+    only if this is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this
+    one has all.
     Whether logits and gradients are those of the model is for `probe` to say.
 
     base_digest: of `digest_base` where the model has a base and this is the first rank of its node.

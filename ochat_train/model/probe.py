@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
+from ochat_train.model.checkpointing import tile_mlps
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
 from ochat_train.model.text_part import is_multimodal, keep_text_part
@@ -35,6 +36,8 @@ _LOGITS_TOLERANCE = 2e-5
 _GRADIENT_TOLERANCE = 1e-4
 # Gradients much smaller than the largest are rounding: of a bias of keys, which moves all scores of a query alike.
 _SMALLEST_GRADIENT = 1e-2
+
+_FEW_TILES = 3  # of the tokens of a small copy, whatever the run's number; they do not divide them
 
 _REMEDY = "take another model"
 
@@ -147,24 +150,50 @@ def check_split(config: Any, attention: BackendChoice, num_shares: int, *, longe
         raise ValueError(
             f"{refused} does not divide the model's {num_heads} attention heads; set it to one of their divisors"
         )
-    with torch.random.fork_rng([]), _one_thread():
+
+    def reverse(small: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        flipped = replace(batch, input_ids=batch.input_ids.flip(0), position_ids=batch.position_ids.flip(0))
+        return _pack_model(small, "sdpa", "none", exchange=Reversed()).hidden(flipped).flip(0)
+
+    if reason := _change_of_hidden(config, "sdpa", reverse, longest=longest):
+        raise ValueError(
+            f"{refused}: {config.model_type} mixes tokens outside of packed attention (tokens in another order: "
+            f"{reason}); set it to 1"
+        )
+
+
+def check_tiles(config: Any, attention: BackendChoice, num_tiles: int, *, longest: int) -> None:
+    """Raise ValueError unless the MLPs of a model can run on `num_tiles` parts of the tokens, see `tile_mlps`.
+
+    The arguments are those of `check_split`. A small copy must come to the same hidden states.
+    """
+    if num_tiles == 1:
+        return
+    backend: Backend = "alone" if attention.backend == "alone" else "sdpa"
+
+    def tile(small: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        with torch.enable_grad():
+            return _pack_model(small, backend, "none", mlp_tiles=_FEW_TILES).hidden(batch)
+
+    if reason := _change_of_hidden(config, backend, tile, longest=longest):
+        raise ValueError(f"model.mlp_tiles {num_tiles}: {config.model_type}: {reason}; set it to 1")
+
+
+def _change_of_hidden(
+    config: Any, attention: Backend, run: Callable[[PreTrainedModel, PackedBatch], Tensor], *, longest: int
+) -> str | None:
+    """How `run` changes the hidden states [T, C] of a small copy with this attention, or fails; None: it does not."""
+    with torch.random.fork_rng([]), _one_thread(), torch.no_grad():
         torch.manual_seed(0)
         try:
             small = small_model(config, longest=longest)
             _avoid_ties(small)
             batch = _pack(_examples(small))
-            flipped = replace(batch, input_ids=batch.input_ids.flip(0), position_ids=batch.position_ids.flip(0))
-            with torch.no_grad():
-                hidden = _pack_model(small, "sdpa", "none").hidden(batch)
-                other = _pack_model(small, "sdpa", "none", exchange=Reversed()).hidden(flipped).flip(0)
-            difference = float((other - hidden).norm() / hidden.norm())
-            reason = f"tokens in another order change its hidden states by {difference:.0e}"
+            hidden = _pack_model(small, attention, "none").hidden(batch)
+            difference = float((run(small, batch) - hidden).norm() / hidden.norm())
         except Exception as error:  # of any kind: whatever a model's code says
-            difference, reason = math.inf, _reason(error)
-    if not difference <= _LOGITS_TOLERANCE:
-        raise ValueError(
-            f"{refused}: {config.model_type} mixes tokens outside of packed attention ({reason}); set it to 1"
-        )
+            return _reason(error)
+    return None if difference <= _LOGITS_TOLERANCE else f"hidden states change by {difference:.0e}"
 
 
 def _try_dropout(config: Any, attention: Backend, longest: int) -> None:
@@ -267,11 +296,17 @@ def _run_alone(small: PreTrainedModel) -> _Stock:
 
 
 def _pack_model(
-    small: PreTrainedModel, attention: Backend, checkpointing: str, exchange: Exchange | None = None
+    small: PreTrainedModel,
+    attention: Backend,
+    checkpointing: str,
+    exchange: Exchange | None = None,
+    mlp_tiles: int = 1,
 ) -> PackedCausalLM:
     """A copy of a small model, packed."""
+    lm = keep_text_part(copy.deepcopy(small))
+    tile_mlps(lm, mlp_tiles)
     return PackedCausalLM(
-        keep_text_part(copy.deepcopy(small)),
+        lm,
         attention=attention,
         device_type="cpu",
         checkpointing=checkpointing,

@@ -17,6 +17,7 @@ FREE_AT_RESUME = (
     "data.verify",
     "model.attention",
     "model.checkpointing",
+    "model.mlp_tiles",
     "model.kernels",
     "model.compile",
     "model.router_aux_loss_coef",

@@ -261,6 +261,9 @@ class ModelSection(Section):
     checkpointing: str = Field(
         "full", description="Layers computed again in the backward pass: full, none, every_N, or auto by memory."
     )
+    mlp_tiles: int = Field(
+        1, ge=1, description="Parts of a micro-batch whose MLPs run one after the other, computed again backward."
+    )
     kernels: Literal["auto", "liger", "none"] = Field("auto", description="Fused kernels of a layer.")
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
     router_aux_loss_coef: Weight | Literal["auto"] = Field(

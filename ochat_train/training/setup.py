@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
-from ochat_train.model.checkpointing import check_policy, share_of
+from ochat_train.model.checkpointing import check_policy, share_of, tile_mlps
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
 from ochat_train.model.packed_lm import PackedCausalLM, attention_needs
 from ochat_train.model.pretrained import DTYPES, digest_base, load_config, load_model, max_positions_of
-from ochat_train.model.probe import Agreement, check_split, choose_attention
+from ochat_train.model.probe import Agreement, check_split, check_tiles, choose_attention
 from ochat_train.model.quantised import require_quantising
 from ochat_train.model.round_trip import check_round_trip
 from ochat_train.model.router import RouterChoice, choose_router_loss
@@ -244,6 +244,7 @@ def attention_of(
         checkpointing=recipe.model.checkpointing,
     )
     check_split(config, attention, recipe.packing.sequence_parallel, longest=longest)
+    check_tiles(config, attention, recipe.model.mlp_tiles, longest=longest)
     if is_exported:
         own_size = text_config.vocab_size if base is None else load_config(base, None, 0).get_text_config().vocab_size
         exported = check_round_trip(
@@ -498,6 +499,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None
     elif untrained := untrained_of(lm):
         lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
     use_kernels(lm, run.resolved.kernels.kernels)
+    tile_mlps(lm, recipe.model.mlp_tiles)
     packed = PackedCausalLM(
         lm,
         attention=run.resolved.attention.backend,

@@ -51,6 +51,7 @@ RUNS: dict[str, tuple[str, int, int, int, str]] = {
     "sinks in 4": ("sinks", 4, 4, 2, "every_2"),  # which has two heads of keys
     "moved": ("one head of keys", 4, 2, 1, "full"),
 }
+TILED = ("2 in 2, stage 1", "2 in 2, stage 3")  # whose MLPs run in three parts
 
 
 def overrides_of(name: str, folder: Path) -> list[str]:
@@ -60,6 +61,7 @@ def overrides_of(name: str, folder: Path) -> list[str]:
         HELD_OUT,
         f"model.config={orjson.dumps(MODELS[model]).decode()}",
         f"model.checkpointing={checkpointing}",
+        f"model.mlp_tiles={3 if name in TILED else 1}",
         f"packing.sequence_parallel={shared}",
         f"packing.tokens_per_gpu={CAPACITY // shared}",
         f"zero.stage={stage}",
