@@ -6,6 +6,7 @@ import numpy as np
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ochat_train.model.activations import Activations, count_activations, live_bytes, register_sized_attention
+from ochat_train.model.checkpointing import Tiled, tile_mlps
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES
@@ -50,6 +51,7 @@ def real_model(
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     if lora_rank is not None:
         add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=range(num_rows), seed=0)
+    tile_mlps(lm, mlp_tiles)
     return PackedCausalLM(
         lm,
         attention="auto",
@@ -95,8 +97,7 @@ def compare(
         config,
         num_tokens=num_tokens,
         dtype=dtype,
-        checkpointing=policy,
-        mlp_tiles=mlp_tiles,
+        checkpointing=Tiled(policy, mlp_tiles),
         lora_rank=lora_rank,
         num_rows=num_rows,
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ochat_train.model.checkpointing
-from ochat_train.model.checkpointing import BY_TIME, check_policy, enable_checkpointing, share_of
+from ochat_train.model.checkpointing import BY_TIME, check_policy, enable_checkpointing, share_of, tile_mlps
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
 from tests.test_packed_lm import MODELS, make_batch, make_examples, make_model
@@ -30,9 +30,8 @@ COMPUTED_AGAIN = {
 
 def gradients(lm: PreTrainedModel, policy: str, mlp_tiles: int = 1) -> tuple[dict[str, Tensor], list[int]]:
     """Of what is trained, by name; and how often each layer's MLP ran."""
-    packed = PackedCausalLM(
-        lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=2, mlp_tiles=mlp_tiles
-    ).train()
+    tile_mlps(lm, mlp_tiles)
+    packed = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing=policy, num_conditions=2).train()
     num_runs = [0] * NUM_LAYERS
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):

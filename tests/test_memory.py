@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ochat_train.files import free_port
 from ochat_train.model.activations import Activations, Alone, count_activations
-from ochat_train.model.checkpointing import BY_TIME, period_of
+from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.loss import CHUNK_TOKENS
 from ochat_train.model.memory import (
@@ -28,7 +28,7 @@ from ochat_train.model.memory import (
 )
 from ochat_train.model.pretrained import DTYPES
 from ochat_train.training.engine import World, join_process_group
-from ochat_train.training.speed import bytes_sent
+from ochat_train.training.speed import bytes_exchanged, bytes_sent
 from tests.activation_grid import (
     HEADS,
     KEYS,
@@ -45,6 +45,7 @@ from tests.activation_grid import (
     real_model,
     small,
 )
+from tests.e2e.engine_bytes import NUM_TOKENS as NUM_EXCHANGED
 from tests.e2e.engine_bytes import engine_bytes, small_config
 from tests.e2e.harness import ROOT
 from tests.waiting import HANG_S
@@ -360,6 +361,15 @@ def test_two_processes_send_the_modelled_bytes_and_wait_for_the_device_at_most_o
         part = size if rank is None else adapters
         assert sent == pytest.approx(bytes_sent(part.num_weights, part.num_trained, setting), rel=0.01), one
         assert ("reduce" in one) is (stage in (1, 2) and not setting.all_reduces)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_two_processes_that_share_a_batch_exchange_the_modelled_bytes(policy: str) -> None:
+    engine = {"stage": 2, "dtype": "float32", "grad_accum": 2, "overlap_comm": None, "num_shares": 2, "policy": policy}
+    (found,) = run_engines([engine])
+    forward = bytes_exchanged(small_config(), 2, element=4) * 2 * NUM_EXCHANGED / 2  # two micro-batches, half of each
+    # Half of what an exchange gets stays in the process.
+    assert found["all_to_all_single"] / 2 == (2 + share_of(policy)) * forward
 
 
 def run_engines(kinds: list[dict[str, Any]]) -> list[dict[str, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ochat_train.doctor.case import GIB, Case, Finding
+from ochat_train.model.checkpointing import tile_mlps
 from ochat_train.model.kernels import use_kernels
 from ochat_train.model.lora import add_adapters
 from ochat_train.model.packed_lm import PackedCausalLM
@@ -178,13 +179,13 @@ def _largest_leak(packed: PackedCausalLM, examples: Sequence[Example]) -> float:
 def _pack_as_in_a_run(case: Case, lm: PreTrainedModel, *, checkpointing: str, num_conditions: int) -> PackedCausalLM:
     """The model with the recipe's kernels, attention and compiling, as training has it."""
     use_kernels(lm, case.kernels.kernels)
+    tile_mlps(lm, case.recipe.model.mlp_tiles)
     packed = PackedCausalLM(
         lm,
         attention=case.attention.backend,
         device_type=case.device.type,
         checkpointing=checkpointing,
         num_conditions=num_conditions,
-        mlp_tiles=case.recipe.model.mlp_tiles,
     ).train()
     if case.recipe.model.compile:
         packed.compile_parts()

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from ochat_train.model.checkpointing import Tiled, tile_mlps
 from ochat_train.model.lora import PLAIN, Kind, add_adapters, require_peft
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.pretrained import DTYPES, meta_model
@@ -61,15 +62,14 @@ def count_activations(
     *,
     num_tokens: int | Alone | Share,
     dtype: Literal["bfloat16", "float32"],
-    checkpointing: str,
-    mlp_tiles: int = 1,
+    checkpointing: str | Tiled,
     lora_rank: int | None = None,
     kind: Kind = PLAIN,
     num_rows: int = 0,
 ) -> Activations:
     """The activations of a micro-batch of `num_tokens` tokens, all with a loss, and with flash attention.
 
-    checkpointing: full, none or every_N. mlp_tiles: see `tile_mlps`. lora_rank: of adapters beside frozen weights,
+    checkpointing: full, none or every_N. lora_rank: of adapters beside frozen weights,
     which need not keep their inputs for a gradient, and with `num_rows` trained rows; None: all weights are trained.
     Quantised ones are dequantised one at a time.
 
@@ -94,12 +94,13 @@ def count_activations(
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             rows = range(num_rows)
             add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets=kind.targets, row_ids=rows, seed=0, kind=kind)
+    policy, mlp_tiles = (checkpointing, 1) if isinstance(checkpointing, str) else checkpointing
+    tile_mlps(lm, mlp_tiles)
     model = PackedCausalLM(
         lm,
         attention="alone" if isinstance(num_tokens, Alone) else "sdpa",  # replaced below
         device_type="meta",
-        checkpointing=checkpointing,
-        mlp_tiles=mlp_tiles,
+        checkpointing=policy,
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
         exchange=Sized(num_tokens.num_shares) if isinstance(num_tokens, Share) else None,

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,13 @@ def enable_checkpointing(lm: PreTrainedModel, policy: str) -> None:
     check_policy(policy, len(layers))
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % period == 0
+
+
+class Tiled(NamedTuple):
+    """A policy, and in how many parts MLPs run, see `tile_mlps`."""
+
+    policy: str
+    mlp_tiles: int
 
 
 def tile_mlps(lm: PreTrainedModel, num_tiles: int) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ochat_train.model.alone import run_each, use_own_attention
 from ochat_train.model.attention import AttentionNeeds, BackendChoice, choose_backend, register
-from ochat_train.model.checkpointing import enable_checkpointing, tile_mlps
+from ochat_train.model.checkpointing import enable_checkpointing
 from ochat_train.model.kernels import compile_layers
 from ochat_train.model.logits import before_head, has_parts_before_head, measure_logits
 from ochat_train.model.lora import CHECKSUM
@@ -25,10 +25,9 @@ class PackedCausalLM(nn.Module):
     """A causal LM whose forward takes a PackedBatch and returns LossSums.
 
     `lm` is the transformers model; it is changed to use our attention. `attention` is the backend or auto, for the
-    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`. `mlp_tiles`: see
-    `tile_mlps`. `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient
-    only if this is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this
-    one has all.
+    device the model will run on. `checkpointing`: full, none or every_N, see `enable_checkpointing`.
+    `router_coefficient`: of a mixture's balancing loss, which `train_step` adds, and which has a gradient only if this
+    is not 0. `exchange`: of the ranks that have shares of each batch, see `PackedBatch.share`; None: this one has all.
     Whether logits and gradients are those of the model is for `probe` to say.
 
     base_digest: of `digest_base` where the model has a base and this is the first rank of its node.
@@ -49,7 +48,6 @@ class PackedCausalLM(nn.Module):
         num_conditions: int,
         router_coefficient: float = 0.0,
         exchange: Exchange | None = None,
-        mlp_tiles: int = 1,
     ) -> None:
         super().__init__()
         config = lm.config.get_text_config()
@@ -62,7 +60,6 @@ class PackedCausalLM(nn.Module):
         rotate_each_alone(lm, exchange)
         self.checkpointing = checkpointing
         enable_checkpointing(lm, checkpointing)
-        tile_mlps(lm, mlp_tiles)
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(lm).__name__} has no linear language-model head")

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ochat_train.model.alone import COST
 from ochat_train.model.attention import AttentionNeeds, Backend, BackendChoice, choose_backend
+from ochat_train.model.checkpointing import tile_mlps
 from ochat_train.model.packed_lm import PackedCausalLM
 from ochat_train.model.small import FIRST_ID, one_line, randomise, small_model, without_dropout
 from ochat_train.model.text_part import is_multimodal, keep_text_part
@@ -302,14 +303,15 @@ def _pack_model(
     mlp_tiles: int = 1,
 ) -> PackedCausalLM:
     """A copy of a small model, packed."""
+    lm = keep_text_part(copy.deepcopy(small))
+    tile_mlps(lm, mlp_tiles)
     return PackedCausalLM(
-        keep_text_part(copy.deepcopy(small)),
+        lm,
         attention=attention,
         device_type="cpu",
         checkpointing=checkpointing,
         num_conditions=1,
         exchange=exchange,
-        mlp_tiles=mlp_tiles,
     ).train()
 
 

@@ -15,7 +15,7 @@ import torch
 from ochat_train.files import STEP_FOLDERS, step_name
 from ochat_train.gpus import usable_gpus
 from ochat_train.model.activations import Activations, Alone, Share, count_activations
-from ochat_train.model.checkpointing import BY_TIME, period_of, share_of
+from ochat_train.model.checkpointing import BY_TIME, Tiled, period_of, share_of
 from ochat_train.model.lora import Kind
 from ochat_train.model.memory import (
     BUCKET,
@@ -247,8 +247,7 @@ def _count(
         config,
         num_tokens=Alone(num_tokens, recipe.data.max_tokens) if is_alone else of_process,
         dtype=recipe.model.dtype,
-        checkpointing=policy,
-        mlp_tiles=recipe.model.mlp_tiles,
+        checkpointing=Tiled(policy, recipe.model.mlp_tiles),
         num_rows=size.num_rows,
         **_adapters(recipe),
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ochat_train.conversations.described import read_template
 from ochat_train.model.attention import BackendChoice
-from ochat_train.model.checkpointing import check_policy, share_of
+from ochat_train.model.checkpointing import check_policy, share_of, tile_mlps
 from ochat_train.model.kernels import KernelChoice, choose_kernels, require_compiler, use_kernels
 from ochat_train.model.lora import CHECKSUM, add_adapters, require_peft
 from ochat_train.model.memory import ModelSize
@@ -509,6 +509,7 @@ def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None
             lm.register_buffer(CHECKSUM, torch.tensor(untrained.checksum))
         fixed_to_buffers(lm)
     use_kernels(lm, run.resolved.kernels.kernels)
+    tile_mlps(lm, recipe.model.mlp_tiles)
     packed = PackedCausalLM(
         lm,
         attention=run.resolved.attention.backend,
@@ -517,7 +518,6 @@ def build_model(run: Run, world: World, lm: PreTrainedModel, group: Group | None
         num_conditions=len(run.store.manifest.conditions),
         router_coefficient=run.resolved.router.coefficient if run.resolved.router else 0.0,
         exchange=group,
-        mlp_tiles=recipe.model.mlp_tiles,
     )
     packed.base_digest = base_digest
     if recipe.model.compile:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from ochat_train.files import read_json_lines
 from ochat_train.model.checkpointing import share_of
 from ochat_train.model.memory import ZeroSetting
-from ochat_train.model.pretrained import DTYPES, matrix_weights_of
+from ochat_train.model.pretrained import DTYPES, head_dim_of, matrix_weights_of
 from ochat_train.recipe import Recipe, load_recipe
 from ochat_train.tokens.plan import PlanTable
 
@@ -189,6 +189,22 @@ def bytes_sent(num_weights: int, num_trained: int, setting: ZeroSetting) -> floa
     return DTYPES[setting.dtype].itemsize * share * (reduced + gathered)
 
 
+def bytes_exchanged(config: Any, num_shares: int, element: int) -> float:
+    """Bytes that each of `num_shares` processes with shares of a micro-batch sends forward for a token; backward again.
+
+    config: the text configuration. element: bytes of a number. In each layer queries and outputs of all heads are sent,
+    and keys and values, repeated as in `attend_in_group`, each to (N - 1) / N of the processes.
+    """
+    if num_shares == 1:
+        return 0.0
+    heads: int = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = kv_heads if kv_heads % num_shares == 0 else math.lcm(kv_heads, num_shares)
+    width = 2 * (heads + kv_heads) * head_dim_of(config)
+    num_layers: int = config.num_hidden_layers
+    return element * num_layers * width * (num_shares - 1) / num_shares
+
+
 # --------------------------------------------------------------------------------------------------- predictions
 
 
@@ -198,7 +214,7 @@ class Work:
 
     utilisation: of the model; its peak is replaced by the machine's. num_tokens, cost: sum(L) and sum(L * (q + L)) over
     all sequences. efficiency: the share of the time in which ranks do not wait. num_micro_batches: over all ranks and
-    steps, each rank's share of one counting as one.
+    steps, each rank's share of one counting as one. exchanged: of `bytes_exchanged`.
     """
 
     utilisation: Utilisation
@@ -209,6 +225,7 @@ class Work:
     num_micro_batches: int
     grad_accum: int
     stage: int
+    exchanged: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -237,6 +254,7 @@ def work_of(recipe: Recipe, config: Any, table: PlanTable, checkpointing: str) -
         num_micro_batches=table.num_steps * table.shape.num_bins * recipe.packing.sequence_parallel,
         grad_accum=table.shape.grad_accum,
         stage=recipe.zero.stage,
+        exchanged=bytes_exchanged(config, recipe.packing.sequence_parallel, DTYPES[recipe.model.dtype].itemsize),
     )
 
 
@@ -308,7 +326,8 @@ def _predict(work: Work, machine: Machine, basis: Speed, peak: float) -> Predict
     num_trained = 0 if work.utilisation.is_frozen else num_weights  # adapters are small
     setting = ZeroSetting(work.stage, False, machine.num_devices, "bfloat16", grad_accum=work.grad_accum)
     bytes_per_s = BANDWIDTHS.get(machine.device, BANDWIDTHS[A100])
-    communication = num_steps * bytes_sent(num_weights, num_trained, setting) / bytes_per_s
+    exchanged = (2 + share_of(work.checkpointing)) * work.exchanged * work.num_tokens / machine.num_devices
+    communication = (num_steps * bytes_sent(num_weights, num_trained, setting) + exchanged) / bytes_per_s
     seconds = busy + communication
     of_step = replace(work.utilisation, peak=peak).of_step
     return Prediction(

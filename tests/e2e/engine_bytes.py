@@ -10,6 +10,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ochat_train.training.engine import (
     make_optimizer,
     read_world,
 )
+from ochat_train.training.sequence_parallel import join_group
 
 NUM_TOKENS = 16  # so few that activations do not count beside the weights
 
@@ -125,22 +127,36 @@ def engine_peak(
 
 
 def engine_sent(
-    stage: int, dtype: str, grad_accum: int, overlap_comm: bool | None, lora_rank: int | None = None
+    stage: int,
+    dtype: str,
+    grad_accum: int,
+    overlap_comm: bool | None,
+    lora_rank: int | None = None,
+    num_shares: int = 1,
+    policy: str = "none",
 ) -> dict[str, int]:
     """What an engine does in its fourth step: bytes that collectives get, by kind; how often it waits for the device.
 
     Bytes are those of the whole tensor, before it is scattered or after it is gathered. In stage 3 weights are given
-    back after every use, as those of models above 1e9 weights are.
+    back after every use, as those of models above 1e9 weights are. With num_shares 2 both processes share the batch.
     """
     lm = AutoModelForCausalLM.from_config(small_config(), dtype=DTYPES[dtype])
     if lora_rank is not None:
         add_adapters(lm, rank=lora_rank, alpha=lora_rank, targets="all-linear", row_ids=(), seed=0)
-    model = PackedCausalLM(lm, attention="auto", device_type="cpu", checkpointing="none", num_conditions=1)
+    world = replace(read_world(), sequence_parallel=num_shares)
+    model = PackedCausalLM(
+        lm,
+        attention="auto",
+        device_type="cpu",
+        checkpointing=policy,
+        num_conditions=1,
+        exchange=join_group(world),
+    )
     released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0} if stage == 3 else {}
     overlap = {} if overlap_comm is None else {"overlap_comm": overlap_comm}
     engine = _make_engine(model, stage, dtype, "adamw", grad_accum, bucket=200_000, **released, **overlap)
     ids = np.arange(NUM_TOKENS, dtype=np.int32)
-    batch = collate([Example(ids, np.ones(NUM_TOKENS, np.float32))], [0])
+    batch = collate([Example(ids, np.ones(NUM_TOKENS, np.float32))], [0]).share(world.rank % num_shares, num_shares)
     for _ in range(4):  # DeepSpeed's timers begin in the third
         SENT.clear()
         for _ in range(grad_accum):
