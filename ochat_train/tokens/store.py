@@ -116,14 +116,22 @@ def read_manifest(path: str | Path) -> Manifest | None:
 
     Raises StoreDamaged when it differs from what was written.
     """
-    fields = _read_manifest_fields(Path(path))
-    if fields is None or fields["format_version"] != FORMAT_VERSION:
+    content = _read_manifest_file(Path(path))
+    if content is None:
         return None
-    if fields.pop("digest", None) != _digest(fields):
+    try:
+        fields = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        fields = {}
+    digest = fields.pop("digest", None)
+    is_older = digest is None and fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION  # and has no digest
+    if digest != _digest(fields) and not is_older:
         raise StoreDamaged(
             f"token store {path} is damaged: manifest.json does not agree with its own digest; run python -m "
             "ochat_train.preprocess with its recipe, which makes it anew"
         )
+    if fields["format_version"] != FORMAT_VERSION:
+        return None
     files = {name: StoreFile(**described) for name, described in fields.pop("files").items()}
     return Manifest(**fields, files=files)
 
@@ -132,14 +140,14 @@ def _digest(fields: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))
 
 
-def _read_manifest_fields(path: Path) -> dict[str, Any] | None:
-    """The content of manifest.json, of any version; None when it is missing or not the manifest of a token store."""
+def _read_manifest_file(path: Path) -> bytes | None:
+    """The content of manifest.json, of any version, also damaged; None when it is missing or no token store's."""
     try:
-        fields = orjson.loads((path / "manifest.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
+        content = (path / "manifest.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    is_ours = isinstance(fields, dict) and {"format_version", "fingerprint", "made_from"} <= fields.keys()
-    return fields if is_ours else None
+    names = (b'"format_version"', b'"fingerprint"', b'"made_from"')  # of which damage may have hit one
+    return content if sum(name in content for name in names) >= 2 else None
 
 
 class StoreChanged(Exception):
@@ -249,7 +257,7 @@ def check_store_path(path: Path) -> None:
     """Raise ValueError when `path` holds something that is not a store, so that nobody loses a file."""
     if path.resolve().is_mount():  # it could not be moved to its place
         raise ValueError(f"data.store {path} is where a disk is mounted; name a folder below it")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_manifest_fields(path) is None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_manifest_file(path) is None:
         raise ValueError(f"data.store {path} exists and is not a token store; name another folder")
 
 
