@@ -59,7 +59,6 @@ def real_model(
         checkpointing=policy,
         num_conditions=1,
         router_coefficient=float(lora_rank is None),
-        mlp_tiles=mlp_tiles,
     ).train()
 
 

@@ -297,6 +297,7 @@ def test_a_second_signal_kills_all_that_training_started(bench: Bench) -> None:
     bench.script("train", HOLD + "trap 'echo asked' USR1\n(echo $BASHPID >$HERE/helper; exec sleep 3600) &\n" + WAIT)
     process = bench.start(MAX_RESTARTS="3")
     read_until(process, "ready")
+    wait_until(lambda: (bench.here / "helper").is_file())  # written beside what prints "ready"
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "asked")
     os.killpg(process.pid, signal.SIGINT)

@@ -123,6 +123,7 @@ CHANGES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "model.dtype": ("bfloat16", "bfloat16", ("zero.stage=1",)),
     "model.attention": ("sdpa", "sdpa", ()),
     "model.checkpointing": ("every_12", "every_12", ()),
+    "model.mlp_tiles": ("4", 4, ()),
     "model.kernels": ("none", "none", ()),
     "model.compile": ("true", True, ()),
     "model.router_aux_loss_coef": ("0.01", 0.01, ()),

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ochat_train.tokens.order
 import ochat_train.train
 import ochat_train.training.metrics
+import ochat_train.training.resources
 import ochat_train.training.saving
 import ochat_train.training.setup
 import ochat_train.training.sinks
@@ -657,7 +658,7 @@ def test_nothing_optional_after_the_last_step_keeps_the_model_from_being_written
     train(recipe_for(recipe_path, tmp_path, *options), ALONE)
     told = capsys.readouterr().out
     assert "WARNING: the older" in told and "WARNING: the profile" in told
-    assert "WARNING: the held-out split could not be evaluated after the last step: ZeroDivisionError" in told
+    assert "WARNING: the model could not be evaluated after the last step: ZeroDivisionError" in told
     assert (tmp_path / "models/step-00000004/model.safetensors").is_file()
     assert orjson.loads((tmp_path / "model/ochat_train.json").read_bytes())["step"] == 4
     assert [event["reason"] for event in events(tmp_path, "end")] == ["max_steps"]
@@ -877,13 +878,15 @@ def test_auto_takes_the_checkpointing_that_fits_and_a_resume_may_choose_another(
     assert [start["checkpointing"] for start in events(tmp_path, "start")] == ["none", "full"]
 
 
-def test_auto_is_full_for_a_model_that_cannot_be_counted(recipe_path: Path, tmp_path: Path) -> None:
-    experts = "model.config={model_type: mixtral, num_local_experts: 2, num_experts_per_tok: 1, hidden_size: 32}"
-    sizes = ["model.config.intermediate_size=32", "model.config.num_hidden_layers=2", "model.config.head_dim=8"]
-    heads = ["model.config.num_attention_heads=4", "model.config.num_key_value_heads=2"]
-    recipe = recipe_for(recipe_path, tmp_path, experts, *sizes, *heads, "model.checkpointing=auto")
-    choice = prepare(recipe, ALONE).resolved.checkpointing
-    assert choice.policy == "full" and choice.reason.startswith("the activations of mixtral cannot be counted")
+def test_auto_is_full_for_a_model_that_cannot_be_counted(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any, **_: Any) -> None:
+        raise ValueError(f"the activations of {config.model_type} cannot be counted: no reason")
+
+    monkeypatch.setattr(ochat_train.training.resources, "count_activations", refuse)
+    choice = prepare(recipe_for(recipe_path, tmp_path, "model.checkpointing=auto"), ALONE).resolved.checkpointing
+    assert choice.policy == "full" and choice.reason.startswith("the activations of llama cannot be counted")
 
 
 def test_the_rank_with_the_least_memory_decides_the_checkpointing_of_all(

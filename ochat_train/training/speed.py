@@ -254,7 +254,9 @@ def work_of(recipe: Recipe, config: Any, table: PlanTable, checkpointing: str) -
         num_micro_batches=table.num_steps * table.shape.num_bins * recipe.packing.sequence_parallel,
         grad_accum=table.shape.grad_accum,
         stage=recipe.zero.stage,
-        exchanged=bytes_exchanged(config, recipe.packing.sequence_parallel, DTYPES[recipe.model.dtype].itemsize),
+        exchanged=bytes_exchanged(
+            config.get_text_config(), recipe.packing.sequence_parallel, DTYPES[recipe.model.dtype].itemsize
+        ),
     )
 
 
