@@ -185,7 +185,7 @@ def test_the_page_is_there_before_vllm_starts(model: Path, monkeypatch: pytest.M
     monkeypatch.setattr("ochat_train.serve.vllm_engine.run", run)
     with pytest.raises(SystemExit):
         main([str(model), "--ui", "--host", "127.0.0.1", "--port", str(free_port())])
-    assert done == ["tiny-chat", "vllm.entrypoints.cli.main"]
+    assert done == ["tiny-chat", "ochat_train.serve.vllm_command"]
 
 
 def test_a_page_that_cannot_be_shown_is_refused(

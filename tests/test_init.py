@@ -47,6 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_signal_handlers: None) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # a process group of an earlier test in this process set it
     yield
 
 
