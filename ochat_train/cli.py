@@ -31,7 +31,7 @@ WORDS = {
     "doctor": Word("doctor", "what would end a run later, its memory and its time"),
     "train": Word("launch", "preprocess, doctor, train, export and report: launch.sh without installing anything"),
     "report": Word("report", "look at a run, a token store or a plan"),
-    "serve": Word("serve", "a model behind an OpenAI-compatible API"),
+    "serve": Word("serve", "a model on an OpenAI-compatible API"),
     "evaluate": Word("evaluate", "measure a model"),
     "ablate": Word("ablate", "whether conditions and weights helped: arms of a recipe, a table and a page"),
     "export": Word("export", "an earlier checkpoint to a model"),
