@@ -57,7 +57,8 @@ RECIPE: dict[str, Any] = {
     "optim": {"lr": 1e-5},
     "train": {"epochs": 1},
 }
-HOLD = """printf '{"host":"%s","pid":%s,"started":"now"}' "$(uname -n)" "$$" >"$HERE/run/lock"\n"""
+PORT = 4321  # that the launch finds free
+HOLD = f"""printf '{{"host":"%s","pid":%s,"started":"now","port":"{PORT}"}}' "$(uname -n)" "$$" >"$HERE/run/lock"\n"""
 # In naps, since bash hears a signal only between them; so long that a launch that waits for its end hangs.
 WAIT = "echo ready; for i in $(seq 36000); do sleep 0.1; done; exit 3\n"
 
@@ -353,6 +354,21 @@ def test_a_signal_does_not_reach_another_run_in_the_same_folder(bench: Bench) ->
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_run_that_took_the_folder_first_outlives_the_launch_that_it_refuses(bench: Bench) -> None:
+    """It takes it after the launch has looked whether there is a run, and has another port."""
+    other = HOLD.replace(f'"{PORT}"', '"5678"') + WAIT
+    bench.script("other", other)
+    start = 'setsid bash "$HERE/other" >/dev/null 2>&1 &'
+    bench.script("train", start + ' until [ -s "$HERE/run/lock" ]; do sleep 0.1; done; exit 1')
+    code, output = bench.launch()
+    running = orjson.loads((bench.here / "run/lock").read_bytes())["pid"]
+    try:
+        assert code == 1 and "left training running" not in output
+        assert is_running(running)
+    finally:
+        os.killpg(running, signal.SIGKILL)
 
 
 def test_a_main_process_on_another_host_is_named(bench: Bench) -> None:

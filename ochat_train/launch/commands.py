@@ -50,6 +50,7 @@ class Commands:
         self._num_received = 0
         self._run_dir = run_dir
         self._lock_before: bytes | None = None  # RUN/lock before training was started; None: nothing trains
+        self._port = 0  # on which the processes of training meet
         self._at_once = signal.SIGKILL
         self._process: subprocess.Popen[bytes] | None = None  # the newest one
         for number in _SIGNALS:
@@ -68,7 +69,7 @@ class Commands:
         if not command.is_first:
             say(f"waiting until the first node has prepared the data and listens on {command.address}:{command.port}")
             self._await_port(command.address, command.port)
-        self._lock_before, self._at_once = self._read_lock(), command.at_once
+        self._lock_before, self._port, self._at_once = self._read_lock(), command.port, command.at_once
         code = self._run(command.words)
         main = self._main_process()
         self._lock_before = None
@@ -157,7 +158,8 @@ class Commands:
             return None
         with suppress(ValueError, KeyError):  # it is being written
             held = orjson.loads(lock)
-            return MainProcess(held["host"], held["pid"])
+            # Another run may have taken the folder after this one was started: it meets on another port.
+            return MainProcess(held["host"], held["pid"]) if held["port"] == str(self._port) else None
         return None
 
 

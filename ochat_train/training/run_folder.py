@@ -77,7 +77,10 @@ def _locked(path: Path, mark: Path) -> Iterator[None]:
         except OSError as error:  # not all network file systems can lock
             print(f"warning: {path} cannot be locked ({error.strerror}): start no second run in it", flush=True)
         lock.truncate(0)
-        lock.write(orjson.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": utc_now()}))
+        # The port is the one on which this run's processes meet: by it a launch knows its own run.
+        port = os.environ.get("MASTER_PORT")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": utc_now(), "port": port}
+        lock.write(orjson.dumps(holder))
         lock.flush()
         yield
 
