@@ -20,6 +20,7 @@ import orjson
 import pytest
 import yaml
 
+from ochat_train.launch import steps
 from ochat_train.recipe import load_recipe, to_json
 from tests.waiting import HANG_S, wait_until
 
@@ -162,6 +163,22 @@ def test_a_recipe_is_preprocessed_examined_trained_and_reported_with_the_same_ar
         f"--module ochat_train.train {recipe} name=1 2",
         f"ochat_train.report run {bench.here / 'run'}",
     ]
+
+
+def test_a_recipe_that_was_examined_is_only_trained_and_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.write_recipe()
+    called: list[str] = []
+
+    class Noted:
+        def __init__(self, run_dir: Path) -> None: ...
+
+        def require(self, module: list[str]) -> None:
+            called.append(module[0])
+
+    monkeypatch.setattr(steps, "Commands", Noted)
+    monkeypatch.setattr(steps, "train_with_restarts", lambda *_: called.append("train") or 0)
+    steps.launch([str(bench.here / "recipe.yaml")], is_examined=True)
+    assert called == ["train", "ochat_train.report"]
 
 
 def test_nothing_is_trained_when_preprocessing_fails(bench: Bench) -> None:

@@ -23,6 +23,7 @@ from ochat_train.ablate.sections import ablation_document
 from ochat_train.files import publish_file
 from ochat_train.launch.commands import Commands, say
 from ochat_train.launch.nodes import count_gpus, find_nodes
+from ochat_train.launch.steps import launch
 from ochat_train.recipe import parse_arguments, recipe_arguments, to_json
 from ochat_train.report.page import as_html, as_text
 
@@ -51,6 +52,7 @@ def ablate(ablation: Ablation) -> Path:
     num_processes = int(os.environ.get("NUM_GPUS") or count_gpus() or 2)  # as launch starts them
     runs = {(arm, seed): ablation.settle(arm, seed, num_processes) for seed in seeds for arm in arms}
     recipes = {place: ablation.load(words) for place, words in runs.items()}
+    examined: set[str] = set()
     for number, (place, words) in enumerate(runs.items(), start=1):
         arm, seed = place
         about = f"run {number} of {len(runs)}: {ARMS[arm].about}, seed {seed}"
@@ -58,7 +60,9 @@ def ablate(ablation: Ablation) -> Path:
             say(f"{about}: finished before")
             continue
         say(about)
-        commands.require(["ochat_train.launch", ablation.path, *words])
+        # The seeds of an arm differ in nothing that preprocessing or doctor sees.
+        launch([ablation.path, *words], is_examined=arm in examined)
+        examined.add(arm)
     results = read_results(ablation, recipes)
     with publish_file(folder / "ablation.json") as file:
         claims = {measure: claim(results, measure) for measure in measures_of(results)}
