@@ -120,8 +120,9 @@ if [ "$1" = test ]; then
   set_up test
   install_smollm2
   cd "$root"
-  # Two at a time; a file's tests share what they set up.
-  exec "$python" -m pytest -n 2 --dist loadfile "$@"
+  unset PYTHONDONTWRITEBYTECODE  # which containers set, and each of the many processes would compile all modules again
+  # Two at a time, in the order of tests/conftest.py; a file's tests share what they set up.
+  exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 fi
 
 # ---- A recipe from its dump to a model ----

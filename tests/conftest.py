@@ -19,6 +19,18 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files that take longest, by name: together with tests/e2e they come first, so that no process works alone at the end.
+LONGEST = ("gpu_kit", "ablate", "wheel", "style", "soak", "init", "launch", "docs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, then the other long files, then the rest in the order in which it was found."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return 0 if item.path.parent.name == "e2e" else 1 if name in LONGEST else 2
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def add_adapters(
     if kind.quantise_on is not None:
         quantise(lm, kind.quantise_on)
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=kind.dora, use_rslora=kind.rslora)  # type: ignore[arg-type]  # alpha may be a fraction
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=kind.dora, use_rslora=kind.rslora)
     # In a list, where peft sees no configuration: else it would adapt a mixture's experts in place of the shared ones.
     inject_adapter_in_model(config, nn.ModuleList([lm]))
     for parameter in lm.parameters():
@@ -230,7 +230,7 @@ def save_adapter(
         tables = [table for table in tables if plain.get_submodule(table) is embedding]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # may be a fraction
+        lora_alpha=alpha,
         target_modules=_shortest(layers, plain),
         trainable_token_indices={table: row_ids_of(weights) for table in tables} or None,
         use_dora=any(name.endswith(_M) for name in weights),
