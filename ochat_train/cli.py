@@ -9,7 +9,8 @@ import difflib
 import os
 import runpy
 import sys
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ochat_train import __version__
 
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def _complete() -> None:
-    """Answer the shell, which asks through `register-python-argcomplete ochat`: words, shipped recipes, files."""
+    """Answer the shell, which asks through `register-python-argcomplete ochat`: words, options, recipes, files."""
     import argparse
 
     import argcomplete
@@ -68,10 +69,32 @@ def _complete() -> None:
     from ochat_train.recipe.shipped import shipped_recipes
 
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("word", choices=WORDS)
-    arguments = parser.add_argument("arguments", nargs="*")
-    arguments.completer = argcomplete.ChoicesCompleter(shipped_recipes())  # type: ignore[attr-defined]
+    words = parser.add_subparsers()
+    for name, word in WORDS.items():
+        found = words.add_parser(name)
+        if name in os.environ["COMP_LINE"].split() and not word.arguments:
+            for option, settings in _find_options(word.module).items():
+                found.add_argument(option, **settings)
+        arguments = found.add_argument("arguments", nargs="*")
+        arguments.completer = argcomplete.ChoicesCompleter(shipped_recipes())  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
+
+
+def _find_options(module: str) -> dict[str, dict[str, Any]]:
+    """The options in a module's source, for the parsers are made in mains, whose imports take seconds."""
+    import ast
+
+    path = Path(__file__).parent.joinpath(*module.split("."))
+    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    options = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(
+                func=ast.Name(id="add") | ast.Attribute(attr="add_argument"), args=[ast.Constant(value=str(option))]
+            ) if option.startswith("--"):
+                kept = (keyword for keyword in node.keywords if keyword.arg in ("action", "nargs", "choices"))
+                options[option] = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in kept}
+    return options
 
 
 if __name__ == "__main__":

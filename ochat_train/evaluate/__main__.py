@@ -122,10 +122,9 @@ def _add_table(commands: Any) -> None:
     )
     table.add_argument("--judge", required=True, metavar="URL", help="http://HOST/v1 of the judge")
     table.add_argument("--judge-model", required=True, metavar="M", help="the judge's name there")
-    for flag, what in (("questions", "(those of installed packages)"), ("baseline", "answers to compare with")):
-        table.add_argument(
-            f"--{flag}", nargs="+", action="extend", default=[], metavar="BENCHMARK=FILE", help=f"{what}; mt-bench=FILE"
-        )
+    files: Any = {"nargs": "+", "action": "extend", "default": [], "metavar": "BENCHMARK=FILE"}
+    table.add_argument("--questions", help="(those of installed packages); mt-bench=FILE", **files)
+    table.add_argument("--baseline", help="answers to compare with; mt-bench=FILE", **files)
     table.add_argument("--references", type=Path, metavar="F", help="right answers for MT-bench, as FastChat has them")
     table.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="folder of all that is written (evaluation)"
