@@ -21,7 +21,7 @@ With a recipe, such as recipes/quickstart.yaml, it takes these steps in the curr
   6. report run: the result, also as a page
 
 key=value overrides any key of the recipe: train.epochs=1 checkpoint.dir=runs/second
-Other commands, such as python -m ochat_train.preprocess --dry-run RECIPE, run after: source .venv/bin/activate
+Other commands, such as ochat preprocess --dry-run RECIPE, run after: source .venv/bin/activate
 
 Ctrl-C, SIGTERM or SIGUSR1 lets training finish its step and save: exit code 75, and the same command goes on from
 there. A second one stops at once.

@@ -1,6 +1,6 @@
 """A checkpoint to a Hugging Face model that everything else can load.
 
-python -m ochat_train.export [--adapter] CHECKPOINT OUT | --best RUN OUT | --average K RUN OUT
+ochat export [--adapter] CHECKPOINT OUT | --best RUN OUT | --average K RUN OUT
 """
 
 import argparse

@@ -503,7 +503,7 @@ class Trainer:
             self.metrics.evaluation(state.step, state.epoch, by_condition, probe, checks, is_epoch_end=is_epoch_end)
         except Interrupted:
             self.is_stopping = True
-            later = f"python -m ochat_train.evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"
+            later = f"ochat evaluate held-out {run.dir / 'model'} {run.recipe.data.store} does it"
             later += ", without the checks" if run.asked else ""
             later = later if is_finished else "the same command begins with it"
             say(self.world, f"step {state.step}: the evaluation was left on request; {later}")

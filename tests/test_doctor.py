@@ -135,7 +135,7 @@ def test_problems_are_listed_at_the_end_with_their_remedies(
     assert code == 1
     end = text.partition("2 problem(s):\n")[2]
     assert re.search(r"- port: MASTER_PORT 'none' is not a number.*\n    remedy: set MASTER_PORT", end)
-    assert re.search(r"- store: data\.store .*none does not exist yet\n    remedy: run python -m ochat_train", end)
+    assert re.search(r"- store: data\.store .*none does not exist yet\n    remedy: run ochat preprocess", end)
 
 
 def test_a_mistake_in_the_command_is_told_before_anything_is_imported(

@@ -225,7 +225,7 @@ def test_the_extra_gpu_is_installed_with_an_nvidia_gpu_into_an_environment_that_
         shutil.copy(ROOT / name, root / name)
     assert (
         "installing ochat_train[lora,gpu] into"
-        in bench.start("model.lora.rank=8", script=root / "launch.sh").communicate(timeout=60)[0]
+        in bench.start("model.lora.rank=8", script=root / "launch.sh").communicate(timeout=HANG_S)[0]
     )
 
 

@@ -415,7 +415,7 @@ def test_the_best_epoch_is_the_one_with_the_lowest_loss_at_its_end(tmp_path: Pat
     lost = "The better model was not kept; checkpoint.models.every_epochs=1 keeps one of each epoch."
     assert f"{sentence} {lost}" in joined(as_text(found))
     save(run, "step-00000120")
-    got = f"Get the better model by python -m ochat_train.export {run}/step-00000120 OUT."
+    got = f"Get the better model by ochat export {run}/step-00000120 OUT."
     assert f"{sentence} {got}" in joined(as_summary(read_run(run)))
     save(run, "models/step-00000120")
     found = read_run(run)

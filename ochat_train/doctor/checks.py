@@ -396,7 +396,7 @@ def check_steps(case: Case) -> Finding:
         rate = case.tokens_per_s
         origin = "as measured on the micro-batch above, without optimizer and communication"
     else:
-        remedy = "train a few steps with train.max_steps=20, or python -m ochat_train.report plan RECIPE tokens_per_s=X"
+        remedy = "train a few steps with train.max_steps=20, or ochat report plan RECIPE tokens_per_s=X"
         return Finding("warning", f"{steps}; hours are not known, since no speed was measured", remedy)
     seconds = table.num_tokens / (rate * num_processes)
     duration = f"{timedelta(seconds=round(seconds))} ({seconds * num_processes / 3600:.3g} GPU hours)"
@@ -466,7 +466,7 @@ class Check(NamedTuple):
     is_long: bool = False
 
 
-_PREPROCESS = "run python -m ochat_train.preprocess with this recipe"
+_PREPROCESS = "run ochat preprocess with this recipe"
 _TOKENIZER = "name a template that fits the base, or a tokenizer that is there"
 _MODEL = "name a model that is there, or correct model.config"
 _ATTENTION = "follow the message, set model.attention: auto, or take another model"

@@ -1,6 +1,6 @@
 """Measure a trained model: its prompts, held-out loss, MT-bench and AlpacaEval, a judge's table, lm-eval.
 
-python -m ochat_train.evaluate prompts MODEL STORE | held-out MODEL STORE
+ochat evaluate prompts MODEL STORE | held-out MODEL STORE
     | answer BENCHMARK MODEL_OR_URL OUT [flags of serve] | compare BENCHMARK FIRST SECOND --judge URL
     | table MODEL_OR_URL ... --judge URL --judge-model NAME [flags of serve] | lm-eval MODEL_OR_URL TASK ...
 """

@@ -1,4 +1,4 @@
-"""What preprocessing does to one record, stage by stage: `python -m ochat_train.preprocess --explain ID RECIPE`."""
+"""What preprocessing does to one record, stage by stage: `ochat preprocess --explain ID RECIPE`."""
 
 import json
 import re

@@ -252,7 +252,7 @@ def check_moved(recipe: Recipe, manifest: Manifest) -> None:
             f"token store {recipe.data.store} was made from other paths (was -> is):\n  "
             + "\n  ".join(moved)
             + f"\n{gone[0] if gone else 'The files there hold something else'}. Go back to the old paths, or run "
-            "python -m ochat_train.preprocess with this recipe first."
+            "ochat preprocess with this recipe first."
         )
 
 

@@ -1,4 +1,4 @@
-"""What dumps hold, to write a recipe by: `python -m ochat_train.preprocess --fields PATH ...`."""
+"""What dumps hold, to write a recipe by: `ochat preprocess --fields PATH ...`."""
 
 import json
 from collections import Counter

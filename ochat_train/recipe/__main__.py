@@ -1,9 +1,9 @@
 """One recipe, resolved.
 
-python -m ochat_train.recipe RECIPE [key=value ...]     print the resolved recipe
-python -m ochat_train.recipe RECIPE --key optim.lr      print one value
-python -m ochat_train.recipe --schema                   print the JSON schema, for editors
-python -m ochat_train.recipe --list                     print a line for each shipped recipe
+ochat recipe RECIPE [key=value ...]     print the resolved recipe
+ochat recipe RECIPE --key optim.lr      print one value
+ochat recipe --schema                   print the JSON schema, for editors
+ochat recipes                           print a line for each shipped recipe
 """
 
 import argparse

@@ -260,7 +260,7 @@ def _changed_weights(recipe: Recipe, manifest: Manifest) -> dict[str, tuple[floa
         if not source.weight or not old["weight"]:  # preprocess leaves out what has no weight
             raise ValueError(
                 f"data.sources.{number}.weight: {old['weight']:g} -> {source.weight:g}, which cannot be tried on the "
-                "store: the examples of a source of weight 0 are not in it. Run python -m ochat_train.preprocess with "
+                "store: the examples of a source of weight 0 are not in it. Run ochat preprocess with "
                 "this recipe first."
             )
         changed[source.name] = old["weight"], source.weight

@@ -67,7 +67,7 @@ def _kept(report: RunReport, step: int) -> str:
     if "model" in kept:
         return f"The better model is {report.path}/{kept['model']}."
     if "checkpoint" in kept:
-        return f"Get the better model by python -m ochat_train.export {report.path}/{kept['checkpoint']} OUT."
+        return f"Get the better model by ochat export {report.path}/{kept['checkpoint']} OUT."
     return "The better model was not kept; checkpoint.models.every_epochs=1 keeps one of each epoch."
 
 

@@ -137,7 +137,7 @@ def read_store(store: Path) -> StoreReport:
     """
     manifest = read_manifest(store)
     if manifest is None:
-        raise ValueError(f"no complete token store at {store}; make it with python -m ochat_train.preprocess RECIPE")
+        raise ValueError(f"no complete token store at {store}; make it with ochat preprocess RECIPE")
     data = manifest.made_from["data"]
     records, split_ids = _read_ledger(store / "ledger.parquet", manifest.sources)
     is_held_out = set(manifest.sources) - set(manifest.trained_sources)

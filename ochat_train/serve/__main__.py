@@ -1,6 +1,6 @@
 """A trained model on an OpenAI-compatible API, prompted exactly as it was trained.
 
-python -m ochat_train.serve MODEL [--host HOST] [--port PORT] [--api-keys K ...] [--condition C] [--ui] [engine flags]
+ochat serve MODEL [--host HOST] [--port PORT] [--api-keys K ...] [--condition C] [--ui] [engine flags]
 """
 
 import argparse

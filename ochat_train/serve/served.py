@@ -136,7 +136,7 @@ def _find_export(path: Path) -> tuple[Path, dict[str, Any]]:
         if metadata is not None:
             return folder, metadata
     checkpoints = sorted(path.glob(STEP_FOLDERS))
-    remedy = f"python -m ochat_train.export {checkpoints[-1]} OUT makes one" if checkpoints else "name another folder"
+    remedy = f"ochat export {checkpoints[-1]} OUT makes one" if checkpoints else "name another folder"
     raise ValueError(f"{path} holds no exported model, for {METADATA_FILE} is not there; {remedy}")
 
 

@@ -127,8 +127,8 @@ def read_manifest(path: str | Path) -> Manifest | None:
     is_older = digest is None and fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION  # and has no digest
     if digest != _digest(fields) and not is_older:
         raise StoreDamaged(
-            f"token store {path} is damaged: manifest.json does not agree with its own digest; run python -m "
-            "ochat_train.preprocess with its recipe, which makes it anew"
+            f"token store {path} is damaged: manifest.json does not agree with its own digest; run "
+            "ochat preprocess with its recipe, which makes it anew"
         )
     if fields["format_version"] != FORMAT_VERSION:
         return None
@@ -178,7 +178,7 @@ class TokenStore:
     def __init__(self, path: str | Path, split: Split = "train", loss: LossForm = "token") -> None:
         manifest = read_manifest(path)
         if manifest is None:
-            raise ValueError(f"no complete token store at {path}; make it with python -m ochat_train.preprocess RECIPE")
+            raise ValueError(f"no complete token store at {path}; make it with ochat preprocess RECIPE")
         check_sizes(Path(path), manifest.files)
         self.manifest, self.loss = manifest, loss
         folder = Path(path) / split

@@ -84,6 +84,6 @@ def _read_blocks(file: Path, numbers: range | None = None) -> Iterator[tuple[int
 
 def _damaged(store: Path, name: str, what: str) -> StoreDamaged:
     return StoreDamaged(
-        f"token store {store} is damaged: {name} {what}; run python -m ochat_train.preprocess with its recipe, which "
+        f"token store {store} is damaged: {name} {what}; run ochat preprocess with its recipe, which "
         "makes it anew, or copy the file again"
     )

@@ -37,7 +37,7 @@ def check_store(recipe: Recipe, manifest: Manifest, tokenizer: ChatTokenizer) ->
         raise ValueError(
             f"token store {recipe.data.store} was made for another recipe (was -> is):\n  "
             + "\n  ".join(wrong)
-            + "\nRun python -m ochat_train.preprocess with this recipe first."
+            + "\nRun ochat preprocess with this recipe first."
         )
 
 

@@ -198,7 +198,7 @@ def test_an_evaluation_hears_a_stop_and_is_made_when_the_run_goes_on(recipe_path
         ([0, 0], [0, 2], ["step-00000002", "step-00000003"]),  # it was the last step, and the model is exported
     ]
     assert (run / "model").is_dir()
-    assert f"python -m ochat_train.evaluate held-out {run / 'model'} {tmp_path / 'store'} does it" in ended[0][1]
+    assert f"ochat evaluate held-out {run / 'model'} {tmp_path / 'store'} does it" in ended[0][1]
 
 
 def test_a_second_signal_ends_the_process_at_once(recipe_path: Path, tmp_path: Path) -> None:
