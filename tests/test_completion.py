@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ochat_train.cli import WORDS
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[1]
 # What a TAB does: the function that `complete` names, with the line, the place and its words.
@@ -36,7 +37,7 @@ def complete(typed: str, folder: Path) -> set[str]:
         (folder / "python").chmod(0o755)
     variables = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [shutil.which("bash") or "bash", "--norc", "-c", TAB, "bash", typed]
-    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=True)
     assert not done.stderr
     return set(done.stdout.split())
 

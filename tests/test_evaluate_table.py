@@ -23,6 +23,7 @@ from ochat_train.tokens.tokenizer import load_tokenizer
 from tests.chat_model import write_chat_model
 from tests.chat_server import ROOT
 from tests.chat_stub import Stub
+from tests.waiting import wait_until
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Again, in capitals."]},
@@ -137,10 +138,8 @@ def test_a_killed_table_goes_on_and_asks_nothing_twice(questions: Path, baseline
         process = subprocess.Popen(
             [sys.executable, "-m", "ochat_train.evaluate", "table", *command], cwd=ROOT, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 60
-        while len(judge.asked) < 4:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: len(judge.asked) >= 4 or process.poll() is not None)
+        assert process.poll() is None
         process.kill()
         process.wait()
         time.sleep(0.2)
