@@ -244,6 +244,7 @@ class Trainer:
         ):
             resumed = None if run.resumed is None else run.resumed.path.name
             self.metrics.start(self.state.step, self.state.epoch, resumed=resumed, about=self.about)
+            self.checker.try_out()
             if (self.state.step == 0 or self.is_evaluation_due()) and not self.is_evaluated():
                 self.evaluate()
             self.keep_best()

@@ -18,7 +18,8 @@ from ochat_train.recipe import CheckSection
 from ochat_train.tokens.leaks import find_leaks
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
-from ochat_train.training.engine import World, join_process_group
+from ochat_train.training.checks import Checker
+from ochat_train.training.engine import Failed, World, join_process_group
 from ochat_train.training.generate import Answer, GreedyDecoder, Prompt
 from ochat_train.training.interval import wilson_interval
 from ochat_train.training.questions import encode_questions, read_checks, score_answer
@@ -202,3 +203,20 @@ def test_answers_are_those_of_each_prompt_alone_without_a_cache(
     assert sum(counts) == len(prompts) and len({answer.text for answer in expected.values()}) > 4
     assert packed.training and before[:2] == (base_of(lm).config._attn_implementation, lm.generation_config)
     assert before[2] == [module.forward for module in lm.modules()]
+
+
+def test_a_model_that_does_not_generate_ends_the_run_before_its_first_step(
+    tmp_path: Path, quickstart: ChatTokenizer
+) -> None:
+    join_process_group(ALONE)
+    config = AutoConfig.for_model(**SMALL | FAMILIES["llama"], vocab_size=quickstart.num_ids, dtype="float32")
+    lm = auto_class(config).from_config(config)
+    packed = PackedCausalLM(lm, attention="sdpa", device_type="cpu", checkpointing="none", num_conditions=1)
+    checks = read_checks([section(write_questions(tmp_path, {"question": "Hi", "answer": "12"}), "exact_match")])
+    asked = encode_questions(checks, quickstart, ["GPT4"], max_positions=512)
+    checker = Checker(asked, GreedyDecoder(packed, quickstart, 100, ALONE), tmp_path)
+    checker.try_out()
+    lm.set_input_embeddings(torch.nn.Embedding(2, SMALL["hidden_size"]))  # the first token of a prompt is not in it
+    with pytest.raises(Failed, match=r"eval.checks: .* \(IndexError: .*\); eval.checks=\[\] trains without"):
+        checker.try_out()
+    assert packed.training and not list(tmp_path.glob("step-*"))

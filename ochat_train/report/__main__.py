@@ -62,8 +62,11 @@ def report_run(options: argparse.Namespace) -> str:
     """The report of a run as text: all of it, or what matters most, with the path of the page written."""
     report = read_run(options.run)
     if report.recipe and any(folder.path == "model" for folder in report.saved):
-        replies = generate_replies(options.run / "model", report.question, report.conditions)
-        report = replace(report, replies=replies)
+        try:
+            replies = generate_replies(options.run / "model", report.question, report.conditions)
+            report = replace(report, replies=replies)
+        except Exception as error:  # of any kind: it is that of the model's code; the rest of the report stands
+            print(f"WARNING: log.question is not answered, the model does not generate: {error!r}", file=sys.stderr)
     if options.text:
         return as_text(run_document(report))
     page: Path = options.out or options.run / "report.html"

@@ -12,8 +12,9 @@ from ochat_train.files import publish_file, step_name
 from ochat_train.tokens.leaks import find_leaks
 from ochat_train.tokens.store import TokenStore
 from ochat_train.tokens.tokenizer import ChatTokenizer
-from ochat_train.training.engine import gather_objects
+from ochat_train.training.engine import Failed, gather_objects
 from ochat_train.training.generate import GreedyDecoder, Prompt
+from ochat_train.training.held_out import Interrupted
 from ochat_train.training.interval import wilson_interval
 from ochat_train.training.questions import Asked, first_question, score_answer
 
@@ -63,6 +64,22 @@ class Checker:
     asked: Sequence[Asked]
     decoder: GreedyDecoder
     folder: Path
+
+    def try_out(self) -> None:
+        """Generate a token for the first question, on all ranks together. Raises Failed where the model cannot."""
+        if not self.asked:
+            return
+        error = None
+        try:
+            list(self.decoder.answers([Prompt(self.asked[0].prompt, 1)], lambda _: None))
+        except Interrupted:  # on all ranks; the loop hears the stop, too
+            return
+        except Exception as caught:  # of any kind: it is that of the model's code
+            error = f"{type(caught).__name__}: {caught}".partition("\n")[0]
+        if errors := [text for text in gather_objects(error) if text is not None]:
+            raise Failed(
+                f"eval.checks: the model does not generate answers ({errors[0]}); eval.checks=[] trains without checks"
+            )
 
     def run(self, step: int) -> dict[str, Any] | None:
         """The scores, {check: {condition: fields of CheckScore}}, on every rank; None without checks.
