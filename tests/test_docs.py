@@ -516,6 +516,9 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
     assert built.returncode == 0, built.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) == len(PAGES)  # 404.html is there, README.md is not
+    drawn = (tmp_path / "design/index.html").read_text()
+    arrows = [line for line in fences(DESIGN.read_text(), "mermaid")[0].splitlines() if "->" in line]
+    assert drawn.count("url(#arrow)") == len(arrows) and "graph TD" not in drawn and "flowchart" not in drawn
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?([^\" >]+)", page.read_text())
         assert loaded and not [url for url in loaded if re.match(r"(https?:)?//", url)], page
