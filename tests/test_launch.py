@@ -59,7 +59,8 @@ RECIPE: dict[str, Any] = {
     "train": {"epochs": 1},
 }
 PORT = 4321  # that the launch finds free
-HOLD = f"""printf '{{"host":"%s","pid":%s,"started":"now","port":"{PORT}"}}' "$(uname -n)" "$$" >"$HERE/run/lock"\n"""
+HOLD = f"""printf '{{"host":"%s","pid":%s,"launch":%s,"port":"%s"}}' "$(uname -n)" "$$" \\"$OCHAT_LAUNCH\\" {PORT} \
+ >"$HERE/run/lock"\n"""
 # In naps, since bash hears a signal only between them; so long that a launch that waits for its end hangs.
 WAIT = "echo ready; for i in $(seq 36000); do sleep 0.1; done; exit 3\n"
 
@@ -373,10 +374,14 @@ def test_a_signal_does_not_reach_another_run_in_the_same_folder(bench: Bench) ->
         other.wait()
 
 
-def test_a_run_that_took_the_folder_first_outlives_the_launch_that_it_refuses(bench: Bench) -> None:
-    """It takes it after the launch has looked whether there is a run, and has another port."""
-    other = HOLD.replace(f'"{PORT}"', '"5678"') + WAIT
-    bench.script("other", other)
+@pytest.mark.parametrize(
+    ("launch", "port"), [('\\"another\\"', PORT), ("null", 5678)], ids=["on the same port", "reached by ssh"]
+)
+def test_a_run_that_took_the_folder_first_outlives_the_launch_that_it_refuses(
+    bench: Bench, launch: str, port: int
+) -> None:
+    """It takes it after the launch has looked whether there is a run."""
+    bench.script("other", HOLD.replace('\\"$OCHAT_LAUNCH\\"', launch).replace(f"{PORT}", f"{port}") + WAIT)
     start = 'setsid bash "$HERE/other" >/dev/null 2>&1 &'
     bench.script("train", start + ' until [ -s "$HERE/run/lock" ]; do sleep 0.1; done; exit 1')
     code, output = bench.launch()

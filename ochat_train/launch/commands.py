@@ -1,6 +1,7 @@
 """Commands run one after the other, and what a signal does to the one that runs."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ STOPPED = 75  # the exit code of what was asked to stop and can go on; training 
 # HUP too: when a terminal is closed, the system signals this process alone.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_S = 0.2
+LAUNCH = "OCHAT_LAUNCH"  # the variable that names a launch for the processes that it starts; RUN/lock has it
 
 
 def say(message: str) -> None:
@@ -51,6 +53,7 @@ class Commands:
         self._run_dir = run_dir
         self._lock_before: bytes | None = None  # RUN/lock before training was started; None: nothing trains
         self._port = 0  # on which the processes of training meet
+        os.environ[LAUNCH] = secrets.token_hex(8)
         self._at_once = signal.SIGKILL
         self._process: subprocess.Popen[bytes] | None = None  # the newest one
         for number in _SIGNALS:
@@ -158,8 +161,10 @@ class Commands:
             return None
         with suppress(ValueError, KeyError):  # it is being written
             held = orjson.loads(lock)
-            # Another run may have taken the folder after this one was started: it meets on another port.
-            return MainProcess(held["host"], held["pid"]) if held["port"] == str(self._port) else None
+            # Another run may have taken the folder after this one was started. It has another name of its launch, and
+            # where the launcher reached its process by ssh, without this environment, it meets on another port.
+            is_ours = held["launch"] in (None, os.environ[LAUNCH]) and held["port"] == str(self._port)
+            return MainProcess(held["host"], held["pid"]) if is_ours else None
         return None
 
 

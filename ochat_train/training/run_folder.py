@@ -77,9 +77,9 @@ def _locked(path: Path, mark: Path) -> Iterator[None]:
         except OSError as error:  # not all network file systems can lock
             print(f"warning: {path} cannot be locked ({error.strerror}): start no second run in it", flush=True)
         lock.truncate(0)
-        # The port is the one on which this run's processes meet: by it a launch knows its own run.
-        port = os.environ.get("MASTER_PORT")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": utc_now(), "port": port}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": utc_now()}
+        # By these a launch knows its own run; on the port this run's processes meet.
+        holder |= {"launch": os.environ.get("OCHAT_LAUNCH"), "port": os.environ.get("MASTER_PORT")}
         lock.write(orjson.dumps(holder))
         lock.flush()
         yield
