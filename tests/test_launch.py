@@ -177,6 +177,7 @@ def test_a_recipe_that_was_examined_is_only_trained_and_reported(bench: Bench, m
             called.append(module[0])
 
     monkeypatch.setattr(steps, "Commands", Noted)
+    monkeypatch.setattr(steps, "training_command", lambda *_: None)  # it sets variables of this process
     monkeypatch.setattr(steps, "train_with_restarts", lambda *_: called.append("train") or 0)
     steps.launch([str(bench.here / "recipe.yaml")], is_examined=True)
     assert called == ["train", "ochat_train.report"]

@@ -47,9 +47,10 @@ class Commands:
     stop, and ends any other command; the second one stops at once.
     """
 
+    _num_received = 0  # by this process; a signal just before the next run of an ablation is not lost
+
     def __init__(self, run_dir: Path) -> None:
         self.num_signals = 0  # how many were acted upon
-        self._num_received = 0
         self._run_dir = run_dir
         self._lock_before: bytes | None = None  # RUN/lock before training was started; None: nothing trains
         self._port = 0  # on which the processes of training meet
@@ -60,7 +61,7 @@ class Commands:
             signal.signal(number, self._receive)
 
     def _receive(self, *_: object) -> None:
-        self._num_received += 1  # acted upon where the command that runs is known
+        Commands._num_received += 1  # acted upon where the command that runs is known
 
     def require(self, module: Sequence[str]) -> None:
         """Run a module of Python with its arguments, and exit with its code unless that is 0."""
