@@ -771,6 +771,20 @@ def test_the_model_replies_where_there_is_one(
         assert reply in page
 
 
+def test_a_model_that_does_not_reply_is_named_and_the_report_is_made(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate_replies(*_: Any) -> dict[str, str]:
+        raise NotImplementedError("no cache")
+
+    monkeypatch.setattr(report, "generate_replies", generate_replies)
+    save(run, "model")
+    report.main(["run", str(run)])
+    printed = capsys.readouterr()
+    assert "log.question is not answered" in printed.err and "no cache" in printed.err
+    assert f"model: {run}/model" in printed.out and (run / "report.html").exists()
+
+
 def test_a_report_without_a_model_loads_no_torch(run: Path) -> None:
     script = (
         "import sys\nimport ochat_train.report.__main__ as report\nreport.main(sys.argv[1:])\n"
