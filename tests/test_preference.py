@@ -63,7 +63,7 @@ def test_the_pages_commands_make_the_conditions_and_weights_of_the_recipe(
     (command,) = [line for line in page.splitlines() if "model.config.model_type=llama" in line]
     main(["--fields", "dumps/pairs.jsonl"])
     assert 'preference (of an answer)           6  "chosen" 3, "rejected" 3' in capsys.readouterr().out
-    main(command.split()[3:])
+    main(command.split()[2:])
     said = capsys.readouterr().out
     assert "dumps/pairs.jsonl: JSON lines, prompt / chosen + rejected: 3 records\n" in said
     assert "3 records are 6 conversations, which are counted here\n" in said
