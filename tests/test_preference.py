@@ -76,10 +76,10 @@ def test_the_pages_commands_make_the_conditions_and_weights_of_the_recipe(
     assert found[f"{place}/chosen"] == ("Good", {1.0})
     assert found[f"{place}/rejected"] == ("Bad", {float(np.float32(0.1))})
     assert [(row["conversation"], row["source"]) for row in ledger_of(store)] == [(1, "chosen"), (2, "rejected")] * 3
-    main(["--explain", f"{place}/rejected", *command.split()[3:]])
+    main(["--explain", f"{place}/rejected", *command.split()[2:]])
     said = capsys.readouterr().out
     assert "== conversation 2 of 2: " in said and "conversation 1 of 2" not in said
-    main(["--explain", place, *command.split()[3:]])
+    main(["--explain", place, *command.split()[2:]])
     assert capsys.readouterr().out.count("== in the store: 1 example(s)") == 2
 
 
