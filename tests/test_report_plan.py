@@ -201,7 +201,7 @@ def test_a_weight_of_nothing_cannot_be_tried(recipe: Path, tmp_path: Path) -> No
 
 
 def test_a_store_of_another_recipe_is_refused_as_training_refuses_it(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"(?s)made for another recipe.*data\.max_tokens: 256 -> 128\nRun ochat preprocess"):
+    with pytest.raises(ValueError, match=r"(?s)made for another recipe.*data\.max_tokens: 256 -> 128\nRun ochat"):
         one(recipe, "data.max_tokens=128", "data.sources.1.weight=0.4")
     with pytest.raises(ValueError, match=r"was made for another recipe.*\n  template:"):
         one(recipe, "template=chatml")
