@@ -60,6 +60,16 @@ def quickstart_chatml() -> ChatTokenizer:
     return load_tokenizer(str(ROOT / "data/quickstart_tokenizer"), TEMPLATES["chatml"])
 
 
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """A launch in this process sets DS_ACCELERATOR for its commands, which is not for the tests that follow."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ |= before
+
+
 @pytest.fixture
 def keep_signal_handlers() -> Iterator[None]:
     """The `main` of preprocess sets its own handler for SIGTERM, which is not for pytest."""
