@@ -640,8 +640,10 @@ def test_what_is_too_large_for_a_cpu_is_left_out_with_the_reason(
     assert "FLOP are above 1e+00" in fullest(recipe).detail
 
 
-@pytest.mark.parametrize("lora", ["null", "{}"])
-@pytest.mark.parametrize(("vocab_size", "is_tied"), [(32_000, False), (32_000, True), (32_064, False), (31_000, False)])
+@pytest.mark.parametrize(
+    ("vocab_size", "is_tied", "lora"),
+    [(32_000, False, "{}"), (32_000, True, "null"), (32_064, False, "null"), (31_000, False, "{}")],
+)
 def test_a_base_of_any_vocabulary_is_examined_with_the_rows_that_training_gives_it(
     llama2: ChatTokenizer,
     tmp_path: Path,

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_kit import prepare, report, run
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.gpu_kit.{module}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * HANG_S)
 
 
 def test_every_stage_runs_on_a_cpu_and_is_in_the_summary(tmp_path: Path) -> None:

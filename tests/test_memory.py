@@ -86,8 +86,7 @@ def test_what_the_forward_pass_saves_is_what_is_counted(dtype: Dtype) -> None:
     assert sum(saved.values()) == pytest.approx(counted.kept + copies_on_cpu(dtype, "none"), rel=0.01)
 
 
-@EACH_DTYPE
-@pytest.mark.parametrize("policy", ["none", "every_2", "full"])
+@pytest.mark.parametrize(("dtype", "policy"), [("bfloat16", "none"), ("float32", "every_2"), ("float32", "full")])
 def test_the_peak_of_a_real_micro_batch_is_what_is_counted(dtype: Dtype, policy: str) -> None:
     measured = measure(real_model(llama(), dtype, policy), full_batch(NUM_TOKENS))
     counted = count_activations(llama(), num_tokens=NUM_TOKENS, dtype=dtype, checkpointing=policy)
@@ -97,12 +96,20 @@ def test_the_peak_of_a_real_micro_batch_is_what_is_counted(dtype: Dtype, policy:
     assert measured.peak == pytest.approx(counted.peak + copies, rel=0.05)
 
 
-@pytest.mark.parametrize("lora_rank", [None, 8], ids=["all weights", "adapters"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_model_has_the_counted_activations_under_each_policy(kind: str, lora_rank: int | None) -> None:
-    for policy in POLICIES:
+@pytest.mark.parametrize(
+    ("kind", "lora_rank"),
+    [(kind, None) for kind in KINDS] + [(kind, 8) for kind in ("llama, one head of keys", "qwen3", "gemma2", "phi3")],
+)
+def test_each_kind_of_model_has_the_counted_activations(kind: str, lora_rank: int | None) -> None:
+    for policy in ("none", "every_2"):
         assert abs(compare(small(kind), "float32", policy, lora_rank=lora_rank).error) < 0.01, policy
-    assert abs(compare(small(kind), "bfloat16", "every_2", lora_rank=lora_rank, num_tokens=300).error) < 0.01
+
+
+@pytest.mark.parametrize("lora_rank", [None, 8], ids=["all weights", "adapters"])
+def test_each_policy_has_the_counted_activations(lora_rank: int | None) -> None:
+    for policy in POLICIES:
+        assert abs(compare(llama(), "float32", policy, lora_rank=lora_rank).error) < 0.01, policy
+    assert abs(compare(llama(), "bfloat16", "every_2", lora_rank=lora_rank, num_tokens=300).error) < 0.01
 
 
 @EACH_DTYPE

@@ -36,7 +36,7 @@ from tests.e2e.harness import (
 
 # zero.stage and zero.offload of each kind of run.
 KINDS = {str(stage): [f"zero.stage={stage}"] for stage in range(4)} | {
-    f"{stage} offloaded": [f"zero.stage={stage}", "zero.offload=optimizer"] for stage in (1, 2, 3)
+    f"{stage} offloaded": [f"zero.stage={stage}", "zero.offload=optimizer"] for stage in (2, 3)
 }
 KINDS["2 with 8 bits"] = ["zero.stage=2", "optim.algorithm=adamw_8bit"]
 STAGES = (1, 3)
@@ -67,7 +67,7 @@ def runs(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     first = [run(f"whole {kind}", 6, *options) for kind, options in KINDS.items()]
     first += [run(f"parted {kind}", 3, *options) for kind, options in KINDS.items()]
-    first += [run(f"every_2 {stage}", 6, f"zero.stage={stage}", "model.checkpointing=every_2") for stage in range(4)]
+    first += [run(f"every_2 {stage}", 6, f"zero.stage={stage}", "model.checkpointing=every_2") for stage in STAGES]
     first += [run("2 to 3", 2, "zero.stage=2"), run("3 to 2", 2, "zero.stage=3")]
     train_several(recipe_path, *first)
     alone = ["packing.grad_accum=4"]  # as many micro-batches a step as two processes with two each
@@ -101,7 +101,7 @@ def test_three_steps_and_three_in_a_new_process_equal_six(runs: Path, kind: str)
     _assert_same_run(runs / f"parted {kind}", runs / f"whole {kind}")
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_checkpointing_changes_no_bit_of_a_run(runs: Path, stage: int) -> None:
     _assert_same_run(runs / f"every_2 {stage}", runs / f"whole {stage}")
     (start,) = events(runs / f"every_2 {stage}", "start")
