@@ -70,23 +70,28 @@ def _complete() -> None:
 
     parser = argparse.ArgumentParser(add_help=False)
     words = parser.add_subparsers()
+    typed = set(os.environ["COMP_LINE"].split())
     for name, word in WORDS.items():
         found = words.add_parser(name)
-        if name in os.environ["COMP_LINE"].split() and not word.arguments:
-            for option, settings in _find_options(word.module).items():
+        offered = list(shipped_recipes())
+        if name in typed and not word.arguments:
+            commands, options = _find_arguments(word.module)
+            if not typed & set(commands):
+                offered = commands or offered
+            for option, settings in options.items():
                 found.add_argument(option, **settings)
         arguments = found.add_argument("arguments", nargs="*")
-        arguments.completer = argcomplete.ChoicesCompleter(shipped_recipes())  # type: ignore[attr-defined]
-    argcomplete.autocomplete(parser)
+        arguments.completer = argcomplete.ChoicesCompleter(offered)  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser, always_complete_options=False)  # these come after a dash
 
 
-def _find_options(module: str) -> dict[str, dict[str, Any]]:
-    """The options in a module's source, for the parsers are made in mains, whose imports take seconds."""
+def _find_arguments(module: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The commands and options in a module's source, for the parsers are made in mains, whose imports take seconds."""
     import ast
 
     path = Path(__file__).parent.joinpath(*module.split("."))
     source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    options = {}
+    commands, options = [], {}
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         match node:
             case ast.Call(
@@ -94,7 +99,9 @@ def _find_options(module: str) -> dict[str, dict[str, Any]]:
             ) if option.startswith("--"):
                 kept = (keyword for keyword in node.keywords if keyword.arg in ("action", "nargs", "choices"))
                 options[option] = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in kept}
-    return options
+            case ast.Call(func=ast.Attribute(attr="add_parser"), args=[ast.Constant(value=str(command))]):
+                commands.append(command)
+    return commands, options
 
 
 if __name__ == "__main__":

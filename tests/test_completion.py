@@ -63,6 +63,9 @@ def test_the_options_of_each_word_are_completed(word: str, tmp_path: Path) -> No
         ("ochat preprocess quick", {"quickstart"}),
         ("ochat preprocess --dry-run quick", {"quickstart"}),
         ("ochat preprocess --engine r", {"ray"}),
+        ("ochat evaluate ", {"prompts", "held-out", "answer", "compare", "lm-eval", "table"}),
+        ("ochat report s", {"store"}),
+        ("ochat report plan quick", {"quickstart"}),
     ],
 )
 def test_words_recipes_and_choices_are_completed(typed: str, offered: set[str], tmp_path: Path) -> None:
