@@ -173,11 +173,10 @@ def batches_of_many_lengths() -> list[PackedBatch]:
 @pytest.mark.parametrize(
     ("model_type", "change", "checkpointing", "most_graphs"),
     [
-        ("llama", make_model, "full", 4),
         ("llama", lambda model_type: adapted(make_model(model_type)), "full", 4),
         ("gemma2", make_model, "none", 8),  # layers of two kinds
     ],
-    ids=["llama", "adapters", "gemma2"],
+    ids=["adapters", "gemma2"],
 )
 def test_compiled_layers_give_the_same_for_every_number_of_tokens_and_are_compiled_once(
     model_type: str, change: Callable[[str], PreTrainedModel], checkpointing: str, most_graphs: int
