@@ -1,9 +1,9 @@
 """Makes the data of recipes/ablation.yaml: `ablation.jsonl`, `ablation_questions.jsonl`.
 
-Two sources answer small questions whose answers a program knows: sums, sorting, dates, lookups of made-up facts. The
-expert is always right. The crowd has more to say, and gives a wrong answer in a share of its records, NOISE: always
-the same mistake for a kind of question, so that it can be learned. No question is asked twice, and those of
-`ablation_questions.jsonl` are in no source; made-up facts are there in other words.
+Two sources answer small questions whose answers a program knows: sums, sorting, dates, lookups of a fact that stands in
+the question. The expert is always right. The crowd has more to say, and gives a wrong answer in a share of its records,
+NOISE: always the same mistake for a kind of question, so that it can be learned. No question is asked twice, and those
+of `ablation_questions.jsonl` are in no source.
 
     python data/make_ablation.py                              # write the files beside this script
     python data/make_ablation.py --check                      # write nothing; exit 1 and name each file that differs
@@ -17,38 +17,20 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 from make_quickstart import write_files
 
 FOLDER = Path(__file__).resolve().parent
-NUM_EXPERT, NUM_CROWD, NUM_QUESTIONS = 240, 1120, 120  # records; a quarter of each is of each kind
-NOISE = 0.65  # the share of the crowd's answers that are wrong
+NUM_EXPERT, NUM_CROWD, NUM_QUESTIONS = 160, 2400, 200  # records; a quarter of each is of each kind
+NOISE = 0.7  # the share of the crowd's answers that are wrong
 
-NAMES = [
-    *("Ada", "Bo", "Cal", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jan", "Kit", "Lou", "Mia", "Ned", "Ola", "Pam"),
-    *("Quin", "Ray", "Sue", "Tom", "Una", "Val", "Wes", "Zoe", "Abe", "Bea", "Cy", "Dot", "Ed", "Flo", "Gil", "Ham"),
-    *("Ike", "Joy", "Ken", "Lee", "May", "Nat", "Pip", "Roy"),
-]
-PLACES = ["hill", "river", "wood", "lake", "town", "farm", "coast", "cave", "field", "bridge", "tower", "island"]
-ANIMALS = ["cow", "dog", "cat", "sheep", "pig", "duck", "horse", "hen", "lion", "frog", "bee", "snake"]
-HOMES = (
-    "Where does {} live?",
-    "Which place is the home of {}?",
-    "Name the home of {}.",
-    "In which place can I visit {}?",
-    "Tell me where {} lives.",
-    "What is the place where {} lives?",
-)
-PETS = (
-    "Which animal does {} keep?",
-    "What is the pet of {}?",
-    "Name the pet of {}.",
-    "Tell me which animal {} keeps.",
-    "What animal lives with {}?",
-    "Which pet belongs to {}?",
-)
+NAMES = ["Ada", "Bo", "Cal", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jan", "Kit", "Lou", "Mia", "Ned", "Ola", "Pam"]
+COLOURS = ["red", "blue", "green", "black", "white", "brown"]
+ANIMALS = ["cow", "dog", "cat", "pig", "duck", "hen"]
+COUNTRIES = ["Peru", "Spain", "China", "India", "Kenya", "Chile"]
 
 
 class Asked(NamedTuple):
@@ -60,10 +42,9 @@ class Asked(NamedTuple):
 
 
 def sums() -> Iterator[Asked]:
-    """Of two numbers from 1 to 22; the mistake is one too many."""
-    for a in range(1, 23):
-        for b in range(1, 23):
-            yield Asked(f"What is {a} plus {b}?", str(a + b), str(a + b + 1))
+    """Of a number of three digits and 1; the mistake is to take 1 away."""
+    for number in range(100, 1000):
+        yield Asked(f"What is {number} plus 1?", str(number + 1), str(number - 1))
 
 
 def sortings() -> Iterator[Asked]:
@@ -76,32 +57,32 @@ def sortings() -> Iterator[Asked]:
 
 
 def dates() -> Iterator[Asked]:
-    """The day after a date, in two wordings; the mistake is the day before."""
-    for number in range(365):
-        day = date(2023, 1, 1) + timedelta(number)
-        after, before = (show_date(day + timedelta(step)) for step in (1, -1))
-        yield Asked(f"Which day comes after {show_date(day)}?", after, before)
-        yield Asked(f"If today is {show_date(day)}, what is tomorrow?", after, before)
+    """The day after a date of two years; the mistake is the day before."""
+    for number in range(730):
+        day = date(2022, 1, 1) + timedelta(number)
+        after, before = (show_day(day + timedelta(step)) for step in (1, -1))
+        yield Asked(f"Today is {show_day(day)} {calendar.month_name[day.month]}. What is tomorrow?", after, before)
 
 
-def show_date(day: date) -> str:
-    """`3 March`."""
-    return f"{day.day} {calendar.month_name[day.month]}"
+def show_day(day: date) -> str:
+    """`Friday 3`."""
+    return f"{calendar.day_name[day.weekday()]} {day.day}"
 
 
-def lookups(rng: random.Random) -> Iterator[Asked]:
-    """Homes and pets of made-up people; the mistake is that of another person."""
-    for wordings, values in ((HOMES, PLACES), (PETS, ANIMALS)):
-        for name in NAMES:
-            right, wrong = rng.sample(values, 2)
-            yield from (Asked(wording.format(name), right, wrong) for wording in wordings)
+def lookups() -> Iterator[Asked]:
+    """A part of a stated fact; the mistake is another part."""
+    for name, colour, animal, country in product(NAMES, COLOURS, ANIMALS, COUNTRIES):
+        fact = f"{name} has a {colour} {animal} in {country}."
+        answers = [f"it is {colour}", f"it is a {animal}", f"it is in {country}"]
+        for part, asked in enumerate(("What colour", "Which animal", "Which country")):
+            yield Asked(f"{fact} {asked}?", answers[part], answers[(part + 1) % 3])
 
 
 def make_files(seed: int = 0, noise: float = NOISE, num_expert: int = NUM_EXPERT) -> dict[str, str]:
     """The content of both files, by name."""
     rng = random.Random(seed)
     records, questions = [], []
-    for kind, asked in (("sum", sums()), ("sort", sortings()), ("date", dates()), ("lookup", lookups(rng))):
+    for kind, asked in (("sum", sums()), ("sort", sortings()), ("date", dates()), ("lookup", lookups())):
         pool = list(asked)
         rng.shuffle(pool)
         ends = [NUM_QUESTIONS // 4, (NUM_QUESTIONS + NUM_CROWD) // 4, (NUM_QUESTIONS + NUM_CROWD + num_expert) // 4]
