@@ -1,6 +1,6 @@
 """When the expert's condition pays: the ablation over noise and size of the expert source, in a picture.
 
-    python -m benchmarks.ablation_sweep [--noise 0.2 0.5 0.65 0.8] [--expert 80 160 320 640] [--seeds 1] [WORD ...]
+    python -m benchmarks.ablation_sweep [--noise 0.3 0.5 0.7] [--expert 40 160 280] [--seeds 1] [WORD ...]
 
 Each cell makes the data anew and runs `ochat ablate recipes/ablation.yaml arms=all,good,both` in runs/sweep; the same
 command goes on after a stop. A WORD is an override of the recipe. Writes the scores, with the machine, to
@@ -61,8 +61,8 @@ def chart(cells: list[dict[str, Any]], num_expert: int) -> Chart:
 def main() -> None:
     """Run all cells and write what they gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, nargs="+", default=[0.2, 0.5, 0.65, 0.8])
-    parser.add_argument("--expert", type=int, nargs="+", default=[80, 160, 320, 640])
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--expert", type=int, nargs="+", default=[40, 160, 280])
     parser.add_argument("--seeds", type=int, default=1)
     options, words = parser.parse_known_args()
     cells = [run_cell(noise, size, options.seeds, words) for size in options.expert for noise in options.noise]
