@@ -339,7 +339,7 @@ def test_templates_shows_the_pieces_of_every_template(template: ChatTemplate) ->
 
 def rooms() -> Iterator[tuple[str, str]]:
     """Every path in the list of rooms, with what is said of it."""
-    block = indented_blocks(DESIGN.read_text().partition("## Rooms\n")[2])[0]
+    block = indented_blocks(DESIGN.read_text().partition("## Packages\n")[2])[0]
     files, *lines = block.rstrip().splitlines()
     yield from ((name, "") for name in files.split())
     folders: list[str] = []  # the folders around a line, outermost first
@@ -431,7 +431,7 @@ def test_paths_that_a_page_names_exist(page: Path) -> None:
     folders = {name for name in folders if name.isidentifier()} - MADE_BY_A_RUN
     text = page.read_text()
     if page == DESIGN:  # some of its rooms are of later: they have their own test
-        text = re.sub(r"^## Rooms\n\n(?: {4}.*\n)+", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^## Packages\n\n(?: {4}.*\n)+", "", text, flags=re.MULTILINE)
     named = re.findall(rf"(?<![\w/.~-])((?:{'|'.join(folders)})/[\w./-]*[\w/]|[\w.]+\.(?:sh|toml|txt))(?![\w-])", text)
     for path in set(named) - {"tokens/s"}:
         assert any((root / path).exists() for root in (ROOT, PACKAGE)), f"{page.name} names {path}"

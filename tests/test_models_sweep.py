@@ -63,18 +63,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 HEAD = """# Models
 
-Which families of transformers {version} are trained exactly. Of each, a small copy with random weights, in float32 and
-with layers of all its kinds, is run on packed sequences and, by transformers' own eager attention, on each sequence
-alone; windows, chunks, and lengths at which rotary embeddings change are scaled down, so that the sequences cross them.
-The numbers are the largest differences: of a token's logits, and of a parameter's gradient, relative to their norms.
-Configurations are the families' defaults; dropout is off.
+This page lists which families of transformers {version} are trained exactly, as the project's tests measure it.
 
-What counts for a run is its own configuration: training and `doctor`, also with `--quick`, probe a small copy of it
-before anything is loaded, and refuse it in one line when it differs. This page is written by
-`python -m pytest -m sweep tests/test_models_sweep.py`.
+- *Each family.* A small copy in float32, with random weights and with layers of every kind that the family has, runs on
+  packed sequences. It is compared with transformers' eager attention on each sequence alone.
+- *Settings.* The configuration is the family's default, without dropout. Windows, chunks and the lengths at which
+  rotary embeddings change are scaled down, so that the sequences exceed them.
+- *Numbers.* The columns `logits` and `gradients` are the largest relative differences: of the logits of a token, and of
+  the gradient of a parameter.
 
-{num_exact} of {num_all} families are trained exactly, {num_alone} of them on each sequence alone (`alone`), which costs
-a forward and a backward pass for each; the reason is what packed attention lacks.
+{num_exact} of {num_all} families are trained exactly. Of these, {num_alone} are marked `alone`: they run on
+each sequence alone, which costs a forward and a backward pass for each sequence. Their reason says what packed
+attention lacks.
+
+A run depends on its own configuration, not on this page. Before training and `ochat doctor` (also with `--quick`) load
+anything, they probe a small copy of the run's model. If the results differ, they refuse the model in one line.
+
+`python -m pytest -m sweep tests/test_models_sweep.py` writes this page.
 
 | family | trained | logits | gradients | reason |
 | --- | --- | --- | --- | --- |
@@ -82,9 +87,9 @@ a forward and a backward pass for each; the reason is what packed attention lack
 MULTIMODAL_HEAD = """
 ## Multimodal families
 
-Their text part is trained: the language model and the head, on text. Encoders of pictures, video and sound, and what
-joins them to the language model, are frozen, take no memory of GPUs, and are written into exports as the base has them.
-Pictures, video and sound are not trained on. The comparison is with the whole model of transformers on text alone.
+Only the text part, which is the language model and its head, is trained, on text. Encoders of images, video and audio,
+and the layers that connect them to the language model, are frozen. They take no GPU memory, and exports contain them
+as they are in the base. The comparison is with transformers' whole model on text alone.
 
 {num_exact} of {num_all} families are trained exactly, {num_alone} of them on each sequence alone.
 
@@ -105,7 +110,7 @@ def rows() -> Iterator[dict[str, Row]]:
     """The rows so far; a part of the page is written when all its families are there."""
     found: dict[str, Row] = {}
     yield found
-    begin = MULTIMODAL_HEAD.partition("Their")[0]
+    begin = MULTIMODAL_HEAD.partition("Only")[0]
     of_causal, _, of_multimodal = PAGE.read_text(encoding="utf-8").partition(begin)
     of_multimodal = begin + of_multimodal
     if all(family in found for family in CAUSAL):

@@ -147,7 +147,7 @@ class PlanReport:
     the share of a step's modelled time in which ranks do not wait. is_epoch_end: bool[steps], those that are as small
     as they come. sources: in the store's order. scaled: of the sources whose weight is another than the store's, the
     store's and theirs. predictions: how long the run takes on this machine, if it has GPUs, and on others; none of a
-    model that is not trained in bfloat16, or is a mixture of experts. rate: None if unknown.
+    model that is not trained in bfloat16. rate: None if unknown.
     """
 
     request: Request
