@@ -103,7 +103,8 @@ class Contents:
         if not isinstance(record.fields, dict):
             return
         for name, value in record.fields.items():
-            if value is not None and _count(self._fields, name) and (name not in chats[0].read or chats[0].form):
+            has_turns = name in chats[0].read and not chats[0].form and not isinstance(value, bool)  # no label
+            if value is not None and _count(self._fields, name) and not has_turns:
                 _count(self._values.setdefault(name, Counter()), _show(value), _MAX_VALUES)
         for chat in chats:
             if chat.turns:
