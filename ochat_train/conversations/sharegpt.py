@@ -53,7 +53,7 @@ from ochat_train.conversations.media import (
 )
 from ochat_train.conversations.own_weights import product, weight_of_record, weight_of_turn, weights_of_turns
 from ochat_train.conversations.records import MAX_RECORD_BYTES
-from ochat_train.conversations.roles import find_role
+from ochat_train.conversations.roles import CALL_ROLES, find_role
 from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record, RecordError, Role, Unread
 from ochat_train.conversations.unread import find_hint, find_unread, unknown_roles
 
@@ -285,7 +285,7 @@ class _TurnReader:
                 thoughts.append(text)
             elif kind in TEXT_PARTS and text is not None:
                 (thoughts if part.get("thought") in (True, "true") else texts).append(text)
-            elif kind == "tool_call" and role == "assistant" and not is_empty_json(part.get("value")):
+            elif kind in CALL_ROLES and role == "assistant" and not is_empty_json(part.get("value")):
                 calls.append(part["value"])
             else:
                 raise RecordError("not_text", f"{name} is no text; it is {_describe_part(part)}")
