@@ -123,6 +123,24 @@ def test_a_command_line_of_openchat(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "loss_balancing: true not taken over: data.sources.N.weight says" in printed
 
 
+def test_a_command_line_of_openchat_3_6_among_prose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """That's how it's trained:
+deepspeed --num_gpus=8 --module ochat.training_deepspeed.train \\
+    --model_path bases/eight --data_prefix dumps/packed --save_path runs/3.6 \\
+    --batch_max_len 65536 --epochs 4 --save_every 2 --lr_warmup_ratio 0.1 --deepspeed
+Don't stop it.
+"""
+    recipe, printed = migrated(text, tmp_path, capsys)
+    assert (recipe.model.base, recipe.checkpoint.dir, recipe.data.sources[0].path) == (
+        "bases/eight",
+        "runs/3.6",
+        "dumps",
+    )
+    assert (recipe.packing.tokens_per_gpu, recipe.train.epochs, recipe.optim.lr) == (65536, 4, "auto")
+    assert (recipe.checkpoint.models.every_epochs, recipe.optim.warmup, recipe.optim.eps) == (2, 0.1, 1e-5)
+    assert 'data_prefix: "dumps/packed" not taken over: it is tokenised; data.sources.0.path is' in printed
+
+
 def test_a_recipe_of_axolotl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, printed = migrated(AXOLOTL, tmp_path, capsys)
     (source,) = recipe.data.sources
@@ -239,7 +257,7 @@ def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("name: mine\n", "is of no known framework: axolotl's has base_model"),
         ("- a\n", "holds no settings"),
         ("a: [\n", "is neither YAML nor JSON"),
-        (json.dumps(TRL | {"lora_r": 0}), "model.lora.rank: must be at least 1"),
+        (json.dumps(TRL | {"lora_r": 0}), "the recipe of .*theirs has 1 .*\n.*model.lora.rank: must be at least 1"),
     ],
 )
 def test_what_cannot_become_a_recipe_is_said_in_a_line(text: str, words: str, tmp_path: Path) -> None:

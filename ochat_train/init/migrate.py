@@ -31,6 +31,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_d
 # What each framework takes for keys that are left out, where a recipe would take something else or must give it.
 _DEFAULTS: Mapping[str, Settings] = {
     "OpenChat": {"batch_size_per_gpu": 16, "epochs": 5, "lr": 4e-5, "eps": 1e-8},
+    "OpenChat 3.6": {"batch_max_len": 81920, "epochs": 5},  # its other defaults are a recipe's
     "axolotl": _ADAM
     | {"sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1, "learning_rate": 5e-5, "lr_scheduler": "cosine"},
     "LLaMA-Factory": _ADAM
@@ -46,7 +47,7 @@ _CONTEXT_8K = re.compile("mistral|3.5|3.6|gemma")  # of OpenChat's model types; 
 _TEMPLATES = dict.fromkeys(("llama3", "llama-3"), "llama3_instruct") | {"gemma": "gemma_it", "zephyr": "zephyr_mistral"}
 _TEMPLATES |= dict.fromkeys(("qwen", "qwen_25", "qwen3_nothink"), "chatml")
 _OWN_TEMPLATES = ("openchat_v3.2", "openchat_v3.1", "openchat_v3.2_mistral", "openchat_v3.2_gemma_new", "chatml")
-_OF_SOURCES = re.compile("dataset(s|_name|_dir|_config|_train_split)?|data_path|eval_dataset|test_datasets")
+_OF_SOURCES = re.compile("dataset(s|_name|_dir|_config|_train_split)?|data_path|data_prefix|eval_dataset|test_datasets")
 _ADAPTERS = ("lora", "qlora", True)
 _NO_SWITCH = re.compile(
     "(disable_)?gradient_checkpointing|.*packing|padding_free|shuffle_.*"
@@ -83,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = f"# From {options.file.name}, settings of {framework}.\n{yaml.safe_dump(recipe, sort_keys=False)}"
         with tempfile.TemporaryDirectory() as folder:
             (checked := Path(folder) / "it").write_text(text, encoding="utf-8")
-            load_recipe(checked)  # what FILE sets may be beyond what a recipe takes
+            try:
+                load_recipe(checked)  # what FILE sets may be beyond what a recipe takes
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(checked), f"the recipe of {options.file}")) from None
         with publish_file(options.out) as file:
             file.write(text.encode())
     except (ValueError, OSError) as error:
@@ -96,7 +100,8 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     """The framework and its settings, those that are left empty not among them. Raises ValueError for another file."""
     text = path.read_text(encoding="utf-8")
     if _OPENCHAT in text:
-        return "OpenChat", _read_flags(text)
+        given = _read_flags(text)
+        return "OpenChat 3.6" if "data_prefix" in given else "OpenChat", given
     try:
         tree = read_yaml(text)
     except ValueError as error:
@@ -130,7 +135,8 @@ def _refuse_other_training(path: Path, key: str, value: Any) -> None:
 
 def _read_flags(text: str) -> Settings:
     """The flags of OpenChat's module; dashes in their names are underscores, as to argparse."""
-    command = shlex.split(text.replace("\\\n", " "), comments=True)
+    lines = text.replace("\\\n", " ").splitlines()
+    command = shlex.split(next(line for line in lines if _OPENCHAT in line), comments=True)
     words = command[command.index(_OPENCHAT) + 1 :]
     given: Settings = {}
     for place, word in enumerate(words):
@@ -214,7 +220,7 @@ def _tokens_per_gpu(value: Any, key: str, settings: Settings) -> Any:
     if isinstance(value, bool):
         return Why(f"{'as here' if value else 'not taken over'}: sequences are always packed, without padding")
     names = ("sequence_len", "cutoff_len", "max_seq_length", "max_length")
-    return value * next(settings[name] for name in names if name in settings)
+    return value if key == "batch_max_len" else value * next(settings[name] for name in names if name in settings)
 
 
 def _targets(value: Any, key: str, settings: Settings) -> Any:
@@ -315,10 +321,10 @@ _VALUES: Mapping[str, Callable[[Any, str, Settings], Any]] = {
 
 def _sources(settings: Settings, lines: list[Line]) -> Iterator[Settings]:
     """The recipe's sources; adds their lines. Raises ValueError where no data is named."""
-    if "data_path" in settings:  # OpenChat's: a prefix of parquet files
-        folder = str(Path(settings["data_path"]).parent)
+    if key := next((key for key in ("data_prefix", "data_path") if key in settings), None):  # OpenChat's: parquet files
+        folder = str(Path(settings[key]).parent)
         reason = f"it is tokenised; data.sources.0.path is its folder {folder}, make it that of your dump"
-        lines.append(Line("data_path", settings["data_path"], f"not taken over: {reason}"))
+        lines.append(Line(key, settings[key], f"not taken over: {reason}"))
         yield {"name": "data", "path": folder}
     elif named := settings.get("dataset"):  # LLaMA-Factory's, of its list
         for name in _names(named):
@@ -327,7 +333,7 @@ def _sources(settings: Settings, lines: list[Line]) -> Iterator[Settings]:
         of_trl = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
         one = {name: settings[key] for name, key in of_trl.items() if key in settings}
         if not (listed := settings.get("datasets", [one] if "path" in one else [])):
-            raise ValueError("the settings name no data: datasets, dataset, dataset_name or data_path")
+            raise ValueError("the settings name no data: datasets, dataset, dataset_name, data_path or data_prefix")
         for place, entry in enumerate(listed):
             yield _source(f"datasets.{place}", entry, lines)
 
