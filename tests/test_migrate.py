@@ -254,6 +254,7 @@ def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("stage: dpo\nmodel_name_or_path: a\ndataset: b\n", "has stage: dpo; .* under conditions: `ochat init"),
         ("stage: pt\nmodel_name_or_path: a\ndataset: b\n", "has stage: pt; .* on conversations with answers"),
         ("rl: dpo\nbase_model: a\ndatasets: [{path: b}]\n", "has rl: dpo; .* under conditions: `ochat init"),
+        ("model: a\ntrain_dataset: b.yaml\n", "is for v1 of LLaMA-Factory; write it with the names of v0: model_name"),
         ("name: mine\n", "is of no known framework: axolotl's has base_model"),
         ("- a\n", "holds no settings"),
         ("a: [\n", "is neither YAML nor JSON"),

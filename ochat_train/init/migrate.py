@@ -112,6 +112,11 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     if "base_model" in given:
         _refuse_other_training(path, "rl", given.get("rl", "sft"))
         return "axolotl", given
+    if {"model", "train_dataset"} <= given.keys():
+        raise ValueError(
+            f"{path} is for v1 of LLaMA-Factory; write it with the names of v0: model_name_or_path for model, dataset "
+            "(and dataset_dir) for train_dataset, finetuning_type, lora_rank and lora_alpha for peft_config"
+        )
     if "model_name_or_path" not in given:
         raise ValueError(
             f"{path} is of no known framework: axolotl's has base_model, LLaMA-Factory's and TRL's model_name_or_path; "
