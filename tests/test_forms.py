@@ -241,6 +241,12 @@ SEVERAL: list[tuple[str, dict[str, Any], str, Several]] = [
         PAIR,
     ),
     (
+        "LLaMA-Factory",
+        {"chosen_messages": [u("Hi"), a("Hello")], "rejected_messages": [u("Hi"), a("No")]},
+        "chosen_messages + rejected_messages, role/content",
+        PAIR,
+    ),
+    (
         "UltraFeedback",
         {
             "instruction": "Hi",

@@ -114,6 +114,19 @@ def test_records_that_need_names_of_fields_get_them(tmp_path: Path, base: Path) 
     assert (source.name, source.fields.turns) == ("everything", "chat")
 
 
+def test_a_list_of_llama_factory_is_read_as_it_says(tmp_path: Path, base: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", *({"ask": "Hi", "good": f"Hello {n}", "bad": "No"} for n in range(4)))
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    listed = {"pairs": {"file_name": "a.jsonl", "ranking": True, "columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed))
+    recipe = make(Path(f"{tmp_path}:pairs"), base)
+    assert [(one.name, one.where | one.where_not) for one in recipe.data.sources] == [
+        ("good", {"preference": ("chosen",)}),
+        ("rest", {"preference": ("chosen",)}),
+    ]
+    assert recipe.data.sources[0].path == f"{tmp_path}:pairs"
+
+
 def test_on_a_terminal_it_asks_five_questions(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +149,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path, ba
         ([*given, "--by", "tier", "--good", "a", "b"], "names all values of tier"),
         ([*given, "--gpus", "8xZ9"], "--gpus 8xZ9 is not of the form"),
         ([*given, "--data", "none.json"], "none.json"),
+        (
+            [*given, "--data", str(write_lines(tmp_path / "b.jsonl", {"text": "Once."}))],
+            "no record of the dumps is read",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             init.main(flags)

@@ -123,6 +123,24 @@ def test_a_command_line_of_openchat(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "loss_balancing: true not taken over: data.sources.N.weight says" in printed
 
 
+def test_a_command_line_of_openchat_3_6_among_prose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """That's how it's trained:
+deepspeed --num_gpus=8 --module ochat.training_deepspeed.train \\
+    --model_path bases/eight --data_prefix dumps/packed --save_path runs/3.6 \\
+    --batch_max_len 65536 --epochs 4 --save_every 2 --lr_warmup_ratio 0.1 --deepspeed
+Don't stop it.
+"""
+    recipe, printed = migrated(text, tmp_path, capsys)
+    assert (recipe.model.base, recipe.checkpoint.dir, recipe.data.sources[0].path) == (
+        "bases/eight",
+        "runs/3.6",
+        "dumps",
+    )
+    assert (recipe.packing.tokens_per_gpu, recipe.train.epochs, recipe.optim.lr) == (65536, 4, "auto")
+    assert (recipe.checkpoint.models.every_epochs, recipe.optim.warmup, recipe.optim.eps) == (2, 0.1, 1e-5)
+    assert 'data_prefix: "dumps/packed" not taken over: it is tokenised; data.sources.0.path is' in printed
+
+
 def test_a_recipe_of_axolotl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, printed = migrated(AXOLOTL, tmp_path, capsys)
     (source,) = recipe.data.sources
@@ -160,10 +178,65 @@ def test_a_recipe_of_llama_factory_reads_its_list_of_data_sets(
     ]
     lora = recipe.model.lora
     assert lora is not None and (lora.rank, lora.alpha, lora.targets) == (8, 16, "all-linear")
-    assert (recipe.zero.stage, recipe.checkpoint.every_steps, recipe.train.epochs) == (3, 500, 3)
+    assert (recipe.template, recipe.zero.stage) == ("llama3_instruct", 3)
+    assert (recipe.checkpoint.every_steps, recipe.train.epochs) == (500, 3)
     assert (recipe.optim.warmup, recipe.packing.tokens_per_gpu, recipe.packing.grad_accum) == (0.1, 2048, 8)
     assert "lora_alpha (default): 16 -> model.lora.alpha: 16" in printed
     assert "max_samples: 1000 not taken over: data.sources.N.epochs is the share" in printed
+    assert 'stage: "sft" as here ' in printed and 'template: "llama3" -> template: "llama3_instruct"' in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("finetuning_type: freeze", "not taken over: adapters are LoRA's here; without model.lora all weights"),
+        ("finetuning_type: oft", "not taken over: adapters are LoRA's here; without model.lora all weights"),
+        ("finetuning_type: full", "as here: off"),
+        ("packing: false", "not taken over: sequences are always packed, without padding"),
+        ("packing: true", "as here: sequences are always packed, without padding"),
+        ("recompute_granularity: full", "not taken over: no key here is known"),
+        ("lr_scheduler_type: constant_with_warmup", "-> optim.min_lr: 1.0"),
+        ("template: ours", '-> template: "base"'),
+        ("eval_dataset: a", "not taken over: it is trained on; data.eval_fraction"),
+        ("eval_dataset: c", "-> data.eval_sources: data:c, as its dataset_info.json"),
+    ],
+)
+def test_a_key_of_llama_factory_is_reported_as_what_it_does(
+    more: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, printed = migrated(f"model_name_or_path: m\ndataset: a, b\n{more}\n", tmp_path, capsys)
+    key, _, value = more.partition(": ")
+    assert f"{key}: {value if value in ('true', 'false') else json.dumps(value)} {words}" in printed
+    assert (recipe.model.lora is None) == (key == "finetuning_type")  # adapters are that framework's default
+    assert [source.path for source in recipe.data.eval_sources] == (["data:c"] if value == "c" else [])
+    assert recipe.optim.min_lr == (1.0 if key == "lr_scheduler_type" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "words"),
+    [
+        ("mine", "mine:ann/a", "dataset_info.json"),
+        ("ONLINE", "hf://ann/a", "of the hub"),
+        (
+            "REMOTE:ann/lists",
+            "ann/lists:ann/a",
+            "after `hf download --repo-type dataset ann/lists --local-dir ann/lists`",
+        ),
+    ],
+)
+def test_folders_of_llama_factory(
+    folder: str, path: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, printed = migrated(f"model_name_or_path: m\ndataset: [ann/a]\ndataset_dir: {folder}\n", tmp_path, capsys)
+    assert recipe.data.sources[0].path == path and words in printed
+
+
+def test_test_datasets_of_axolotl_are_eval_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "base_model: m\ndatasets: [{path: ann/a}]\ntest_datasets: [{path: ann/b, split: test}]\n"
+    recipe, printed = migrated(text, tmp_path, capsys)
+    assert [source.path for source in recipe.data.eval_sources] == ["hf://ann/b:test"]
+    assert "-> data.eval_sources: hf://ann/b:test" in printed
+    assert (recipe.template, recipe.optim.min_lr) == ("base", 0.0)  # axolotl's schedule ends at 0
 
 
 def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,11 +251,14 @@ def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("text", "words"),
     [
         ("base_model: a\nsequence_len: 64\n", "the settings name no data"),
-        ("stage: dpo\nmodel_name_or_path: a\ndataset: b\n", "has stage: dpo; a recipe is supervised fine-tuning"),
+        ("stage: dpo\nmodel_name_or_path: a\ndataset: b\n", "has stage: dpo; .* under conditions: `ochat init"),
+        ("stage: pt\nmodel_name_or_path: a\ndataset: b\n", "has stage: pt; .* on conversations with answers"),
+        ("rl: dpo\nbase_model: a\ndatasets: [{path: b}]\n", "has rl: dpo; .* under conditions: `ochat init"),
+        ("model: a\ntrain_dataset: b.yaml\n", "is for v1 of LLaMA-Factory; write it with the names of v0: model_name"),
         ("name: mine\n", "is of no known framework: axolotl's has base_model"),
         ("- a\n", "holds no settings"),
         ("a: [\n", "is neither YAML nor JSON"),
-        (json.dumps(TRL | {"lora_r": 0}), "model.lora.rank: must be at least 1"),
+        (json.dumps(TRL | {"lora_r": 0}), "the recipe of .*theirs has 1 .*\n.*model.lora.rank: must be at least 1"),
     ],
 )
 def test_what_cannot_become_a_recipe_is_said_in_a_line(text: str, words: str, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_the_cases_that_were_misread_are_read_or_named(tmp_path: Path, shared: P
     assert '[{"name": "area"}]' in tokenizer.pretrained.decode(tokens["lf-tools"].input_ids)
     assert rows["lf-tools"]["actions"] == ["calls_untrained", "tools_in_system"]
     assert rows["only-call"]["reason"] == "no_weight"
+    assert rows["only-call"]["detail"] == "every turn has weight 0; a call has none without data.tool_calls: train"
     assert rows["llava"]["reason"] == rows["parts"]["reason"] == "not_text"
     for id in (
         "openai-call",

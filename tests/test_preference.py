@@ -52,6 +52,15 @@ def weights_in(store: Path) -> dict[str, tuple[str, set[float]]]:
     }
 
 
+def test_fields_show_the_values_of_a_label_beside_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    dump = tmp_path / "dump.jsonl"
+    dump.write_text("\n".join(json.dumps({"messages": turns, "label": good}) for good in (True, False, True)))
+    main(["--fields", str(dump)])
+    lines = {line.split()[0]: line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[3:5]}
+    assert lines == {"messages": "the turns", "label": "true 2, false 1"}
+
+
 def test_the_pages_commands_make_the_conditions_and_weights_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -121,6 +122,34 @@ def test_typed_parts_are_joined_as_they_are() -> None:
         [parts, None],
     ):
         assert turns_of([turn]).messages == (Message("user", "a b\n"),)
+
+
+def test_parts_with_a_value_are_text_reasoning_and_calls() -> None:
+    parts = [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Let me see."}]
+    add, see = '{"name": "add", "arguments": {"a": 1}}', {"name": "see", "arguments": {}}
+    called = [*parts, {"type": "tool_call", "value": add}]
+    expected = Message("assistant", "Let me see.", reasoning="Hm.", calls=add)
+    parsed = turns_of([{"role": "assistant", "content": called}])
+    assert (parsed.messages, parsed.unread) == ((expected,), ())
+    both = '[{"name":"add","arguments":{"a":1}},{"name":"see","arguments":{}}]'
+    (message,) = turns_of([{"role": "assistant", "content": [*called, {"type": "tool_call", "value": see}]}]).messages
+    assert message == replace(expected, calls=both)
+    told = {"role": "tool", "content": [{"type": "text", "value": "2"}]}
+    assert turns_of([told]).messages == (Message("tool", "2"),)
+
+
+@pytest.mark.parametrize(
+    ("role", "parts", "reason"),
+    [
+        ("user", [{"type": "tool_call", "value": "{}"}], "not_text"),
+        ("assistant", [{"type": "tool_call", "value": call} for call in ("add(", "[1]")], "value_not_text"),
+        ("user", [{"value": "Hi"}], "not_text"),  # it may be anything
+        ("user", [{"type": "image_url", "value": "a.jpg"}, {"type": "text", "value": "Who?"}], "not_text"),
+    ],
+)
+def test_other_parts_with_a_value_are_refused(role: str, parts: list[Any], reason: str) -> None:
+    drop = parse({"messages": [{"role": role, "content": parts}]})
+    assert isinstance(drop, Drop) and drop.reason == reason
 
 
 def test_every_role_of_the_table_is_matched_without_case() -> None:

@@ -127,9 +127,13 @@ def parts_of_text(value: object) -> list[dict[str, Any]]:
 def are_texts(value: object) -> bool:
     """Whether a value is a part of type text or a list of them. A part without a type only looks like one."""
     parts = value if isinstance(value, list) and value else [value]
-    return all(
-        isinstance(p, dict) and p.get("type") in TEXT_PARTS[1:] and isinstance(p.get("text"), str) for p in parts
-    )
+    return all(isinstance(p, dict) and p.get("type") in TEXT_PARTS[1:] and text_of_part(p) is not None for p in parts)
+
+
+def text_of_part(part: Mapping[str, Any]) -> str | None:
+    """The text of a part of a text or of reasoning, or None. LLaMA-Factory's second form has it in `value`."""
+    names = ("text", "thinking", "value") if "type" in part else ("text",)
+    return next((part[name] for name in names if isinstance(part.get(name), str)), None)
 
 
 def find_reasoning(turn: Mapping[str, Any]) -> tuple[str, str]:
@@ -137,7 +141,7 @@ def find_reasoning(turn: Mapping[str, Any]) -> tuple[str, str]:
     for name in _REASONING_KEYS:
         said = turn.get(name)
         if isinstance(said, list) and said and are_texts(said):
-            said = "".join(part["text"] for part in said)
+            said = "".join(text_of_part(part) or "" for part in said)
         if isinstance(said, str) and said:
             return name, said
     return "", ""

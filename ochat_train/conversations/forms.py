@@ -16,6 +16,7 @@ FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "tree": (("mapping",), ("prompt",)),  # ChatGPT's export; OpenAssistant's messages with `replies`
     "pair": (
         ("chosen", "rejected"),
+        ("chosen_messages", "rejected_messages"),  # LLaMA-Factory's second form
         ("preferred_output", "non_preferred_output"),  # OpenAI
         ("chosen_response", "rejected_response"),  # ms-swift has the second alone: the chosen one ends the turns
     ),

@@ -231,7 +231,10 @@ def _recognise(
     found = (
         f"it starts with {head[:4]!r}: no JSON array ('['), JSON objects ('{{'), page ('<'), parquet or Arrow stream"
     )
-    remedy = "decompress or unpack it, name it .csv or .tsv if it is a table with column names, or leave it out"
+    remedy = (
+        "decompress or unpack it, write plain text as a JSON line for each conversation, name it .csv or .tsv if it is "
+        "a table with column names, or leave it out"
+    )
     raise unreadable(stream.name, stream.offset, found, remedy)
 
 

@@ -4,7 +4,8 @@
 
 - `{from, value}` or `{role, content}`, with the weights of `own_weights`. The text may be parts, `{"type": "text",
   "text": ...}` or text, which are joined as they are. An assistant's reasoning and tool calls (`tool_calls`,
-  `function_call`, or a turn of CALL_ROLES) are kept beside its text. A tool's output may be any JSON.
+  `function_call`, a turn of CALL_ROLES, or parts of these types) are kept beside its text. A tool's output may be any
+  JSON.
 - a pair: `[user, answer]`, or an object with one of USER_KEYS and one of ANSWER_KEYS, and possibly `system`. A side
   that is null makes no turn. `instruction` and `input` together are one text, with a blank line between them.
 
@@ -16,7 +17,7 @@ record's own, a text or a number, or else `default_id`.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -40,6 +41,7 @@ from ochat_train.conversations.fields import (
     parts_of_text,
     show,
     text_field,
+    text_of_part,
 )
 from ochat_train.conversations.forms import FORMS, parts_of
 from ochat_train.conversations.media import (
@@ -51,8 +53,8 @@ from ochat_train.conversations.media import (
 )
 from ochat_train.conversations.own_weights import product, weight_of_record, weight_of_turn, weights_of_turns
 from ochat_train.conversations.records import MAX_RECORD_BYTES
-from ochat_train.conversations.roles import find_role
-from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record, RecordError, Unread
+from ochat_train.conversations.roles import CALL_ROLES, find_role
+from ochat_train.conversations.schema import Drop, Message, ParsedRecord, Record, RecordError, Role, Unread
 from ochat_train.conversations.unread import find_hint, find_unread, unknown_roles
 
 _DAMAGES = {
@@ -233,14 +235,13 @@ class _TurnReader:
             if not isinstance(value, str) and not are_texts(value) and not has_media:
                 return Message("tool", _write_json(value, f"the text of turn {number}"))
         if role != "assistant":
-            return Message(role, self._read_text(value, number)[0])
+            return Message(role, self._read_text(value, number).text)
         _, reasoning = find_reasoning(turn)
         calls = find_calls(turn)
-        written = "" if calls is None else _write_json(calls, f"the calls of turn {number}")
-        if value is None and (written or reasoning):
-            return Message("assistant", "", reasoning=reasoning, calls=written)
-        text, thought = self._read_text(value, number)
-        return Message("assistant", text, reasoning=reasoning or thought, calls=written)
+        said = _Said() if value is None and (calls or reasoning) else self._read_text(value, number, "assistant")
+        calls = said.calls if calls is None else calls
+        written = _write_json(calls, f"the calls of turn {number}") if calls else ""
+        return Message("assistant", said.text, reasoning=reasoning or said.reasoning, calls=written)
 
     def _read_pair(self, turn: dict[str, Any], number: int) -> list[Message]:
         sides = {key.strip().lower(): value for key in turn if (value := get_value(turn, key)) is not None}
@@ -250,23 +251,23 @@ class _TurnReader:
         if (len(asked) > 1 and not is_instruction) or len(answered) > 1 or not asked + answered:
             shown = ", ".join(asked + answered) or "nothing"
             raise RecordError("bad_pair", f"turn {number} is no pair of a user's text and an answer; it holds {shown}")
-        messages = [Message("system", self._read_text(sides["system"], number)[0])] if sides.get("system") else []
+        messages = [Message("system", self._read_text(sides["system"], number).text)] if sides.get("system") else []
         if asked:
-            texts = [self._read_text(sides[key], number)[0] for key in reversed(asked)]  # the instruction first
+            texts = [self._read_text(sides[key], number).text for key in reversed(asked)]  # the instruction first
             question = "\n\n".join(text for text in texts if text) if is_instruction else texts[0]
             messages.append(Message("user", question))
         if answered:
-            messages.append(Message("assistant", self._read_text(sides[answered[0]], number)[0]))
+            messages.append(Message("assistant", self._read_text(sides[answered[0]], number).text))
         return messages
 
-    def _read_text(self, value: Any, number: int) -> tuple[str, str]:
-        """(text, reasoning) of a text or of its parts."""
+    def _read_text(self, value: Any, number: int, role: Role | None = None) -> "_Said":
+        """What a text or its parts say; only an assistant's have calls."""
         if isinstance(value, str):
-            return value, ""
+            return _Said(value)
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, str) or (isinstance(part, dict) and part) for part in parts):
             raise RecordError("value_not_text", f"the text of turn {number} is {kind_of(value)}")
-        texts, thoughts = [], []
+        texts, thoughts, calls = [], [], []
         for part in parts:
             if isinstance(part, str):
                 texts.append(part)
@@ -274,19 +275,34 @@ class _TurnReader:
             name = f"a part of turn {number}"
             if weight_of_turn(part, name) is not None:
                 raise RecordError("bad_weight", f"{name} has a weight; give the whole turn one, or split the turn")
-            kind = part.get("type")
+            kind, text = part.get("type"), text_of_part(part)
             if is_media_part(part):
                 if self.reading.media == "drop":
                     raise RecordError("not_text", f"{name} is no text; it is {_describe_part(part)}", MEDIA_HINT)
                 self.has_left_out_media = True
                 texts.append(part["text"] if isinstance(part.get("text"), str) else "")
-            elif kind in ("thinking", "reasoning") and isinstance(part.get("thinking", part.get("text")), str):
-                thoughts.append(part.get("thinking", part.get("text")))
-            elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
-                (thoughts if part.get("thought") in (True, "true") else texts).append(part["text"])
+            elif kind in ("thinking", "reasoning") and text is not None:
+                thoughts.append(text)
+            elif kind in TEXT_PARTS and text is not None:
+                (thoughts if part.get("thought") in (True, "true") else texts).append(text)
+            elif kind in CALL_ROLES and role == "assistant" and not is_empty_json(part.get("value")):
+                calls.append(part["value"])
             else:
                 raise RecordError("not_text", f"{name} is no text; it is {_describe_part(part)}")
-        return "".join(texts), "".join(thoughts)
+        if len(calls) > 1:  # one list, as beside a text
+            try:
+                calls = [[orjson.loads(call) if isinstance(call, str) else call for call in calls]]
+            except ValueError:
+                raise RecordError("value_not_text", f"a call of turn {number} is not JSON") from None
+        return _Said("".join(texts), "".join(thoughts), calls[0] if calls else None)
+
+
+class _Said(NamedTuple):
+    """A text, and the reasoning and the calls among its parts."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: Any = None
 
 
 def _describe_part(part: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from ochat_train.conversations.records import TURN_LISTS
 from ochat_train.conversations.roles import find_role
 
 _READ_FIELDS = frozenset(("id", "condition", *LISTS, EXCLUSION))
-_PART_FIELDS = frozenset(("type", "text", "thinking", "thought", *OF_A_TURN))
+_PART_FIELDS = frozenset(("type", "text", "thinking", "value", "thought", *OF_A_TURN))
 
 
 def find_unread(chat: Chat, reading: Reading) -> Iterator[tuple[str, str]]:

@@ -50,6 +50,8 @@ def write_recipe(options: argparse.Namespace) -> None:
     data = options.data or [_ask("1/5 Where are the dumps (file, folder, glob or URL)?", "--data")]
     contents = contents_of(data)
     print("\n".join([f"{' '.join(data)}:", *contents.lines()]))
+    if not contents.num_chars and not contents.hint:
+        raise ValueError("no record of the dumps is read, for the reasons above, so a recipe would train nothing")
     base_name = options.base or _ask("2/5 Which base model (folder or name of the hub)?", "--base")
     gpus = options.gpus or _ask("3/5 Which GPUs (8xH100, 1x24, cpu)?", "--gpus", "what is here")
     choices = contents.choices(MOST_VALUES)

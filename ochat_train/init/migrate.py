@@ -31,10 +31,12 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_d
 # What each framework takes for keys that are left out, where a recipe would take something else or must give it.
 _DEFAULTS: Mapping[str, Settings] = {
     "OpenChat": {"batch_size_per_gpu": 16, "epochs": 5, "lr": 4e-5, "eps": 1e-8},
-    "axolotl": _ADAM | {"sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1, "learning_rate": 5e-5},
+    "OpenChat 3.6": {"batch_max_len": 81920, "epochs": 5},  # its other defaults are a recipe's
+    "axolotl": _ADAM
+    | {"sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1, "learning_rate": 5e-5, "lr_scheduler": "cosine"},
     "LLaMA-Factory": _ADAM
     | {"cutoff_len": 2048, "per_device_train_batch_size": 8, "num_train_epochs": 3, "learning_rate": 5e-5}
-    | {"lora_rank": 8, "warmup_ratio": 0.0},
+    | {"finetuning_type": "lora", "lora_rank": 8, "lr_scheduler_type": "linear", "warmup_ratio": 0.0},
     "TRL": _ADAM
     | {"max_length": 1024, "per_device_train_batch_size": 8, "num_train_epochs": 3, "learning_rate": 2e-5}
     | {"lr_scheduler_type": "linear", "warmup_ratio": 0.0},
@@ -45,7 +47,11 @@ _CONTEXT_8K = re.compile("mistral|3.5|3.6|gemma")  # of OpenChat's model types; 
 _TEMPLATES = dict.fromkeys(("llama3", "llama-3"), "llama3_instruct") | {"gemma": "gemma_it", "zephyr": "zephyr_mistral"}
 _TEMPLATES |= dict.fromkeys(("qwen", "qwen_25", "qwen3_nothink"), "chatml")
 _OWN_TEMPLATES = ("openchat_v3.2", "openchat_v3.1", "openchat_v3.2_mistral", "openchat_v3.2_gemma_new", "chatml")
-_OF_SOURCES = re.compile("dataset(s|_name|_dir|_config|_train_split)?|data_path")
+_OF_SOURCES = re.compile("dataset(s|_name|_dir|_config|_train_split)?|data_path|data_prefix|eval_dataset|test_datasets")
+_ADAPTERS = ("lora", "qlora", True)
+_NO_SWITCH = re.compile(
+    "(disable_)?gradient_checkpointing|.*packing|padding_free|shuffle_.*"
+)  # off means something here
 
 
 class Why(str):
@@ -78,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = f"# From {options.file.name}, settings of {framework}.\n{yaml.safe_dump(recipe, sort_keys=False)}"
         with tempfile.TemporaryDirectory() as folder:
             (checked := Path(folder) / "it").write_text(text, encoding="utf-8")
-            load_recipe(checked)  # what FILE sets may be beyond what a recipe takes
+            try:
+                load_recipe(checked)  # what FILE sets may be beyond what a recipe takes
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(checked), f"the recipe of {options.file}")) from None
         with publish_file(options.out) as file:
             file.write(text.encode())
     except (ValueError, OSError) as error:
@@ -91,7 +100,8 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     """The framework and its settings, those that are left empty not among them. Raises ValueError for another file."""
     text = path.read_text(encoding="utf-8")
     if _OPENCHAT in text:
-        return "OpenChat", _read_flags(text)
+        given = _read_flags(text)
+        return "OpenChat 3.6" if "data_prefix" in given else "OpenChat", given
     try:
         tree = read_yaml(text)
     except ValueError as error:
@@ -100,22 +110,38 @@ def read_settings(path: Path) -> tuple[str, Settings]:
         raise ValueError(f"{path} holds no settings: its top level must be keys, or a command line with {_OPENCHAT}")
     given = {key: value for key, value in tree.items() if value is not None}
     if "base_model" in given:
+        _refuse_other_training(path, "rl", given.get("rl", "sft"))
         return "axolotl", given
+    if {"model", "train_dataset"} <= given.keys():
+        raise ValueError(
+            f"{path} is for v1 of LLaMA-Factory; write it with the names of v0: model_name_or_path for model, dataset "
+            "(and dataset_dir) for train_dataset, finetuning_type, lora_rank and lora_alpha for peft_config"
+        )
     if "model_name_or_path" not in given:
         raise ValueError(
             f"{path} is of no known framework: axolotl's has base_model, LLaMA-Factory's and TRL's model_name_or_path; "
             "of TRL's own Python code write the keys of SFTConfig, model_name_or_path and dataset_name into a YAML file"
         )
     if given.keys() & {"stage", "finetuning_type", "cutoff_len", "dataset"}:
-        if (stage := given.get("stage", "sft")) != "sft":
-            raise ValueError(f"{path} has stage: {stage}; a recipe is supervised fine-tuning (stage: sft)")
+        _refuse_other_training(path, "stage", given.get("stage", "sft"))
         return "LLaMA-Factory", given
     return "TRL", given
 
 
+def _refuse_other_training(path: Path, key: str, value: Any) -> None:
+    if value == "pt":
+        raise ValueError(f"{path} has {key}: pt; a recipe is supervised fine-tuning, on conversations with answers")
+    if value != "sft":
+        raise ValueError(
+            f"{path} has {key}: {value}; a recipe is supervised fine-tuning, which trains better and worse answers "
+            "under conditions: `ochat init --data PATH ... --base MODEL` writes it for such data"
+        )
+
+
 def _read_flags(text: str) -> Settings:
     """The flags of OpenChat's module; dashes in their names are underscores, as to argparse."""
-    command = shlex.split(text.replace("\\\n", " "), comments=True)
+    lines = text.replace("\\\n", " ").splitlines()
+    command = shlex.split(next(line for line in lines if _OPENCHAT in line), comments=True)
     words = command[command.index(_OPENCHAT) + 1 :]
     given: Settings = {}
     for place, word in enumerate(words):
@@ -142,6 +168,8 @@ def migrate(framework: str, given: Settings, name: str) -> tuple[Settings, list[
         defaults["lora_alpha"] = settings["lora_alpha"] = 2 * settings["lora_rank"]
     lines: list[Line] = []
     flat: Settings = {"name": name, "data.store": f"stores/{name}", "data.sources": list(_sources(settings, lines))}
+    if eval_sources := list(_eval_sources(settings, lines)):
+        flat["data.eval_sources"] = eval_sources
     for key, value in settings.items():
         if _OF_SOURCES.fullmatch(key) is None:
             ours, became = _translate(key, value, settings)
@@ -151,7 +179,7 @@ def migrate(framework: str, given: Settings, name: str) -> tuple[Settings, list[
             lines.append(Line(f"{key} (default)" if key in defaults else key, value, shown))
     if "template" not in flat:
         flat["template"] = "base"
-        lines.append(Line("chat_template (default)", None, '-> template: "base", the own one of the base model'))
+        lines.append(Line("template (default)", None, '-> template: "base", the own one of the base model'))
     flat.setdefault("checkpoint.dir", f"runs/{name}")
     tree: Settings = {}
     for key, value in flat.items():
@@ -165,11 +193,15 @@ def migrate(framework: str, given: Settings, name: str) -> tuple[Settings, list[
 
 def _translate(key: str, value: Any, settings: Settings) -> tuple[str, Any]:
     """Our key and value, or Why."""
-    same = {known.rpartition(".")[2]: known for known in known_keys() if re.match(r"(optim|train)\.\w+$", known)}
+    same = {
+        known.rpartition(".")[2]: known for known in known_keys() if re.match(r"((optim|train)\.\w+|template)$", known)
+    }
     ours, note = foreign_key(key) or (same.get(key), "no key here is known to mean the same")
-    if _is_off(value) and ours != "model.checkpointing":
+    if (_is_off(value) or (ours, value) == ("model.lora", "full")) and not _NO_SWITCH.fullmatch(key):
         return "", Why("as here: off")
-    is_full = all(_is_off(settings.get(name, False)) for name in ("adapter", "finetuning_type", "use_peft"))
+    if (key, value) == ("stage", "sft"):
+        return "", Why("as here")
+    is_full = all(settings.get(name) not in _ADAPTERS for name in ("adapter", "finetuning_type", "use_peft"))
     if ours is not None and ours.startswith("model.lora.") and is_full:
         return "", Why("not taken over: no adapters are trained")
     if ours is None:
@@ -179,7 +211,7 @@ def _translate(key: str, value: Any, settings: Settings) -> tuple[str, Any]:
 
 
 def _is_off(value: Any) -> bool:
-    return value is False or (not isinstance(value, int | float) and value in ("", "none", "no", "full", [], {}))
+    return value is False or (not isinstance(value, int | float) and value in ("", "none", "no", [], {}))
 
 
 def _json(value: Any) -> str:
@@ -190,9 +222,10 @@ def _json(value: Any) -> str:
 
 
 def _tokens_per_gpu(value: Any, key: str, settings: Settings) -> Any:
+    if isinstance(value, bool):
+        return Why(f"{'as here' if value else 'not taken over'}: sequences are always packed, without padding")
     names = ("sequence_len", "cutoff_len", "max_seq_length", "max_length")
-    most = next(settings[name] for name in names if name in settings)
-    return Why("as here: sequences are always packed, without padding") if value is True else value * most
+    return value if key == "batch_max_len" else value * next(settings[name] for name in names if name in settings)
 
 
 def _targets(value: Any, key: str, settings: Settings) -> Any:
@@ -210,9 +243,17 @@ def _betas(value: Any, key: str, settings: Settings) -> Any:
     return [settings.get(f"adam_beta{n}", settings.get(f"beta{n}", own)) for n, own in ((1, 0.9), (2, 0.95))]
 
 
+def _lora(value: Any, key: str, settings: Settings) -> Any:
+    if value not in _ADAPTERS:
+        return Why("not taken over: adapters are LoRA's here; without model.lora all weights are trained")
+    return {"base_bits": 4} if value == "qlora" else {}
+
+
 def _min_lr(value: Any, key: str, settings: Settings) -> Any:
     if value == "cosine":
         return float(settings.get("cosine_min_lr_ratio", 0.0))
+    if str(value).startswith("constant"):
+        return 1.0  # a cosine that ends where it begins
     reason = "not taken over: the schedule is always a cosine, which ends at optim.min_lr, a share of optim.lr"
     return float(value) if isinstance(value, int | float) else Why(reason)
 
@@ -254,7 +295,7 @@ _VALUES: Mapping[str, Callable[[Any, str, Settings], Any]] = {
     "model.checkpointing": lambda value, key, _: (
         "none" if (value is not False) == key.startswith("disable") else "full"
     ),
-    "model.lora": lambda value, *_: {"base_bits": 4} if value == "qlora" else {},
+    "model.lora": _lora,
     "model.lora.base_bits": lambda value, key, _: (
         Why("not taken over: 4 bits (model.lora.base_bits) or none") if key == "load_in_8bit" or value == 8 else 4
     ),
@@ -285,23 +326,53 @@ _VALUES: Mapping[str, Callable[[Any, str, Settings], Any]] = {
 
 def _sources(settings: Settings, lines: list[Line]) -> Iterator[Settings]:
     """The recipe's sources; adds their lines. Raises ValueError where no data is named."""
-    if "data_path" in settings:  # OpenChat's: a prefix of parquet files
-        folder = str(Path(settings["data_path"]).parent)
+    if key := next((key for key in ("data_prefix", "data_path") if key in settings), None):  # OpenChat's: parquet files
+        folder = str(Path(settings[key]).parent)
         reason = f"it is tokenised; data.sources.0.path is its folder {folder}, make it that of your dump"
-        lines.append(Line("data_path", settings["data_path"], f"not taken over: {reason}"))
+        lines.append(Line(key, settings[key], f"not taken over: {reason}"))
         yield {"name": "data", "path": folder}
-    elif isinstance(named := settings.get("dataset"), str):  # LLaMA-Factory's, of its list
-        for name in re.split(r"\s*,\s*", named):
-            path = f"{settings.get('dataset_dir', 'data')}:{name}"
-            lines.append(Line("dataset", name, f"-> data.sources: {path}, as its dataset_info.json describes it"))
-            yield {"name": name, "path": path}
+    elif named := settings.get("dataset"):  # LLaMA-Factory's, of its list
+        for name in _names(named):
+            yield _listed("dataset", name, settings, lines)
     else:
         of_trl = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
         one = {name: settings[key] for name, key in of_trl.items() if key in settings}
         if not (listed := settings.get("datasets", [one] if "path" in one else [])):
-            raise ValueError("the settings name no data: datasets, dataset, dataset_name or data_path")
+            raise ValueError("the settings name no data: datasets, dataset, dataset_name, data_path or data_prefix")
         for place, entry in enumerate(listed):
             yield _source(f"datasets.{place}", entry, lines)
+
+
+def _eval_sources(settings: Settings, lines: list[Line]) -> Iterator[Settings]:
+    """Those of LLaMA-Factory's eval_dataset and axolotl's test_datasets."""
+    for name in _names(settings.get("eval_dataset", "")):
+        if name in _names(settings.get("dataset", "")):
+            reason = "it is trained on; data.eval_fraction holds a share of it out"
+            lines.append(Line("eval_dataset", name, f"not taken over: {reason}"))
+        else:
+            yield _listed("eval_dataset", name, settings, lines)
+    for place, entry in enumerate(settings.get("test_datasets", [])):
+        yield _source(f"test_datasets.{place}", entry, lines)
+
+
+def _names(named: Any) -> list[str]:
+    """LLaMA-Factory names data sets in a text with commas, or in a list."""
+    return [name for name in (re.split(r"\s*,\s*", named) if isinstance(named, str) else named) if name]
+
+
+def _listed(key: str, name: str, settings: Settings, lines: list[Line]) -> Settings:
+    """A source that LLaMA-Factory names."""
+    folder, described = settings.get("dataset_dir", "data"), "as its dataset_info.json describes it"
+    if folder == "ONLINE":
+        path, described = f"hf://{name}", "of the hub"
+    elif folder.startswith("REMOTE:"):
+        folder = folder.removeprefix("REMOTE:")
+        path = f"{folder}:{name}"
+        described += f", after `hf download --repo-type dataset {folder} --local-dir {folder}`"
+    else:
+        path = f"{folder}:{name}"
+    lines.append(Line(key, name, f"-> data.{'eval_' * key.startswith('eval')}sources: {path}, {described}"))
+    return {"name": re.sub(r"[^\w.-]+", "-", name), "path": path}
 
 
 def _source(key: str, entry: Settings, lines: list[Line]) -> Settings:
@@ -323,7 +394,13 @@ def _source(key: str, entry: Settings, lines: list[Line]) -> Settings:
     fields = {ours: theirs for ours, theirs in fields.items() if theirs is not None}
     listed = left.pop("roles", {}).items()
     roles = {theirs: role for role, names in listed for theirs in names if theirs != role}
-    lines.append(Line(key, entry["path"], f"-> data.sources: {path}{f', fields {_json(fields)}' * bool(fields)}"))
+    lines.append(
+        Line(
+            key,
+            entry["path"],
+            f"-> data.{'eval_' * key.startswith('test')}sources: {path}{f', fields {_json(fields)}' * bool(fields)}",
+        )
+    )
     if part:
         lines.append(
             Line(f"{key}.split", entry["split"], "not taken over: a source is a whole split; epochs is a share")

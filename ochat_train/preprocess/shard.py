@@ -266,7 +266,9 @@ def _filter(traces: Sequence[Trace], settings: ShardSettings) -> None:
         if filtered.reason is not None:
             trace.drop(filtered.reason, filtered.detail)
         elif not num_kept:
-            trace.drop("no_weight", "every turn has weight 0")
+            repairs = trace.cleaned.repairs if isinstance(trace.cleaned, ParsedRecord) else ()
+            of_calls = "; a call has none without data.tool_calls: train" if "calls_untrained" in repairs else ""
+            trace.drop("no_weight", f"every turn has weight 0{of_calls}")
 
 
 # ---- From what the stages made of records to tables ----

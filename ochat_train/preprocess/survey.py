@@ -49,7 +49,8 @@ def survey(paths: Sequence[str], *, encoding: str | None = None) -> Iterator[str
 def contents_of(paths: Sequence[str]) -> "Contents":
     """What all of the paths hold together. Raises ValueError for the first file that cannot be read."""
     held = Contents(Reading())
-    for path in paths:
+    for path, reading in chain.from_iterable(expand(path, Reading()) for path in paths):
+        held.reading = reading
         for error in _read(list_files(path, Counter()), held, None):
             raise error
     return held
@@ -76,7 +77,7 @@ class Contents:
     """What the records so far hold, counted."""
 
     def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+        self.reading = reading
         self._dialects: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._hints: Counter[str] = Counter()
@@ -88,8 +89,8 @@ class Contents:
         self._num_chars: Counter[int] = Counter()
 
     def add(self, record: Record, form: str) -> None:
-        chats = chats_of(record, self._reading)
-        parsed = [parse_record(record, default_id="", reading=self._reading, chat=chat) for chat in chats]
+        chats = chats_of(record, self.reading)
+        parsed = [parse_record(record, default_id="", reading=self.reading, chat=chat) for chat in chats]
         dialect = parsed[0].dialect if isinstance(parsed[0], ParsedRecord) else "not read"
         several = f", {len(chats)} conversations in each" if len(chats) > 1 else ""
         self._dialects[f"{form}, {dialect}{several}"] += 1
@@ -103,7 +104,8 @@ class Contents:
         if not isinstance(record.fields, dict):
             return
         for name, value in record.fields.items():
-            if value is not None and _count(self._fields, name) and (name not in chats[0].read or chats[0].form):
+            has_turns = name in chats[0].read and not chats[0].form and not isinstance(value, bool)  # no label
+            if value is not None and _count(self._fields, name) and not has_turns:
                 _count(self._values.setdefault(name, Counter()), _show(value), _MAX_VALUES)
         for chat in chats:
             if chat.turns:

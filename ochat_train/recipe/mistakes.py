@@ -70,6 +70,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
         "packing.tokens_per_gpu",
         "it counts tokens, not sequences: 2 sequences are 2 x data.max_tokens",
     ),
+    ("batch_max_len", "packing.tokens_per_gpu", ""),
     (
         "packing sample_packing eval_sample_packing neat_packing padding_free pad_to_sequence_len",
         "packing.tokens_per_gpu",
@@ -87,7 +88,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("adam_beta1 adam_beta2 beta1 beta2", "optim.betas", "a list of both"),
     ("adam_epsilon", "optim.eps", ""),
     (
-        "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
+        "warmup_ratio lr_warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
         "optim.warmup",
         "a share of the run's examples, from 0 to 1, not a number of steps",
     ),
@@ -104,6 +105,7 @@ FOREIGN_KEYS: tuple[tuple[str, str | None, str], ...] = (
     ("save_steps save_interval", "checkpoint.every_steps", ""),
     ("save_strategy saves_per_epoch", "checkpoint.every_epochs", ""),
     ("save_total_limit", "checkpoint.keep", ""),
+    ("save_every", "checkpoint.models.every_epochs", ""),
     ("save_only_model", "checkpoint.models", "models for use, beside the checkpoints"),
     ("resume_from_checkpoint auto_resume_from_checkpoints", "checkpoint.resume", "auto, never or a path"),
     (
