@@ -100,6 +100,7 @@ def make_files(seed: int = 0, noise: float = NOISE, num_expert: int = NUM_EXPERT
             for source, one, answer in answered
         ]
     rng.shuffle(records)
+    rng.shuffle(questions)  # so that the first ones are of every kind
     records = [{"id": f"ablation-{number:04d}"} | record for number, record in enumerate(records, start=1)]
     files = {"ablation.jsonl": records, "ablation_questions.jsonl": questions}
     return {name: "".join(f"{json.dumps(line)}\n" for line in lines) for name, lines in files.items()}

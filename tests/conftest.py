@@ -18,6 +18,10 @@ from ochat_train.tokens.tokenizer import ChatTokenizer, load_tokenizer
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+# A shell that starts the suite in the background ignores SIGINT, and so would all processes of tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 # Files that take longest, by name: together with tests/e2e they come first, so that no process works alone at the end.
 LONGEST = ("gpu_kit", "ablate", "wheel", "style", "soak", "init", "launch", "docs")

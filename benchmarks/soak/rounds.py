@@ -72,7 +72,7 @@ class Soak:
         # fork; and a shell starts what it puts into the background with SIGINT ignored.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        with ExitStack() as stack:
+        with self.bar, ExitStack() as stack:  # a bar that is open when Python 3.13.0 exits crashes it
             hosts: dict[str, OneHost | TwoHosts] = {"one host": OneHost(), "other ranks": OneHost()}
             if self.is_inside:
                 hosts["two hosts"] = stack.enter_context(two_hosts())

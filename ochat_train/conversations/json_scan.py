@@ -331,8 +331,9 @@ def parse_json(raw: bytes) -> tuple[Any, tuple[str, ...]]:
         value = orjson.loads(raw)
         if not isinstance(value, dict) or not isinstance(value.get("id"), float):
             return value, ()
-    except orjson.JSONDecodeError:
-        pass
+    except orjson.JSONDecodeError as error:
+        if "limit" in str(error):  # of 1,024 levels; that of Python's parser differs between versions
+            raise ValueError("nested too deeply") from None
     # Python's own parser, 5 times slower, reads what orjson refuses, and keeps all digits of a long id.
     try:
         text = raw.decode("utf-8")
