@@ -1,5 +1,7 @@
 """A recipe arrives as it is written, or is refused with the key, the value and what would have been right."""
 
+import os
+import signal
 import subprocess
 import sys
 import typing
@@ -738,3 +740,14 @@ def test_the_command_prints_one_value_or_fails_in_one_line() -> None:
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     assert "train.epoch: unknown key (value 3); the nearest known key is train.epochs" in bad.stderr
+
+
+@pytest.mark.parametrize("words", ["recipe quickstart", "preprocess --fields data/quickstart.json"])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "ochat_train.cli", *words.split()], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ochat_train.recipe import load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe import load_recipe, parse_arguments, piped_output, recipe_arguments
 
 if TYPE_CHECKING:
     from ochat_train.doctor.case import Finding
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 
 
+@piped_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print each finding as soon as it is made; exit with 1 when one is a problem."""
     parser = argparse.ArgumentParser(prog="ochat doctor", description=__doc__)

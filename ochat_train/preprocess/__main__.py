@@ -23,9 +23,10 @@ from ochat_train.preprocess.light import without_pandas, without_torch
 from ochat_train.preprocess.run import preprocess
 from ochat_train.preprocess.survey import survey
 from ochat_train.preprocess.workers import WorkerDied
-from ochat_train.recipe import check_encoding, load_recipe, parse_arguments, recipe_arguments
+from ochat_train.recipe import check_encoding, load_recipe, parse_arguments, piped_output, recipe_arguments
 
 
+@piped_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the recipe's token store unless it is up to date, or print what the other options ask for."""
     parser = argparse.ArgumentParser(prog="ochat preprocess", description=__doc__)
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             preprocess(recipe, dry_run=options.dry_run, executor=options.engine, num_workers=options.workers)
     except (ValueError, WorkerDied) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error}; fix it and run the same command again: it goes on from the shards that are done")
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """The recipe: one YAML file that describes a whole run. `docs/keys.md` lists every key."""
 
-from ochat_train.recipe.load import load_recipe, parse_arguments, read_yaml, recipe_arguments
+from ochat_train.recipe.load import load_recipe, parse_arguments, piped_output, read_yaml, recipe_arguments
 from ochat_train.recipe.mistakes import foreign_key
 from ochat_train.recipe.resume import FREE_AT_RESUME, moved_places, refused_differences
 from ochat_train.recipe.schema import (
@@ -41,6 +41,7 @@ __all__ = [
     "load_recipe",
     "moved_places",
     "parse_arguments",
+    "piped_output",
     "read_yaml",
     "recipe_arguments",
     "refused_differences",

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 import orjson
 import yaml
 
-from ochat_train.recipe import Recipe, leaves, load_recipe, parse_arguments, recipe_arguments, to_json
+from ochat_train.recipe import Recipe, leaves, load_recipe, parse_arguments, piped_output, recipe_arguments, to_json
 from ochat_train.recipe.shipped import shipped_recipes
 
 
+@piped_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the schema, the shipped recipes, or one resolved recipe as YAML."""
     words = sys.argv[1:] if arguments is None else arguments

@@ -2,8 +2,12 @@
 
 import argparse
 import math
+import os
 import re
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +210,14 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     if unknown:
         parser.error(f"{unknown[0]} is no option; a key of the recipe has no dashes, as in optim.lr=1e-5")
     return options
+
+
+@contextmanager
+def piped_output() -> Iterator[None]:
+    """End without a traceback when the reader of the output ends first, as in `ochat doctor RECIPE | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it exits
+        sys.exit(128 + signal.SIGPIPE)

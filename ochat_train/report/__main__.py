@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ochat_train.recipe import piped_output
 from ochat_train.report.page import Document, as_html, as_text, blocks_as_text
 from ochat_train.report.run import generate_replies, read_run
 from ochat_train.report.run_sections import run_document, run_summary
@@ -34,6 +35,7 @@ from ochat_train.report.store import read_store
 from ochat_train.report.store_sections import store_document
 
 
+@piped_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a report."""
     parser = argparse.ArgumentParser(prog="ochat report", description=__doc__)
